@@ -1,0 +1,59 @@
+"""The few errors that the library raises on purpose; every one is an `R8Error`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class R8Error(Exception):
+    """Base class of every error that the library raises on purpose."""
+
+
+class ConfigError(R8Error, ValueError):
+    """One or more bad arguments; the message lists all of them.
+
+    Attributes:
+        problems: One sentence per bad argument: what came and what is allowed.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            listing = "\n".join(f"  - {problem}" for problem in self.problems)
+            message = f"{len(self.problems)} problems:\n{listing}"
+        super().__init__(message)
+
+
+class ProtocolError(R8Error, RuntimeError):
+    """The loop's order was broken: for instance a loss reported for no open batch."""
+
+
+class CheckpointError(R8Error):
+    """A checkpoint could not be written, found or used."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A checkpoint's bytes are not the ones that were written."""
+
+
+class TrainingDiverged(R8Error):
+    """Training is beyond recovery: the rollback budget is spent.
+
+    Attributes:
+        batches: The sample ids of the last failing batches, oldest first.
+        crash_bundle: Folder with the evidence, or None when nothing could be written.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        batches: Sequence[Sequence[int]] = (),
+        crash_bundle: Path | None = None,
+    ) -> None:
+        self.batches = tuple(tuple(int(i) for i in batch) for batch in batches)
+        self.crash_bundle = crash_bundle
+        super().__init__(message)

@@ -1,0 +1,138 @@
+"""What a strategy is: one method that turns a request into sample ids.
+
+A user's own strategy needs nothing from this module:
+
+    class Hardest:
+        def draw(self, request):
+            losses = request.catalog.expected_loss
+            return request.rng.permutation(request.num_samples)[: request.size]
+
+Optional methods, used where present:
+
+* `start_epoch(request) -> int | None`: the epoch's plan is due; the number of samples that
+  the epoch will draw (None: as many as there are samples, less `request.excluded`).
+* `observe(report)`: an accepted `LossReport`.
+* `forget(indices)`: these were drawn but will never be reported.
+* `state_dict() -> dict` and `load_state_dict(state)`: needed when a draw depends on anything
+  but the request. Values: JSON scalars, lists, dicts and numpy arrays.
+* `covers`: class attribute, True when one epoch draws each sample exactly once.
+* `replacement`: class attribute, True when one batch may hold a sample twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.errors import ConfigError
+from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.types import Indices, Mask
+
+if TYPE_CHECKING:
+    from learnit_r8.catalog import LossCatalog
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchRequest:
+    """All that a strategy may look at when it chooses.
+
+    Attributes:
+        size: Number of samples wanted (of the whole global batch, before it is cut by
+            rank). In `start_epoch`: the full batch size.
+        epoch: From 0.
+        cursor: Number of the batch within the epoch, from 0.
+        step: Global step.
+        progress: Share of the training budget that is spent, 0 to 1.
+        catalog: The loss catalog, to be read only.
+        streams: Source of `rng`.
+        purpose: What `rng` is for.
+        excluded: True for samples that must not be drawn in this epoch (quarantine, noise
+            guard, probes), shape `[num_samples]`, or None when all may be drawn. It
+            changes at epoch starts only.
+        stable_only: Prefer samples of low loss (Q1): the model was just rolled back.
+    """
+
+    size: int
+    epoch: int
+    cursor: int
+    step: int
+    progress: float
+    catalog: LossCatalog
+    streams: RandomStreams
+    purpose: Purpose = Purpose.BATCH
+    excluded: Mask | None = None
+    stable_only: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples in the data set."""
+        return self.catalog.num_samples
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A generator that depends on seed, epoch and cursor only. Do not keep it."""
+        return self.streams.at(self.purpose, self.epoch, self.cursor)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """The chosen samples and, for a biased choice, how likely each was.
+
+    Attributes:
+        indices: Sample ids, any integer dtype, shape `[n]`, `1 <= n <= request.size`.
+        probabilities: Expected share of a draw that each chosen sample gets, shape `[n]`:
+            1/N where all are alike. None: unbiased.
+        weights: Importance weights, shape `[n]`, mean about 1, where the strategy computes
+            them itself. None: `1 / (N p)` from `probabilities`.
+    """
+
+    indices: NDArray[np.integer[Any]]
+    probabilities: NDArray[np.floating[Any]] | None = None
+    weights: NDArray[np.floating[Any]] | None = None
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Chooses samples. See the module's text for the optional methods."""
+
+    def draw(self, request: BatchRequest) -> Draw | Indices:
+        """Return `request.size` sample ids (fewer where there are not as many)."""
+        ...
+
+
+_REGISTRY: dict[str, Callable[[], Strategy]] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: make a strategy usable as `strategy=name`."""
+
+    def add(cls: type) -> type:
+        _REGISTRY[name] = cls
+        cls.name = name  # type: ignore[attr-defined]
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """Return the names that `strategy=` takes."""
+    return sorted(_REGISTRY)
+
+
+def make(strategy: str | Strategy) -> Strategy:
+    """Return the strategy of that name, or the object itself.
+
+    Raises:
+        ConfigError: Unknown name, or an object without a `draw` method.
+    """
+    if isinstance(strategy, str):
+        if strategy not in _REGISTRY:
+            raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
+        return _REGISTRY[strategy]()
+    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
+        raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
+    return strategy
