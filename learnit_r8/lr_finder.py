@@ -46,6 +46,8 @@ MIN_FALL = 5.0
 (normal, lognormal, exponential, Student t with 3 degrees of freedom) at most 1.4% pass in 100 steps, 4.4% in 20."""
 MEMORY_DECADES = 0.5
 """Default memory of the exponential mean, in decades of LR."""
+ROUNDING = 1e-6
+"""Noise of any loss relative to its size: 8 float32 roundings."""
 MAX_SMOOTHING = 0.98
 """Longest default memory, 50 steps (fastai's `Recorder`), for sweeps of a narrow range."""
 
@@ -231,9 +233,11 @@ class LrFinder:
         6 times that of white noise. An exponential mean divides it by (1 + smoothing) / (1 - smoothing).
         """
         fall = self._smoothed[self._skip + start] - self._smoothed[self._skip + end]
-        wiggle = np.diff(self._losses[: self._skip + end + 1], 2)
+        losses = np.array(self._losses[: self._skip + end + 1])
+        wiggle = np.diff(losses, 2)
         variance = float(np.mean(wiggle**2)) / 6.0 if wiggle.size else 0.0
-        return fall, math.sqrt(variance * (1.0 - self.smoothing) / (1.0 + self.smoothing))
+        noise = math.sqrt(variance * (1.0 - self.smoothing) / (1.0 + self.smoothing))
+        return fall, max(noise, ROUNDING * float(np.abs(losses).max()))
 
 
 def longest_valley(losses: NDArray[np.float64]) -> tuple[int, int]:

@@ -186,9 +186,9 @@ def _with_warmup(warmup_proportion: float, decay: Callable[[float, float, int], 
     """Warm-up, then `decay(steps since, steps that follow warm-up, warm-up steps)`."""
 
     def schedule(t: float, total: float) -> float:
-        warmup = round(warmup_proportion * total)
-        if t < warmup and t < total:
-            return min(1.0, (max(t, 0.0) + 1.0) / warmup)
+        warmup, t = round(warmup_proportion * total), max(t, 0.0)
+        if t < min(warmup, total):
+            return min(1.0, (t + 1.0) / warmup)
         remaining = max(0.0, total - warmup)
         return decay(min(max(t - warmup, 0.0), remaining), remaining, warmup)
 

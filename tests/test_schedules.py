@@ -138,7 +138,7 @@ def test_linear_agrees_with_torch_linear_warmup_then_linear_decay(total, warmup)
     np.testing.assert_allclose(ours("linear", total, warmup), theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("total", [1, 2, 7, 100, 999])
+@pytest.mark.parametrize("total", [1, 3, 7, 100, 999])
 @pytest.mark.parametrize("rise", [0.0, 0.1, 0.3, 0.5])
 def test_one_cycle_agrees_with_torch_at_every_step(total, rise):
     theirs = torch.optim.lr_scheduler.OneCycleLR(
@@ -147,6 +147,10 @@ def test_one_cycle_agrees_with_torch_at_every_step(total, rise):
     schedule = make_schedule("one_cycle", rise)
     mine = [learning_rate(schedule(t, total), PEAK) for t in range(total)]
     np.testing.assert_allclose(mine, rates(theirs, total), rtol=0, atol=TOLERANCE)
+
+
+def test_one_cycle_with_a_rise_of_one_step_starts_at_the_peak_where_torch_divides_by_zero():
+    assert make_schedule("one_cycle", 0.5)(0, 2) == 1.0
 
 
 proportions = st.floats(0, 1)
@@ -251,10 +255,10 @@ def test_a_bad_mode_and_a_bad_proportion_are_reported_together(proportion):
     assert [problem.split()[0] for problem in caught.value.problems] == ["scheduler_mode", "warmup_proportion"]
 
 
-@pytest.mark.parametrize("make", [lambda: restarts(0), lambda: polynomial(0), lambda: stable_then_decay(0)])
-def test_shapes_refuse_parameters_that_define_no_curve(make):
+@pytest.mark.parametrize("shape", [restarts, polynomial, stable_then_decay])
+def test_shapes_refuse_parameters_that_define_no_curve(shape):
     with pytest.raises(ConfigError, match="got 0"):
-        make()
+        shape(0)
 
 
 def test_names_may_be_members_of_the_transformers_enum():
