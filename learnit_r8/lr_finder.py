@@ -3,7 +3,7 @@
 The range test of Smith 2017 ("Cyclical learning rates for training neural networks", section 3.3)
 with fastai's rules for reading the curve. The loop drives it:
 
-    finder = LrFinder(plan_steps(total_steps))
+    finder = LrFinder(plan_steps(total_steps))  # 0: the run is too short to search
     going = True
     while going:
         going = finder.record(train_one_batch(finder.next_lr()))

@@ -5,8 +5,8 @@ A schedule is `factor = schedule(t, total)`; `learning_rate` turns the factor in
     lr = min_lr + (peak - min_lr) * factor.
 
 `t` is the step from 0, `total` the budget in steps. Both may be fractional: a wall-clock budget
-is counted in virtual steps, an epoch that shrinks in `progress * total`. Past the end the last
-value is kept.
+is counted in virtual steps, an epoch that shrinks in `progress * total`; keep `total` fixed then,
+for the length of warm-up is rounded to whole steps of it. Past the end the last value is kept.
 
 With `W = round(warmup_proportion * total)`, `e = t - W`, `n = total - W` and `p = e / n`
 (progress after warm-up), the factor is `(t + 1) / W` for `t < W`, afterwards:
@@ -14,7 +14,7 @@ With `W = round(warmup_proportion * total)`, `e = t - W`, `n = total - W` and `p
 ====================  ===========================================  =====================================
 name                  factor after warm-up                         agrees with
 ====================  ===========================================  =====================================
-constant              1, from step 0: no warm-up                   transformers, torch ConstantLR
+constant              1, from step 0: no warm-up                   transformers
 constant_with_warmup  1                                            transformers
 linear                1 - p                                        transformers, torch LinearLR
 polynomial            (1 - p)^power, power 1                       transformers, torch PolynomialLR
@@ -23,7 +23,7 @@ cosine_with_min_lr    the same; the floor is the run's `min_lr`    transformers
 cosine_with_restarts  (1 + cos(pi (cycles p mod 1))) / 2,          transformers, torch
                       cycles 1                                     CosineAnnealingWarmRestarts
 inverse_sqrt          (1 + e / (W or 10000))^-1/2                  transformers
-warmup_stable_decay   1 until p = 0.8, then half a cosine to 0     transformers, decay of n / 5 steps
+warmup_stable_decay   1 until p = 0.8, then half a cosine to 0     transformers, n / 5 decay steps
 one_cycle             1/25 up to 1 and down to 1/250000, by half   torch OneCycleLR with
                       cosines; the rise takes the place of warm-up `pct_start=warmup_proportion`
 ====================  ===========================================  =====================================
@@ -57,8 +57,8 @@ Schedule = Callable[[float, float], float]
 Shape = Callable[[float], float]
 """Progress in [0, 1] -> factor in [0, 1]."""
 
-# The share of a run that a cool-down needs to match cosine: Haegele et al. 2024, "Scaling laws and
-# compute-optimal training beyond fixed training durations", figure 5 (10 to 20%).
+# A cool-down of about a fifth matches cosine in Hägele et al. 2024, "Scaling laws and compute-optimal
+# training beyond fixed training durations". transformers has no default.
 DECAY_SHARE = 0.2
 # torch.optim.lr_scheduler.OneCycleLR: div_factor and div_factor * final_div_factor.
 ONE_CYCLE_START = 1 / 25.0
@@ -92,7 +92,7 @@ def restarts(cycles: int) -> Shape:
 def stable_then_decay(decay_share: float = DECAY_SHARE) -> Shape:
     """Return 1, and half a cosine over the last `decay_share`, in (0, 1], of progress.
 
-    Source: Hu et al. 2024, "MiniCPM", equation 1 (warmup-stable-decay), with transformers' cosine.
+    Source: Hu et al. 2024, "MiniCPM" (warmup-stable-decay), with transformers' cosine.
     """
     _require(0 < decay_share <= 1, f"decay_share must be in (0, 1], got {decay_share!r}")
     return lambda progress: half_cosine(max(0.0, (progress - 1.0 + decay_share) / decay_share))
