@@ -1,6 +1,6 @@
 """What a step costs: draw + update against blind shuffling and against the published algorithm.
 
-    python -m benchmarks.speed [--quick]
+python -m benchmarks.speed [--quick]
 """
 
 from __future__ import annotations

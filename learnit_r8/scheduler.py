@@ -30,23 +30,23 @@ from numpy.typing import NDArray
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
-from learnit_r8.arguments import check_arguments
-from learnit_r8.budget import Budget
 from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.checkpoint import LoadedCheckpoint, resolve
-from learnit_r8.chooser import Chooser
 from learnit_r8.config import Config
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
-from learnit_r8.losses import Reported, read_losses
-from learnit_r8.lr_search import LrSearch
-from learnit_r8.ranks import Ranks
+from learnit_r8.loop.arguments import check_arguments
+from learnit_r8.loop.budget import Budget
+from learnit_r8.loop.chooser import Chooser
+from learnit_r8.loop.losses import Reported, read_losses
+from learnit_r8.loop.lr_search import LrSearch
+from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.safety import SafetyNet
+from learnit_r8.loop.saver import Saver, State
+from learnit_r8.loop.signals import Interrupts
+from learnit_r8.loop.tickets import Ticket, TicketDesk
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.saver import Saver, State
-from learnit_r8.signals import Interrupts
 from learnit_r8.sinks import EventBus, JsonlSink
-from learnit_r8.stability.safety import SafetyNet
 from learnit_r8.strategies.base import Strategy
-from learnit_r8.tickets import Ticket, TicketDesk
 from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult
 
 
@@ -328,9 +328,7 @@ class R8Scheduler:
         self._reported = self._accepted = 0
         self._loss_sum = 0.0
         self._epoch_started = self._clock.monotonic()
-        self._bus.emit(
-            events.EpochStarted, self._global_step, self._epoch, self._chooser.phase, self._chooser.batches
-        )
+        self._bus.emit(events.EpochStarted, self._global_step, self._epoch, self._chooser.phase, self._chooser.batches)
 
     def _end_epoch(self, *, completed: bool) -> None:
         for ticket in self._desk.drop_all():
@@ -339,9 +337,7 @@ class R8Scheduler:
         self._catalog.end_epoch()
         mean = self._loss_sum / self._accepted if self._accepted else float("nan")
         seconds = self._clock.monotonic() - self._epoch_started
-        self._bus.emit(
-            events.EpochEnded, self._global_step, self._epoch, mean, seconds, self._reported, completed
-        )
+        self._bus.emit(events.EpochEnded, self._global_step, self._epoch, mean, seconds, self._reported, completed)
         if self._stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
 
@@ -622,8 +618,16 @@ class R8Scheduler:
         elapsed = self._budget.elapsed
         run = Path(self._config.log_dir or ".").resolve().name
         self._bus.emit(
-            events.RunStarted, self._global_step, run, config, self.steps_per_epoch, self.total_steps,
-            self._resumed, __version__, os.getpid(), elapsed,
+            events.RunStarted,
+            self._global_step,
+            run,
+            config,
+            self.steps_per_epoch,
+            self.total_steps,
+            self._resumed,
+            __version__,
+            os.getpid(),
+            elapsed,
         )
         self._budget.begin()
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from learnit_r8 import events
-from learnit_r8.callbacks import LoadCallback, SaveCallback
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.clock import Clock
 from learnit_r8.errors import TrainingDiverged
-from learnit_r8.losses import Reported
+from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
+from learnit_r8.loop.losses import Reported
 from learnit_r8.stability.backups import BackupRing
 from learnit_r8.types import Indices, Mask, Verdict
 

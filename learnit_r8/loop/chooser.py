@@ -46,7 +46,7 @@ class Chooser:
 
     @property
     def phase(self) -> str:
-        """"cataloging", or the strategy's name."""
+        """ "cataloging", or the strategy's name."""
         return "cataloging" if self._cataloging else self._config.strategy
 
     @property

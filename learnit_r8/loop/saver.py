@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from learnit_r8 import events
-from learnit_r8.arguments import Arguments
 from learnit_r8.checkpoint import CheckpointStore, LoadedCheckpoint, resolve
 from learnit_r8.errors import CheckpointError
+from learnit_r8.loop.arguments import Arguments
 from learnit_r8.sinks import EventBus
 
 State = dict[str, Any]

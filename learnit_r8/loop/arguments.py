@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.callbacks import LoadCallback, SaveCallback
 from learnit_r8.clock import Clock
 from learnit_r8.config import MAX_SAMPLES, NOISE_GUARDS, UI_NAMES, Config, Problems
 from learnit_r8.errors import ConfigError
+from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.schedules import Schedule, make_schedule
 from learnit_r8.strategies.base import Strategy, make
 from learnit_r8.types import Sink
@@ -97,7 +97,9 @@ def check_arguments(
     batch = problems.integer("batch_size", batch_size, 1)
     whole = problems.flag("drop_last", drop_last)
     if whole and batch > size:
-        problems.append(f"drop_last=True with batch_size={batch} > num_samples={size} leaves no batch: lower batch_size")
+        problems.append(
+            f"drop_last=True with batch_size={batch} > num_samples={size} leaves no batch: lower batch_size"
+        )
     epochs, seconds = _budget(problems, num_epochs, train_duration_seconds)
     world = problems.integer("world_size", world_size, 1)
     gather = problems.function("all_gather", all_gather)

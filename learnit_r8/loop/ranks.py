@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ProtocolError
-from learnit_r8.losses import Reported, read_losses
+from learnit_r8.loop.losses import Reported, read_losses
 
 
 class Ranks:

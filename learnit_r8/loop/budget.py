@@ -77,7 +77,9 @@ class Budget:
         floor = min(self._config.min_lr, self.peak)
         rate = (floor + (self.peak - floor) * self._schedule(*position)) * multiplier
         if not math.isfinite(rate):
-            raise ValueError(f"the schedule gave a learning rate of {rate!r} at step {position[0]:g} of {position[1]:g}")
+            raise ValueError(
+                f"the schedule gave a learning rate of {rate!r} at step {position[0]:g} of {position[1]:g}"
+            )
         return min(self.peak, max(floor, rate))
 
     def restart_schedule(self, peak: float) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from learnit_r8.config import Config
-from learnit_r8.losses import Reported
+from learnit_r8.loop.losses import Reported
 from learnit_r8.lr_finder import LrFinder, LrSuggestion, plan_steps
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.types import Indices, StepResult, Verdict
