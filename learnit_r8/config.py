@@ -79,9 +79,8 @@ class Config:
 
     def order_hash(self) -> str:
         """Return a hash of what decides the order of samples; equal on all ranks of a run."""
-        decisive = {
-            name: getattr(self, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "strategy")
-        }
+        names = ("num_samples", "batch_size", "seed", "drop_last", "strategy")
+        decisive = {name: getattr(self, name) for name in names}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
