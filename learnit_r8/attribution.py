@@ -49,8 +49,20 @@ _MAX_STEP = 1.5
 """Of log x in one update; the linearisation is no good beyond."""
 _LIMIT = 1e6
 """Relative losses stay within 1 / limit .. limit (multiplicative)."""
-_PATH = ((0.3, 20.0), (0.1, 20.0), (0.03, 40.0), (0.005, math.inf))
+_MIN_EQUATIONS = 0.2
+"""Equations per unknown below which a refinement gains nothing on real training."""
+_PATH = ((0.3, 20.0), (0.1, 20.0), (0.03, 40.0), (0.005, math.inf), (0.0005, math.inf))
 """Candidates of a refinement: (noise share, half-life of a report in epochs), most cautious first."""
+_HELD_OUT = 8
+"""Every so many-th batch chooses among the candidates."""
+_COMPARED = 100
+"""Held-out batches, at least, that decide between fit and filter (fewer misjudged it)."""
+_SEARCH = (2, 12)
+"""Gauss-Newton steps and conjugate-gradient iterations for a candidate, which starts at the one before."""
+_FINAL = (3, 30)
+"""The same for the final fit to all batches."""
+_WINDOW = 32
+"""Batches to each side over which a refinement smooths the level."""
 _RECORD_ENTRIES = 8
 """History entries (4 bytes) that a batch's scalars take."""
 
@@ -99,30 +111,26 @@ class BatchAttribution:
         if self.scale == 0.0:
             return
         error = (loss - self.level) / self.scale - (mean - 1.0)
-        if self.additive:
-            slope = np.full(n, 1.0 / n, np.float32)
-            signal = 1.0
-        else:
-            s = _log_std(self._spread)
-            slope = x * np.float32(s / n)
-            signal = math.expm1(s * s)
+        error = min(_LIMIT, max(-_LIMIT, error))
+        s = 1.0 if self.additive else _log_std(self._spread)
+        slope = np.full(n, 1.0 / n, np.float32) if self.additive else x * np.float32(s / n)
         gain = p * slope
-        innovation = float(gain.dot(slope)) + _NOISE * signal / n
-        gain /= np.float32(innovation)
+        signal = 1.0 if self.additive else math.expm1(s * s)
+        gain /= np.float32(float(gain.dot(slope)) + _NOISE * signal / n)
         slope *= gain
         np.subtract(1.0, slope, out=slope)
         p *= slope
         p += np.float32(_PROCESS_NOISE)
-        gain *= np.float32(error if self.additive else error * s)
+        gain *= np.float32(s * error)
         if self.additive:
             x += gain
+            np.maximum(x, -_LIMIT, out=x)
         else:
             np.minimum(gain, _MAX_STEP, out=gain)
             np.maximum(gain, -_MAX_STEP, out=gain)
             x *= np.exp(gain, out=gain)
-            np.minimum(x, _LIMIT, out=x)
             np.maximum(x, 1.0 / _LIMIT, out=x)
-        estimate[indices] = x
+        estimate[indices] = np.minimum(x, _LIMIT, out=x)
         variance[indices] = np.minimum(p, PRIOR_VARIANCE, out=p)
 
     def to_loss(self, estimate: Float32s) -> Float32s:
@@ -155,28 +163,30 @@ class BatchAttribution:
             Whether the arrays were changed.
         """
         history = self._history
-        if history.entries < 2 * self.num_samples or self.scale == 0.0:
+        equations = history.count / self.num_samples
+        if equations < _MIN_EQUATIONS or self.scale == 0.0:
             return False
         fit = _Fit(self, history)
-        held_out = np.zeros(fit.count, bool)
-        held_out[fit.count - 1 :: -8] = True
-        recent = held_out & (fit.age < 3.0)
-        streaming = fit.mean_square(fit.streaming_error, recent)
+        newest_first = np.arange(fit.count)[::-1]
+        held_out = newest_first % _HELD_OUT == 0
         u = np.zeros(self.num_samples)
         best = (math.inf, u, _PATH[0])
         for noise, half_life in _PATH:
-            u = fit.solve(u, noise, fit.weights(half_life) * ~held_out)
+            u = fit.solve(u, noise, fit.weights(half_life) * ~held_out, *_SEARCH)
             error = fit.mean_square(fit.error(u), held_out)
             if error >= best[0]:
                 break
             best = (error, u, (noise, half_life))
+            fit.smooth_level(u)
         _, u, (noise, half_life) = best
-        if fit.mean_square(fit.error(u), recent) >= streaming:
+        compared = held_out & ((fit.age < 3.0) | (newest_first < _COMPARED * _HELD_OUT))
+        if not fit.mean_square(fit.error(u), compared) < fit.mean_square(fit.filter_error, compared):
             return False
-        u = fit.solve(u, noise, fit.weights(half_life))
-        seen = fit.counts > 0
-        estimate[seen] = fit.value(u)[seen]
-        variance[seen] = fit.variance(u, noise, fit.weights(half_life))[seen]
+        weights = fit.weights(half_life)
+        u = fit.solve(u, noise, weights, *_FINAL)
+        seen = fit.seen
+        estimate[seen] = fit.relative(u)[seen]
+        variance[seen] = fit.variance(u, noise, weights)[seen]
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +225,7 @@ class BatchAttribution:
         if self.scale == 0.0:
             return
         # 1.25 times the mean absolute deviation is the standard deviation of a normal.
-        deviation = 1.2533 * math.sqrt(n) * abs(loss - self.level) / self.scale
+        deviation = min(1e30, 1.2533 * math.sqrt(n) * abs(loss - self.level) / self.scale)
         self._spread += max(_LEVEL_RATE, 1.0 / (self._reports + 4)) * (deviation - self._spread)
         if self.additive and not 1e-3 <= self._spread <= 1e3:
             self._rescale(estimate)
@@ -223,7 +233,7 @@ class BatchAttribution:
     def _turn_additive(self, estimate: Float32s, variance: Float32s, loss: float) -> None:
         self.additive = True
         old = self.scale
-        self.scale = old * max(1.0, self._spread) or abs(loss)
+        self.scale = max(old * max(1.0, self._spread) or abs(loss), 1e-300)
         factor = old / self.scale
         self._spread = self._spread * factor or 1.0
         _scale_about_one(estimate, factor)
@@ -249,7 +259,9 @@ def _scale_about_one(estimate: Float32s, factor: float) -> None:
 
 def _log_std(relative_std: float) -> float:
     """Return s of the log-normal with mean 1 and this standard deviation, within limits."""
-    return min(_MAX_S, math.sqrt(math.log1p(relative_std * relative_std))) if relative_std < 10.0 else _MAX_S
+    if relative_std >= 10.0:
+        return _MAX_S
+    return min(_MAX_S, max(1e-4, math.sqrt(math.log1p(relative_std * relative_std))))
 
 
 def _relative_std(s: float) -> float:
@@ -321,9 +333,10 @@ def _grown(array: NDArray[Any], length: int) -> NDArray[Any]:
 
 
 class _Fit:
-    """Penalised least squares over a history: min sum w (target - A x(u))^2 / r + |u|^2.
+    """Penalised least squares over a history: minimise sum_t w_t (target - A x(u))_t^2 / r + |u|^2.
 
-    A averages over each batch; it is never built. r = noise share * prior variance of a batch.
+    A averages over each batch and is never built: `_mean` and `_spread_out` apply it and its
+    transpose. r is the noise share of the variance that the prior gives to a batch.
     """
 
     def __init__(self, owner: BatchAttribution, history: _History) -> None:
@@ -332,18 +345,19 @@ class _Fit:
         self._num_samples = owner.num_samples
         self._additive = owner.additive
         unit = np.full(self.count, owner.scale) if owner.additive else np.maximum(level, np.finfo(float).tiny)
-        self._target = 1.0 + (loss - level) / unit
-        self.streaming_error = (loss - predicted) / unit
+        self._observed = np.clip(1.0 + (loss - level) / unit, -_LIMIT, _LIMIT)
+        self._target = self._observed
+        self.filter_error = np.clip((loss - predicted) / unit, -_LIMIT, _LIMIT)
         self._ids = history.ids.astype(np.intp)
         self._sizes = sizes.astype(np.intp)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._buffer = np.empty(len(self._ids))
-        self.counts = np.bincount(self._ids, minlength=self._num_samples)
-        # In epochs: how often a sample was reported on average since.
+        self.seen = np.bincount(self._ids, minlength=self._num_samples) > 0
+        # In epochs: how often a sample has been reported since, on average.
         self.age = (history.entries - np.cumsum(sizes)) / self._num_samples
         recent = self.weights(_PATH[0][1])
-        variance = float(recent @ ((self._target - 1.0) ** 2 * sizes) / recent.sum())
-        self._std = math.sqrt(variance) if owner.additive else _log_std(math.sqrt(variance))
+        std = math.sqrt(float(recent @ ((self._observed - 1.0) ** 2 * sizes) / recent.sum()))
+        self._std = max(std, 1e-4) if owner.additive else _log_std(std)
         self._signal = self._std**2 if owner.additive else math.expm1(self._std**2)
 
     def weights(self, half_life: float) -> Floats:
@@ -351,64 +365,79 @@ class _Fit:
         weights: Floats = np.exp2(-self.age / half_life)
         return weights
 
-    def value(self, u: Floats) -> Floats:
-        """Return relative losses."""
+    def relative(self, u: Floats) -> Floats:
+        """Return relative losses in the filter's terms: right on average over the last epoch."""
+        x = self._value(u)
+        weights = self._sizes * (self.age < 1.0)
+        observed, fitted = float(weights @ self._observed), float(weights @ self._mean(x))
         if self._additive:
-            return 1.0 + self._std * u
-        values: Floats = np.exp(np.clip(self._std * u - self._std**2 / 2, -14.0, 14.0))
-        return values
+            return np.clip(x + (observed - fitted) / float(weights.sum()), -_LIMIT, _LIMIT)
+        return np.clip(x * (observed / fitted), 1.0 / _LIMIT, _LIMIT)
 
     def error(self, u: Floats) -> Floats:
         """Return target minus prediction for each batch."""
-        return self._target - self._mean(self.value(u))
+        return self._target - self._mean(self._value(u))
 
     def mean_square(self, error: Floats, mask: NDArray[np.bool_]) -> float:
-        """Return the mean square of some batches' errors, ragged ones counting less."""
+        """Return the mean square of some batches' errors; old and small batches count less."""
         weights = (self._sizes * self.weights(_PATH[0][1]))[mask]
-        return float(weights @ error[mask] ** 2 / weights.sum()) if len(weights) else math.inf
+        return float(weights @ error[mask] ** 2 / weights.sum())
 
-    def solve(self, u: Floats, noise: float, weights: Floats, outer: int = 6, inner: int = 12) -> Floats:
-        """Return the minimiser, from a start `u`."""
-        weights = weights * self._sizes / (noise * self._signal) if self._signal > 0 else weights * 0.0
+    def smooth_level(self, u: Floats) -> None:
+        """Correct the level by what the fit leaves unexplained in the batches on both sides."""
+        fitted = self._mean(self._value(u))
+        observed, predicted = _moving_sum(self._sizes * self._observed), _moving_sum(self._sizes * fitted)
+        if self._additive:
+            self._target = self._observed - (observed - predicted) / _moving_sum(self._sizes)
+        else:
+            self._target = self._observed * (predicted / np.maximum(observed, 1e-3 * predicted))
+
+    def solve(self, u: Floats, noise: float, weights: Floats, steps: int, iterations: int) -> Floats:
+        """Return the minimiser by Gauss-Newton, each step halved until it helps."""
+        weights = weights * self._sizes / (noise * self._signal)
         error = self.error(u)
         objective = float(weights @ error**2 + u @ u)
-        for _ in range(outer):
-            slope = self._std * (np.ones_like(u) if self._additive else self.value(u))
-            step = self._conjugate_gradients(slope, weights, slope * self._spread_out(weights * error) - u, inner)
+        for _ in range(steps):
+            slope = self._slope(u)
+            step = self._conjugate_gradients(slope, weights, slope * self._spread_out(weights * error) - u, iterations)
             if not self._additive:
                 np.clip(step, -2.0, 2.0, out=step)
             for _ in range(4):
                 trial = u + step
                 trial_error = self.error(trial)
                 value = float(weights @ trial_error**2 + trial @ trial)
-                if value <= objective:
+                if value < objective:
                     break
                 step *= 0.5
             else:
-                break
-            done = value > objective * (1.0 - 1e-4)
+                return u
             u, error, objective = trial, trial_error, value
-            if done:
-                break
         return u
 
     def variance(self, u: Floats, noise: float, weights: Floats) -> Floats:
-        """Return the variances: mean-field, where a sample sees the others' doubt as noise.
+        """Return the variances of u, shape `[N]`, where the doubt about a batch's other samples counts as noise.
 
-        1/P_i = 1 + sum_t w_t (g_i/B)^2 / (mean(P g^2)/B + r_t). With equal slopes g and no noise this is P = 1 - (equations
-        per unknown), the exact share left by random equations.
+        1 / P_i = 1 + g_i^2 sum_t (w_t / B_t) / (mean(P g^2) + noise), g = dx/du. With equal slopes and
+        no noise that is P = 1 - equations per unknown, which is exact for random equations.
         """
-        slope = np.full_like(u, self._std) if self._additive else self._std * self.value(u)
-        squares = slope**2
+        squares = self._slope(u) ** 2
         evidence = self._spread_out(weights) * squares
         p = np.ones_like(u)
         for _ in range(60):
-            p_new = 1.0 / (1.0 + evidence / (float(np.mean(p * squares)) + noise * self._signal + 1e-300))
-            done = np.abs(p_new - p).max() < 1e-3
-            p = p_new
-            if done:
+            previous = p
+            p = 1.0 / (1.0 + evidence / (float(np.mean(p * squares)) + noise * self._signal))
+            if np.abs(p - previous).max() < 1e-3:
                 break
         return p
+
+    def _value(self, u: Floats) -> Floats:
+        if self._additive:
+            return 1.0 + self._std * u
+        values: Floats = np.exp(np.clip(self._std * u - self._std**2 / 2, -14.0, 14.0))
+        return values
+
+    def _slope(self, u: Floats) -> Floats:
+        return np.full_like(u, self._std) if self._additive else self._std * self._value(u)
 
     def _mean(self, x: Floats) -> Floats:
         x.take(self._ids, out=self._buffer, mode="clip")
@@ -419,18 +448,31 @@ class _Fit:
         return np.bincount(self._ids, np.repeat(r / self._sizes, self._sizes), self._num_samples)
 
     def _conjugate_gradients(self, slope: Floats, weights: Floats, b: Floats, iterations: int) -> Floats:
-        """Solve (S A' W A S + 1) step = b."""
+        """Solve (S A' W A S + 1) step = b, S = diag(slope), preconditioned by its diagonal.
+
+        The slopes differ by orders of magnitude, so the diagonal halves the iterations.
+        """
+        diagonal = 1.0 + slope**2 * self._spread_out(weights / self._sizes)
         step = np.zeros_like(b)
         residual = b
-        direction = b.copy()
-        square = first = float(b @ b)
+        direction = b / diagonal
+        square = first = float(b @ direction)
         for _ in range(iterations):
-            if square <= 1e-8 * first:
+            if square <= 1e-2 * first or square <= 1e-280:
                 break
             image = slope * self._spread_out(weights * self._mean(slope * direction)) + direction
             length = square / float(direction @ image)
             step += length * direction
             residual = residual - length * image
-            previous, square = square, float(residual @ residual)
-            direction = residual + square / previous * direction
+            scaled = residual / diagonal
+            previous, square = square, float(residual @ scaled)
+            direction = scaled + square / previous * direction
         return step
+
+
+def _moving_sum(values: NDArray[Any]) -> Floats:
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    centre = np.arange(len(values))
+    last = np.minimum(centre + _WINDOW + 1, len(values))
+    sums: Floats = total[last] - total[np.maximum(centre - _WINDOW, 0)]
+    return sums
