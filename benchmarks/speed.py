@@ -116,8 +116,8 @@ def boundary(quick: bool) -> None:
     times = interleave({"boundary": turn, "permutation": lambda: rng.permutation(size)}, rounds=5)
     ratio = times["boundary"] / times["permutation"]
     print(
-        f"\nEpoch boundary at N={size:,}: {times['boundary']:.2f} s, Generator.permutation {times['permutation']:.2f} s, "
-        f"{ratio:.2f}x (goal 4)"
+        f"\nEpoch boundary at N={size:,}: {times['boundary']:.2f} s, "
+        f"Generator.permutation {times['permutation']:.2f} s, {ratio:.2f}x (goal 4)"
     )
     print(f"Catalog: {scheduler.catalog.nbytes / size:.0f} bytes a sample (goal 32)")
 

@@ -93,6 +93,16 @@ class BatchAttribution:
         self._spread = _relative_std(_MAX_S)
         self._history = _History(history_entries)
 
+    def start(self, losses: NDArray[np.floating[Any]]) -> None:
+        """Take level and scale from losses known per sample, shape `[n]`, before any batch is reported."""
+        self.level = float(np.mean(losses, dtype=np.float64))
+        self.additive = bool(np.min(losses) < 0.0)
+        deviation = float(np.std(losses, dtype=np.float64))
+        self.scale = (deviation or abs(self.level) or 1.0) if self.additive else self.level
+        self._reports = round(1.0 / _LEVEL_RATE)
+        if self.scale > 0.0:
+            self._spread = deviation / self.scale
+
     def update(self, estimate: Float32s, variance: Float32s, indices: NDArray[np.integer[Any]], loss: float) -> None:
         """Take the finite mean loss of one batch; O(batch size).
 
@@ -145,9 +155,9 @@ class BatchAttribution:
         with np.errstate(over="ignore"):
             return (1.0 + (np.asarray(losses, np.float64) - self.level) / self.scale).astype(np.float32)
 
-    def expected(self, estimate: Float32s) -> float:
-        """Return the loss that a batch with these relative losses, shape `[n]`, should have."""
-        return self.level + self.scale * (float(np.add.reduce(estimate)) / len(estimate) - 1.0)
+    def expected_mean(self, estimate: float) -> float:
+        """Return the loss of samples whose mean relative loss is `estimate`."""
+        return self.level + self.scale * (estimate - 1.0)
 
     def confidence(self, variance: Float32s) -> float:
         """Return the share of the samples' differences that is known, 0 to 1."""

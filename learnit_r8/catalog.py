@@ -169,8 +169,9 @@ class LossCatalog:
         """Mean of the expected loss over the samples that were seen; NaN while none was."""
         if not self._num_seen:
             return math.nan
-        mean = self._sum / self._num_seen
-        return mean if self._attribution is None else float(self._attribution.to_loss(mean))
+        if self._attribution is None:
+            return self._sum / self._num_seen
+        return self._attribution.expected_mean(self._sum / self.num_samples)
 
     @property
     def nbytes(self) -> int:
@@ -232,12 +233,11 @@ class LossCatalog:
             if unseen == size:
                 return Rows(indices, block, math.nan, unseen)
         total = float(np.add.reduce(_words(block, np.float32)[:, _ESTIMATE], dtype=np.float64))
+        if self._attribution is not None:
+            return Rows(indices, block, self._attribution.expected_mean(total / size), unseen)
         if unseen:  # an unseen sample is expected to be like the others
             total += unseen * self._sum / self._num_seen
-        expected = total / size
-        if self._attribution is not None:
-            expected = float(self._attribution.to_loss(expected))
-        return Rows(indices, block, expected, unseen)
+        return Rows(indices, block, total / size, unseen)
 
     def record(self, rows: Rows, losses: Losses, step: int) -> Losses:
         """Take one finite loss per sample of a batch; return them."""
@@ -267,16 +267,17 @@ class LossCatalog:
         if self._attribution is None:
             rows = self._start_attribution(rows)
         assert self._attribution is not None
-        estimate, variance = self._rows["estimate"], self._rows["variance"]
-        if rows.unseen:
-            fresh = rows.indices[_words(rows.block, np.uint32)[:, _USES] == 0]
-            estimate[fresh] = PRIOR_ESTIMATE
-            variance[fresh] = PRIOR_VARIANCE
-        self._attribution.update(estimate, variance, rows.indices, loss)
+        attribution = self._attribution
+        units = attribution.additive, attribution.additive and attribution.scale
+        attribution.update(self._rows["estimate"], self._rows["variance"], rows.indices, loss)
         block = self._opaque.take(rows.indices)
         after, before = (_words(part, np.float32)[:, _ESTIMATE] for part in (block, rows.block))
-        self._sum += float(np.add.reduce(after - before, dtype=np.float64))
-        losses = self._attribution.to_loss(after)
+        if units == (attribution.additive, attribution.additive and attribution.scale):
+            self._sum += float(np.add.reduce(after - before, dtype=np.float64))
+        else:  # all estimates were converted to other units
+            self._resum()
+            self._forget_journal()
+        losses = attribution.to_loss(after)
         self._commit(rows, block, losses, step)
         return losses
 
@@ -302,23 +303,29 @@ class LossCatalog:
         """From here on estimates are relative to the tracked mean loss; return the rows anew."""
         attribution = BatchAttribution(self.num_samples)
         seen = self._rows["uses"] > 0
+        estimate, variance = self._rows["estimate"], self._rows["variance"]
         if self._num_seen:
-            attribution.start(self._sum / self._num_seen)
-            self._rows["estimate"][seen] = attribution.from_loss(self._rows["estimate"][seen])
-            self._rows["variance"][seen] = PRIOR_VARIANCE / 10  # reported exactly, but by an older model
+            attribution.start(estimate[seen])
+            estimate[seen] = attribution.from_loss(estimate[seen])
+            variance[seen] = PRIOR_VARIANCE / 10  # reported exactly, but by an older model
+        estimate[~seen] = PRIOR_ESTIMATE
+        variance[~seen] = PRIOR_VARIANCE
         self._attribution = attribution
-        self._sum = float(self._rows["estimate"].sum(dtype=np.float64))
-        self._edges = None
-        self._journal.clear()
+        self._edges = None  # they were in other units
+        self._resum()
+        self._forget_journal()
         return self.look_up(rows.indices)
+
+    def _resum(self) -> None:
+        """Sum the estimates anew: of the seen samples, or with attribution of all (unseen ones are at the mean)."""
+        counted: Any = True if self._attribution is not None else self._rows["uses"] > 0
+        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=counted))
 
     def end_epoch(self) -> None:
         """Refine the estimates over the reported batches of the last epochs; O(N) and more."""
-        if self._attribution is None:
-            return
-        self._attribution.refine(self._rows["estimate"], self._rows["variance"])
-        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=self._rows["uses"] > 0))
-        self._journal.clear()
+        if self._attribution is not None and self._attribution.refine(self._rows["estimate"], self._rows["variance"]):
+            self._resum()
+            self._forget_journal()
 
     def refresh_quadrants(self, rng: np.random.Generator, excluded: Mask | None = None) -> QuadrantTable | None:
         """Set new quartile edges and return the quadrants' figures; None while nothing was seen.
@@ -356,8 +363,8 @@ class LossCatalog:
         self._rows["planned"] = quadrant
         count = self._rows["epochs_in_q4"]
         self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
-        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=uses > 0))  # drops rounding drift
-        self._journal.clear()
+        self._resum()  # drops rounding drift
+        self._forget_journal()
         return self._table(moved)
 
     def _migration(self) -> tuple[float, ...]:
@@ -399,6 +406,10 @@ class LossCatalog:
         self._journal_bytes += rows.block.nbytes
         while self._journal_bytes > _JOURNAL_BYTES:
             self._journal_bytes -= self._journal.popleft()[1].block.nbytes
+
+    def _forget_journal(self) -> None:
+        self._journal.clear()
+        self._journal_bytes = 0
 
     def rewind(self, step: int) -> int:
         """Undo the reports of `step` and later, newest first; return how many were undone.
@@ -447,8 +458,7 @@ class LossCatalog:
         if state["attribution"] is not None:
             self._attribution = BatchAttribution(self.num_samples)
             self._attribution.load_state_dict(state["attribution"])
-        self._journal.clear()
-        self._journal_bytes = 0
+        self._forget_journal()
 
 
 _FIGURE_SAMPLES = 1 << 20

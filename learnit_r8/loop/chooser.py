@@ -46,7 +46,7 @@ class Chooser:
 
     @property
     def phase(self) -> str:
-        """ "cataloging", or the strategy's name."""
+        """The strategy's name, or "cataloging" in the first epoch."""
         return "cataloging" if self._cataloging else self._config.strategy
 
     @property

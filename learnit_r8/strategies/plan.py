@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class EpochPlan:
         """Return the plan that goes on where `state_dict` was called."""
         ends = np.cumsum([0, *state["sizes"]])
         samples = np.array(state["samples"], np.uint32)
-        return cls([samples[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)])
+        return cls([samples[start:end] for start, end in pairwise(ends)])
 
 
 class PlannedStrategy:
