@@ -421,8 +421,8 @@ class LossCatalog:
         while self._journal and self._journal[-1][0] >= step:
             _, rows = self._journal.pop()
             self._journal_bytes -= rows.block.nbytes
-            current = self._rows["estimate"][rows.indices]
-            self._sum += float((rows.block["estimate"] - current).sum(dtype=np.float64))
+            before, now = rows.block.view(_ROW)["estimate"], self._rows["estimate"][rows.indices]
+            self._sum += float((before - now).sum(dtype=np.float64))
             self._num_seen -= rows.unseen
             self._opaque[rows.indices] = rows.block
             undone += 1

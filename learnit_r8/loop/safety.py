@@ -14,7 +14,7 @@ from learnit_r8.clock import Clock
 from learnit_r8.errors import TrainingDiverged
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.losses import Reported
-from learnit_r8.stability.backups import BackupRing
+from learnit_r8.stability.backups import BackupRing, BackupStatus
 from learnit_r8.types import Indices, Mask, Verdict
 
 Emit = Callable[..., None]
@@ -94,9 +94,11 @@ class SafetyNet:
 
     def keep(self, state: Any, step: int) -> None:
         """Copy a state of the user's model into the ring."""
-        info = self._ring.take(state, step)
         self._last_backup = step
-        self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
+        # The first one has to serve until another is proved: it is all there is.
+        info = self._ring.take(state, step, initial=self._ring.find() is None)
+        if info is not None:
+            self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
 
     # Judgement ----------------------------------------------------------------------------
 
@@ -107,6 +109,9 @@ class SafetyNet:
         if not reported.finite:
             return Judgement(Verdict.NONFINITE, float("nan"), accepted=False, alarming=True)
         self._uncounted.clear()
+        for info in self._ring.healthy(step):
+            if info.status is BackupStatus.VERIFIED:
+                self._emit(events.BackupVerified, step, info.step)
         return Judgement(Verdict.CALM, float("nan"), accepted=True, alarming=False)
 
     def react(
