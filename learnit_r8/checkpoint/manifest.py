@@ -34,7 +34,7 @@ class Manifest:
 
     Attributes:
         step: Global step that it was saved at.
-        serial: 1 for the first checkpoint saved into its directory, and so on.
+        serial: Grows from save to save, and so gives the order of the checkpoints in a directory.
         tag: The caller's word for it, such as "final".
         version: Version of the library that wrote it.
         files: One record per file, by relative posix name.

@@ -34,7 +34,7 @@ else:
 
 BLOCK = 16 << 20
 """Bytes under one digest."""
-PIECE = 1 << 20
+PIECE = 1 << 18
 """Bytes read at once: small enough to be still in the CPU's cache when they are hashed and compared."""
 
 Bytes = NDArray[np.uint8]

@@ -186,7 +186,7 @@ class CheckpointStore:
         text, segments = encode(state)
         with _SAVING, _reported(f"no checkpoint of step {step} was written to {self.directory}; earlier ones are kept"):
             exclusive = self._open_directory()
-            serial = 1 + max((e.manifest.serial for e in self.entries() if e.manifest), default=0)
+            serial = self._next_serial()
             temporary = self.directory / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
             try:
                 _ACTIVE.add(temporary)
@@ -318,6 +318,12 @@ class CheckpointStore:
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, f"{os.getpid()}\n".encode())
         return locked is True
+
+    def _next_serial(self) -> int:
+        """Return a number above that of every checkpoint here, even of one that cannot be read at the moment."""
+        serials = [entry.manifest.serial for entry in self.entries() if entry.manifest]
+        unread = sum(name.startswith("step-") for name in self._fs.names(self.directory)) - len(serials)
+        return 1 + unread + max(serials, default=0)
 
     def _remove_leftovers(self, mine: Path, exclusive: bool) -> None:
         """Remove what killed processes left behind: with a lock, nobody else can be writing here."""
