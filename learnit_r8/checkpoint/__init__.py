@@ -1,8 +1,9 @@
 """Durable state on disk: manifest, hashes, retention, fallback."""
 
+from learnit_r8.checkpoint.directory import Entry
 from learnit_r8.checkpoint.manifest import Manifest
 from learnit_r8.checkpoint.storage import FileRecord, FileSystem
-from learnit_r8.checkpoint.store import CheckpointStore, Entry, LoadedCheckpoint, SavedCheckpoint, resolve
+from learnit_r8.checkpoint.store import CheckpointStore, LoadedCheckpoint, SavedCheckpoint, resolve
 
 __all__ = [
     "CheckpointStore",

@@ -41,6 +41,8 @@ Bytes = NDArray[np.uint8]
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 """What file systems without locks answer."""
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What a name is answered with that leads nowhere; one that is no Unicode raises a ValueError."""
 
 
 class FileSystem:
@@ -199,8 +201,10 @@ def regular_size(root: Path, name: str) -> int:
         path = path / part
         try:
             info = path.lstat()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise CheckpointCorrupt(f"{root}: {name} is missing") from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_FILE:
+                raise
+            raise CheckpointCorrupt(f"{root}: {name:.80} is missing") from error
         if stat.S_ISLNK(info.st_mode):
             raise CheckpointCorrupt(f"{root}: {name} is reached through a symbolic link; only real files are read")
     if not stat.S_ISREG(info.st_mode):

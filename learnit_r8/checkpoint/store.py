@@ -26,19 +26,18 @@ import errno
 import operator
 import os
 import re
-import secrets
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from learnit_r8.checkpoint.directory import NAME, CheckpointDirectory, Entry
 from learnit_r8.checkpoint.manifest import (
     ARRAYS,
     MANIFEST,
@@ -56,9 +55,7 @@ from learnit_r8.checkpoint.storage import (
     FileSystem,
     hash_file,
     regular_size,
-    remove_tree,
     walk_files,
-    write_all,
     write_file,
 )
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
@@ -66,16 +63,10 @@ from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 MIN_KEEP = 2
 """The newest checkpoint is not the only one, even when that is asked for."""
 
-_NAME = re.compile(r"step-(\d{9,})(\.\d+)?(-\w+)?", re.ASCII)
-_TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}", re.ASCII)
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
-_STALE_SECONDS = 24 * 3600
-"""Where there are no locks, temporary files as old as this are nobody's."""
 _THREADS = min(4, os.cpu_count() or 1)
 _SAVING = threading.RLock()
 """Locks on files exclude other processes, not other threads of this one."""
-_ACTIVE: set[Path] = set()
-"""Temporary directories of this process that are in use: a signal handler may save during a save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +105,6 @@ class LoadedCheckpoint:
     manifest: Manifest
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A checkpoint in a directory, unverified; `manifest` is None where that cannot be read."""
-
-    path: Path
-    manifest: Manifest | None
-
-
 class CheckpointStore:
     """The checkpoints of one run, in one directory.
 
@@ -149,13 +132,13 @@ class CheckpointStore:
     ) -> None:
         if keep < 1:
             raise ConfigError([f"keep={keep}: a number of checkpoints from 1 on is expected"])
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # a later chdir must not move the run's checkpoints
         self.keep = max(keep, MIN_KEEP)
         self.version = version
         self._fs = fs or FileSystem()
         self._on_corrupt = on_corrupt or (lambda path, reason: None)
         self._clock = clock
-        self._lock: tuple[int, weakref.finalize[..., Any]] | None = None
+        self._directory = CheckpointDirectory(self.directory, self._fs)
 
     def save(
         self,
@@ -185,24 +168,14 @@ class CheckpointStore:
         step = _checked(step, tag)
         text, segments = encode(state)
         with _SAVING, _reported(f"no checkpoint of step {step} was written to {self.directory}; earlier ones are kept"):
-            exclusive = self._open_directory()
-            serial = self._next_serial()
-            temporary = self.directory / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
-            try:
-                _ACTIVE.add(temporary)
-                self._fs.make_directory(temporary)
-                self._remove_leftovers(temporary, exclusive)
+            exclusive = self._directory.open()
+            serial = self._directory.next_serial()
+            with self._directory.temporary(exclusive=exclusive) as temporary:
                 files = self._fill(temporary, text, segments, write_model)
                 manifest = Manifest(step, serial, tag, self.version, files)
                 self._write_manifest(temporary, manifest)
-                path = self._free_name(step, tag)
+                path = self._directory.free_name(step, tag)
                 self._fs.rename(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    remove_tree(self._fs, temporary)
-                raise
-            finally:
-                _ACTIVE.discard(temporary)
             self._fs.sync_directory(self.directory)
             problems = self._tidy(path, manifest)
         return SavedCheckpoint(path, manifest.nbytes, self._clock() - start, problems)
@@ -251,17 +224,7 @@ class CheckpointStore:
 
     def entries(self) -> list[Entry]:
         """Return what is in the directory, saved last first; those without a readable manifest come first of all."""
-        if not self.directory.is_dir():
-            return []
-        entries = []
-        for name in self._fs.names(self.directory):
-            path = self.directory / name
-            if _NAME.fullmatch(name) and path.is_dir():
-                manifest = None
-                with suppress(CheckpointError, OSError):
-                    manifest = read_manifest(self._fs, path)
-                entries.append(Entry(path, manifest))
-        return sorted(entries, key=lambda e: e.manifest.serial if e.manifest else float("inf"), reverse=True)
+        return self._directory.entries()
 
     def _first_whole(self, entries: list[Entry]) -> LoadedCheckpoint | None:
         for entry in entries:
@@ -290,51 +253,6 @@ class CheckpointStore:
         except OSError as error:
             return f"; it stays under its name ({error})"
         return f"; it is now {target.name}"
-
-    def _open_directory(self) -> bool:
-        """Create and lock the directory; return whether the file system has locks."""
-        missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
-        for path in reversed(missing):
-            with suppress(FileExistsError):
-                self._fs.make_directory(path)
-            self._fs.sync_directory(path.parent)
-        path = self.directory / ".lock"
-        if self._lock is None or not path.exists() or not os.path.samestat(os.fstat(self._lock[0]), path.stat()):
-            if self._lock is not None:
-                self._lock[1]()
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._lock = descriptor, weakref.finalize(self, os.close, descriptor)
-        descriptor = self._lock[0]
-        # Asked for at every save: the system drops it when another store of this process closes the file.
-        locked = self._fs.lock(descriptor)
-        if locked is False:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            holder = os.read(descriptor, 20).decode(errors="replace").strip()
-            raise CheckpointError(
-                f"process {holder or '?'} writes its checkpoints into {self.directory}: "
-                "give each run a checkpoint_dir of its own, or end that process"
-            )
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        return locked is True
-
-    def _next_serial(self) -> int:
-        """Return a number above that of every checkpoint here, even of one that cannot be read at the moment."""
-        serials = [entry.manifest.serial for entry in self.entries() if entry.manifest]
-        unread = sum(name.startswith("step-") for name in self._fs.names(self.directory)) - len(serials)
-        return 1 + unread + max(serials, default=0)
-
-    def _remove_leftovers(self, mine: Path, exclusive: bool) -> None:
-        """Remove what killed processes left behind: with a lock, nobody else can be writing here."""
-        now = mine.stat().st_mtime
-        for name in self._fs.names(self.directory):
-            path = self.directory / name
-            if path in _ACTIVE or not _TEMPORARY.fullmatch(name):
-                continue
-            if exclusive or now - path.lstat().st_mtime > _STALE_SECONDS:
-                with suppress(OSError):
-                    remove_tree(self._fs, path)
 
     def _fill(
         self, root: Path, text: bytes, segments: list[Bytes], write_model: Callable[[Path], object] | None
@@ -368,20 +286,11 @@ class CheckpointStore:
             write_file(self._fs, root / MANIFEST, [raw], pool)
         self._fs.sync_directory(root)
 
-    def _free_name(self, step: int, tag: str) -> Path:
-        taken = set(self._fs.names(self.directory))
-        number, suffix = 1, f"-{tag}" if tag else ""
-        name = f"step-{step:09d}{suffix}"
-        while name in taken:
-            number += 1
-            name = f"step-{step:09d}.{number}{suffix}"
-        return self.directory / name
-
     def _tidy(self, path: Path, manifest: Manifest) -> tuple[str, ...]:
         """Move `latest`, and remove old checkpoints if the new one is really there."""
         problems = []
         try:
-            self._point_latest(path)
+            self._directory.point_latest(path)
         except OSError as error:
             problems.append(f"{self.directory / 'latest'} still names an older checkpoint: {error}")
         try:
@@ -391,25 +300,10 @@ class CheckpointStore:
                 if regular_size(path, name) != record.nbytes:
                     raise CheckpointCorrupt(f"{path}: {name} changed its size")
             for entry in [entry for entry in self.entries() if entry.manifest][self.keep :]:
-                # Renamed first: killed halfway, it is litter and not a damaged checkpoint.
-                temporary = self.directory / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
-                self._fs.rename(entry.path, temporary)
-                remove_tree(self._fs, temporary)
+                self._directory.discard(entry.path)
         except (OSError, CheckpointError) as error:
             problems.append(f"older checkpoints were not removed: {error}")
         return tuple(problems)
-
-    def _point_latest(self, path: Path) -> None:
-        temporary = self.directory / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
-        try:
-            with self._fs.create(temporary) as file:
-                write_all(self._fs, file, memoryview(f"{path.name}\n".encode()))
-                self._fs.sync(file)
-            self._fs.rename(temporary, self.directory / "latest")
-        except OSError:
-            with suppress(OSError):
-                self._fs.remove(temporary)
-            raise
 
 
 def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | None = None) -> LoadedCheckpoint:
@@ -422,7 +316,7 @@ def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | Non
     """
     path = Path(path)
     directory = path.parent if path.is_file() else path
-    if (directory / MANIFEST).is_file() or _NAME.fullmatch(directory.name):
+    if (directory / MANIFEST).is_file() or NAME.fullmatch(directory.name):
         if not directory.is_dir():
             raise FileNotFoundError(f"no checkpoint {path}: {contents(path.parent)}")
         try:
