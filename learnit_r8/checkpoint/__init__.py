@@ -1,0 +1,17 @@
+"""Durable state on disk: manifest, hashes, retention, fallback."""
+
+from learnit_r8.checkpoint.directory import Entry
+from learnit_r8.checkpoint.manifest import Manifest
+from learnit_r8.checkpoint.storage import FileRecord, FileSystem
+from learnit_r8.checkpoint.store import CheckpointStore, LoadedCheckpoint, SavedCheckpoint, resolve
+
+__all__ = [
+    "CheckpointStore",
+    "Entry",
+    "FileRecord",
+    "FileSystem",
+    "LoadedCheckpoint",
+    "Manifest",
+    "SavedCheckpoint",
+    "resolve",
+]

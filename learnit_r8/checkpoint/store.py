@@ -1,0 +1,390 @@
+"""Durable state on disk: a checkpoint is complete and verified, or it does not exist.
+
+A checkpoint is a directory:
+
+    step-000012340/
+      model...        whatever the user's callback wrote
+      arrays.bin      numpy arrays, one after another
+      state.json      everything else
+      manifest.json   size and SHA-256 of each file, and of the manifest itself
+
+It is filled under a temporary name, every file is synced, the manifest is written last, the directory is
+renamed, and its parent is synced. Until the rename nothing that existed before has been touched; after it
+the checkpoint is whole. (The order is the one of Pillai et al. 2014, "All file systems are not created
+equal", which lists what goes wrong with any other.)
+
+Checkpoints are ordered by when they were saved, not by step: after a rollback or a resume from an older
+one, a higher step belongs to a past that was given up. `latest` is for humans; loading never reads it.
+
+One process at a time writes into a directory. It holds a lock from its first save to its end, because two
+runs that share a directory would each prune what the other one needs. Reading needs no lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learnit_r8.checkpoint.directory import NAME, CheckpointDirectory, Entry
+from learnit_r8.checkpoint.manifest import (
+    ARRAYS,
+    MANIFEST,
+    MODEL,
+    STATE,
+    Manifest,
+    contents,
+    manifest_bytes,
+    read_manifest,
+)
+from learnit_r8.checkpoint.state_codec import decode, encode
+from learnit_r8.checkpoint.storage import (
+    Bytes,
+    FileRecord,
+    FileSystem,
+    hash_file,
+    regular_size,
+    walk_files,
+    write_file,
+)
+from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
+
+MIN_KEEP = 2
+"""The newest checkpoint is not the only one, even when that is asked for."""
+
+_TAG = re.compile(r"\w{0,40}", re.ASCII)
+_THREADS = min(4, os.cpu_count() or 1)
+_SAVING = threading.RLock()
+"""Locks on files exclude other processes, not other threads of this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """A checkpoint that is durable.
+
+    Attributes:
+        path: Its directory.
+        nbytes: Size of all its files.
+        seconds: Time that `save` took.
+        problems: What went wrong after it was durable (an old one that could not be removed, ...).
+    """
+
+    path: Path
+    nbytes: int
+    seconds: float
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedCheckpoint:
+    """A checkpoint whose every byte has been verified.
+
+    Attributes:
+        path: Its directory.
+        state: What `save` got. Its arrays are writable views of one buffer: copy a small one that is kept for long.
+        model_path: What `write_model` got, now inside `path`; nothing is there if it wrote nothing.
+        step: Global step that it was saved at.
+        manifest: The rest of what it says of itself.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    model_path: Path
+    step: int
+    manifest: Manifest
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one directory.
+
+    Args:
+        directory: Created at the first save.
+        keep: How many to keep, at least 2 (1 is taken as 2). Older ones are removed after a save.
+        fs: The operations used; tests make them fail.
+        on_corrupt: Told the path and the reason of each checkpoint that `newest` and `older_than` pass over.
+        version: The library's version, for the manifest.
+        clock: Seconds, for `SavedCheckpoint.seconds`.
+
+    Raises:
+        ConfigError: `keep` is below 1.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 3,
+        fs: FileSystem | None = None,
+        on_corrupt: Callable[[Path, str], object] | None = None,
+        version: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if keep < 1:
+            raise ConfigError([f"keep={keep}: a number of checkpoints from 1 on is expected"])
+        self.directory = Path(directory).absolute()  # a later chdir must not move the run's checkpoints
+        self.keep = max(keep, MIN_KEEP)
+        self.version = version
+        self._fs = fs or FileSystem()
+        self._on_corrupt = on_corrupt or (lambda path, reason: None)
+        self._clock = clock
+        self._directory = CheckpointDirectory(self.directory, self._fs)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        write_model: Callable[[Path], object] | None = None,
+        *,
+        tag: str = "",
+    ) -> SavedCheckpoint:
+        """Write a checkpoint; when this returns it survives a power cut.
+
+        Saving a step again makes a second checkpoint of it, which counts as the newer one.
+
+        Args:
+            step: Global step, for the name.
+            state: What `state_codec.encode` takes: nested dicts, lists, scalars and numpy arrays.
+            write_model: Called with a path named `model`, at which nothing exists: it writes a file or
+                a directory there, or files beside it (`model.npz`). Returning False means that it failed.
+            tag: Letters, digits and underscores, added to the name.
+
+        Raises:
+            CheckpointError: Nothing was saved, and all earlier checkpoints are as they were. Only when the
+                very last sync fails may the new one exist.
+            ConfigError: A bad step or tag.
+        """
+        start = self._clock()
+        step = _checked(step, tag)
+        text, segments = encode(state)
+        with _SAVING, _reported(f"no checkpoint of step {step} was written to {self.directory}; earlier ones are kept"):
+            exclusive = self._directory.open()
+            serial = self._directory.next_serial()
+            with self._directory.temporary(exclusive=exclusive) as temporary:
+                files = self._fill(temporary, text, segments, write_model)
+                manifest = Manifest(step, serial, tag, self.version, files)
+                self._write_manifest(temporary, manifest)
+                path = self._directory.free_name(step, tag)
+                self._fs.rename(temporary, path)
+            self._fs.sync_directory(self.directory)
+            problems = self._tidy(path, manifest)
+        return SavedCheckpoint(path, manifest.nbytes, self._clock() - start, problems)
+
+    def load(self, path: str | Path) -> LoadedCheckpoint:
+        """Read one checkpoint and verify every byte that its manifest names.
+
+        Raises:
+            CheckpointCorrupt: Its bytes are not the ones that were written.
+            CheckpointError: It is not there, cannot be read, or was written by a newer version.
+        """
+        path = Path(path)
+        with _reported(f"the checkpoint {path} cannot be read"):
+            manifest = read_manifest(self._fs, path)
+            for name, record in manifest.files.items():
+                size = regular_size(path, name)
+                if size != record.nbytes:
+                    raise CheckpointCorrupt(f"{path}: {name} has {size:,} bytes where {record.nbytes:,} were written")
+            arrays = np.empty(manifest.files[ARRAYS].nbytes, np.uint8)
+            text = np.empty(manifest.files[STATE].nbytes, np.uint8)
+            targets = {ARRAYS: arrays, STATE: text}
+            with _pool() as pool:
+                hashes = {
+                    name: hash_file(self._fs, path / name, record.nbytes, pool, targets.get(name))
+                    for name, record in manifest.files.items()
+                }
+                for name, record in manifest.files.items():
+                    if tuple(block.result() for block in hashes[name]) != record.sha256:
+                        raise CheckpointCorrupt(f"{path}: {name} is damaged: its SHA-256 is not the manifest's")
+            state = decode(text.tobytes(), arrays)
+        return LoadedCheckpoint(path, state, path / MODEL, manifest.step, manifest)
+
+    def newest(self) -> LoadedCheckpoint | None:
+        """Return the checkpoint that was saved last and is whole, or None.
+
+        Damaged ones on the way are renamed `*.corrupt` where that is possible, and reported.
+
+        Raises:
+            CheckpointError: The next one was written by a newer version of the library.
+        """
+        return self._first_whole(self.entries())
+
+    def older_than(self, step: int) -> LoadedCheckpoint | None:
+        """Return the checkpoint saved last among those of a step below `step`, as `newest` does."""
+        return self._first_whole([e for e in self.entries() if e.manifest and e.manifest.step < step])
+
+    def entries(self) -> list[Entry]:
+        """Return what is in the directory, saved last first; those without a readable manifest come first of all."""
+        return self._directory.entries()
+
+    def _first_whole(self, entries: list[Entry]) -> LoadedCheckpoint | None:
+        for entry in entries:
+            try:
+                return self.load(entry.path)
+            except CheckpointError as error:
+                reason = str(error)
+                if not entry.path.exists():  # another process has pruned it meanwhile
+                    continue
+                if isinstance(error, CheckpointCorrupt):
+                    reason += self._set_aside(entry.path)
+                # Unreadable is not damaged: the permissions or the mount may be better tomorrow.
+                elif not isinstance(error.__cause__, OSError):
+                    raise
+                self._on_corrupt(entry.path, reason)
+        return None
+
+    def _set_aside(self, path: Path) -> str:
+        target = path.with_name(f"{path.name}.corrupt")
+        number = 1
+        while target.exists():
+            number += 1
+            target = path.with_name(f"{path.name}.corrupt{number}")
+        try:
+            self._fs.rename(path, target)
+        except OSError as error:
+            return f"; it stays under its name ({error})"
+        return f"; it is now {target.name}"
+
+    def _fill(
+        self, root: Path, text: bytes, segments: list[Bytes], write_model: Callable[[Path], object] | None
+    ) -> dict[str, FileRecord]:
+        """Write and sync every file but the manifest."""
+        if write_model is not None:
+            _call_writer(write_model, root / MODEL)
+        with _pool() as pool:
+            files = self._adopt(root, pool)
+            files[ARRAYS] = write_file(self._fs, root / ARRAYS, segments, pool)
+            files[STATE] = write_file(self._fs, root / STATE, [np.frombuffer(text, np.uint8)], pool)
+        return files
+
+    def _adopt(self, root: Path, pool: Executor) -> dict[str, FileRecord]:
+        """Sync and hash the user's files."""
+        names = list(walk_files(self._fs, root))
+        taken = sorted({MANIFEST, STATE, ARRAYS} & set(names))
+        if taken:
+            raise CheckpointError(f"the callback wrote {taken[0]}, a name that the checkpoint needs: choose another")
+        sizes = {name: regular_size(root, name) for name in names}
+        hashes = {name: hash_file(self._fs, root / name, size, pool) for name, size in sizes.items()}
+        for name in names:
+            self._fs.sync_file(root / name)
+        for directory in {parent for name in names for parent in (root / name).parents if root in parent.parents}:
+            self._fs.sync_directory(directory)
+        return {name: FileRecord(sizes[name], tuple(block.result() for block in hashes[name])) for name in names}
+
+    def _write_manifest(self, root: Path, manifest: Manifest) -> None:
+        raw = np.frombuffer(manifest_bytes(manifest), np.uint8)
+        with _pool() as pool:
+            write_file(self._fs, root / MANIFEST, [raw], pool)
+        self._fs.sync_directory(root)
+
+    def _tidy(self, path: Path, manifest: Manifest) -> tuple[str, ...]:
+        """Move `latest`, and remove old checkpoints if the new one is really there."""
+        problems = []
+        try:
+            self._directory.point_latest(path)
+        except OSError as error:
+            problems.append(f"{self.directory / 'latest'} still names an older checkpoint: {error}")
+        try:
+            if read_manifest(self._fs, path) != manifest:
+                raise CheckpointCorrupt(f"{path}: the manifest read back differs from the one written")
+            for name, record in manifest.files.items():
+                if regular_size(path, name) != record.nbytes:
+                    raise CheckpointCorrupt(f"{path}: {name} changed its size")
+            for entry in [entry for entry in self.entries() if entry.manifest][self.keep :]:
+                self._directory.discard(entry.path)
+        except (OSError, CheckpointError) as error:
+            problems.append(f"older checkpoints were not removed: {error}")
+        return tuple(problems)
+
+
+def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | None = None) -> LoadedCheckpoint:
+    """Return the checkpoint that `path` means: one itself (or a file in it), or the newest whole one in it.
+
+    Raises:
+        FileNotFoundError: There is none; the message says what is there instead.
+        CheckpointCorrupt: The one asked for is damaged, or all in the directory are.
+        CheckpointError: It cannot be read, or was written by a newer version.
+    """
+    path = Path(path)
+    directory = path.parent if path.is_file() else path
+    if (directory / MANIFEST).is_file() or NAME.fullmatch(directory.name):
+        if not directory.is_dir():
+            raise FileNotFoundError(f"no checkpoint {path}: {contents(path.parent)}")
+        try:
+            return CheckpointStore(directory.parent).load(directory)
+        except CheckpointCorrupt as error:
+            raise CheckpointCorrupt(f"{error}; give {directory.parent} to use the newest one that is whole") from error
+    failures: list[str] = []
+
+    def passed_over(bad: Path, reason: str) -> None:
+        failures.append(reason)
+        if on_corrupt is not None:
+            on_corrupt(bad, reason)
+
+    with _reported(f"{directory} cannot be read", missing=False):
+        found = CheckpointStore(directory, on_corrupt=passed_over).newest()
+    if found is not None:
+        return found
+    if failures:
+        listing = "\n".join(f"  - {reason}" for reason in failures)
+        raise CheckpointCorrupt(f"no checkpoint in {directory} is whole:\n{listing}")
+    raise FileNotFoundError(f"no checkpoint in {directory}: {contents(directory)}")
+
+
+def _checked(step: int, tag: str) -> int:
+    problems = []
+    try:
+        step = operator.index(step)
+    except TypeError:
+        step = -1
+    if step < 0:
+        problems.append(f"step={step!r}: an int from 0 on is expected")
+    if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+        problems.append(f"tag={tag!r}: at most 40 letters, digits and underscores are expected")
+    if problems:
+        raise ConfigError(problems)
+    return step
+
+
+def _call_writer(write_model: Callable[[Path], object], path: Path) -> None:
+    try:
+        result = write_model(path)
+    except Exception as error:
+        raise CheckpointError(f"the save callback raised {type(error).__name__}: {error}") from error
+    if result is False or (isinstance(result, np.bool_) and not result):
+        raise CheckpointError("the save callback returned False")
+
+
+@contextmanager
+def _pool() -> Iterator[Executor]:
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="r8-hash")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _reported(what: str, *, missing: bool = True) -> Iterator[None]:
+    """Turn what the system says into a CheckpointError that says what it means."""
+    advice = {
+        errno.ENOSPC: "; free some space, or keep fewer checkpoints",
+        errno.EDQUOT: "; free some space, or keep fewer checkpoints",
+        errno.EROFS: "; the file system is read-only",
+        errno.EACCES: "; check who owns the directory",
+    }
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not missing:
+            raise
+        raise CheckpointError(f"{what}: {error}{advice.get(error.errno or 0, '')}") from error
