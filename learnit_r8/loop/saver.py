@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learnit_r8 import events
+from learnit_r8._version import __version__
 from learnit_r8.checkpoint import CheckpointStore, LoadedCheckpoint, resolve
 from learnit_r8.errors import CheckpointError
 from learnit_r8.loop.arguments import Arguments
@@ -42,7 +43,10 @@ class Saver:
             raise CheckpointError("this scheduler has checkpoint_dir=None: create it with a checkpoint_dir to save")
         if self._store is None:
             self._store = CheckpointStore(
-                Path(config.checkpoint_dir), keep=config.keep_checkpoints, on_corrupt=self._report_corrupt
+                config.checkpoint_dir,
+                keep=config.keep_checkpoints,
+                on_corrupt=self._report_corrupt,
+                version=__version__,
             )
         return self._store
 
@@ -79,6 +83,8 @@ class Saver:
             self._saved_step = step
             self._saved_epoch = -1 if finished_epoch is None else finished_epoch
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
+        for problem in saved.problems:
+            self._bus.emit(events.Notice, step, problem, "warning")
         return saved.path
 
     def find(self, path: str | Path) -> LoadedCheckpoint:
