@@ -309,7 +309,7 @@ class LossCatalog:
         self._attribution = attribution
         self._sum = float(self._rows["estimate"].sum(dtype=np.float64))
         self._edges = None
-        self._journal.clear()
+        self._forget_journal()
         return self.look_up(rows.indices)
 
     def end_epoch(self) -> None:
@@ -318,7 +318,7 @@ class LossCatalog:
             return
         self._attribution.refine(self._rows["estimate"], self._rows["variance"])
         self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=self._rows["uses"] > 0))
-        self._journal.clear()
+        self._forget_journal()
 
     def refresh_quadrants(self, rng: np.random.Generator, excluded: Mask | None = None) -> QuadrantTable | None:
         """Set new quartile edges and return the quadrants' figures; None while nothing was seen.
@@ -357,7 +357,7 @@ class LossCatalog:
         count = self._rows["epochs_in_q4"]
         self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
         self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=uses > 0))  # drops rounding drift
-        self._journal.clear()
+        self._forget_journal()
         return self._table(moved)
 
     def _migration(self) -> tuple[float, ...]:
@@ -400,6 +400,10 @@ class LossCatalog:
         while self._journal_bytes > _JOURNAL_BYTES:
             self._journal_bytes -= self._journal.popleft()[1].block.nbytes
 
+    def _forget_journal(self) -> None:
+        self._journal.clear()
+        self._journal_bytes = 0
+
     def rewind(self, step: int) -> int:
         """Undo the reports of `step` and later, newest first; return how many were undone.
 
@@ -410,8 +414,8 @@ class LossCatalog:
         while self._journal and self._journal[-1][0] >= step:
             _, rows = self._journal.pop()
             self._journal_bytes -= rows.block.nbytes
-            current = self._rows["estimate"][rows.indices]
-            self._sum += float((rows.block["estimate"] - current).sum(dtype=np.float64))
+            before, now = _words(rows.block, np.float32), self._rows["estimate"][rows.indices]
+            self._sum += float((before[:, _ESTIMATE] - now).sum(dtype=np.float64))
             self._num_seen -= rows.unseen
             self._opaque[rows.indices] = rows.block
             undone += 1
@@ -447,8 +451,7 @@ class LossCatalog:
         if state["attribution"] is not None:
             self._attribution = BatchAttribution(self.num_samples)
             self._attribution.load_state_dict(state["attribution"])
-        self._journal.clear()
-        self._journal_bytes = 0
+        self._forget_journal()
 
 
 _FIGURE_SAMPLES = 1 << 20
@@ -483,5 +486,5 @@ def _split_ties(
     for quadrant in range(3):
         excess = int(np.count_nonzero(codes <= quadrant)) - int(ends[quadrant])
         if excess > 0:
-            tied = np.flatnonzero((losses == edges[quadrant]) & (codes <= quadrant))
+            tied = np.flatnonzero((losses == edges[quadrant]) & (codes == quadrant))
             codes[rng.permutation(tied)[:excess]] = quadrant + 1
