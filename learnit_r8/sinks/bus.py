@@ -43,6 +43,8 @@ class EventBus:
                 self._drop(record, step, error)
 
     def _drop(self, record: Any, step: int, error: Exception) -> None:
+        if record not in self._record:  # it failed again at the news of another sink's failure
+            return
         place = self._record.index(record)
         sink = self._sinks.pop(place)
         del self._record[place]
