@@ -250,7 +250,7 @@ def test_the_state_is_a_copy():
 def test_a_state_of_another_size_is_refused_and_nothing_changes():
     catalog = LossCatalog(4)
     report(catalog, range(4), [1, 2, 3, 4])
-    with pytest.raises(ValueError, match="5 samples.*num_samples=4"):
+    with pytest.raises(ValueError, match=r"5 samples.*num_samples=4"):
         catalog.load_state_dict(LossCatalog(5).state_dict())
     assert catalog.expected_loss.tolist() == [1, 2, 3, 4]
 
