@@ -493,5 +493,5 @@ def _split_ties(
     for quadrant in range(3):
         excess = int(np.count_nonzero(codes <= quadrant)) - int(ends[quadrant])
         if excess > 0:
-            tied = np.flatnonzero((losses == edges[quadrant]) & (codes <= quadrant))
+            tied = np.flatnonzero((losses == edges[quadrant]) & (codes == quadrant))
             codes[rng.permutation(tied)[:excess]] = quadrant + 1

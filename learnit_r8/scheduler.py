@@ -412,7 +412,7 @@ class R8Scheduler:
         """Carry out what sinks ask for; while paused, wait here."""
         paused = False
         while True:
-            for command in self._bus.commands():
+            for command in self._bus.commands(self._global_step):
                 if command is Command.CHECKPOINT:
                     self._save_if_possible()
                 elif command in (Command.PAUSE, Command.RESUME):

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from learnit_r8.clock import Clock
-from learnit_r8.events import Event, SinkFailed
+from learnit_r8.events import Event, Notice, SinkFailed
 from learnit_r8.types import Command, Sink
+
+_COMMANDS = [command.value for command in Command]
 
 
 class EventBus:
@@ -43,6 +45,8 @@ class EventBus:
                 self._drop(record, step, error)
 
     def _drop(self, record: Any, step: int, error: Exception) -> None:
+        if record not in self._record:  # it failed again at the news of another sink's failure
+            return
         place = self._record.index(record)
         sink = self._sinks.pop(place)
         del self._record[place]
@@ -61,12 +65,18 @@ class EventBus:
         """Whether any sink can give commands."""
         return any(hasattr(sink, "commands") for sink in self._sinks)
 
-    def commands(self) -> Iterator[Command]:
-        """Yield what the sinks ask for, oldest first."""
-        for sink in self._sinks:
+    def commands(self, step: int) -> Iterator[Command]:
+        """Yield what the sinks ask for, oldest first; what is no command is answered by a `Notice`."""
+        for sink in tuple(self._sinks):
             queue = getattr(sink, "commands", None)
             while queue:
-                yield queue.popleft()
+                asked = queue.popleft()
+                if asked in _COMMANDS:
+                    yield Command(asked)
+                else:
+                    known = ", ".join(_COMMANDS)
+                    message = f"{type(sink).__name__} asked for {asked!r}, which is no command: use {known}"
+                    self.emit(Notice, step, message, "warning")
 
     def close(self) -> None:
         """Close every sink."""

@@ -49,11 +49,12 @@ def read_events(path: str | Path) -> Iterator[Event]:
 
     Unknown events (of a newer version) and lines broken by a crash are passed over.
     """
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if not line.endswith("\n"):
                 return
             try:
-                yield from_json(json.loads(line))
-            except ValueError:
+                event = from_json(json.loads(line))
+            except (ValueError, TypeError, AttributeError):  # no JSON, no event that we know, no object at all
                 continue
+            yield event

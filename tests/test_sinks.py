@@ -1,0 +1,359 @@
+"""Sinks hear everything, may give commands, and cannot hurt the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+
+import numpy as np
+import pytest
+
+from learnit_r8 import Command, R8Scheduler, Sink, events
+from learnit_r8.sinks import EventBus, JsonlSink, read_events
+
+
+class Ear:
+    """Keeps what it hears."""
+
+    def __init__(self):
+        self.heard = []
+        self.closed = 0
+
+    def record(self, event):
+        self.heard.append(event)
+
+    def close(self):
+        self.closed += 1
+
+    def of(self, kind):
+        return [event for event in self.heard if isinstance(event, kind)]
+
+
+class Remote(Ear):
+    """Sends a command once a given number of losses were reported."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.commands = deque()
+        self.after = dict(after)
+
+    def record(self, event):
+        super().record(event)
+        if isinstance(event, events.LossReported):
+            self.commands.extend(self.after.pop(event.step, ()))
+
+
+class Failing(Ear):
+    def __init__(self, at=0, error=RuntimeError):
+        super().__init__()
+        self.at = at
+        self.error = error
+
+    def record(self, event):
+        super().record(event)
+        if len(self.heard) > self.at:
+            raise self.error("the disk is full")
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 0.0
+        self.on_sleep = lambda: None
+
+    def monotonic(self):
+        return self.now
+
+    def wall(self):
+        return 1.7e9 + self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.on_sleep()
+
+
+def make(sinks, **more):
+    settings = {"num_epochs": 3, "use_curses": False, "checkpoint_dir": None, "clock": FakeClock()}
+    return R8Scheduler(40, 10, sinks=sinks, **(settings | more))
+
+
+def train(scheduler, loss=lambda batch: np.ones(len(batch.indices))):
+    for _ in scheduler.epoch_iterator():
+        for batch in scheduler.batch_iterator():
+            scheduler.update_with_loss(loss(batch))
+
+
+def test_every_fact_of_a_run_is_heard_in_order():
+    ear = Ear()
+    assert isinstance(ear, Sink)
+    with make([ear]) as scheduler:
+        train(scheduler)
+    kinds = [type(event).__name__ for event in ear.heard]
+    assert kinds[0] == "RunStarted"
+    assert kinds[-1] == "RunEnded"
+    assert kinds.count("EpochStarted") == kinds.count("EpochEnded") == 3
+    assert kinds.count("BatchIssued") == kinds.count("LossReported") == 12
+    assert kinds.count("QuadrantsRefreshed") == 2
+    assert [event.step for event in ear.of(events.LossReported)] == list(range(12))
+    assert [event.completed for event in ear.of(events.EpochEnded)] == [True] * 3
+    assert [event.phase for event in ear.of(events.EpochStarted)] == ["cataloging", "quadrant", "quadrant"]
+    assert ear.heard[-1].reason == "finished"
+    assert ear.closed == 1
+
+
+def test_quadrant_figures_are_five_edges_and_four_of_the_rest():
+    ear = Ear()
+    with make([ear]) as scheduler:
+        train(scheduler, lambda batch: batch.indices.astype(float))
+    for event in ear.of(events.QuadrantsRefreshed):
+        assert [len(figure) for figure in (event.edges, event.counts, event.losses, event.uses, event.easier)] == [
+            5, 4, 4, 4, 4,
+        ]  # fmt: skip
+        assert list(event.edges) == sorted(event.edges)
+        assert event.counts == (10, 10, 10, 10)
+        assert (event.unseen, event.stuck) == (0, 0)
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 20])
+def test_a_sink_that_raises_is_dropped_and_the_others_hear_of_it(at):
+    before, bad, after = Ear(), Failing(at), Ear()
+    with make([before, bad, after]) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 12
+    assert len(bad.heard) == at + 1
+    assert bad.closed == 1
+    for ear in (before, after):
+        (failure,) = ear.of(events.SinkFailed)
+        assert failure.sink == "Failing"
+        assert failure.reason == "RuntimeError: the disk is full"
+        assert type(ear.heard[-1]) is events.RunEnded
+
+
+def test_sinks_that_raise_at_the_same_event_never_reach_the_loop():
+    ear = Ear()
+    with make([Failing(), Failing(), ear, Failing()]) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 12
+    assert len(ear.of(events.SinkFailed)) == 3
+
+
+def test_a_sink_that_cannot_even_be_closed_is_dropped():
+    class Stubborn(Failing):
+        def close(self):
+            raise OSError("no")
+
+    with make([Stubborn(), Ear()]) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 12
+
+
+def test_the_training_result_is_the_same_with_and_without_sinks():
+    def order(sinks):
+        drawn = []
+        with make(sinks) as scheduler:
+            train(scheduler, lambda batch: drawn.append(batch.indices.tolist()) or np.sin(batch.indices))
+        return drawn
+
+    assert order([]) == order([Ear(), Failing(3)])
+
+
+def test_pause_waits_until_resume():
+    remote = Remote({3: [Command.PAUSE]})
+    clock = FakeClock()
+    clock.on_sleep = lambda: remote.commands.append(Command.RESUME) if clock.now > 1.0 else None
+    with make([remote], clock=clock) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 12
+    assert [(event.step, event.paused) for event in remote.of(events.Paused)] == [(4, True), (4, False)]
+    assert clock.now > 1.0
+
+
+def test_a_paused_run_goes_on_when_the_sink_that_paused_it_is_lost():
+    remote = Remote({3: [Command.PAUSE]})
+
+    def lose():
+        raise_later = Failing()
+        remote.record = raise_later.record
+        scheduler._bus.remove(remote)
+
+    clock = FakeClock()
+    clock.on_sleep = lose
+    with make([remote], clock=clock) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 12
+
+
+def test_stop_after_step_ends_both_loops_and_the_run_can_go_on():
+    remote = Remote({4: [Command.STOP_AFTER_STEP]})
+    with make([remote]) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 5
+        assert remote.heard[-1].reason == "stopped"
+        train(scheduler)
+        assert scheduler.global_step == 12
+        np.testing.assert_array_equal(scheduler.catalog.uses, 3)
+
+
+def test_a_paused_run_can_be_stopped():
+    remote = Remote({3: [Command.PAUSE]})
+    clock = FakeClock()
+    clock.on_sleep = lambda: remote.commands.append(Command.STOP_AFTER_STEP)
+    with make([remote], clock=clock) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 4
+
+
+def test_stop_after_epoch_finishes_the_epoch_and_saves(tmp_path):
+    remote = Remote({4: [Command.STOP_AFTER_EPOCH]})
+    with make([remote], checkpoint_dir=tmp_path / "c") as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 8
+    (saved,) = remote.of(events.CheckpointSaved)
+    assert saved.step == 8
+    resumed = R8Scheduler.resume_from_checkpoint(tmp_path / "c", use_curses=False)
+    train(resumed)
+    assert resumed.global_step == 12
+    np.testing.assert_array_equal(resumed.catalog.uses, 3)
+
+
+def test_stop_now_is_a_keyboard_interrupt_at_the_step_boundary():
+    remote = Remote({4: [Command.STOP_NOW]})
+    scheduler = make([remote])
+    with pytest.raises(KeyboardInterrupt), scheduler:
+        train(scheduler)
+    assert scheduler.global_step == 5
+    assert remote.heard[-1].reason == "stopped"
+
+
+def test_checkpoint_saves_between_two_steps(tmp_path):
+    remote = Remote({2: [Command.CHECKPOINT], 6: [Command.CHECKPOINT]})
+    with make([remote], checkpoint_dir=tmp_path / "c") as scheduler:
+        train(scheduler)
+    assert [event.step for event in remote.of(events.CheckpointSaved)] == [3, 7]
+
+
+def test_a_command_that_is_only_a_string_is_understood(tmp_path):
+    remote = Remote({2: ["checkpoint"], 6: ["stop-after-step"]})
+    with make([remote], checkpoint_dir=tmp_path / "c") as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 7
+    assert [event.step for event in remote.of(events.CheckpointSaved)] == [3]
+
+
+def test_an_unknown_command_is_reported_and_changes_nothing():
+    remote = Remote({2: ["make me a sandwich", None]})
+    with make([remote]) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 12
+    notices = [event.message for event in remote.of(events.Notice)]
+    assert len(notices) == 2
+    assert "'make me a sandwich'" in notices[0]
+
+
+def test_a_sink_with_commands_set_to_none_only_listens():
+    ear = Ear()
+    ear.commands = None
+    with make([ear]) as scheduler:
+        train(scheduler)
+        assert scheduler.global_step == 12
+
+
+def test_log_shows_the_users_own_numbers():
+    ear = Ear()
+    with make([ear]) as scheduler:
+        for _ in scheduler.epoch_iterator():
+            for _ in scheduler.batch_iterator():
+                scheduler.update_with_loss(1.0)
+            scheduler.log(val_loss=np.float32(0.5), accuracy=1)
+    assert [(e.step, e.name, e.value) for e in ear.of(events.MetricLogged)][:2] == [
+        (4, "val_loss", 0.5),
+        (4, "accuracy", 1.0),
+    ]
+
+
+# The log file --------------------------------------------------------------------------------
+
+
+def test_the_log_holds_the_run_and_reads_back_as_it_was(tmp_path):
+    ear = Ear()
+    with make([ear], log_dir=tmp_path / "run") as scheduler:
+        train(scheduler, lambda b: np.full(len(b.indices), math.nan if b.step == 6 else 1.0))
+    read = list(read_events(tmp_path / "run" / "events.jsonl"))
+    expected = [event for event in ear.heard if not isinstance(event, events.BatchIssued)]
+    assert list(map(repr, read)) == list(map(repr, expected))
+
+
+def test_the_log_is_strict_json(tmp_path):
+    def refuse(literal):
+        raise AssertionError(f"{literal} is not JSON")
+
+    with make([], log_dir=tmp_path) as scheduler:
+        train(scheduler, lambda b: (1.0, math.nan, math.inf, -math.inf)[b.step % 4])
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert len(lines) > 12
+    for line in lines:
+        json.loads(line, parse_constant=refuse)
+
+
+def test_creating_a_scheduler_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scheduler = R8Scheduler(10, 5, num_epochs=1, log_dir=tmp_path / "log", use_curses=False)
+    scheduler.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_appends_to_its_log(tmp_path):
+    with make([], log_dir=tmp_path, num_epochs=1) as first:
+        train(first)
+    second = make([], log_dir=tmp_path, num_epochs=2)
+    second.load_state_dict(first.state_dict())
+    with second:
+        train(second)
+    started = [event for event in read_events(tmp_path / "events.jsonl") if isinstance(event, events.RunStarted)]
+    assert [event.resumed for event in started] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"{not json\n", b"123\n", b"[]\n", b"null\n", b'{"event": "FromTheFuture", "x": 1}\n', b'{"event": ["x"]}\n',
+     b'{"event": "Notice"}\n', b"\x00\x00\x00\n", b"\xff\xfe broken utf-8\n", b"\n"],
+    ids=repr,
+)  # fmt: skip
+def test_lines_broken_by_a_crash_are_passed_over(tmp_path, junk):
+    path = tmp_path / "events.jsonl"
+    sink = JsonlSink(path)
+    sink.record(events.Notice(1.0, 0, "one"))
+    sink.close()
+    with path.open("ab") as file:
+        file.write(junk)
+    sink.record(events.Notice(2.0, 1, "two"))
+    sink.close()
+    with path.open("ab") as file:
+        file.write(b'{"event": "Notice", "time": 3.0')  # still being written
+    assert [event.message for event in read_events(path)] == ["one", "two"]
+
+
+def test_everything_but_losses_reaches_the_disk_at_once(tmp_path):
+    path = tmp_path / "a" / "b" / "events.jsonl"
+    sink = JsonlSink(path, flush_every=3)
+    loss = events.LossReported(0.0, 0, 0, 1.0, 1.0, 0.1, "calm", 0.0, 4, 0.0, 0.0)
+    sink.record(loss)
+    assert list(read_events(path)) == []
+    sink.record(events.Notice(1.0, 0, "now"))
+    assert len(list(read_events(path))) == 2
+    for _ in range(3):
+        sink.record(loss)
+    assert len(list(read_events(path))) == 5
+    sink.close()
+    sink.close()
+
+
+def test_a_bus_without_sinks_is_false_and_costs_no_event():
+    class NeverBuilt(events.Event):
+        def __init__(self, *fields):
+            raise AssertionError("built for nobody")
+
+    bus = EventBus([], FakeClock())
+    assert not bus
+    bus.emit(NeverBuilt, 0)
+    assert not bus.commanding
