@@ -265,7 +265,8 @@ def test_tensor_buffers_are_reused_too():
         assert addresses() == known
 
 
-def test_a_copy_that_fails_leaves_the_ring_as_it_was():
+@pytest.mark.parametrize("wanted", [20, 10, 0])
+def test_a_copy_that_fails_leaves_the_ring_as_it_was(wanted):
     ring = BackupRing()
     for step in (0, 10, 20):
         ring.take({"w": np.full(3, step)}, step)
@@ -274,10 +275,9 @@ def test_a_copy_that_fails_leaves_the_ring_as_it_was():
     with pytest.raises(RuntimeError, match="cannot be copied"):
         ring.take({"w": np.full(3, 99), "x": Uncopyable()}, 30)
     assert ring.backups == before
-    for step in (20, 10, 0):
-        info, state = ring.restore(before_step=step + 1)
-        assert info.step == step
-        assert state["w"].tolist() == [step] * 3
+    info, state = ring.restore(before_step=wanted + 1)
+    assert info.step == wanted
+    assert state["w"].tolist() == [wanted] * 3
 
 
 def test_a_candidate_is_never_restored_and_eight_calm_losses_prove_it():
@@ -371,24 +371,39 @@ def test_a_backup_at_every_step_still_yields_fresh_verified_ones():
         assert step - found.step <= 16 or step < 16
 
 
-def test_the_abandoned_future_is_forgotten_and_its_buffers_are_used_again():
+def test_a_restore_takes_the_memory_of_a_backup_that_is_of_no_more_use():
     ring = BackupRing()
+    size = 4 << 16
     for step in (0, 10, 20):
         ring.take({"w": np.full(1 << 16, step, np.float32)}, step)
         proved(ring, step)
-    info, _ = ring.restore(before_step=20)
-    ring.discard_after(info.step)
-    assert [i.step for i in ring.backups] == [0, 10]
-    state = {"w": np.full(1 << 16, 11, np.float32)}
     tracemalloc.start()
     try:
-        ring.take(state, 11)
+        first, a = ring.restore(before_step=20)
+        second, b = ring.restore(before_step=20)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 1 << 16
-    ring.discard(info)
-    assert [i.step for i in ring.backups] == [0, 11]
+    assert first == second
+    assert first.step == 10
+    assert size < peak < 1.5 * size
+    assert a["w"].tolist() == b["w"].tolist() == [10] * (1 << 16)
+    assert not np.may_share_memory(a["w"], b["w"])
+    assert [i.step for i in ring.backups] == [0, 10]
+    ring.take({"w": np.full(1 << 16, 11, np.float32)}, 11)
+    ring.take({"w": np.full(1 << 16, 12, np.float32)}, 12)
+    assert a["w"][0] == 10
+
+
+def test_the_abandoned_future_and_discarded_backups_are_forgotten():
+    ring = BackupRing()
+    for step in (0, 10, 20):
+        ring.take([np.full(3, step)], step)
+        proved(ring, step)
+    ring.discard_after(10)
+    assert [i.step for i in ring.backups] == [0, 10]
+    ring.discard(ring.backups[1])
+    assert [i.step for i in ring.backups] == [0]
 
 
 def test_nothing_is_taken_while_suspended():

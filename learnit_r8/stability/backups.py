@@ -175,7 +175,11 @@ class BackupRing:
         return slot.info if slot else None
 
     def restore(self, before_step: int | None = None) -> tuple[BackupInfo, Any]:
-        """Return the newest verified backup and a fresh deep copy of its state.
+        """Return the newest verified backup and a fresh deep copy of its state, for the caller to keep.
+
+        New memory costs far more than copying into it (page faults: 1.1 s against 0.03 s for
+        500 MB), so the copy is made in the buffers of a backup that is of no more use where there is
+        one: of a later step, or the oldest when two others are left. That backup is gone.
 
         Args:
             before_step: Only backups of earlier steps. The initial state is exempt while nothing
@@ -188,7 +192,8 @@ class BackupRing:
         if slot is None:
             limit = "" if before_step is None else f" of a step before {before_step}"
             raise LookupError(f"no verified backup{limit}; the ring holds {list(self.backups)}")
-        tree = CopyPlan(slot.copy.tree).fill().tree
+        plan = CopyPlan(slot.copy.tree, self._donated(slot))
+        tree = plan.fill().tree
         self.stats = replace(self.stats, restored=self.stats.restored + 1)
         return slot.info, tree
 
@@ -218,6 +223,17 @@ class BackupRing:
             return older[-1]
         # The initial state is the last resort even for a fault at its own step.
         return next((slot for slot in self._slots if slot.info.initial), None)
+
+    def _donated(self, kept: _Slot) -> Pool | None:
+        if self._spare is not None:
+            pool, self._spare = self._spare, None
+            return pool
+        later = [slot for slot in self._slots if slot.info.step > kept.info.step]
+        oldest = self._slots[:1] if len(self._slots) > 2 and self._slots[0] is not kept else []
+        for slot in [*later, *oldest][:1]:
+            self._slots.remove(slot)
+            return slot.copy.pool
+        return None
 
     def _victim(self) -> _Slot:
         verified = [slot for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
