@@ -163,9 +163,8 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(node, list) or type(node) is tuple or (isinstance(node, tuple) and hasattr(node, "_fields")):
         return list(enumerate(node))
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return [
-            (field.name, getattr(node, field.name)) for field in dataclasses.fields(node) if hasattr(node, field.name)
-        ]
+        names = [field.name for field in dataclasses.fields(node)]
+        return [(name, getattr(node, name)) for name in names if hasattr(node, name)]
     return None
 
 
@@ -252,14 +251,13 @@ def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any]) -> Any:
         result: Any = type(node)(*items) if hasattr(node, "_fields") else tuple(items)
         memo[id(node)] = result
         return result
-    if type(node) in (dict, list):
-        result = {} if type(node) is dict else [None] * len(node)
-    else:
-        result = copy.copy(node)
+    result = type(node)() if type(node) in (dict, list) else copy.copy(node)
     memo[id(node)] = result
     own = getattr(result, "__dict__", None)
     if own:
         own.update({name: _assemble(value, placed, memo) for name, value in own.items()})
+    if type(node) is list:
+        result.extend([None] * len(node))
     put = operator.setitem if isinstance(node, (dict, list)) else object.__setattr__
     for key, child in children:
         put(result, key, _assemble(child, placed, memo))
