@@ -24,8 +24,10 @@ class Style(IntEnum):
 
 # One cell to one cell, so that the ASCII picture has the layout of the others.
 _ASCII = str.maketrans(
-    "─│┌┐└┘├┤┬┴┼━░▒█▉▊▋▌▍▎▏▁▂▃▄▅▆▇●◌○▲▼→←↑↓·…±×δσ‹›–°¦",
-    "-|+++++++++=:%#########_..--=+*o.^v><^v-.~xds<>-o|",
+    dict(zip("─│━░×δσ·…±→←↑↓▲▼●○◌‹›–°µ", "-|=:xds-.~><^v^v*oo<>-ou", strict=True))
+    | dict.fromkeys("┌┐└┘├┤┬┴┼", "+")
+    | dict.fromkeys("█▉▊▋▌▍▎▏", "#")
+    | dict(zip("▁▂▃▄▅▆▇", "_..--==", strict=True))
 )
 _REGIONAL_A, _REGIONAL_Z = 0x1F1E6, 0x1F1FF
 
@@ -120,7 +122,7 @@ class Grid:
             return x
         if self.ascii_only and not text.isascii():
             text = "".join(char if char.isascii() else "?" for char in self._unwide(text.translate(_ASCII)))
-        if 0 <= x and text.isascii() and text.isprintable():
+        if x >= 0 and text.isascii() and text.isprintable():
             return self._put_plain(y, x, text[: max(0, end - x)], style)
         for char in text:
             drawn, cells = _WIDTHS[char]

@@ -17,7 +17,7 @@ from learnit_r8.dashboard.guardian import Guardian, stty_form
 from learnit_r8.dashboard.keyboard import KeyDecoder
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.pace import Pace
+from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.render import render
 from learnit_r8.dashboard.terminal import canvas, default_glyphs
 from learnit_r8.dashboard.tty import Tty
@@ -57,7 +57,7 @@ class Screen(Face):
     ) -> None:
         self._commands = commands
         self._keys = KeyDecoder()
-        self._pace = Pace()
+        self._rate = FrameRate()
         self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
         self._still: DashboardModel | None = None
         self._shown = False
@@ -111,16 +111,16 @@ class Screen(Face):
         size = self._tty.size()
         if size != self._size:
             self._size = size
-            self._pace.hurry()
+            self._rate.hurry()
         self._tty.send(b"")
-        if self._shown and not self._tty.congested and self._pace.due(time.monotonic(), self._news):
+        if self._shown and not self._tty.congested and self._rate.due(time.monotonic(), self._news):
             self._draw(model, now)
-        return _ESCAPE_SECONDS if self._keys.waiting else self._pace.wait(began)
+        return _ESCAPE_SECONDS if self._keys.waiting else self._rate.wait(began)
 
     def _enter(self) -> None:
         self._tty.set_modes(self._tty.modes)
         self._canvas.repaint()
-        self._pace.hurry()
+        self._rate.hurry()
         self._shown = True
 
     def _draw(self, model: DashboardModel, now: float) -> None:
@@ -130,8 +130,8 @@ class Screen(Face):
         lines = self._tail.poll()
         view = replace(
             self._view,
-            hz=1 / self._pace.period,
-            frame_seconds=self._pace.cost,
+            hz=1 / self._rate.period,
+            frame_seconds=self._rate.cost,
             console_title=f"{self._capture.path}  {self._tail.count} lines",
         )
         grid = render(self._still or model, view, *self._size, now, lines)
@@ -139,7 +139,7 @@ class Screen(Face):
         time.sleep(0)
         data = self._canvas.draw(grid)
         # CPU time of this thread would be truer, but it hides what the training thread feels: the GIL being held.
-        self._pace.drew(began, time.monotonic())
+        self._rate.drew(began, time.monotonic())
         self._tty.send(data)
         self._news = False
 
@@ -147,7 +147,7 @@ class Screen(Face):
         data = self._tty.read()
         names = self._keys.feed(data) if data or not self._keys.waiting else self._keys.flush()
         for name in names:
-            self._pace.key(time.monotonic())
+            self._rate.key(time.monotonic())
             if name == "^Z":
                 self._stop()
                 return
