@@ -1,7 +1,8 @@
 """The user's own prints while the dashboard has the screen: descriptors 1 and 2 go into a file.
 
-A file, not a pipe or a pty: C code that holds the GIL and prints more than such a buffer takes would wait for a reader that waits
-for the GIL. A file also survives SIGKILL. It is opened with O_APPEND, so that subprocesses and both descriptors never overwrite each other.
+A file, not a pipe or a pty: C code that holds the GIL and prints more than such a buffer takes would wait for a reader
+that waits for the GIL. A file also survives SIGKILL. It is opened with O_APPEND, so that subprocesses and both
+descriptors never overwrite each other.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Capture:
 
 
 class ConsoleTail:
-    """The newest lines of a growing file, `\\r` folded and escape sequences removed.
+    r"""The newest lines of a growing file, `\r` folded and escape sequences removed.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""A synthetic training run: the events of a plausible one, for looking at the dashboard without data and for its tests."""
+"""The events of a plausible training run, for looking at the dashboard without data and for its tests."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _VERSION = "demo"
 class DemoRun:
     """Generates the events of one run; the same seed gives the same run.
 
-    Iterating yields `(seconds, event)`: the training time since the start at which the event happens. Whoever plays it adds
-    a clock, and a speed.
+    Iterating yields `(seconds, event)`: the training time since the start at which the event happens. Whoever plays it
+    adds a clock, and a speed.
 
     Args:
         epochs: Epochs, the first one cataloging.
@@ -61,14 +61,14 @@ class DemoRun:
         return self._now, kind(self.start + self._now, self._step, *values)
 
     def _lr(self) -> float:
-        warm = 0.1 * self.total
+        warm = max(1, self.total // 10)
         if self._step < warm:
             return 1e-2 * (self._step + 1) / warm
         return 0.5e-2 * (1 + math.cos(math.pi * (self._step - warm) / (self.total - warm)))
 
     def _level(self) -> float:
         """Expected loss at this step: a power law that levels off, and a bump after a rollback."""
-        return 0.08 + 2.2 / (1 + 25 * self._step / self.total) ** 1.1
+        return float(0.08 + 2.2 / (1 + 25 * self._step / self.total) ** 1.1)
 
     def _epoch(self, epoch: int) -> Iterator[tuple[float, Event]]:
         phase = "cataloging" if epoch == 0 else "quadrant"

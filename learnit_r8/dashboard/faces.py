@@ -8,15 +8,15 @@ from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.events import Event
 
 
-class Detach(Exception):
+class Detach(Exception):  # noqa: N818 - a wish of the user's, no error
     """The user closed the view; training goes on."""
 
 
 class Face:
     """One way of showing a run: a rung of the ladder.
 
-    Built by the thread that opens the dashboard, then driven by the dashboard's own thread. An exception from `tick` moves
-    the dashboard one rung down. Whoever holds nothing overrides `tick` only.
+    Built by the thread that opens the dashboard, then driven by the dashboard's own thread. An exception from `tick`
+    moves the dashboard one rung down. Whoever holds nothing overrides `tick` only.
     """
 
     name: str

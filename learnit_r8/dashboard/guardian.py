@@ -1,7 +1,7 @@
 """A small shell process that puts the terminal back when this one dies without a chance to do so.
 
-It blocks on a pipe whose only writer is this process. A line means "all is well, leave"; end of file means that the writer died
-(SIGKILL, SIGSEGV, SIGTERM's default action, os._exit), and then it restores modes and screen.
+It blocks on a pipe whose only writer is this process. A line means "all is well, leave"; end of file means that the
+writer died (SIGKILL, SIGSEGV, SIGTERM's default action, os._exit), and then it restores modes and screen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 
-# Modes are put back only while they are still the view's: a shell that took the terminal over in the meantime has set its own.
+# Modes are put back only while they are still the view's: a shell that took the terminal over has set its own.
 _SCRIPT = """
 trap '' INT QUIT TERM HUP TSTP TTOU TTIN
 IFS= read -r word

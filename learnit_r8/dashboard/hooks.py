@@ -28,7 +28,7 @@ class TalkHooks:
         self._suspend, self._close = suspend, close
         self._pid = os.getpid()
         self._input, self._breakpoint, self._except = builtins.input, sys.breakpointhook, sys.excepthook
-        builtins.input, sys.breakpointhook, sys.excepthook = self._ask, self._debug, self._report  # type: ignore[assignment]
+        builtins.input, sys.breakpointhook, sys.excepthook = self._ask, self._debug, self._report
 
     def remove(self) -> None:
         """Put back what was there, where nobody has replaced it since."""

@@ -1,4 +1,4 @@
-"""Bytes of a terminal to key names. The sequences are those of xterm, screen, tmux, linux and vt100 in both keypad modes."""
+"""Bytes of a terminal to key names: the sequences of xterm, screen, tmux, linux and vt100 in both keypad modes."""
 
 from __future__ import annotations
 

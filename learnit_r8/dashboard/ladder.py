@@ -1,7 +1,7 @@
 """Which face the dashboard shows, and why: facts about the surroundings in, one rung out.
 
-The ladder is `curses -> rich -> log -> off`, with `notebook` beside `rich` for Jupyter. A rung is taken when every fact that
-it needs holds; the reason names the first one that failed on the rung above it.
+The ladder is `curses -> rich -> log -> off`, with `notebook` beside `rich` for Jupyter. A rung is taken when every fact
+that it needs holds; the reason names the first one that failed on the rung above it.
 """
 
 from __future__ import annotations

@@ -8,58 +8,34 @@ import select
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from learnit_r8 import events
 from learnit_r8.dashboard.faces import Face
+from learnit_r8.dashboard.journal import entry
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.render import render
 from learnit_r8.dashboard.tty import TerminalGone
-from learnit_r8.events import Event
+from learnit_r8.events import Event, RunEnded
 
 HEARTBEAT = 30.0
 """Seconds between lines when nothing notable happens."""
 BURST = 20
 """Notable lines in one heartbeat; the rest is counted, so that a run of spikes does not fill a disk."""
 _PIECE = 512
-"""Bytes in one write. POSIX: a pipe that polls writable takes at least PIPE_BUF, never less than 512, without blocking."""
+"""Bytes in one write: a pipe that polls writable takes PIPE_BUF of them at once, and POSIX has that at 512 or more."""
 
 _VIEW = ViewState(glyphs="ascii")
-_NOTABLE: dict[type[Event], Callable[[Any], str]] = {
-    events.RunStarted: lambda e: (
-        f"run {e.run} {'resumed' if e.resumed else 'started'}: {e.total_steps or 'timed'} steps"
-    ),
-    events.PhaseChanged: lambda e: f"phase {e.phase}: {e.reason}",
-    events.EpochEnded: lambda e: (
-        f"epoch {e.epoch} ended: mean loss {e.mean_loss:.4g}, {e.batches} batches in {e.seconds:.1f} s"
-    ),
-    events.SpikeSeen: lambda e: f"{e.verdict}: loss {e.loss:.4g}, expected {e.expected_loss:.4g} (z {e.score:+.1f})",
-    events.RolledBack: lambda e: (
-        f"rolled back to step {e.to_step} ({e.source}), lr x{e.lr_multiplier:g} for {e.hold_steps} steps"
-    ),
-    events.RollbackFailed: lambda e: f"rollback failed: {e.reason}",
-    events.SampleQuarantined: lambda e: f"{len(e.indices)} samples quarantined: {e.reason}",
-    events.StrategyDecided: lambda e: f"strategy: {e.decision} ({e.reason}, {e.figure:.4g})",
-    events.CheckpointSaved: lambda e: f"checkpoint {e.path} ({e.bytes / 1e6:.1f} MB, {e.seconds:.1f} s)",
-    events.CheckpointFailed: lambda e: f"checkpoint failed: {e.path}: {e.reason}",
-    events.CheckpointLoaded: lambda e: f"checkpoint loaded: {e.path}",
-    events.LrFound: lambda e: f"learning rate {e.lr:.3g} found in {e.steps} steps",
-    events.Paused: lambda e: "paused" if e.paused else "goes on",
-    events.Notice: lambda e: f"{e.level}: {e.message}",
-    events.SinkFailed: lambda e: f"sink {e.sink} dropped: {e.reason}",
-    events.RunEnded: lambda e: f"run {e.reason} after {e.seconds:.1f} s of training",
-}
 
 
 def event_line(event: Event) -> str | None:
-    """Return an event as one plain line, None for one that is not notable."""
-    form = _NOTABLE.get(type(event))
-    if form is None:
+    """Return an event as one plain line, None for one that is no news by itself."""
+    news = entry(event)
+    if news is None:
         return None
     clock = time.strftime("%H:%M:%S", time.localtime(event.time))
-    return f"r8 {clock} step {event.step} {plain(form(event))}"
+    return f"r8 {clock} step {event.step} {news.kind}: {plain(news.text)}"
 
 
 def status_line(model: DashboardModel, now: float) -> str:
@@ -98,7 +74,7 @@ class LogLines(Face):
             if line is None:
                 continue
             self._burst += 1
-            if self._burst <= BURST or isinstance(event, events.RunEnded):
+            if self._burst <= BURST or isinstance(event, RunEnded):
                 self._out.line(line)
             else:
                 self._muted += 1
@@ -125,8 +101,8 @@ class LogLines(Face):
 class Outlet:
     """Writes text to a stream without ever waiting for its reader.
 
-    A stream with a descriptor is written through it, past Python's buffer: a thread that waits inside that buffer holds a
-    lock which the interpreter needs at exit. Other streams (notebooks, `StringIO`) are written as they are.
+    A stream with a descriptor is written through it, past Python's buffer: a thread that waits inside that buffer
+    holds a lock which the interpreter needs at exit. Other streams (notebooks, `StringIO`) are written as they are.
 
     Args:
         stream: `sys.stdout` when None.

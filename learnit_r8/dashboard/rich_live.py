@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any, cast
 
 from learnit_r8.dashboard.cells import Grid, Style
 from learnit_r8.dashboard.faces import Face
@@ -45,20 +45,18 @@ class RichLive(Face):
 
     def __init__(self, glyphs: str = "blocks") -> None:
         from rich.console import Console
-        from rich.live import Live
 
         self._tty = Tty()
         self._file = _TtyFile(self._tty)
         self._streams = (sys.stdout, sys.stderr)
         self._view = ViewState(glyphs=glyphs, readonly=True)
         self._events: list[str] = []
-        self._live: Live | None = None
-        console = Console(file=self._file, force_terminal=True, legacy_windows=False)  # type: ignore[arg-type]
-        self._make = lambda: Live(console=console, auto_refresh=False, redirect_stdout=True, redirect_stderr=True)
-        self._console = console
+        self._live: Any = None
+        self._console = Console(file=cast("IO[str]", self._file), force_terminal=True, legacy_windows=False)
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Draw one frame, unless the terminal still chews on the last one."""
+        from rich.live import Live
         from rich.text import Text
 
         self._file.drawer = threading.get_ident()
@@ -69,9 +67,9 @@ class RichLive(Face):
         if self._tty.congested:
             return _PERIOD
         width, height = self._tty.size()
-        self._console.size = (width, height)  # type: ignore[assignment]
+        self._console.size = (width, height)
         if self._live is None:
-            self._live = self._make()
+            self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
         grid = render(model, replace(self._view, paused=model.paused), width - 1, 4, now)
         text = _as_text(grid)
@@ -113,7 +111,7 @@ class RichLive(Face):
 
 
 class _TtyFile:
-    """A text file on the terminal: frames never wait for it, the user's own prints do, as they would without a dashboard."""
+    """A text file on the terminal: frames never wait for it, the user's own prints do, as without a dashboard."""
 
     encoding = "utf-8"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from learnit_r8.dashboard.capture import Capture, ConsoleTail
 from learnit_r8.dashboard.faces import Detach, Face
+from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.guardian import Guardian, stty_form
 from learnit_r8.dashboard.keyboard import KeyDecoder
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.render import render
 from learnit_r8.dashboard.terminal import canvas, default_glyphs
 from learnit_r8.dashboard.tty import Tty
@@ -196,7 +196,7 @@ class Screen(Face):
         self._capture.engage()
 
     def release(self, gone: bool = False) -> None:
-        """Give descriptors back, send the guardian home. On a dead terminal prints would fail: they keep going into the file."""
+        """Give descriptors back, send the guardian home; on a dead terminal prints would fail and stay captured."""
         if gone:
             self._undo.pop_all()
             self._guardian.dismiss()

@@ -5,8 +5,8 @@ training thread ── record() ──▶ deque ──▶ dashboard thread: mode
                 ◀── commands ── deque ◀── keys
 ```
 
-The face may change while a run goes on: `q` puts the log in place of the screen, an exception moves one rung down. Nothing that
-happens in the thread reaches the training thread, and `close` waits one second for it at most.
+The face may change while a run goes on: `q` puts the log in place of the screen, an exception moves one rung down.
+Nothing that happens in the thread reaches the training thread, and `close` waits one second for it at most.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from learnit_r8.dashboard.faces import Detach, Face
 from learnit_r8.dashboard.hooks import TalkHooks

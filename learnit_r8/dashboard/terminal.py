@@ -2,11 +2,11 @@
 
 Rules, each for a measured reason:
 
-1. ncurses writes into an anonymous file, never to the terminal; `Tty.send` carries each frame over. curses' own writes block, some of
-   them with the GIL held (`endwin`, `doupdate`), so a terminal stopped by Ctrl-S would stop training.
-2. It gets there by C's `stdout` pointing at that file while `initscr` runs. Descriptor 1 then belongs to the user's prints alone.
-3. `initscr` runs in the main thread, which alone can put back the signal handlers that it replaces (SIGINT, SIGTERM, SIGTSTP, SIGWINCH):
-   with ncurses' own, SIGTERM exits with 1 and clears the screen of a forked worker's parent.
+1. ncurses writes into an anonymous file, never to the terminal; `Tty.send` carries each frame over. curses' own writes
+   block, some of them with the GIL held (`endwin`, `doupdate`): a terminal stopped by Ctrl-S would stop training.
+2. It gets there by C's `stdout` pointing at that file while `initscr` runs; descriptor 1 is for the user's prints only.
+3. `initscr` runs in the main thread, which alone can put back the signal handlers that it replaces (SIGINT, SIGTERM,
+   SIGTSTP, SIGWINCH): with ncurses' own, SIGTERM exits with 1 and a forked worker clears its parent's screen.
 4. From then on exactly one thread calls curses; a resize is polled there, never signalled.
 5. Drawing, reading and setting modes happen in the terminal's foreground group only.
 """
@@ -56,6 +56,7 @@ class Canvas:
         self._window = _initscr(self._fd)
         self._styles = _start_colours("NO_COLOR" in environment and environment["NO_COLOR"] != "")
         self._shown: list[list[tuple[int, str, Style]]] = []
+        self._pid = os.getpid()
         self._size = (0, 0)
         self.reset_bytes = b"".join(_capability(name) for name in ("sgr0", "cnorm", "rmcup"))
         with contextlib.suppress(curses.error):
@@ -64,6 +65,11 @@ class Canvas:
             curses.curs_set(0)
         # ncurses would otherwise break off a refresh when it sees a key waiting.
         curses.typeahead(-1)
+
+    @property
+    def mine(self) -> bool:
+        """This process started it: a forked child shares the buffer with its parent and must not draw."""
+        return self._pid == os.getpid()
 
     def repaint(self) -> None:
         """Send every cell with the next frame."""
@@ -162,7 +168,9 @@ def in_foreground() -> bool:
 
 
 def can_redirect() -> bool:
-    """Return whether C's `stdout` can be pointed elsewhere, which curses needs here."""
+    """Return whether curses can be started here: C's `stdout` can be redirected, and no parent process started it."""
+    if _canvas and not _canvas[0].mine:
+        return False
     try:
         library = ctypes.CDLL(None)
         return bool(library.fdopen and _c_stdout(library))

@@ -1,8 +1,9 @@
 """The controlling terminal through a private descriptor that never blocks.
 
-A terminal that was stopped (Ctrl-S) or that nobody reads makes a blocking `write`, `tcdrain` or `tcsetattr(TCSADRAIN)` wait for
-ever. So the dashboard opens `/dev/tty` anew with O_NONBLOCK (an own file description: nobody else's descriptor changes), keeps what
-the terminal would not take, and draws no new frame before it is gone. Nothing here waits without a deadline.
+A terminal that was stopped (Ctrl-S) or that nobody reads makes a blocking `write`, `tcdrain` or `tcsetattr(TCSADRAIN)`
+wait for ever. So the dashboard opens `/dev/tty` anew with O_NONBLOCK (an own file description: nobody else's descriptor
+changes), keeps what the terminal would not take, and draws no new frame before that is gone. Nothing here waits without
+a deadline.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 _GONE = {errno.EIO, errno.ENXIO, errno.EBADF, errno.EPIPE}
 
 
-class TerminalGone(Exception):
+class TerminalGone(Exception):  # noqa: N818 - a state of the world
     """The terminal hung up: its window was closed or the connection was lost."""
 
 
@@ -62,13 +63,6 @@ class Tty:
         """Set terminal modes at once, without waiting for output to drain."""
         with contextlib.suppress(termios.error, OSError):
             termios.tcsetattr(self.fd, termios.TCSANOW, modes)
-
-    def has_modes(self, modes: list[Any]) -> bool:
-        """Return whether the terminal is in these modes."""
-        try:
-            return termios.tcgetattr(self.fd) == modes
-        except termios.error:
-            return False
 
     @property
     def congested(self) -> bool:
@@ -145,7 +139,7 @@ class Tty:
 
 
 def _view_modes(saved: list[Any], fd: int) -> list[Any]:
-    """Return the modes for drawing: keys at once and unechoed, Ctrl-C still a signal, Ctrl-Z a key, no output mapping."""
+    """Return the modes for drawing: keys at once, unechoed, Ctrl-C still a signal, Ctrl-Z a key, no output mapping."""
     iflag, oflag, cflag, lflag, ispeed, ospeed, control = saved
     control = list(control)
     control[termios.VMIN], control[termios.VTIME] = b"\x01", b"\x00"
