@@ -1,0 +1,487 @@
+"""The loss catalog: what is known of every sample, in 32 bytes each.
+
+All that one report touches of a sample lies in one row (one cache line), so a step costs the
+same for ten thousand samples and for ten million: one gather, arithmetic on the batch's rows,
+one scatter. The catalog is the only owner and the only writer of these rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.attribution import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
+from learnit_r8.types import Indices, Losses, Mask
+
+UNSEEN = 255
+"""Quadrant code of a sample whose loss is unknown."""
+
+SMOOTHING = np.float32(0.5)
+"""Weight of a new per-sample loss in its estimate. Reports are exact and losses move with the
+model, so a long memory only makes the estimate stale; one half still halves the jitter that
+augmentation and dropout cause."""
+
+STUCK_AFTER = 5
+"""Epochs in a row in Q4 after which a sample counts as stuck."""
+
+_ROW = np.dtype(
+    [
+        ("estimate", "f4"),
+        ("variance", "f4"),
+        ("uses", "u4"),
+        ("last_seen", "u4"),
+        ("mean", "f4"),
+        ("m2", "f4"),
+        ("correct", "u4"),
+        ("quadrant", "u1"),
+        ("planned", "u1"),
+        ("epochs_in_q4", "u1"),
+        ("spare", "u1"),
+    ]
+)
+_OPAQUE = np.dtype(f"V{_ROW.itemsize}")  # numpy moves opaque rows twice as fast as structured ones
+
+# Columns of a batch's rows seen as float32 or uint32 words, and the quadrant's byte: the per-step
+# path slices them by number, which costs half of what looking a field's name up does.
+_WORDS = _ROW.itemsize // 4
+_ESTIMATE, _VARIANCE, _USES, _LAST_SEEN, _MEAN, _M2, _CORRECT = range(7)
+_QUADRANT = 28
+
+LIKELY_CORRECT = math.log(2.0)
+"""A cross-entropy below ln 2 means a probability above one half: the sample is classified right."""
+
+
+class Rows(NamedTuple):
+    """The catalog's rows of one batch before its report.
+
+    Attributes:
+        indices: Sample ids, int64 `[n]`.
+        block: Their rows, opaque, `[n]`.
+        expected: Mean expected loss; NaN while none of them has been seen.
+        unseen: How many have never been seen.
+    """
+
+    indices: Indices
+    block: NDArray[Any]
+    expected: float
+    unseen: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuadrantTable:
+    """Figures of the four quadrants, Q1 (lowest loss) first."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    losses: tuple[float, ...]
+    uses: tuple[float, ...]
+    easier: tuple[float, ...]
+    unseen: int
+    stuck: int
+
+    def figures(self) -> tuple[tuple[float, ...] | tuple[int, ...] | int, ...]:
+        """Return the fields in the order of `events.QuadrantsRefreshed`."""
+        return self.edges, self.counts, self.losses, self.uses, self.easier, self.unseen, self.stuck
+
+
+class LossCatalog:
+    """Per-sample loss statistics.
+
+    Args:
+        num_samples: Size of the data set.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self._rows = np.zeros(num_samples, _ROW)
+        self._rows["quadrant"] = UNSEEN
+        self._opaque = self._rows.view(_OPAQUE)
+        self._attribution: BatchAttribution | None = None
+        self._sum = 0.0  # of all estimates, in the units of the estimate column
+        self._num_seen = 0
+        self._edges: NDArray[np.float32] | None = None
+        self._journal: deque[tuple[int, Rows]] = deque()
+        self._journal_bytes = 0
+
+    # What users read ----------------------------------------------------------------------
+
+    @property
+    def expected_loss(self) -> Losses:
+        """Estimated current loss of each sample, float32 `[N]`, read-only; 0 where unseen."""
+        estimate = self._rows["estimate"]
+        if self._attribution is not None:
+            estimate = np.where(self._rows["uses"] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
+        return _frozen(estimate)
+
+    @property
+    def variance(self) -> Losses:
+        """Uncertainty of the estimate, float32 `[N]`, read-only.
+
+        From per-sample losses: the exponentially weighted mean of the squared surprise. From
+        one loss a batch: the Kalman filter's variance, relative to the squared mean loss.
+        """
+        return _frozen(self._rows["variance"])
+
+    @property
+    def uses(self) -> NDArray[np.uint32]:
+        """How often each sample was trained on, uint32 `[N]`, read-only; 0 means unseen."""
+        return _frozen(self._rows["uses"])
+
+    @property
+    def last_seen(self) -> NDArray[np.uint32]:
+        """Global step of each sample's last accepted report, uint32 `[N]`, read-only."""
+        return _frozen(self._rows["last_seen"])
+
+    @property
+    def mean_loss(self) -> Losses:
+        """Mean of all losses reported for each sample, float32 `[N]`, read-only; 0 where unseen."""
+        return _frozen(self._rows["mean"])
+
+    @property
+    def variability(self) -> Losses:
+        """Standard deviation of the losses reported for each sample, float32 `[N]`.
+
+        With `mean_loss` and `correctness` it makes the data map of Swayamdipta et al. 2020
+        ("Dataset Cartography"), there over the probability of the true class, here over the loss.
+        """
+        return _frozen(np.sqrt(self._rows["m2"] / np.maximum(self._rows["uses"], 1)))
+
+    @property
+    def correctness(self) -> Losses:
+        """Share of each sample's reports that were below ln 2, float32 `[N]`.
+
+        For a cross-entropy these are (at least) the times that it was classified correctly.
+        """
+        return _frozen((self._rows["correct"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
+
+    @property
+    def num_seen(self) -> int:
+        """Number of samples with at least one accepted report."""
+        return self._num_seen
+
+    @property
+    def mean_expected(self) -> float:
+        """Mean of the expected loss over the samples that were seen; NaN while none was."""
+        if not self._num_seen:
+            return math.nan
+        mean = self._sum / self._num_seen
+        return mean if self._attribution is None else float(self._attribution.to_loss(mean))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the samples."""
+        return int(self._rows.nbytes)
+
+    @property
+    def confidence(self) -> float:
+        """How far the estimates are identified, 0 to 1.
+
+        From per-sample losses: the share of samples that were seen. From one loss a batch
+        there are N unknowns and N/B equations an epoch, so it takes many epochs.
+        """
+        if self._attribution is not None:
+            return self._attribution.confidence(self._rows["variance"])
+        return self._num_seen / self.num_samples
+
+    def quadrants(self) -> NDArray[np.uint8]:
+        """Return each sample's loss quartile, uint8 `[N]`: 0 (lowest) to 3; 255 where unseen.
+
+        Edges are those of the last epoch start; a sample moves when its loss is reported.
+        """
+        if self._edges is not None:
+            return self._rows["quadrant"].copy()
+        codes = np.full(self.num_samples, UNSEEN, np.uint8)
+        seen = np.flatnonzero(self._rows["uses"])
+        order = seen[np.argsort(self._rows["estimate"][seen], kind="stable")]
+        codes[order] = np.repeat(np.arange(4, dtype=np.uint8), _quarter_sizes(len(order)))
+        return codes
+
+    def suspects(self, k: int) -> Indices:
+        """Return the k samples whose loss stays high and does not fall, worst first.
+
+        Ranked by the lower of the mean of all reported losses and the current estimate: a
+        sample that was learned late has a high mean, one that is hard today a high estimate,
+        a wrong one has both.
+
+        Args:
+            k: How many, 0 to N; fewer come back while fewer were seen.
+        """
+        if k < 0:
+            raise ValueError(f"k must be >= 0, got {k}")
+        score = np.minimum(self._rows["mean"], self.expected_loss)
+        score = np.where(self._rows["uses"] > 0, score, -np.inf)
+        k = min(int(k), self._num_seen)
+        if k == 0:
+            return np.empty(0, np.int64)
+        worst = np.argpartition(score, -k)[-k:]
+        return worst[np.argsort(-score[worst], kind="stable")]
+
+    # What the loop writes -----------------------------------------------------------------
+
+    def look_up(self, indices: Indices) -> Rows:
+        """Return the rows of a batch and its expected loss."""
+        block = self._opaque.take(indices)
+        unseen, size = 0, len(indices)
+        if self._num_seen < self.num_samples:
+            unseen = size - int(np.count_nonzero(_words(block, np.uint32)[:, _USES]))
+            if unseen == size:
+                return Rows(indices, block, math.nan, unseen)
+        total = float(np.add.reduce(_words(block, np.float32)[:, _ESTIMATE], dtype=np.float64))
+        if unseen:  # an unseen sample is expected to be like the others
+            total += unseen * self._sum / self._num_seen
+        expected = total / size
+        if self._attribution is not None:
+            expected = float(self._attribution.to_loss(expected))
+        return Rows(indices, block, expected, unseen)
+
+    def record(self, rows: Rows, losses: Losses, step: int) -> Losses:
+        """Take one finite loss per sample of a batch; return them."""
+        block = rows.block.copy()
+        floats = _words(block, np.float32)
+        estimate, variance = floats[:, _ESTIMATE], floats[:, _VARIANCE]
+        values = losses if self._attribution is None else self._attribution.from_loss(losses)
+        change = values - estimate
+        if rows.unseen:
+            fresh = _words(block, np.uint32)[:, _USES] == 0
+            change *= np.where(fresh, np.float32(1), SMOOTHING)
+            spread = np.where(fresh, np.float32(0), change)
+        else:
+            change *= SMOOTHING
+            spread = change
+        estimate += change
+        # Exponentially weighted variance (Finch 2009, "Incremental calculation of weighted mean and
+        # variance", eq. 143) for a weight of one half: (1 - a) (v + a s^2) with a s = `spread`.
+        variance *= 1 - SMOOTHING
+        variance += spread * spread
+        self._sum += float(np.add.reduce(change, dtype=np.float64))
+        self._commit(rows, block, losses, step)
+        return losses
+
+    def record_batch(self, rows: Rows, loss: float, step: int) -> Losses:
+        """Take one finite mean loss for a whole batch; return the new estimates of its samples."""
+        if self._attribution is None:
+            rows = self._start_attribution(rows)
+        assert self._attribution is not None
+        estimate, variance = self._rows["estimate"], self._rows["variance"]
+        if rows.unseen:
+            fresh = rows.indices[_words(rows.block, np.uint32)[:, _USES] == 0]
+            estimate[fresh] = PRIOR_ESTIMATE
+            variance[fresh] = PRIOR_VARIANCE
+        self._attribution.update(estimate, variance, rows.indices, loss)
+        block = self._opaque.take(rows.indices)
+        after, before = (_words(part, np.float32)[:, _ESTIMATE] for part in (block, rows.block))
+        self._sum += float(np.add.reduce(after - before, dtype=np.float64))
+        losses = self._attribution.to_loss(after)
+        self._commit(rows, block, losses, step)
+        return losses
+
+    def _commit(self, rows: Rows, block: NDArray[Any], losses: Losses, step: int) -> None:
+        """Update the statistics that both kinds of report share, and write the rows back."""
+        floats, words = _words(block, np.float32), _words(block, np.uint32)
+        uses, mean = words[:, _USES], floats[:, _MEAN]
+        uses += 1
+        off = losses - mean
+        mean += off / uses  # Welford 1962
+        off *= losses - mean
+        floats[:, _M2] += off
+        words[:, _CORRECT] += losses < LIKELY_CORRECT
+        words[:, _LAST_SEEN] = step
+        if self._edges is not None:
+            quadrants = self._edges.searchsorted(floats[:, _ESTIMATE])
+            block.view(np.uint8)[_QUADRANT :: _ROW.itemsize] = quadrants
+        self._num_seen += rows.unseen
+        self._remember(step, rows)
+        self._opaque[rows.indices] = block
+
+    def _start_attribution(self, rows: Rows) -> Rows:
+        """From here on estimates are relative to the tracked mean loss; return the rows anew."""
+        attribution = BatchAttribution(self.num_samples)
+        seen = self._rows["uses"] > 0
+        if self._num_seen:
+            attribution.start(self._sum / self._num_seen)
+            self._rows["estimate"][seen] = attribution.from_loss(self._rows["estimate"][seen])
+            self._rows["variance"][seen] = PRIOR_VARIANCE / 10  # reported exactly, but by an older model
+        self._attribution = attribution
+        self._sum = float(self._rows["estimate"].sum(dtype=np.float64))
+        self._edges = None
+        self._journal.clear()
+        return self.look_up(rows.indices)
+
+    def end_epoch(self) -> None:
+        """Refine the estimates over the reported batches of the last epochs; O(N) and more."""
+        if self._attribution is None:
+            return
+        self._attribution.refine(self._rows["estimate"], self._rows["variance"])
+        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=self._rows["uses"] > 0))
+        self._journal.clear()
+
+    def refresh_quadrants(self, rng: np.random.Generator, excluded: Mask | None = None) -> QuadrantTable | None:
+        """Set new quartile edges and return the quadrants' figures; None while nothing was seen.
+
+        The samples that may be drawn are split into four equal parts (their sizes differ by
+        one at most, the larger ones first); ties at an edge are split at random.
+
+        Args:
+            rng: For the ties.
+            excluded: True for samples that this epoch leaves out, bool `[N]`. They count for
+                no edge and get the quadrant that the edges give them.
+        """
+        uses = self._rows["uses"]
+        ranked = uses > 0 if excluded is None else (uses > 0) & ~excluded
+        everything = bool(ranked.all())
+        losses = self._rows["estimate"].copy() if everything else self._rows["estimate"][ranked]
+        if not len(losses):
+            return None
+        moved = self._migration()
+        last = np.cumsum(_quarter_sizes(len(losses))) - 1  # rank of each quadrant's highest loss
+        edges = np.partition(losses, np.maximum(last, 0))[np.maximum(last[:3], 0)]
+        codes = (losses > edges[0]).view(np.uint8)
+        codes += losses > edges[1]
+        codes += losses > edges[2]
+        _split_ties(losses, codes, edges, last[:3] + 1, rng)
+        self._edges = edges
+        if everything:
+            self._rows["quadrant"] = codes
+        else:
+            unranked = np.flatnonzero(~ranked)
+            self._rows["quadrant"][ranked] = codes
+            estimates = self._rows["estimate"][unranked]
+            self._rows["quadrant"][unranked] = np.where(uses[unranked] > 0, np.searchsorted(edges, estimates), UNSEEN)
+        quadrant = self._rows["quadrant"]
+        self._rows["planned"] = quadrant
+        count = self._rows["epochs_in_q4"]
+        self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
+        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=uses > 0))  # drops rounding drift
+        self._journal.clear()
+        return self._table(moved)
+
+    def _migration(self) -> tuple[float, ...]:
+        """Share of each planned quadrant that is now in a lower one."""
+        if self._edges is None:
+            return (0.0, 0.0, 0.0, 0.0)
+        rows = self._rows[:: 1 + self.num_samples // _FIGURE_SAMPLES]
+        planned, now = rows["planned"], rows["quadrant"]
+        total = np.bincount(planned, minlength=256)[:4]
+        easier = np.bincount(planned[now < planned], minlength=256)[:4]
+        return tuple((easier / np.maximum(total, 1)).tolist())
+
+    def _table(self, moved: tuple[float, ...]) -> QuadrantTable:
+        stride = 1 + self.num_samples // _FIGURE_SAMPLES
+        rows = self._rows[::stride]
+        rows = rows[rows["quadrant"] < 4]
+        counts = np.bincount(rows["quadrant"], minlength=4)
+        losses = self._in_loss_units(rows["estimate"])
+        divisor = np.maximum(counts, 1)
+        assert self._edges is not None
+        low, high = (float(losses.min()), float(losses.max())) if len(losses) else (math.nan, math.nan)
+        return QuadrantTable(
+            edges=(low, *map(float, self._in_loss_units(self._edges)), high),
+            counts=tuple((counts * stride).tolist()),
+            losses=tuple((np.bincount(rows["quadrant"], losses, 4) / divisor).tolist()),
+            uses=tuple((np.bincount(rows["quadrant"], rows["uses"], 4) / divisor).tolist()),
+            easier=moved,
+            unseen=self.num_samples - self._num_seen,
+            stuck=int(np.count_nonzero(rows["epochs_in_q4"] > STUCK_AFTER)) * stride,
+        )
+
+    def _in_loss_units(self, estimate: NDArray[Any]) -> NDArray[Any]:
+        return estimate if self._attribution is None else self._attribution.to_loss(estimate)
+
+    # Undo, for rollbacks ------------------------------------------------------------------
+
+    def _remember(self, step: int, rows: Rows) -> None:
+        self._journal.append((step, rows))
+        self._journal_bytes += rows.block.nbytes
+        while self._journal_bytes > _JOURNAL_BYTES:
+            self._journal_bytes -= self._journal.popleft()[1].block.nbytes
+
+    def rewind(self, step: int) -> int:
+        """Undo the reports of `step` and later, newest first; return how many were undone.
+
+        Reaches back to the last epoch start at most: there the edges and, with one loss a
+        batch, all estimates changed.
+        """
+        undone = 0
+        while self._journal and self._journal[-1][0] >= step:
+            _, rows = self._journal.pop()
+            self._journal_bytes -= rows.block.nbytes
+            current = self._rows["estimate"][rows.indices]
+            self._sum += float((rows.block["estimate"] - current).sum(dtype=np.float64))
+            self._num_seen -= rows.unseen
+            self._opaque[rows.indices] = rows.block
+            undone += 1
+        return undone
+
+    # State --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything; arrays and JSON scalars."""
+        return {
+            "rows": self._rows.view(np.uint8).copy(),
+            "edges": None if self._edges is None else self._edges.copy(),
+            "sum": self._sum,
+            "num_seen": self._num_seen,
+            "attribution": None if self._attribution is None else self._attribution.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, bit for bit.
+
+        Raises:
+            ValueError: The state belongs to a data set of another size.
+        """
+        rows = np.asarray(state["rows"], dtype=np.uint8)
+        if rows.nbytes != self._rows.nbytes:
+            saved = rows.nbytes // _ROW.itemsize
+            raise ValueError(f"the state has {saved} samples, this run has num_samples={self.num_samples}")
+        self._rows.view(np.uint8)[:] = rows
+        self._edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
+        self._sum = float(state["sum"])
+        self._num_seen = int(state["num_seen"])
+        self._attribution = None
+        if state["attribution"] is not None:
+            self._attribution = BatchAttribution(self.num_samples)
+            self._attribution.load_state_dict(state["attribution"])
+        self._journal.clear()
+        self._journal_bytes = 0
+
+
+_FIGURE_SAMPLES = 1 << 20
+"""Figures for people are taken from about this many samples at most, evenly spaced."""
+
+_JOURNAL_BYTES = 64 << 20
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _words(block: NDArray[Any], dtype: type[np.float32 | np.uint32]) -> NDArray[Any]:
+    return block.view(dtype).reshape(-1, _WORDS)
+
+
+def _quarter_sizes(count: int) -> list[int]:
+    """Split a count into four parts that differ by one at most, the larger ones first."""
+    return [(count - part + 3) // 4 for part in range(4)]
+
+
+def _split_ties(
+    losses: NDArray[Any],
+    codes: NDArray[np.uint8],
+    edges: NDArray[Any],
+    ends: NDArray[Any],
+    rng: np.random.Generator,
+) -> None:
+    """Move samples that tie with an edge up, at random, until the quadrants have their sizes."""
+    for quadrant in range(3):
+        excess = int(np.count_nonzero(codes <= quadrant)) - int(ends[quadrant])
+        if excess > 0:
+            tied = np.flatnonzero((losses == edges[quadrant]) & (codes <= quadrant))
+            codes[rng.permutation(tied)[:excess]] = quadrant + 1

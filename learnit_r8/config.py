@@ -1,0 +1,153 @@
+"""The scheduler's arguments as one frozen value, checked all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from learnit_r8.errors import ConfigError
+
+UI_NAMES = ("auto", "curses", "rich", "log", "off")
+NOISE_GUARDS = ("off", "report", "cap")
+
+# Numbers of samples are stored as uint32 in plans and reports.
+MAX_SAMPLES = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """What a run is. Field names and meanings are those of `R8Scheduler`'s arguments."""
+
+    num_samples: int
+    batch_size: int
+    num_epochs: int | None
+    train_duration_seconds: float | None
+    initial_lr: float
+    scheduler_mode: str
+    """The schedule's name, or "custom" for a function of the user's."""
+    warmup_proportion: float
+    min_lr: float
+    auto_find_lr: bool
+    strategy: str
+    """The strategy's name, or the class of a strategy object."""
+    backup_every: int | None
+    checkpoint_dir: str | None
+    checkpoint_every: str | int | None
+    keep_checkpoints: int
+    log_dir: str | None
+    noise_guard: str
+    seed: int
+    drop_last: bool
+    lookahead: int
+    world_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in a full epoch."""
+        full, rest = divmod(self.num_samples, self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    @property
+    def total_steps(self) -> int | None:
+        """Batches in the whole budget; None when the budget is time."""
+        return None if self.num_epochs is None else self.num_epochs * self.steps_per_epoch
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as JSON data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Config:
+        """Return the configuration that `to_json` wrote."""
+        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `R8Scheduler` that make this configuration again.
+
+        A strategy or schedule that was an object has a name that none is registered under.
+        """
+        values = self.to_json()
+        if values["scheduler_mode"] == "custom":
+            del values["scheduler_mode"]
+        return values
+
+    def order_hash(self) -> str:
+        """Return a hash of what decides the order of samples; equal on all ranks of a run."""
+        decisive = {
+            name: getattr(self, name) for name in ("num_samples", "batch_size", "seed", "drop_last", "strategy")
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Problems(list[str]):
+    """Collects one sentence per bad argument; `raise_if_any` turns them into one ConfigError."""
+
+    def integer(self, name: str, value: Any, low: int, high: int | None = None) -> int:
+        """Check a whole number; numpy integers count, bools do not."""
+        good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if good and value >= low and (high is None or value <= high):
+            return int(value)
+        bounds = f">= {low}" if high is None else f"from {low} to {high}"
+        self.append(f"{name} must be a whole number {bounds}, got {value!r}")
+        return low
+
+    def real(self, name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+        """Check a finite number within bounds; `open_low` excludes the lower one."""
+        number = _as_float(value)
+        if number is not None and math.isfinite(number) and low <= number <= high and not (open_low and number == low):
+            return number
+        bounds = f"> {low:g}" if open_low else f">= {low:g}"
+        if high != math.inf:
+            bounds += f" and <= {high:g}"
+        self.append(f"{name} must be a finite number {bounds}, got {value!r}")
+        return low
+
+    def flag(self, name: str, value: Any) -> bool:
+        """Check a bool (numpy's too)."""
+        if type(value).__name__ in {"bool", "bool_"}:
+            return bool(value)
+        self.append(f"{name} must be True or False, got {value!r}")
+        return False
+
+    def choice(self, name: str, value: Any, allowed: Sequence[str]) -> str:
+        """Check one of several names."""
+        if isinstance(value, str) and value in allowed:
+            return value
+        self.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        return allowed[0]
+
+    def function(self, name: str, value: Any) -> Callable[..., Any] | None:
+        """Check a callable or None."""
+        if value is None or callable(value):
+            return value  # type: ignore[no-any-return]
+        self.append(f"{name} must be a function or None, got {value!r}")
+        return None
+
+    def path(self, name: str, value: Any) -> Path | None:
+        """Check a path or None."""
+        if value is None:
+            return None
+        if isinstance(value, (str, Path)) and str(value).strip():
+            return Path(value)
+        self.append(f"{name} must be a path or None, got {value!r}")
+        return None
+
+    def raise_if_any(self) -> None:
+        """Raise one ConfigError that lists every problem, if there is one."""
+        if self:
+            raise ConfigError(list(self))
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, (bool, str, bytes)) or type(value).__name__ == "bool_":
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,238 @@
+"""Checks every argument of `R8Scheduler` before anything happens, and reports all mistakes at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.clock import Clock
+from learnit_r8.config import MAX_SAMPLES, NOISE_GUARDS, UI_NAMES, Config, Problems
+from learnit_r8.errors import ConfigError
+from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
+from learnit_r8.schedules import Schedule, make_schedule
+from learnit_r8.strategies.base import Strategy, make
+from learnit_r8.types import Sink
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arguments:
+    """The checked arguments: plain values in `config`, everything else beside it."""
+
+    config: Config
+    strategy: Strategy
+    schedule: Schedule
+    save: SaveCallback | None
+    load: LoadCallback | None
+    state_callback: Callable[[], Any] | None
+    sinks: tuple[Sink, ...]
+    ui: str
+    groups: NDArray[np.int64] | None
+    rank: int
+    all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None
+    clock: Clock
+
+
+def check_arguments(
+    *,
+    num_samples: Any,
+    batch_size: Any,
+    num_epochs: Any,
+    train_duration_seconds: Any,
+    initial_lr: Any,
+    scheduler_mode: Any,
+    warmup_proportion: Any,
+    min_lr: Any,
+    auto_find_lr: Any,
+    strategy: Any,
+    save_callback: Any,
+    load_callback: Any,
+    state_callback: Any,
+    backup_every: Any,
+    checkpoint_dir: Any,
+    checkpoint_every: Any,
+    keep_checkpoints: Any,
+    use_curses: Any,
+    ui: Any,
+    sinks: Any,
+    log_dir: Any,
+    noise_guard: Any,
+    groups: Any,
+    seed: Any,
+    drop_last: Any,
+    lookahead: Any,
+    rank: Any,
+    world_size: Any,
+    all_gather: Any,
+    clock: Any,
+) -> Arguments:
+    """Return the arguments, checked.
+
+    Raises:
+        ConfigError: Lists every problem with what came and what is allowed.
+    """
+    problems = Problems()
+    peak = problems.real("initial_lr", initial_lr, 0.0, open_low=True)
+    floor = problems.real("min_lr", min_lr, 0.0)
+    if floor > peak and peak > 0:
+        problems.append(f"min_lr must not exceed initial_lr, got min_lr={min_lr!r} and initial_lr={initial_lr!r}")
+    warmup = problems.real("warmup_proportion", warmup_proportion, 0.0, 1.0)
+    chosen, strategy_name = _strategy(problems, strategy)
+    schedule, schedule_name = _schedule(problems, scheduler_mode, warmup)
+    save = _callback(problems, "save_callback", save_callback, SaveCallback)
+    load = _callback(problems, "load_callback", load_callback, LoadCallback)
+    snapshot = problems.function("state_callback", state_callback)
+    find_lr = problems.flag("auto_find_lr", auto_find_lr)
+    if find_lr and (load is None or (snapshot is None and save is None)):
+        problems.append(
+            "auto_find_lr needs load_callback, and state_callback or save_callback, to undo the search: give both"
+        )
+    size = problems.integer("num_samples", num_samples, 1, MAX_SAMPLES)
+    batch = problems.integer("batch_size", batch_size, 1)
+    whole = problems.flag("drop_last", drop_last)
+    if whole and batch > size:
+        problems.append(
+            f"drop_last=True with batch_size={batch} > num_samples={size} leaves no batch: lower batch_size"
+        )
+    epochs, seconds = _budget(problems, num_epochs, train_duration_seconds)
+    world = problems.integer("world_size", world_size, 1)
+    gather = problems.function("all_gather", all_gather)
+    place = problems.integer("rank", rank, 0, max(world - 1, 0))
+    if world > 1 and gather is None:
+        problems.append(f"all_gather is needed when world_size={world}: see learnit_r8.integrations.distributed")
+    if world > batch:
+        problems.append(f"batch_size is the global batch and must be >= world_size={world}, got {batch_size!r}")
+    config = Config(
+        num_samples=size,
+        batch_size=batch,
+        num_epochs=epochs,
+        train_duration_seconds=seconds,
+        initial_lr=peak,
+        scheduler_mode=schedule_name,
+        warmup_proportion=warmup,
+        min_lr=floor,
+        auto_find_lr=find_lr,
+        strategy=strategy_name,
+        backup_every=None if backup_every is None else problems.integer("backup_every", backup_every, 1),
+        checkpoint_dir=_text(problems.path("checkpoint_dir", checkpoint_dir)),
+        checkpoint_every=_cadence(problems, checkpoint_every, checkpoint_dir),
+        keep_checkpoints=problems.integer("keep_checkpoints", keep_checkpoints, 1),
+        log_dir=_text(problems.path("log_dir", log_dir)),
+        noise_guard=problems.choice("noise_guard", noise_guard, NOISE_GUARDS),
+        seed=problems.integer("seed", seed, 0),
+        drop_last=whole,
+        lookahead=problems.integer("lookahead", lookahead, 1),
+        world_size=world,
+    )
+    arguments = Arguments(
+        config=config,
+        strategy=chosen,
+        schedule=schedule,
+        save=save,
+        load=load,
+        state_callback=snapshot,
+        sinks=_sinks(problems, sinks),
+        ui=_ui(problems, ui, use_curses),
+        groups=_groups(problems, groups, size),
+        rank=place,
+        all_gather=gather,
+        clock=clock or Clock(),
+    )
+    problems.raise_if_any()
+    return arguments
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _budget(problems: Problems, epochs: Any, seconds: Any) -> tuple[int | None, float | None]:
+    if (epochs is None) == (seconds is None):
+        problems.append(
+            f"give exactly one of num_epochs and train_duration_seconds, got num_epochs={epochs!r} and "
+            f"train_duration_seconds={seconds!r}"
+        )
+    return (
+        None if epochs is None else problems.integer("num_epochs", epochs, 1),
+        None if seconds is None else problems.real("train_duration_seconds", seconds, 0.0, open_low=True),
+    )
+
+
+def _strategy(problems: Problems, strategy: Any) -> tuple[Strategy, str]:
+    try:
+        chosen = make(strategy)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return make("uniform"), "uniform"
+    return chosen, strategy if isinstance(strategy, str) else getattr(chosen, "name", type(chosen).__name__)
+
+
+def _schedule(problems: Problems, mode: Any, warmup: float) -> tuple[Schedule, str]:
+    try:
+        return make_schedule(mode, warmup), mode if isinstance(mode, str) else "custom"
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return make_schedule("constant", 0.0), "constant"
+
+
+def _callback(problems: Problems, name: str, function: Any, wrap: Callable[[Any], T]) -> T | None:
+    if problems.function(name, function) is None or not callable(function):
+        return None
+    try:
+        return wrap(function)
+    except TypeError as error:
+        problems.append(f"{error}, got {function!r}")
+        return None
+
+
+def _cadence(problems: Problems, every: Any, directory: Any) -> str | int | None:
+    if every is None:
+        return None
+    if directory is None:
+        problems.append(f"checkpoint_every={every!r} needs a checkpoint_dir, got None")
+    if every == "epoch":
+        return "epoch"
+    if isinstance(every, str):
+        problems.append(f'checkpoint_every must be "epoch", a number of steps >= 1 or None, got {every!r}')
+        return None
+    return problems.integer("checkpoint_every", every, 1)
+
+
+def _ui(problems: Problems, ui: Any, use_curses: Any) -> str:
+    wanted = problems.flag("use_curses", use_curses)
+    if ui is None:
+        return "auto" if wanted else "off"
+    return problems.choice("ui", ui, UI_NAMES)
+
+
+def _sinks(problems: Problems, sinks: Any) -> tuple[Sink, ...]:
+    if isinstance(sinks, Sequence) and not isinstance(sinks, str):
+        wrong = [sink for sink in sinks if not isinstance(sink, Sink) or isinstance(sink, type)]
+        if not wrong:
+            return tuple(sinks)
+        problems.append(f"sinks must be objects with record(event), got {wrong[0]!r}")
+    else:
+        problems.append(f"sinks must be a list of objects with record(event), got {sinks!r}")
+    return ()
+
+
+def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.int64] | None:
+    if groups is None:
+        return None
+    try:
+        array = np.asarray(groups)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.ndim != 1 or array.dtype.kind not in "iub" or len(array) != num_samples:
+        problems.append(
+            f"groups must hold one whole number (the class) per sample, shape ({num_samples},), got "
+            f"{type(groups).__name__} of shape {array.shape} and dtype {array.dtype}"
+        )
+        return None
+    return array.astype(np.int64)

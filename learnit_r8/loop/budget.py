@@ -1,0 +1,98 @@
+"""How much of the training is spent, and the learning rate that follows from it alone."""
+
+from __future__ import annotations
+
+import math
+
+from learnit_r8.clock import Clock
+from learnit_r8.config import Config
+from learnit_r8.schedules import Schedule
+
+VIRTUAL_STEPS = 10_000
+"""A budget in seconds is laid out as this many steps, so that schedules need no second form."""
+
+
+class Budget:
+    """Epochs or seconds, and where the run stands in them.
+
+    Args:
+        config: Says which of the two, and how many.
+        schedule: (position, total) -> factor in [0, 1].
+        clock: Measures seconds; they count across resumes.
+    """
+
+    def __init__(self, config: Config, schedule: Schedule, clock: Clock) -> None:
+        self._config = config
+        self._schedule = schedule
+        self._clock = clock
+        self._before = 0.0
+        self._started: float | None = None
+        self._steps_per_epoch, self._total_steps = config.steps_per_epoch, config.total_steps
+        self._seconds = config.train_duration_seconds
+        self.peak = config.initial_lr
+        self._offset = 0.0  # seconds spent on finding the learning rate: no part of the schedule
+
+    @property
+    def elapsed(self) -> float:
+        """Training seconds so far, those before a resume included."""
+        running = 0.0 if self._started is None else self._clock.monotonic() - self._started
+        return self._before + running
+
+    def begin(self) -> None:
+        """Start the clock, once."""
+        if self._started is None:
+            self._started = self._clock.monotonic()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self._before, self._started = self.elapsed, None
+
+    def over(self, epoch: int) -> bool:
+        """Whether nothing is left for this epoch."""
+        if self._config.num_epochs is not None:
+            return epoch >= self._config.num_epochs
+        return self.time_up
+
+    @property
+    def time_up(self) -> bool:
+        """Whether the wall-clock budget is spent; never when the budget is epochs."""
+        return self._seconds is not None and self.elapsed >= self._seconds
+
+    def position(self, epoch: int, batch: int, batches: int) -> tuple[float, float]:
+        """Return (steps done, steps in all) of a full-length run.
+
+        An epoch that draws fewer batches than usual is stretched over the same stretch of the
+        schedule: the learning rate follows the spent budget, not the number of updates.
+        """
+        if self._total_steps is None:
+            assert self._seconds is not None
+            share = (self.elapsed - self._offset) / max(self._seconds - self._offset, 1e-9)
+            return min(max(share, 0.0), 1.0) * VIRTUAL_STEPS, VIRTUAL_STEPS
+        steps = self._steps_per_epoch
+        within = batch if batches == steps else batch * steps / max(batches, 1)
+        return epoch * steps + within, self._total_steps
+
+    def learning_rate(self, position: tuple[float, float], multiplier: float) -> float:
+        """Return the learning rate at a position, within [min_lr, peak]."""
+        floor = min(self._config.min_lr, self.peak)
+        rate = (floor + (self.peak - floor) * self._schedule(*position)) * multiplier
+        if not math.isfinite(rate):
+            raise ValueError(
+                f"the schedule gave a learning rate of {rate!r} at step {position[0]:g} of {position[1]:g}"
+            )
+        return min(self.peak, max(floor, rate))
+
+    def restart_schedule(self, peak: float) -> None:
+        """Take a new peak; what is left of the budget is the whole schedule."""
+        self.peak = peak
+        self._offset = self.elapsed
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds spent and the peak."""
+        return {"elapsed": self.elapsed, "peak": self.peak, "offset": self._offset}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what `state_dict` returned; the clock goes on from there."""
+        self._before, self.peak, self._offset = float(state["elapsed"]), float(state["peak"]), float(state["offset"])
+        if self._started is not None:
+            self._started = self._clock.monotonic()

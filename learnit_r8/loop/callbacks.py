@@ -1,0 +1,101 @@
+"""The user's save and load functions, called the way that their signatures allow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class SaveCallback:
+    """`save_callback(state_dict, filepath)`, or `save_callback(filepath)`.
+
+    Args:
+        function: The user's function.
+
+    Raises:
+        TypeError: It takes neither one nor two positional arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._with_state = _accepts(function, 2) and not _wants_only_a_path(function)
+        if not self._with_state and not _accepts(function, 1):
+            raise TypeError("save_callback must take (state_dict, filepath) or (filepath)")
+
+    def __call__(self, state: Callable[[], dict[str, Any]], path: Path) -> None:
+        """Save the model at `path`.
+
+        Raises:
+            RuntimeError: The user's function returned False.
+        """
+        arguments = (state(), str(path)) if self._with_state else (str(path),)
+        if self._function(*arguments) is False:
+            raise RuntimeError("save_callback returned False")
+
+
+class LoadCallback:
+    """`load_callback(source)`, or `load_callback(source, from_ram=...)`.
+
+    Args:
+        function: The user's function.
+
+    Raises:
+        TypeError: It takes no positional argument.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._told = _has_keyword(function, "from_ram")
+        if not _accepts(function, 1) and not self._told:
+            raise TypeError("load_callback must take (source) or (source, from_ram)")
+
+    def __call__(self, source: Any, *, from_ram: bool) -> None:
+        """Restore the model from a path or an in-memory state.
+
+        Raises:
+            RuntimeError: The user's function returned False.
+        """
+        result = self._function(source, from_ram=from_ram) if self._told else self._function(source)
+        if result is False:
+            raise RuntimeError("load_callback returned False")
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # some built-ins have none
+        return None
+
+
+def _accepts(function: Callable[..., Any], positional: int) -> bool:
+    """Whether the function can be called with so many positional arguments and no more."""
+    signature = _signature(function)
+    if signature is None:
+        return True
+    try:
+        signature.bind(*range(positional))
+    except TypeError:
+        return False
+    return True
+
+
+def _wants_only_a_path(function: Callable[..., Any]) -> bool:
+    """Whether further arguments are options: `def save(filepath, verbose=False)`."""
+    signature = _signature(function)
+    positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL] if signature else []
+    if len(positional) < 2 or positional[1].default is inspect.Parameter.empty:
+        return False
+    return any(word in positional[0].name.lower() for word in ("path", "file", "name"))
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _has_keyword(function: Callable[..., Any], name: str) -> bool:
+    signature = _signature(function)
+    if signature is None:
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(p.name == name and p.kind in kinds for p in signature.parameters.values())

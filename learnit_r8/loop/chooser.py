@@ -1,0 +1,173 @@
+"""Who chooses the samples of this epoch, how many are left of its plan, and what they weigh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.catalog import LossCatalog
+from learnit_r8.config import Config
+from learnit_r8.errors import ProtocolError
+from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
+from learnit_r8.strategies.uniform import Uniform
+from learnit_r8.types import Indices, Losses, LossReport, Mask
+
+
+class Chooser:
+    """Asks the strategy, or in the first epoch the cataloger, for the next batch.
+
+    Args:
+        strategy: Chooses from the second epoch on; one with `catalogs = False` from the first.
+        config: The run.
+        catalog: Shown to the strategy.
+        streams: The run's randomness.
+
+    Attributes:
+        batches: Number of batches in the epoch's plan.
+        drawn: How many of them were drawn.
+    """
+
+    def __init__(self, strategy: Strategy, config: Config, catalog: LossCatalog, streams: RandomStreams) -> None:
+        self.strategy = strategy
+        self.batches = 0
+        self.drawn = 0
+        self._config = config
+        self._catalog = catalog
+        self._streams = streams
+        self._cataloger = Uniform()
+        self._cataloging = False
+        self._left = 0  # samples of the plan that are not drawn yet
+        self._excluded: Mask | None = None
+        self._observe = getattr(strategy, "observe", None)
+        self._trusted = type(strategy).__module__.startswith("learnit_r8.")
+
+    @property
+    def phase(self) -> str:
+        """ "cataloging", or the strategy's name."""
+        return "cataloging" if self._cataloging else self._config.strategy
+
+    @property
+    def _active(self) -> Strategy:
+        return self._cataloger if self._cataloging else self.strategy
+
+    def start_epoch(self, epoch: int, step: int, progress: float, excluded: Mask | None) -> None:
+        """Let the strategy plan an epoch.
+
+        Args:
+            epoch: From 0.
+            step: Global step.
+            progress: Share of the budget that is spent.
+            excluded: Samples to leave out, or None.
+        """
+        self._cataloging = epoch == 0 and getattr(self.strategy, "catalogs", True)
+        self._excluded = excluded
+        self.drawn = 0
+        request = self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN)
+        start = getattr(self._active, "start_epoch", None)
+        samples = start(request) if start is not None else None
+        if samples is None:
+            samples = self._config.num_samples - (0 if excluded is None else int(np.count_nonzero(excluded)))
+        self._left = int(samples)
+        self.batches = self._count(self._left)
+
+    def _count(self, samples: int) -> int:
+        full, rest = divmod(samples, self._config.batch_size)
+        # A last batch that cannot give each rank a sample is dropped: padding would count samples twice.
+        return full + (rest >= self._config.world_size and rest > 0 and not self._config.drop_last)
+
+    def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
+        """Return the next batch: sample ids, int64, and their weights (None for ones)."""
+        request = self._request(
+            min(self._config.batch_size, self._left), epoch, step, progress, Purpose.BATCH, stable_only
+        )
+        chosen = self._active.draw(request)
+        draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
+        indices = np.asarray(draw.indices)
+        if not self._trusted:
+            self._check(indices, request)
+        indices = indices.astype(np.int64)
+        self.drawn += 1
+        self._left -= len(indices)
+        weights = draw.weights
+        if weights is None and draw.probabilities is not None:
+            weights = 1.0 / (self._config.num_samples * draw.probabilities)
+        return indices, None if weights is None else np.asarray(weights, np.float32)
+
+    def _request(
+        self, size: int, epoch: int, step: int, progress: float, purpose: Purpose, stable_only: bool = False
+    ) -> BatchRequest:
+        return BatchRequest(
+            size, epoch, self.drawn, step, progress, self._catalog, self._streams, purpose, self._excluded, stable_only
+        )
+
+    def _check(self, indices: NDArray[Any], request: BatchRequest) -> None:
+        name = type(self._active).__name__
+        if indices.ndim != 1 or indices.dtype.kind not in "iu" or not 1 <= len(indices) <= request.size:
+            raise ProtocolError(
+                f"{name}.draw must return 1 to {request.size} sample ids in a 1-D integer array, "
+                f"got shape {indices.shape} and dtype {indices.dtype}"
+            )
+        if indices.min() < 0 or indices.max() >= self._config.num_samples:
+            raise ProtocolError(
+                f"{name}.draw returned ids from {indices.min()} to {indices.max()}, allowed are 0 to "
+                f"{self._config.num_samples - 1}"
+            )
+        if not getattr(self._active, "replacement", False) and len(np.unique(indices)) < len(indices):
+            raise ProtocolError(
+                f"{name}.draw returned a sample twice in one batch: draw without replacement, or set the class "
+                "attribute replacement = True"
+            )
+
+    @property
+    def listens(self) -> bool:
+        """Whether the strategy wants to hear reports."""
+        return self._observe is not None
+
+    def observe(self, report: LossReport) -> None:
+        """Let the strategy hear an accepted report."""
+        if self._observe is not None:
+            self._observe(report)
+
+    def forget(self, indices: Indices) -> None:
+        """Tell the strategy that these were drawn and will not be reported."""
+        forget = getattr(self._active, "forget", None)
+        if forget is not None:
+            forget(indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plan's position and the strategy's own state."""
+        return {
+            "batches": self.batches,
+            "drawn": self.drawn,
+            "left": self._left,
+            "cataloging": self._cataloging,
+            "excluded": None if self._excluded is None else np.packbits(self._excluded),
+            "cataloger": self._cataloger.state_dict(),
+            "strategy": _state(self.strategy),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], epoch: int, step: int, progress: float) -> None:
+        """Restore what `state_dict` returned. A strategy without state plans its epoch anew."""
+        self._cataloging = bool(state["cataloging"])
+        packed = state["excluded"]
+        count = self._config.num_samples
+        self._excluded = None if packed is None else np.unpackbits(packed, count=count).astype(bool)
+        self._cataloger.load_state_dict(state["cataloger"])
+        load = getattr(self.strategy, "load_state_dict", None)
+        start = getattr(self.strategy, "start_epoch", None)
+        if load is not None:
+            load(state["strategy"])
+        elif start is not None and not self._cataloging and state["batches"]:
+            self.drawn = 0
+            start(self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN))
+        self.drawn, self._left = int(state["drawn"]), int(state["left"])
+        # The batch size may have changed since: count again what is left.
+        self.batches = self.drawn + self._count(self._left) if state["batches"] else 0
+
+
+def _state(strategy: Strategy) -> dict[str, Any] | None:
+    save = getattr(strategy, "state_dict", None)
+    return None if save is None else save()

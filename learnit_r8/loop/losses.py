@@ -1,0 +1,122 @@
+"""Whatever a framework calls a loss, read into numpy: one number, or one per sample."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.errors import ProtocolError
+from learnit_r8.types import Losses
+
+LIMIT = 1e15
+"""Losses beyond this count as infinite: their squares would leave float32's range, and a loss
+of this size means a diverged model in any units."""
+
+_SAFE_SQUARES = 1e30  # LIMIT ** 2
+
+
+class Reported(NamedTuple):
+    """A loss as it was reported.
+
+    Attributes:
+        values: Per-sample losses, float32 `[n]`, or None for one number per batch.
+        mean: Their mean, or the number.
+        finite: False when anything is NaN, infinite or beyond `LIMIT`.
+    """
+
+    values: Losses | None
+    mean: float
+    finite: bool
+
+
+def read_losses(loss: Any, size: int) -> Reported:
+    """Read a report for a batch of `size` samples.
+
+    Args:
+        loss: A float, anything with `__float__`, or a 1-D array, tensor (any device, with
+            grad) or sequence of `size` losses in the batch's order.
+        size: Number of samples in the batch.
+
+    Raises:
+        TypeError: Not a real number or a 1-D array of them.
+        ProtocolError: An array of another length.
+    """
+    if isinstance(loss, (float, int)) and not isinstance(loss, bool):
+        return _one(float(loss)) if abs(loss) <= LIMIT else Reported(None, _clamped(loss), finite=False)
+    array = loss if isinstance(loss, np.ndarray) else _to_numpy(loss)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{_EXPECTED}, got {_describe(loss)} with dtype {array.dtype}")
+    if array.ndim == 0:
+        return _one(float(array))
+    if array.ndim > 1:
+        raise TypeError(
+            f"{_EXPECTED}, got {array.ndim} dimensions, shape {array.shape}: "
+            "average each sample's losses first, for instance loss.mean(dim=1)"
+        )
+    if len(array) != size:
+        raise ProtocolError(
+            f"the batch has {size} samples, but {len(array)} losses came: report one loss per sample in the "
+            "batch's order (reduction='none'), or one number such as losses.mean()"
+        )
+    return _many(array)
+
+
+def _one(value: float) -> Reported:
+    return Reported(None, value, finite=-LIMIT <= value <= LIMIT)
+
+
+def _many(array: NDArray[Any]) -> Reported:
+    # The sum of squares is small only if every loss is finite and small: one pass in place of three.
+    with np.errstate(all="ignore"):
+        values = array.astype(np.float32)
+        finite = float(values.dot(values)) <= _SAFE_SQUARES or bool(np.all(np.abs(values) <= LIMIT))
+        mean = float(np.add.reduce(array, dtype=np.float64)) / len(array)
+    return Reported(values, mean, finite)
+
+
+def _clamped(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float64
+        return float("inf") if value > 0 else float("-inf")
+
+
+_EXPECTED = "a loss is a number, or a 1-D array with one number per sample of the batch"
+
+
+def _to_numpy(loss: Any) -> NDArray[Any]:
+    if loss is None:
+        raise TypeError(f"{_EXPECTED}, got None: does the training step return its loss?")
+    if isinstance(loss, (str, bytes, bool, complex, dict, set)):
+        raise TypeError(f"{_EXPECTED}, got {_describe(loss)}")
+    if hasattr(loss, "detach"):  # torch: leave the graph and the device; numpy has no bfloat16
+        tensor = loss.detach().cpu()
+        if tensor.is_floating_point():
+            tensor = tensor.float() if tensor.element_size() < 4 else tensor
+        elif tensor.is_complex():
+            raise TypeError(f"{_EXPECTED}, got a complex tensor")
+        return tensor.numpy()  # type: ignore[no-any-return]
+    if isinstance(loss, (list, tuple)):
+        loss = [item.detach().cpu() if hasattr(item, "detach") else item for item in loss]
+        if any(isinstance(item, (bool, np.bool_)) for item in loss):
+            raise TypeError(f"{_EXPECTED}, got a list with bools")
+    elif isinstance(loss, numbers.Real) or not hasattr(loss, "__array__"):
+        try:
+            return np.asarray(float(loss))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{_EXPECTED}, got {_describe(loss)}") from error
+    try:
+        array = np.asarray(loss)
+    except ValueError as error:  # ragged
+        raise TypeError(f"{_EXPECTED}, got {_describe(loss)}: {error}") from error
+    if array.dtype.kind == "V" or array.dtype.name == "bfloat16":  # JAX's and TensorFlow's bfloat16
+        array = array.astype(np.float32)
+    return array
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

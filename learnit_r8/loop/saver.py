@@ -1,0 +1,97 @@
+"""When and where the run's state is saved, and the user's model with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from learnit_r8 import events
+from learnit_r8.checkpoint import CheckpointStore, LoadedCheckpoint, resolve
+from learnit_r8.errors import CheckpointError
+from learnit_r8.loop.arguments import Arguments
+from learnit_r8.sinks import EventBus
+
+State = dict[str, Any]
+
+
+class Saver:
+    """The scheduler's side of a checkpoint directory.
+
+    Args:
+        arguments: Directory, cadence, retention and callbacks of the run.
+        bus: Hears what was saved.
+    """
+
+    def __init__(self, arguments: Arguments, bus: EventBus) -> None:
+        self._args = arguments
+        self._bus = bus
+        self._saved_step = -1
+        self._saved_epoch = -1
+        self._store: CheckpointStore | None = None
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The checkpoint directory.
+
+        Raises:
+            CheckpointError: The run has none.
+        """
+        config = self._args.config
+        if config.checkpoint_dir is None:
+            raise CheckpointError("this scheduler has checkpoint_dir=None: create it with a checkpoint_dir to save")
+        if self._store is None:
+            self._store = CheckpointStore(
+                Path(config.checkpoint_dir), keep=config.keep_checkpoints, on_corrupt=self._report_corrupt
+            )
+        return self._store
+
+    def _report_corrupt(self, path: Path, reason: str) -> None:
+        self._bus.emit(events.CheckpointFailed, max(self._saved_step, 0), str(path), reason)
+
+    def due(self, step: int, finished_epoch: int | None) -> bool:
+        """Whether the cadence asks for a checkpoint now.
+
+        Args:
+            step: Global step.
+            finished_epoch: The epoch that has just ended, or None in the middle of one.
+        """
+        every = self._args.config.checkpoint_every
+        if every == "epoch":
+            return finished_epoch is not None and finished_epoch != self._saved_epoch
+        return every is not None and step > 0 and step % int(every) == 0 and step != self._saved_step
+
+    def save(self, step: int, finished_epoch: int | None, state: Callable[[], State], tag: str = "") -> Path:
+        """Write a checkpoint and return its path.
+
+        Raises:
+            CheckpointError: It could not be written; earlier ones are as they were.
+        """
+        save, contents = self._args.save, state()
+        write = None if save is None else lambda path: save(lambda: contents, path)
+        try:
+            saved = self.store.save(step, contents, write, tag=tag)
+        except CheckpointError as error:
+            self._bus.emit(events.CheckpointFailed, step, self._args.config.checkpoint_dir or "", str(error))
+            raise
+        finally:
+            # A failing disk is asked again at the next cadence, not at every step.
+            self._saved_step = step
+            self._saved_epoch = -1 if finished_epoch is None else finished_epoch
+        self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
+        return saved.path
+
+    def find(self, path: str | Path) -> LoadedCheckpoint:
+        """Return the checkpoint that a path means, verified.
+
+        Raises:
+            FileNotFoundError: There is none.
+            CheckpointError: It cannot be used.
+        """
+        return resolve(path, on_corrupt=self._report_corrupt)
+
+    def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
+        """Note where the run stands after a load, so that the same state is not saved again."""
+        self._saved_step = loaded.step
+        self._saved_epoch = -1 if finished_epoch is None else finished_epoch
+        self._bus.emit(events.CheckpointLoaded, loaded.step, str(loaded.path))

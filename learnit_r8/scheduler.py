@@ -1,0 +1,661 @@
+"""R8Scheduler: THE loop. It decides nothing itself; read it first, then what it calls.
+
+    BatchRequest -> Strategy -> Batch -> user's train step -> LossReport -> Detector -> Verdict
+         ^                                                                                |
+         |                                       calm: Catalog.record <-------------------+
+         +------------ next request              spike: Recovery <------------------------+
+
+Rules that the code below keeps:
+
+* A batch is a ticket. Nothing counts until its loss is reported; what was drawn and never
+  reported is handed out again.
+* What is drawn depends on (seed, epoch, cursor, catalog) only, the learning rate on the spent
+  budget only, so a resumed run continues to the bit.
+* Whatever touches the user's model, except a rollback, happens between two steps: when the
+  next batch is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8 import events
+from learnit_r8._version import __version__
+from learnit_r8.catalog import LossCatalog, Rows
+from learnit_r8.checkpoint import LoadedCheckpoint, resolve
+from learnit_r8.config import Config
+from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
+from learnit_r8.loop.arguments import check_arguments
+from learnit_r8.loop.budget import Budget
+from learnit_r8.loop.chooser import Chooser
+from learnit_r8.loop.losses import Reported, read_losses
+from learnit_r8.loop.lr_search import LrSearch
+from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.safety import SafetyNet
+from learnit_r8.loop.saver import Saver, State
+from learnit_r8.loop.signals import Interrupts
+from learnit_r8.loop.tickets import Ticket, TicketDesk
+from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.sinks import EventBus, JsonlSink
+from learnit_r8.strategies.base import Strategy
+from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult
+
+
+class Stage(StrEnum):
+    """Where the current epoch stands."""
+
+    FRESH = "fresh"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class R8Scheduler:
+    """Owns the epoch loop and the batch loop of a training run.
+
+        with R8Scheduler(num_samples=len(data), batch_size=32, num_epochs=10) as scheduler:
+            for epoch in scheduler.epoch_iterator():
+                for indices, lr in scheduler.batch_iterator():
+                    scheduler.update_with_loss(train_step(indices, lr))
+
+    Args:
+        num_samples: Size of the data set; samples are the numbers 0 to N-1.
+        batch_size: Samples a step, over all ranks.
+        num_epochs: Budget in epochs; this or `train_duration_seconds`.
+        train_duration_seconds: Budget in seconds of wall-clock time, resumes included.
+        initial_lr: Peak learning rate, reached after warm-up.
+        scheduler_mode: Name of a schedule (`learnit_r8.schedules.schedule_names()`), or a
+            function of progress in [0, 1] that returns a factor of the peak.
+        warmup_proportion: Share of the budget over which the learning rate rises.
+        min_lr: Learning rate that the schedule ends at.
+        auto_find_lr: Search the peak first; the model is restored afterwards.
+        strategy: How samples are chosen: a name (`learnit_r8.strategies.names()`) or an object
+            with `draw(request)`.
+        save_callback: `(state_dict, filepath)` or `(filepath)`: write the model there.
+        load_callback: `(source)` or `(source, from_ram)`: restore the model from a path, or
+            from a copy of what `update_cpu_backup` or `state_callback` gave.
+        state_callback: Returns the model's state, for automatic backups in RAM.
+        backup_every: Steps between automatic backups, at least.
+        checkpoint_dir: Where checkpoints go; made at the first one.
+        checkpoint_every: "epoch", a number of steps, or None for by hand only.
+        keep_checkpoints: How many to keep.
+        use_curses: False means `ui="off"`.
+        ui: "auto", "curses", "rich", "log" or "off".
+        sinks: Further listeners with `record(event)`.
+        log_dir: Where the event log of the run goes, for `r8 watch`.
+        noise_guard: "off", "report" suspects, or "cap": draw them at a tenth of the rate.
+        groups: Class of each sample, int `[N]`, for the noise guard and the report.
+        seed: Decides every random draw.
+        drop_last: Leave out an epoch's last, shorter batch.
+        lookahead: How many batches may be out before their losses come back.
+        rank: Number of this process, with several.
+        world_size: Number of processes.
+        all_gather: `(array) -> array`: all ranks' arrays, concatenated in rank order.
+        clock: Source of time (`learnit_r8.clock.Clock`); tests bring their own.
+
+    Raises:
+        ConfigError: One or more bad arguments; all are listed.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        num_epochs: int | None = None,
+        train_duration_seconds: float | None = None,
+        initial_lr: float = 0.01,
+        scheduler_mode: str | Callable[[float], float] = "cosine",
+        warmup_proportion: float = 0.1,
+        min_lr: float = 0.0,
+        auto_find_lr: bool = False,
+        strategy: str | Strategy = "quadrant",
+        save_callback: Callable[..., Any] | None = None,
+        load_callback: Callable[..., Any] | None = None,
+        state_callback: Callable[[], Any] | None = None,
+        backup_every: int | None = 50,
+        checkpoint_dir: str | Path | None = "./checkpoints",
+        checkpoint_every: str | int | None = None,
+        keep_checkpoints: int = 3,
+        use_curses: bool = True,
+        ui: str | None = None,
+        sinks: Sequence[Sink] = (),
+        log_dir: str | Path | None = None,
+        noise_guard: str = "report",
+        groups: Sequence[int] | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        lookahead: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+        clock: Any = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name != "self"}
+        args = check_arguments(**given)
+        config = args.config
+        self._args, self._config, self._clock = args, config, args.clock
+        self._bus = EventBus(args.sinks, args.clock)
+        self._budget = Budget(config, args.schedule, args.clock)
+        self._streams = RandomStreams(config.seed)
+        self._catalog = LossCatalog(config.num_samples)
+        self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
+        self._desk = TicketDesk(config.lookahead)
+        self._ranks = Ranks(args.rank, config.world_size, args.all_gather)
+        self._safety = SafetyNet(
+            args.load, args.state_callback, config.backup_every, self._catalog, self._bus.emit, args.clock
+        )
+        self._saver = Saver(args, self._bus)
+        self._interrupts = Interrupts()
+        self._ones = np.ones(config.batch_size, np.float32)
+        self._epoch = 0
+        self._stage = Stage.FRESH
+        self._reported = 0  # batches of this epoch whose loss came back
+        self._accepted = 0
+        self._loss_sum = 0.0  # of the accepted ones
+        self._epoch_started = 0.0
+        self._global_step = 0
+        self._lr = 0.0
+        self._optimal_lr: float | None = None
+        self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
+        self._stop: Command | None = None
+        self._logging = False
+        self._resumed = self._begun = self._ended = self._closed = False
+
+    # What users read ----------------------------------------------------------------------
+
+    @property
+    def global_step(self) -> int:
+        """Number of batches whose loss was reported."""
+        return self._global_step
+
+    @property
+    def current_epoch(self) -> int:
+        """Number of the current epoch, from 0."""
+        return self._epoch
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the batch that was handed out last."""
+        return self._lr
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in a full epoch."""
+        return self._config.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int | None:
+        """Batches in the whole run; None when the budget is seconds."""
+        return self._config.total_steps
+
+    @property
+    def optimal_lr_found(self) -> float | None:
+        """The peak that `auto_find_lr` found; None before, without, or when it was ambiguous."""
+        return self._optimal_lr
+
+    @property
+    def catalog(self) -> LossCatalog:
+        """What is known of every sample."""
+        return self._catalog
+
+    @property
+    def strategy(self) -> Strategy:
+        """What chooses the samples once they are cataloged."""
+        return self._chooser.strategy
+
+    # The two loops ------------------------------------------------------------------------
+
+    def epoch_iterator(self) -> Iterator[int]:
+        """Yield the numbers of the epochs that are left.
+
+        An epoch that was left by `break` is continued by the next `epoch_iterator()`, and given
+        up when this one goes on.
+        """
+        self._begin()
+        if self._stage is Stage.DONE:
+            self._next_epoch()
+        with self._interrupts:
+            while not self._stop and not self._budget.over(self._epoch):
+                if self._stage is Stage.FRESH:
+                    self._start_epoch()
+                yield self._epoch
+                if self._stage is Stage.RUNNING and not self._stop:
+                    self._end_epoch(completed=False)
+                    self._save_if_due()
+                if self._stage is Stage.DONE:
+                    self._next_epoch()
+        self._end("stopped" if self._stop else "finished")
+
+    def batch_iterator(self) -> Iterator[Batch]:
+        """Yield the batches that are left of the current epoch; each unpacks as `indices, lr`.
+
+        Raises:
+            ProtocolError: The next batch is asked for while the loss of an earlier one is due.
+        """
+        self._begin()
+        if self._stage is Stage.FRESH and not self._budget.over(self._epoch):
+            self._start_epoch()
+        self._desk.take_back()
+        with self._interrupts:
+            if self._search is not None:
+                yield from self._search_batches(self._search)
+            while True:
+                self._desk.check_room()
+                self._between_steps()
+                ticket = self._next_ticket()
+                if ticket is None:
+                    return
+                yield self._desk.issue(ticket)
+
+    def update_with_loss(self, loss: Any, batch: Batch | None = None, *, skipped: bool = False) -> StepResult:
+        """Report the loss of a batch, after its optimizer step: a rollback restores the model at once.
+
+        Args:
+            loss: One unweighted loss per sample, in the batch's order (best), or their mean.
+                Any framework's array or tensor, on any device, with or without a graph.
+            batch: Which batch; the oldest open one when None.
+            skipped: The optimizer step was skipped (AMP overflow): no fault, whatever the loss.
+
+        Raises:
+            ProtocolError: No such batch is open, or the number of losses is not the batch's.
+            TypeError: Not a real number or a 1-D array of them. Nothing has changed then.
+            TrainingDiverged: Recovery is out of means.
+        """
+        self._check_open()
+        ticket = self._desk.find(batch)
+        reported = read_losses(loss, len(ticket.batch.indices))
+        started = self._clock.monotonic()
+        if self._ranks.world_size > 1:
+            reported = self._ranks.gather(reported, len(ticket.indices))
+        self._desk.close(ticket)
+        if self._search is not None:
+            return self._search.report(reported)
+        step = self._global_step
+        rows = self._catalog.look_up(ticket.indices)
+        judgement = self._safety.judge(step, reported, rows.expected, skipped=bool(skipped))
+        if judgement.accepted:
+            self._record(ticket, rows, reported)
+        self._global_step += 1
+        self._reported += 1
+        if self._bus:
+            self._bus.emit(
+                events.LossReported,
+                step,
+                self._epoch,
+                reported.mean,
+                rows.expected,
+                ticket.batch.lr,
+                judgement.verdict.value,
+                judgement.score,
+                len(ticket.indices),
+                started - ticket.issued_at,
+                self._clock.monotonic() - started + ticket.draw_seconds,
+            )
+        rolled_back = judgement.alarming and self._safety.react(
+            step, self._epoch, judgement, reported, ticket.indices, rows.expected
+        )
+        if self._reported == self._chooser.batches:
+            self._end_epoch(completed=True)
+        surprise = reported.mean - rows.expected
+        return StepResult(
+            judgement.accepted, rolled_back, judgement.verdict, reported.mean, rows.expected, surprise, step
+        )
+
+    def log(self, **metrics: float) -> None:
+        """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's."""
+        for name, value in metrics.items():
+            self._bus.emit(events.MetricLogged, self._global_step, name, float(value))
+
+    # One epoch ----------------------------------------------------------------------------
+
+    def _start_epoch(self) -> None:
+        excluded = self._safety.quarantine
+        table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, self._epoch, 1), excluded)
+        if table is not None:
+            self._bus.emit(events.QuadrantsRefreshed, self._global_step, self._epoch, *table.figures())
+        done, total = self._budget.position(self._epoch, 0, 1)
+        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded)
+        self._stage = Stage.RUNNING
+        self._reported = self._accepted = 0
+        self._loss_sum = 0.0
+        self._epoch_started = self._clock.monotonic()
+        self._bus.emit(events.EpochStarted, self._global_step, self._epoch, self._chooser.phase, self._chooser.batches)
+
+    def _end_epoch(self, *, completed: bool) -> None:
+        for ticket in self._desk.drop_all():
+            self._chooser.forget(ticket.indices)
+        self._stage = Stage.DONE
+        self._catalog.end_epoch()
+        mean = self._loss_sum / self._accepted if self._accepted else float("nan")
+        seconds = self._clock.monotonic() - self._epoch_started
+        self._bus.emit(events.EpochEnded, self._global_step, self._epoch, mean, seconds, self._reported, completed)
+        if self._stop is Command.STOP_AFTER_EPOCH:
+            self._save_if_possible()
+
+    def _next_epoch(self) -> None:
+        self._epoch += 1
+        self._stage = Stage.FRESH
+
+    # One step -----------------------------------------------------------------------------
+
+    def _next_ticket(self) -> Ticket | None:
+        """Draw the next batch; None when the epoch's plan, or the budget, is used up."""
+        if self._stage is not Stage.RUNNING or self._budget.time_up or self._stops_now:
+            return None
+        started = self._clock.monotonic()
+        step = self._global_step + self._desk.open
+        waiting = self._desk.reissue()
+        cursor = self._chooser.drawn if waiting is None else waiting.cursor
+        position = self._budget.position(self._epoch, cursor, self._chooser.batches)
+        if waiting is not None:
+            indices, weights, number = waiting.indices, waiting.weights, waiting.batch.id
+        elif cursor < self._chooser.batches:
+            progress, stable_only = position[0] / position[1], self._safety.stable_only(step)
+            indices, weights = self._chooser.draw(self._epoch, step, progress, stable_only=stable_only)
+            number = self._desk.new_id()
+        else:
+            return None
+        self._lr = self._budget.learning_rate(position, self._safety.lr_multiplier(step))
+        return self._ticket(indices, weights, number, step, cursor, started)
+
+    def _ticket(
+        self,
+        indices: NDArray[np.int64],
+        weights: NDArray[np.float32] | None,
+        number: int,
+        step: int,
+        cursor: int,
+        started: float,
+    ) -> Ticket:
+        part = self._ranks.cut(len(indices))
+        mine = indices[part].copy()
+        shown = (self._ones[: len(mine)] if weights is None else weights[part]).copy()
+        now = self._clock.monotonic()
+        if self._bus:
+            self._bus.emit(events.BatchIssued, step, self._epoch, len(indices), self._lr, now - started)
+        batch = Batch(mine, self._lr, shown, number, step, self._epoch)
+        return Ticket(batch, indices, weights, cursor, now, now - started)
+
+    def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
+        """Let an accepted loss enter the catalog, and the strategy hear of it."""
+        step = self._global_step
+        if reported.values is None:
+            losses = self._catalog.record_batch(rows, reported.mean, step)
+        else:
+            losses = self._catalog.record(rows, reported.values, step)
+        self._loss_sum += reported.mean
+        self._accepted += 1
+        if self._chooser.listens:
+            per_sample = reported.values is not None
+            self._chooser.observe(LossReport(ticket.indices, losses, reported.mean, per_sample, step, self._epoch))
+
+    def _between_steps(self) -> None:
+        """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
+        if self._interrupts.pending is not None:
+            self._save_if_possible()
+            self._interrupts.deliver()
+        if self._bus.commanding:
+            self._obey()
+        self._safety.before_step(self._global_step)
+        self._save_if_due()
+
+    def _obey(self) -> None:
+        """Carry out what sinks ask for; while paused, wait here."""
+        paused = False
+        while True:
+            for command in self._bus.commands():
+                if command is Command.CHECKPOINT:
+                    self._save_if_possible()
+                elif command in (Command.PAUSE, Command.RESUME):
+                    paused = command is Command.PAUSE
+                    self._bus.emit(events.Paused, self._global_step, paused)
+                elif command is Command.STOP_NOW:
+                    raise KeyboardInterrupt
+                else:
+                    self._stop = command
+            if not paused or self._stops_now or not self._bus.commanding or self._interrupts.pending is not None:
+                return
+            self._clock.sleep(0.05)
+
+    @property
+    def _stops_now(self) -> bool:
+        return self._stop is Command.STOP_AFTER_STEP
+
+    # LR search ----------------------------------------------------------------------------
+
+    def _search_batches(self, search: LrSearch) -> Iterator[Batch]:
+        """Yield the batches of the search; afterwards model, optimizer and cursor are as before."""
+        search.restart()
+        self._bus.emit(events.PhaseChanged, self._global_step, "LR search", f"{search.steps} steps at rising rates")
+        with self._safety.parked(self._args.save, self.state_dict):
+            try:
+                while not search.done:
+                    indices, self._lr = search.next_batch()
+                    started = self._clock.monotonic()
+                    ticket = self._ticket(indices, None, self._desk.new_id(), self._global_step, 0, started)
+                    yield self._desk.issue(ticket)
+                    self._desk.check_room()
+            finally:
+                self._desk.drop_all()
+        self._search = None
+        found = search.suggestion()
+        self._optimal_lr = found.lr
+        self._budget.restart_schedule(found.lr or self._config.initial_lr)
+        suggestions = {"valley": found.valley, "steep": found.steep, "minimum": found.minimum}
+        self._bus.emit(events.LrFound, self._global_step, self._budget.peak, suggestions, len(found.lrs))
+        if found.reason:
+            message = f"LR search: {found.reason}; keeping initial_lr={self._budget.peak:g}"
+            self._bus.emit(events.Notice, self._global_step, message, "warning")
+
+    # State --------------------------------------------------------------------------------
+
+    def update_cpu_backup(self, state: Any) -> None:
+        """Keep a deep copy of the model's state in RAM, to roll back to.
+
+        Args:
+            state: Any tree of arrays, tensors, dicts, lists and copyable objects.
+        """
+        self._check_open()
+        if self._search is None:  # a backup amid the search would be of a model that is thrown away
+            self._safety.keep(state, self._global_step)
+
+    def save_checkpoint(self, is_final: bool = False) -> Path:
+        """Write the run's state, and the model through `save_callback`; return the checkpoint's path.
+
+        Args:
+            is_final: Mark the checkpoint as the run's last one.
+
+        Raises:
+            CheckpointError: Nothing was saved; earlier checkpoints are as they were.
+        """
+        return self._saver.save(self._global_step, self._finished_epoch, self.state_dict, "final" if is_final else "")
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Restore the run's state, and the model through `load_callback`.
+
+        Args:
+            path: A checkpoint, or a directory of them: the newest valid one.
+
+        Raises:
+            FileNotFoundError: There is none.
+            CheckpointError: It cannot be used; the run is as it was.
+        """
+        self._restore(self._saver.find(path))
+
+    def _restore(self, loaded: LoadedCheckpoint) -> None:
+        self._check_state(loaded.state)
+        if self._args.load is not None:
+            self._args.load(str(loaded.model_path), from_ram=False)
+        self.load_state_dict(loaded.state)
+        self._saver.restored(loaded, self._finished_epoch)
+
+    @classmethod
+    def resume_from_checkpoint(
+        cls,
+        path: str | Path,
+        save_callback: Callable[..., Any] | None = None,
+        load_callback: Callable[..., Any] | None = None,
+        **new_goals: Any,
+    ) -> Self:
+        """Return a scheduler that goes on where a checkpoint was written.
+
+        Args:
+            path: A checkpoint, or a directory of them: the newest valid one.
+            save_callback: As at construction.
+            load_callback: As at construction; called with the checkpoint's model path.
+            **new_goals: Arguments that differ from the checkpoint's configuration. A strategy or
+                schedule that was an object must be given again.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint.
+            CheckpointError: It cannot be used.
+            ConfigError: Bad arguments.
+        """
+        loaded = resolve(path)
+        arguments = Config.from_json(loaded.state["config"]).arguments()
+        if "num_epochs" in new_goals or "train_duration_seconds" in new_goals:
+            arguments |= {"num_epochs": None, "train_duration_seconds": None}
+        arguments |= new_goals
+        scheduler = cls(**arguments, save_callback=save_callback, load_callback=load_callback)
+        scheduler._restore(loaded)
+        return scheduler
+
+    def state_dict(self) -> State:
+        """Return all that the next step depends on: JSON scalars, lists, dicts and numpy arrays."""
+        if self._search is not None and self._search.running:
+            raise ProtocolError("the LR search is running: its state cannot be saved, save before or after it")
+        return {
+            "version": __version__,
+            "config": self._config.to_json(),
+            "epoch": self._epoch,
+            "stage": self._stage.value,
+            "reported": self._reported,
+            "accepted": self._accepted,
+            "loss_sum": self._loss_sum,
+            "global_step": self._global_step,
+            "optimal_lr": self._optimal_lr,
+            "searched": self._search is None,
+            "budget": self._budget.state_dict(),
+            "tickets": self._desk.state_dict(),
+            "chooser": self._chooser.state_dict(),
+            "catalog": self._catalog.state_dict(),
+            "safety": self._safety.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; a finished run goes on where there are more epochs now.
+
+        Raises:
+            ConfigError: The state belongs to another data set, strategy or seed.
+        """
+        self._check_state(state)
+        self._epoch, self._stage = int(state["epoch"]), Stage(state["stage"])
+        self._reported, self._accepted = int(state["reported"]), int(state["accepted"])
+        self._loss_sum = float(state["loss_sum"])
+        self._global_step = int(state["global_step"])
+        self._optimal_lr = state["optimal_lr"]
+        if state["searched"]:
+            self._search = None
+        self._budget.load_state_dict(state["budget"])
+        self._catalog.load_state_dict(state["catalog"])
+        self._desk.load_state_dict(state["tickets"], self._epoch)
+        done, total = self._budget.position(self._epoch, 0, 1)
+        self._chooser.load_state_dict(state["chooser"], self._epoch, self._global_step, done / total)
+        self._safety.load_state_dict(state["safety"])
+        self._epoch_started = self._clock.monotonic()
+        self._stop = None
+        self._ended = self._begun = False
+        self._resumed = True
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        saved = state["config"]
+        problems = [
+            f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(self._config, name)!r}"
+            for name in ("num_samples", "strategy", "seed", "drop_last")
+            if saved[name] != getattr(self._config, name)
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def _finished_epoch(self) -> int | None:
+        return self._epoch if self._stage is Stage.DONE else None
+
+    def _save_if_due(self) -> None:
+        if self._saver.due(self._global_step, self._finished_epoch):
+            self._save_if_possible()
+
+    def _save_if_possible(self) -> None:
+        """Save; a failure is an event and a warning, and training goes on."""
+        if self._config.checkpoint_dir is None or (self._search is not None and self._search.running):
+            return
+        try:
+            self.save_checkpoint()
+        except CheckpointError as error:
+            warnings.warn(f"checkpoint not saved, training goes on: {error}", RuntimeWarning, stacklevel=2)
+
+    # Beginning and end --------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Open what the run shows itself on; the first call counts."""
+        self._check_open()
+        if self._begun or self._budget.over(self._epoch):
+            return
+        self._begun, self._ended, self._stop = True, False, None
+        if self._config.log_dir is not None and not self._logging:
+            self._bus.add(JsonlSink(Path(self._config.log_dir) / "events.jsonl"))
+            self._logging = True
+        config = self._config.to_json()
+        elapsed = self._budget.elapsed
+        run = Path(self._config.log_dir or ".").resolve().name
+        self._bus.emit(
+            events.RunStarted,
+            self._global_step,
+            run,
+            config,
+            self.steps_per_epoch,
+            self.total_steps,
+            self._resumed,
+            __version__,
+            os.getpid(),
+            elapsed,
+        )
+        self._budget.begin()
+
+    def _end(self, reason: str) -> None:
+        if self._begun and not self._ended:
+            self._ended, self._begun = True, False
+            self._budget.stop()
+            self._bus.emit(events.RunEnded, self._global_step, reason, self._budget.elapsed)
+
+    def close(self) -> None:
+        """Release the terminal, the log and the signal handlers; any number of times."""
+        if self._closed:
+            return
+        self._end("closed")
+        self._closed = True
+        self._interrupts.release()
+        self._bus.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._end("stopped" if kind is KeyboardInterrupt else "error")
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ProtocolError("this scheduler is closed: create a new one, or resume_from_checkpoint")

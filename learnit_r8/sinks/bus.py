@@ -1,0 +1,86 @@
+"""Hands every event to every sink, and drops a sink that raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from learnit_r8.clock import Clock
+from learnit_r8.events import Event, SinkFailed
+from learnit_r8.types import Command, Sink
+
+
+class EventBus:
+    """The scheduler's side of all sinks.
+
+    Args:
+        sinks: Listeners, in order.
+        clock: Source of the events' times.
+    """
+
+    def __init__(self, sinks: Iterable[Sink], clock: Clock) -> None:
+        self._sinks = list(sinks)
+        self._clock = clock
+        self._record = [sink.record for sink in self._sinks]
+
+    def __bool__(self) -> bool:
+        return bool(self._record)
+
+    def add(self, sink: Sink) -> None:
+        """Let one more sink listen from now on."""
+        self._sinks.append(sink)
+        self._record.append(sink.record)
+
+    def emit(self, kind: type[Event], step: int, *fields: Any, **more: Any) -> None:
+        """Build an event of that kind and let every sink hear it."""
+        if not self._record:
+            return
+        event = kind(self._clock.wall(), step, *fields, **more)
+        for record in tuple(self._record):
+            try:
+                record(event)
+            except Exception as error:
+                self._drop(record, step, error)
+
+    def _drop(self, record: Any, step: int, error: Exception) -> None:
+        place = self._record.index(record)
+        sink = self._sinks.pop(place)
+        del self._record[place]
+        _close(sink)
+        self.emit(SinkFailed, step, type(sink).__name__, f"{type(error).__name__}: {error}")
+
+    def remove(self, sink: Sink) -> None:
+        """Close one sink and let it hear no more."""
+        if sink in self._sinks:
+            place = self._sinks.index(sink)
+            del self._sinks[place], self._record[place]
+            _close(sink)
+
+    @property
+    def commanding(self) -> bool:
+        """Whether any sink can give commands."""
+        return any(hasattr(sink, "commands") for sink in self._sinks)
+
+    def commands(self) -> Iterator[Command]:
+        """Yield what the sinks ask for, oldest first."""
+        for sink in self._sinks:
+            queue = getattr(sink, "commands", None)
+            while queue:
+                yield queue.popleft()
+
+    def close(self) -> None:
+        """Close every sink."""
+        while self._sinks:
+            self._record.pop()
+            _close(self._sinks.pop())
+
+
+def _close(sink: Sink) -> str | None:
+    """Close a sink; a failure to close must not hide the error or the result of the run."""
+    try:
+        close = getattr(sink, "close", None)
+        if close is not None:
+            close()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,59 @@
+"""One strict-JSON line per event, for `r8 watch`, reports and people with grep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from learnit_r8.events import BatchIssued, Event, LossReported, from_json, to_json
+
+
+class JsonlSink:
+    """Appends events to a file; losses are buffered, everything else is flushed at once.
+
+    Args:
+        path: The file; its folder is made at the first event.
+        flush_every: Buffered loss lines before a flush.
+    """
+
+    def __init__(self, path: str | Path, flush_every: int = 100) -> None:
+        self.path = Path(path)
+        self._flush_every = flush_every
+        self._file: TextIO | None = None
+        self._buffered = 0
+
+    def record(self, event: Event) -> None:
+        """Write one line. `BatchIssued` is left out: `LossReported` tells the same and more."""
+        if isinstance(event, BatchIssued):
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(to_json(event), allow_nan=False, separators=(",", ":")) + "\n")
+        self._buffered += 1
+        if self._buffered >= self._flush_every or not isinstance(event, LossReported):
+            self._file.flush()
+            self._buffered = 0
+
+    def close(self) -> None:
+        """Flush and close; a later event opens the file again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_events(path: str | Path) -> Iterator[Event]:
+    """Yield the events of a log file; a last line that is not complete yet is left out.
+
+    Unknown events (of a newer version) and lines broken by a crash are passed over.
+    """
+    with Path(path).open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            try:
+                yield from_json(json.loads(line))
+            except ValueError:
+                continue

@@ -1,0 +1,304 @@
+"""Deep copies of state trees into buffers that are used again.
+
+A copy is made in three steps, so that whatever can fail fails before a single old byte is lost:
+*collect* the arrays of the tree, *assemble* the new tree around buffers (recycled where shape,
+strides and dtype are unchanged, allocated otherwise; all else goes through `copy.deepcopy`),
+and only then *fill* the buffers.
+
+Arrays that share memory (tied weights, views of one flat buffer) share it in the copy as well:
+arrays whose address ranges overlap form a group, and a group of different views is copied as one
+range of bytes that the views are laid over again.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+_ALIGNMENT = 64
+_SCAN_BYTES = 1 << 18  # a chunk and its mask stay in the L2 cache
+_HALF_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}  # IEEE 754 binary16 and bfloat16: all ones = Inf or NaN
+
+Pool = dict[tuple[Any, ...], list[Any]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Leaf:
+    """One array of the source: where it is in the tree and in memory."""
+
+    path: str
+    node: Any
+    array: Any
+    is_tensor: bool
+    device: str
+    strides: tuple[int, ...]
+    low: int
+    high: int
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        kind = "cpu" if self.device == "cpu" else "pinned"
+        return self.is_tensor, kind, str(self.array.dtype), tuple(self.array.shape), self.strides
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class TreeCopy:
+    """A deep copy and what is needed to scan and to recycle it.
+
+    Attributes:
+        tree: The copy; tensors are detached and on the CPU.
+        arrays: Path in the tree and copy of each distinct array.
+        pool: The buffers, by layout.
+        nbytes: Size of the buffers.
+    """
+
+    tree: Any
+    arrays: tuple[tuple[str, Any], ...]
+    pool: Pool
+    nbytes: int
+
+    def nonfinite(self) -> frozenset[str]:
+        """Return the paths of the float arrays that hold NaN or infinity."""
+        return frozenset(path for path, array in self.arrays if not all_finite(array))
+
+
+class CopyPlan:
+    """A copy that is assembled but not filled: nothing of `recycled` has been written to yet.
+
+    Args:
+        source: Any tree of dicts, lists, tuples, dataclasses, numpy arrays, torch tensors, and
+            objects that `copy.deepcopy` can copy.
+        recycled: Buffers to use again; they are taken only by `fill`.
+    """
+
+    def __init__(self, source: Any, recycled: Pool | None = None) -> None:
+        self._available = {layout: list(buffers) for layout, buffers in (recycled or {}).items()}
+        self._pool: Pool = {}
+        self._jobs: list[tuple[Callable[[Any, Any], None], Any, Any]] = []
+        self._placed: dict[int, Any] = {}
+        self._arrays: list[tuple[str, Any]] = []
+        self._nbytes = 0
+        leaves = list(_collect(source, "", set()))
+        for group in _groups(leaves):
+            self._place(group)
+        self._tree = _assemble(source, self._placed, {})
+
+    def fill(self) -> TreeCopy:
+        """Copy the bytes and return the finished copy."""
+        for job, target, source in self._jobs:
+            job(target, source)
+        return TreeCopy(self._tree, tuple(self._arrays), self._pool, self._nbytes)
+
+    def _place(self, group: list[_Leaf]) -> None:
+        first = group[0]
+        if all(leaf.low == first.low and leaf.layout == first.layout for leaf in group):
+            buffer = self._buffer(first.layout, lambda: _empty_like(first))
+            self._jobs.append((_copy_tensor if first.is_tensor else np.copyto, buffer, first.array))
+            self._nbytes += first.array.nbytes
+            views = [buffer] * len(group)
+        else:
+            views = self._place_range(group)
+        for leaf, view in zip(group, views, strict=True):
+            if id(leaf.node) not in self._placed:
+                self._placed[id(leaf.node)] = view
+                self._arrays.append((leaf.path, view))
+
+    def _place_range(self, group: list[_Leaf]) -> list[Any]:
+        low, high = min(leaf.low for leaf in group), max(leaf.high for leaf in group)
+        size = high - low
+        # The copy keeps the address modulo the alignment, so that every view stays aligned.
+        pad = low % _ALIGNMENT
+        layout = ("bytes", size)
+        raw = self._buffer(layout, lambda: np.empty(size + 2 * _ALIGNMENT, np.uint8))
+        memory = raw[-raw.ctypes.data % _ALIGNMENT :]
+        self._jobs.append((_copy_range, memory[pad : pad + size], (group[0], low, high)))
+        self._nbytes += size
+        return [_view(leaf, memory, pad + leaf.low - low) for leaf in group]
+
+    def _buffer(self, layout: tuple[Any, ...], allocate: Callable[[], Any]) -> Any:
+        free = self._available.get(layout)
+        buffer = free.pop() if free else allocate()
+        self._pool.setdefault(layout, []).append(buffer)
+        return buffer
+
+
+def all_finite(array: Any) -> bool:
+    """Say whether an array or CPU tensor holds neither NaN nor infinity (true for integers)."""
+    name = str(array.dtype).removeprefix("torch.")
+    if not isinstance(array, np.ndarray):
+        torch = sys.modules["torch"]
+        if not (array.is_floating_point() or array.is_complex()):
+            return True
+        if name == "bfloat16":
+            array = array.view(torch.int16)
+        elif name not in ("float16", "float32", "float64", "complex64", "complex128"):
+            return bool(array.float().isfinite().all())
+        array = array.numpy()
+    elif array.dtype.kind not in "fc":
+        return True
+    flat = array.ravel(order="K")  # a view for every dense layout
+    step = max(1, _SCAN_BYTES // flat.itemsize)
+    exponent = _HALF_EXPONENT.get(name)
+    if exponent is not None:
+        bits = flat.view(np.uint16)
+        return all(int((bits[i : i + step] & exponent).max()) != exponent for i in range(0, bits.size, step))
+    return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
+
+
+def _children(node: Any) -> list[tuple[Any, Any]] | None:
+    """Return (key, child) of a container that is copied piece by piece, None for anything else."""
+    if hasattr(type(node), "__deepcopy__"):
+        return None
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, list) or type(node) is tuple or (isinstance(node, tuple) and hasattr(node, "_fields")):
+        return list(enumerate(node))
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [
+            (field.name, getattr(node, field.name)) for field in dataclasses.fields(node) if hasattr(node, field.name)
+        ]
+    return None
+
+
+def _collect(node: Any, path: str, seen: set[int]) -> Iterator[_Leaf]:
+    if type(node) in _ATOMS:
+        return
+    leaf = _leaf(node, path)
+    if leaf is not None:
+        yield leaf
+        return
+    children = _children(node)
+    if children is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    for key, child in children:
+        yield from _collect(child, f"{path}/{key}", seen)
+
+
+def _leaf(node: Any, path: str) -> _Leaf | None:
+    if isinstance(node, np.ndarray):
+        if type(node) not in (np.ndarray, np.memmap) or node.dtype.hasobject:
+            return None
+        address = node.__array_interface__["data"][0]
+        low, high = _extent(address, node.shape, node.strides, node.itemsize)
+        return _Leaf(path, node, node.view(np.ndarray), False, "cpu", node.strides, low, high)
+    torch = sys.modules.get("torch")
+    if torch is None or not _is_plain_tensor(node, torch):
+        return None
+    tensor = node.detach()
+    size = tensor.element_size()
+    strides = tuple(step * size for step in tensor.stride())
+    low, high = _extent(tensor.data_ptr(), tensor.shape, strides, size)
+    return _Leaf(path, node, tensor, True, str(tensor.device), strides, low, high)
+
+
+def _is_plain_tensor(node: Any, torch: Any) -> bool:
+    """Say whether the tensor is dense memory; others (sparse, quantized, wrappers) are deep-copied."""
+    return (
+        type(node) in (getattr(torch, "Tensor", None), getattr(getattr(torch, "nn", None), "Parameter", None))
+        and node.layout is torch.strided
+        and not (node.is_quantized or node.is_meta or node.is_conj() or node.is_neg())
+    )
+
+
+def _extent(address: int, shape: Any, strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Return the range of addresses that a strided array touches; empty arrays touch none."""
+    if 0 in shape:
+        return 0, 0
+    reach = [(count - 1) * step for count, step in zip(shape, strides, strict=True)]
+    return address + sum(r for r in reach if r < 0), address + sum(r for r in reach if r > 0) + itemsize
+
+
+def _groups(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
+    """Yield the arrays that share memory together."""
+    group: list[_Leaf] = []
+    high = 0
+    for leaf in sorted(leaves, key=lambda leaf: (leaf.device, leaf.low, leaf.high)):
+        if group and leaf.device == group[0].device and leaf.low < high:
+            group.append(leaf)
+            high = max(high, leaf.high)
+            continue
+        if group:
+            yield group
+        group, high = [leaf], leaf.high
+    if group:
+        yield group
+
+
+def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any]) -> Any:
+    if type(node) in _ATOMS:
+        return node
+    if id(node) in placed:
+        return placed[id(node)]
+    if id(node) in memo:
+        return memo[id(node)]
+    children = _children(node)
+    if children is None:
+        # Framework tensors that are not plain memory, of torch or of anything that looks like it.
+        if callable(getattr(node, "detach", None)) and callable(getattr(node, "cpu", None)):
+            node = node.detach().cpu()
+        return copy.deepcopy(node, memo)
+    if isinstance(node, tuple):
+        items = [_assemble(child, placed, memo) for _, child in children]
+        result: Any = type(node)(*items) if hasattr(node, "_fields") else tuple(items)
+        memo[id(node)] = result
+        return result
+    if type(node) in (dict, list):
+        result = {} if type(node) is dict else [None] * len(node)
+    else:
+        result = copy.copy(node)
+    memo[id(node)] = result
+    own = getattr(result, "__dict__", None)
+    if own:
+        own.update({name: _assemble(value, placed, memo) for name, value in own.items()})
+    put = operator.setitem if isinstance(node, (dict, list)) else object.__setattr__
+    for key, child in children:
+        put(result, key, _assemble(child, placed, memo))
+    return result
+
+
+def _empty_like(leaf: _Leaf) -> Any:
+    if not leaf.is_tensor:
+        return np.empty_like(leaf.array)
+    torch = sys.modules["torch"]
+    # Pinned memory lets an accelerator write at the bus's full speed.
+    return torch.empty_like(leaf.array, device="cpu", pin_memory=leaf.array.is_cuda)
+
+
+def _copy_tensor(target: Any, source: Any) -> None:
+    target.copy_(source)
+
+
+def _copy_range(target: NDArray[np.uint8], source: tuple[_Leaf, int, int]) -> None:
+    leaf, low, high = source
+    if leaf.device == "cpu":
+        memory = (ctypes.c_uint8 * (high - low)).from_address(low)
+        np.copyto(target, np.ctypeslib.as_array(memory))
+        return
+    torch = sys.modules["torch"]
+    storage = leaf.array.untyped_storage()
+    memory = torch.empty(0, dtype=torch.uint8, device=leaf.array.device).set_(storage)
+    offset = low - storage.data_ptr()
+    torch.from_numpy(target).copy_(memory[offset : offset + high - low])
+
+
+def _view(leaf: _Leaf, memory: NDArray[np.uint8], offset: int) -> Any:
+    """Lay the leaf's shape over `memory`, its lowest address at `offset`."""
+    lead = -sum(min(0, (count - 1) * step) for count, step in zip(leaf.array.shape, leaf.strides, strict=True))
+    if not leaf.is_tensor:
+        return np.ndarray(
+            leaf.array.shape, leaf.array.dtype, buffer=memory.data, offset=offset + lead, strides=leaf.strides
+        )
+    torch = sys.modules["torch"]
+    view = torch.empty(0, dtype=leaf.array.dtype)
+    storage = torch.from_numpy(memory).untyped_storage()
+    return view.set_(storage, (offset + lead) // view.element_size(), leaf.array.shape, leaf.array.stride())

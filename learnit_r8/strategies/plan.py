@@ -1,0 +1,122 @@
+"""An epoch's plan: queues of samples from which every batch takes its even share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.types import Indices
+
+
+class EpochPlan:
+    """Queues of sample ids that are used up together.
+
+    A batch takes from each queue in proportion to what is left in it, so queues of equal size
+    give equal shares (within one sample) in every batch, and all run out at the epoch's end.
+
+    Args:
+        queues: Arrays of sample ids, uint32, disjoint.
+    """
+
+    def __init__(self, queues: Sequence[NDArray[np.uint32]]) -> None:
+        self._queues = list(queues)
+        self._taken = [0] * len(self._queues)
+
+    @property
+    def remaining(self) -> int:
+        """Samples that are still to be drawn."""
+        return sum(len(queue) for queue in self._queues) - sum(self._taken)
+
+    def take(self, size: int) -> Indices:
+        """Return the next batch, int64; fewer ids than asked when fewer are left."""
+        if len(self._queues) == 1:
+            return self._cut(0, size).astype(np.int64)
+        shares = self._shares(size)
+        parts = [self._cut(queue, share) for queue, share in enumerate(shares)]
+        return np.concatenate(parts, dtype=np.int64)
+
+    def take_first(self, size: int) -> Indices:
+        """Return the next batch from the first queue that still has samples, then the next."""
+        parts = []
+        for queue in range(len(self._queues)):
+            parts.append(self._cut(queue, size))
+            size -= len(parts[-1])
+        return np.concatenate(parts, dtype=np.int64)
+
+    def _cut(self, queue: int, size: int) -> NDArray[np.uint32]:
+        start = self._taken[queue]
+        part = self._queues[queue][start : start + size]
+        self._taken[queue] = start + len(part)
+        return part
+
+    def _shares(self, size: int) -> list[int]:
+        """Split a batch over the queues by what is left in each; the largest remainders round up."""
+        left = [len(queue) - taken for queue, taken in zip(self._queues, self._taken, strict=True)]
+        total = sum(left)
+        size = min(size, total)
+        if total == 0:
+            return [0] * len(left)
+        shares = [size * count // total for count in left]
+        missing = size - sum(shares)
+        if missing:
+            by_remainder = sorted(range(len(left)), key=lambda queue: -(size * left[queue] % total))
+            for queue in by_remainder[:missing]:
+                shares[queue] += 1
+        return shares
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is left of the plan."""
+        rest = [queue[taken:] for queue, taken in zip(self._queues, self._taken, strict=True)]
+        return {"samples": np.concatenate(rest), "sizes": [len(queue) for queue in rest]}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> EpochPlan:
+        """Return the plan that goes on where `state_dict` was called."""
+        ends = np.cumsum([0, *state["sizes"]])
+        samples = np.array(state["samples"], np.uint32)
+        return cls([samples[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)])
+
+
+class PlannedStrategy:
+    """Base of strategies that plan the whole epoch at its start. Subclasses define `queues`."""
+
+    covers = True
+
+    def __init__(self) -> None:
+        self._plan: EpochPlan | None = None
+
+    def queues(self, request: Any) -> list[NDArray[np.uint32]]:
+        """Return the queues of an epoch, the most stable samples first."""
+        raise TypeError(f"{type(self).__name__} does not define queues(request)")
+
+    def start_epoch(self, request: Any) -> int:
+        """Make the epoch's plan and return its number of samples."""
+        self._plan = EpochPlan(self.queues(request))
+        return self._plan.remaining
+
+    def draw(self, request: Any) -> Indices:
+        """Return the plan's next batch; on probation the stable samples come first."""
+        if self._plan is None:
+            self.start_epoch(request)
+        assert self._plan is not None
+        return self._plan.take_first(request.size) if request.stable_only else self._plan.take(request.size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is left of the epoch's plan."""
+        return {"plan": None if self._plan is None else self._plan.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._plan = None if state["plan"] is None else EpochPlan.from_state(state["plan"])
+
+
+def shuffled(request: Any) -> NDArray[np.uint32]:
+    """Return the ids that the epoch may draw, in random order, uint32."""
+    order = np.arange(request.num_samples, dtype=np.uint32)
+    if request.excluded is not None:
+        order = order[~request.excluded]
+    request.rng.shuffle(order)
+    return order
