@@ -39,9 +39,7 @@ class Raster:
 
 
 def _braille() -> Raster:
-    runs = tuple(
-        tuple(tuple(sum(dots[a : b + 1]) for b in range(4)) for a in range(4)) for dots in _BRAILLE_DOTS
-    )
+    runs = tuple(tuple(tuple(sum(dots[a : b + 1]) for b in range(4)) for a in range(4)) for dots in _BRAILLE_DOTS)
     return Raster(2, 4, runs, tuple(chr(0x2800 + bits) for bits in range(256)))
 
 

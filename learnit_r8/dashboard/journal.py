@@ -89,7 +89,12 @@ _TABLE: dict[type[e.Event], tuple[str, str, Style, _Text]] = {
         Style.WARN,
         lambda x: f"{_ids(x.indices, len(x.indices))} · {x.reason}",
     ),
-    e.SuspectsNamed: ("?", "suspects", Style.WARN, lambda x: f"{f.steps(x.count)} flagged · {_ids(x.indices, x.count)}"),
+    e.SuspectsNamed: (
+        "?",
+        "suspects",
+        Style.WARN,
+        lambda x: f"{f.steps(x.count)} flagged · {_ids(x.indices, x.count)}",
+    ),
     e.StrategyDecided: ("S", "strategy", Style.NORMAL, lambda x: f"{x.decision} · {x.reason} ({f.short(x.figure)})"),
     e.CheckpointSaved: ("C", "checkpoint", Style.GOOD, _saved),
     e.CheckpointFailed: ("X", "no ckpt", Style.BAD, lambda x: f"{_name(x.path)} · {x.reason}"),
