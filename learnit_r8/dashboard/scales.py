@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,8 +67,8 @@ def choose_scale(bins: Sequence[Bin], mode: str, prefer_log: bool, extra: Sequen
     low = min(_quantile(lasts, 0.005), _quantile(lows, 0.1))
     high = max(_quantile(lasts, 0.995), _quantile(highs, 0.9))
     margin = OUTLIER_MARGIN * (high - low)
-    low = lows[0] if lows[0] >= low - margin else low
-    high = highs[-1] if highs[-1] <= high + margin else high
+    low = min(low, lows[bisect_left(lows, low - margin)])
+    high = max(high, highs[bisect_right(highs, high + margin) - 1])
     for value in extra:
         low, high = min(low, into(value)), max(high, into(value))
     pad = PAD * (high - low) or 0.05 * (abs(high) or 1.0)
@@ -127,7 +128,8 @@ def tick_labels(values: Sequence[float]) -> list[str]:
                 break
         if max(len(label) for label in labels) <= 6:
             return labels
-    return [_compact(value) for value in values]
+    tiny = 0 < largest < 1
+    return [_scientific(value) if tiny and value else _compact(value) for value in values]
 
 
 def _compact(value: float) -> str:
@@ -137,6 +139,10 @@ def _compact(value: float) -> str:
         return f.count(value)
     if 0.0095 < abs(value) < 1e3:
         return f"{value:.3g}"
+    return _scientific(value)
+
+
+def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
