@@ -202,44 +202,56 @@ def _draw_x_labels(plot: _Plot, chart: Chart, high: float) -> None:
 
 
 def _draw_lines(plot: _Plot, chart: Chart) -> None:
-    columns = plot.cells * plot.raster.columns
     size = plot.rows * plot.cells
     band, line = [0] * size, [0] * size
-    lows, highs = [math.inf] * columns, [-math.inf] * columns
-    _fill_band(plot, chart.bins, lows, highs)
+    lows, highs, ends = _columns(plot, chart.bins, chart.average)
     limit = plot.rows * plot.raster.rows - 1
     for column, (lo, hi) in enumerate(zip(lows, highs, strict=True)):
         if lo <= hi:
             _band(plot, band, column, _clamp(plot.dot(hi), limit), _clamp(plot.dot(lo), limit))
-    _trace(plot, line, chart.bins, chart.average)
     _blit(plot, band, Style.DIM, solid=plot.raster.columns == 1)
     for letter, bins in chart.others:
         other = [0] * size
-        end = _trace(plot, other, bins, chart.average)
+        end = _trace(plot, other, _columns(plot, bins, chart.average)[2])
         _blit(plot, other, Style.MARK)
         if end is not None:
             row, cell = end[1] // plot.raster.rows, min(plot.cells - 1, end[0] // plot.raster.columns + 1)
             plot.grid.put(plot.y + row, plot.x + cell, letter, Style.MARK)
+    _trace(plot, line, ends)
     _blit(plot, line, Style.ACCENT)
 
 
-def _fill_band(plot: _Plot, bins: Sequence[Bin], lows: list[float], highs: list[float]) -> None:
-    """Spread every bin's extremes over the raster columns that it covers."""
-    low, per_x, last_column = plot.low, plot.per_x, len(lows) - 1
-    shift = plot.origin if plot.by_time else 0.0
-    first, last = (2, 3) if plot.by_time else (0, 1)
-    for item in bins:
-        lo, hi = item[4], item[5]
+def _columns(
+    plot: _Plot, bins: Sequence[Bin], average: int | None
+) -> tuple[list[float], list[float], list[float | None]]:
+    """Spread the bins over the raster columns that they cover.
+
+    Returns:
+        Lowest and highest value of each column (inf and -inf where there is none), and the value of
+        the line at its end: None where no bin ends, NaN where the line breaks.
+    """
+    columns = plot.cells * plot.raster.columns
+    lows, highs = [math.inf] * columns, [-math.inf] * columns
+    ends: list[float | None] = [None] * columns
+    low, per_x, most, by_time = plot.low + (plot.origin if plot.by_time else 0.0), plot.per_x, columns - 1, plot.by_time
+    for first_step, last_step, first_time, last_time, lo, hi, last, _, _, averages in bins:
+        start, end = (first_time, last_time) if by_time else (first_step, last_step)
+        first, column = int((start - low) * per_x), int((end - low) * per_x)
+        # Conditions instead of min() and max(): this loop is half of a frame.
+        column = 0 if column < 0 else most if column > most else column
         if lo > hi:
+            if ends[column] is None:
+                ends[column] = math.nan
             continue
-        start = int((item[first] - shift - low) * per_x)  # type: ignore[operator]
-        end = int((item[last] - shift - low) * per_x)  # type: ignore[operator]
-        start, end = (start, end) if start <= end else (end, start)
-        for column in range(max(0, start), min(last_column, end) + 1):
-            if lo < lows[column]:
-                lows[column] = lo
-            if hi > highs[column]:
-                highs[column] = hi
+        ends[column] = last if average is None else averages[average]
+        if lo < lows[column]:
+            lows[column] = lo
+        if hi > highs[column]:
+            highs[column] = hi
+        for covered in range(first if first > 0 else 0, column):
+            lows[covered] = min(lo, lows[covered])
+            highs[covered] = max(hi, highs[covered])
+    return lows, highs, ends
 
 
 def _clamp(dot: float, limit: int) -> int:
@@ -265,27 +277,25 @@ def _run(plot: _Plot, bits: list[int], column: int, top: int, bottom: int, mask:
         bits[row * plot.cells + cell] |= runs[start][end] & mask
 
 
-def _trace(plot: _Plot, bits: list[int], bins: Sequence[Bin], average: int | None) -> tuple[int, int] | None:
-    """Draw a connected line through the bins' ends; a bin without a finite value breaks it.
+def _trace(plot: _Plot, bits: list[int], ends: Sequence[float | None]) -> tuple[int, int] | None:
+    """Draw a connected line through the columns' values.
 
     Returns:
         Raster column and row of the line's end, or None where there is no line.
     """
     limit = plot.rows * plot.raster.rows - 1
     previous: tuple[int, int] | None = None
-    for item in bins:
-        if item.lo > item.hi:
+    for column, value in enumerate(ends):
+        if value is None:
+            continue
+        if math.isnan(value):
             previous = None
             continue
-        value = item.last if average is None else item.averages[average]
-        column = plot.column(plot.position(item.last_step, item.last_time))
         row = _clamp(plot.dot(value), limit)
-        if previous is None or column < previous[0]:
+        if previous is None:
             _run(plot, bits, column, row, row)
-        elif column > previous[0]:
+        else:
             _connect(plot, bits, previous, (column, row))
-        elif average is None:
-            _run(plot, bits, column, min(row, previous[1]), max(row, previous[1]))
         previous = (column, row)
     return previous
 

@@ -61,14 +61,15 @@ def choose_scale(bins: Sequence[Bin], mode: str, prefer_log: bool, extra: Sequen
     if mode == "auto":
         log = log and prefer_log and max(item.hi for item in finite) > 2.5 * min(item.lo for item in finite)
     into: Callable[[float], float] = math.log if log else float
-    lasts = sorted([into(item.last) for item in finite])
-    lows = sorted([into(item.lo) for item in finite])
-    highs = sorted([into(item.hi) for item in finite])
-    low = min(_quantile(lasts, 0.005), _quantile(lows, 0.1))
-    high = max(_quantile(lasts, 0.995), _quantile(highs, 0.9))
+    # The logarithm keeps the order: sort first, and take it of the few values that matter.
+    lasts = sorted([item.last for item in finite])
+    lows = sorted([item.lo for item in finite])
+    highs = sorted([item.hi for item in finite])
+    low = min(into(_quantile(lasts, 0.005)), into(_quantile(lows, 0.1)))
+    high = max(into(_quantile(lasts, 0.995)), into(_quantile(highs, 0.9)))
     margin = OUTLIER_MARGIN * (high - low)
-    low = min(low, lows[bisect_left(lows, low - margin)])
-    high = max(high, highs[bisect_right(highs, high + margin) - 1])
+    low = min(low, into(lows[bisect_left(lows, low - margin, key=into)]))
+    high = max(high, into(highs[bisect_right(highs, high + margin, key=into) - 1]))
     for value in extra:
         low, high = min(low, into(value)), max(high, into(value))
     pad = PAD * (high - low) or 0.05 * (abs(high) or 1.0)

@@ -120,7 +120,9 @@ class Series:
             return
         if finite <= self._settled:
             self._gains = tuple([(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays])
-        self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, self._gains)])
+        self.averages = tuple(
+            [old + gain * (value - old) for old, gain in zip(self.averages, self._gains, strict=True)]
+        )
 
     def _close_block(self) -> None:
         block = _summarize(self._block)
