@@ -62,6 +62,8 @@ class _Widths(dict[str, tuple[str, int]]):
 
 
 _WIDTHS = _Widths()
+# Characters of one cell that are drawn as they are; a row of them needs no look at each.
+_PLAIN = set(map(chr, (*range(0x20, 0x7F), *range(0x2500, 0x25A0), *range(0x2800, 0x2900)))) | set("▲▼●○·×±→←…░")
 
 
 def cell_width(text: str) -> int:
@@ -122,7 +124,7 @@ class Grid:
             return x
         if self.ascii_only and not text.isascii():
             text = "".join(char if char.isascii() else "?" for char in self._unwide(text.translate(_ASCII)))
-        if x >= 0 and text.isascii() and text.isprintable():
+        if x >= 0 and _PLAIN.issuperset(text):
             return self._put_plain(y, x, text[: max(0, end - x)], style)
         for char in text:
             drawn, cells = _WIDTHS[char]

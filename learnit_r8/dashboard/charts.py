@@ -21,8 +21,8 @@ LABEL_WIDTH = 6
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-_MARK_ORDER = "CPLVX!R"
-"""Where several marks fall into one cell the rightmost of these is shown."""
+_MARK_ORDER = "R!XCLPV"
+"""Where marks fall into one cell the first of these has it; the next goes into the cell before."""
 _MARK_STYLES = {"!": Style.BAD, "R": Style.WARN, "X": Style.BAD, "C": Style.GOOD, "V": Style.ACCENT}
 
 
@@ -36,11 +36,13 @@ class Raster:
     """Dots of raster column c from row a to row b, as bits: `runs[c][a][b]`."""
     glyphs: tuple[str, ...]
     """Character for each set of dots."""
+    texture: int
+    """Dots that a filled area shows."""
 
 
 def _braille() -> Raster:
     runs = tuple(tuple(tuple(sum(dots[a : b + 1]) for b in range(4)) for a in range(4)) for dots in _BRAILLE_DOTS)
-    return Raster(2, 4, runs, tuple(chr(0x2800 + bits) for bits in range(256)))
+    return Raster(2, 4, runs, tuple(chr(0x2800 + bits) for bits in range(256)), 0x95)
 
 
 def _levels(levels: str, full: str) -> Raster:
@@ -49,7 +51,7 @@ def _levels(levels: str, full: str) -> Raster:
     runs = (tuple(tuple(sum(1 << (n - 1 - i) for i in range(a, b + 1)) for b in range(n)) for a in range(n)),)
     glyphs = [" "] + [levels[bits.bit_length() - 1] for bits in range(1, 1 << n)]
     glyphs[-1] = full
-    return Raster(1, n, runs, tuple(glyphs))
+    return Raster(1, n, runs, tuple(glyphs), -1)
 
 
 RASTERS = {"braille": _braille(), "blocks": _levels(_BLOCKS, "█"), "ascii": _levels(".-'", "|")}
@@ -161,12 +163,16 @@ def _draw_axes(plot: _Plot, chart: Chart, high: float) -> None:
             grid.put(plot.y + row, left - LABEL_WIDTH, label.rjust(LABEL_WIDTH), Style.DIM)
     grid.put(base, left, "└" + "─" * plot.cells, Style.DIM)
     _draw_x_labels(plot, chart, high)
-    order = {icon: rank for rank, icon in enumerate(_MARK_ORDER)}
-    for step, time, icon in sorted(chart.marks, key=lambda mark: order.get(mark[2], -1)):
+    taken: dict[int, str] = {}
+    for step, time, icon in sorted(chart.marks, key=lambda mark: _MARK_ORDER.find(mark[2])):
         position = plot.position(step, time)
         if plot.low <= position <= high:
             cell = plot.column(position) // plot.raster.columns
-            grid.put(base, plot.x + cell, icon, _MARK_STYLES.get(icon, Style.MARK))
+            if taken.get(cell, icon) != icon:
+                cell -= 1
+            if cell >= 0 and cell not in taken:
+                taken[cell] = icon
+                grid.put(base, plot.x + cell, icon, _MARK_STYLES.get(icon, Style.MARK))
 
 
 def _draw_x_labels(plot: _Plot, chart: Chart, high: float) -> None:
@@ -196,82 +202,100 @@ def _draw_x_labels(plot: _Plot, chart: Chart, high: float) -> None:
 
 
 def _draw_lines(plot: _Plot, chart: Chart) -> None:
-    columns = plot.cells * plot.raster.columns
     size = plot.rows * plot.cells
     band, line = [0] * size, [0] * size
-    lows, highs = [math.inf] * columns, [-math.inf] * columns
-    _fill_band(plot, chart.bins, lows, highs)
+    lows, highs, ends = _columns(plot, chart.bins, chart.average)
     limit = plot.rows * plot.raster.rows - 1
     for column, (lo, hi) in enumerate(zip(lows, highs, strict=True)):
         if lo <= hi:
-            _run(plot, band, column, _clamp(plot.dot(hi), limit), _clamp(plot.dot(lo), limit))
-    _trace(plot, line, chart.bins, chart.average)
+            _band(plot, band, column, _clamp(plot.dot(hi), limit), _clamp(plot.dot(lo), limit))
     _blit(plot, band, Style.DIM, solid=plot.raster.columns == 1)
     for letter, bins in chart.others:
         other = [0] * size
-        end = _trace(plot, other, bins, chart.average)
+        end = _trace(plot, other, _columns(plot, bins, chart.average)[2])
         _blit(plot, other, Style.MARK)
         if end is not None:
             row, cell = end[1] // plot.raster.rows, min(plot.cells - 1, end[0] // plot.raster.columns + 1)
             plot.grid.put(plot.y + row, plot.x + cell, letter, Style.MARK)
+    _trace(plot, line, ends)
     _blit(plot, line, Style.ACCENT)
 
 
-def _fill_band(plot: _Plot, bins: Sequence[Bin], lows: list[float], highs: list[float]) -> None:
-    """Spread every bin's extremes over the raster columns that it covers."""
-    low, per_x, last_column = plot.low, plot.per_x, len(lows) - 1
-    shift = plot.origin if plot.by_time else 0.0
-    first, last = (2, 3) if plot.by_time else (0, 1)
-    for item in bins:
-        lo, hi = item[4], item[5]
+def _columns(
+    plot: _Plot, bins: Sequence[Bin], average: int | None
+) -> tuple[list[float], list[float], list[float | None]]:
+    """Spread the bins over the raster columns that they cover.
+
+    Returns:
+        Lowest and highest value of each column (inf and -inf where there is none), and the value of
+        the line at its end: None where no bin ends, NaN where the line breaks.
+    """
+    columns = plot.cells * plot.raster.columns
+    lows, highs = [math.inf] * columns, [-math.inf] * columns
+    ends: list[float | None] = [None] * columns
+    low, per_x, most, by_time = plot.low + (plot.origin if plot.by_time else 0.0), plot.per_x, columns - 1, plot.by_time
+    for first_step, last_step, first_time, last_time, lo, hi, last, _, _, averages in bins:
+        start, end = (first_time, last_time) if by_time else (first_step, last_step)
+        first, column = int((start - low) * per_x), int((end - low) * per_x)
+        # Conditions instead of min() and max(): this loop is half of a frame.
+        column = 0 if column < 0 else most if column > most else column
         if lo > hi:
+            if ends[column] is None:
+                ends[column] = math.nan
             continue
-        start = int((item[first] - shift - low) * per_x)  # type: ignore[operator]
-        end = int((item[last] - shift - low) * per_x)  # type: ignore[operator]
-        start, end = (start, end) if start <= end else (end, start)
-        for column in range(max(0, start), min(last_column, end) + 1):
-            if lo < lows[column]:
-                lows[column] = lo
-            if hi > highs[column]:
-                highs[column] = hi
+        ends[column] = last if average is None else averages[average]
+        if lo < lows[column]:
+            lows[column] = lo
+        if hi > highs[column]:
+            highs[column] = hi
+        for covered in range(first if first > 0 else 0, column):
+            lows[covered] = min(lo, lows[covered])
+            highs[covered] = max(hi, highs[covered])
+    return lows, highs, ends
 
 
 def _clamp(dot: float, limit: int) -> int:
     return 0 if dot < 0 else limit if dot > limit else round(dot)
 
 
-def _run(plot: _Plot, bits: list[int], column: int, top: int, bottom: int) -> None:
-    """Set the dots of one raster column from `top` to `bottom`."""
+def _band(plot: _Plot, bits: list[int], column: int, top: int, bottom: int) -> None:
+    """Set every other dot of a raster column, and both ends: a texture that the line stands out from."""
+    _run(plot, bits, column, top, top)
+    _run(plot, bits, column, bottom, bottom)
+    if bottom - top > 1:
+        _run(plot, bits, column, top, bottom, plot.raster.texture)
+
+
+def _run(plot: _Plot, bits: list[int], column: int, top: int, bottom: int, mask: int = -1) -> None:
+    """Set the dots of one raster column from `top` to `bottom`, as far as `mask` has them."""
     raster = plot.raster
     per_cell, runs = raster.rows, raster.runs[column % raster.columns]
     cell = column // raster.columns
     for row in range(top // per_cell, bottom // per_cell + 1):
         above = row * per_cell
         start, end = max(top - above, 0), min(bottom - above, per_cell - 1)
-        bits[row * plot.cells + cell] |= runs[start][end]
+        bits[row * plot.cells + cell] |= runs[start][end] & mask
 
 
-def _trace(plot: _Plot, bits: list[int], bins: Sequence[Bin], average: int | None) -> tuple[int, int] | None:
-    """Draw a connected line through the bins' ends; a bin without a finite value breaks it.
+def _trace(plot: _Plot, bits: list[int], ends: Sequence[float | None]) -> tuple[int, int] | None:
+    """Draw a connected line through the columns' values.
 
     Returns:
         Raster column and row of the line's end, or None where there is no line.
     """
     limit = plot.rows * plot.raster.rows - 1
     previous: tuple[int, int] | None = None
-    for item in bins:
-        if item.lo > item.hi:
+    for column, value in enumerate(ends):
+        if value is None:
+            continue
+        if math.isnan(value):
             previous = None
             continue
-        value = item.last if average is None else item.averages[average]
-        column = plot.column(plot.position(item.last_step, item.last_time))
         row = _clamp(plot.dot(value), limit)
-        if previous is None or column < previous[0]:
+        if previous is None:
             _run(plot, bits, column, row, row)
-        elif column > previous[0]:
+        else:
             _connect(plot, bits, previous, (column, row))
-        elif average is None:
-            _run(plot, bits, column, min(row, previous[1]), max(row, previous[1]))
         previous = (column, row)
     return previous
 
@@ -359,10 +383,11 @@ def _label_outliers(plot: _Plot, y: int, arrow: str, values: dict[int, float], t
                 break
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
+def sparkline(values: Sequence[float], width: int, low: float | None = None, high: float | None = None) -> str:
     """Return the values as `width` blocks of eight heights; a value that is not finite is a gap.
 
-    Longer series are cut into `width` parts and show each part's last value.
+    Longer series are cut into `width` parts and show each part's last value. `low` and `high` are
+    the values' own where omitted.
     """
     if width <= 0 or not values:
         return ""
@@ -371,9 +396,10 @@ def sparkline(values: Sequence[float], width: int) -> str:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return " " * len(values)
-    low, high = min(finite), max(finite)
+    low = min(finite) if low is None else low
+    high = max(finite) if high is None else high
     scale = 7.999 / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[int((v - low) * scale)] if math.isfinite(v) else " " for v in values)
+    return "".join(_BLOCKS[min(7, max(0, int((v - low) * scale)))] if math.isfinite(v) else " " for v in values)
 
 
 def bar(share: float, width: int, rest: str = "─") -> str:

@@ -38,6 +38,14 @@ def short(value: float) -> str:
     return count(value)
 
 
+def brief(value: float) -> str:
+    """Return a number with 3 significant digits and its leading zero: `0.087`, `0.5`, `12.4`, `3.4e-3`."""
+    text = short(value)
+    if text.startswith((".", "-.")):
+        return text.replace(".", "0.", 1).rstrip("0")
+    return text
+
+
 def signed(value: float, width: int = 0) -> str:
     """Return a number with its sign, right-justified to `width`."""
     return (("+" if value > 0 else "") + _number(value)).rjust(width)

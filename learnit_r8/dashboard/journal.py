@@ -46,15 +46,15 @@ def _rolled_back(event: e.RolledBack) -> str:
     source = "RAM backup" if event.source == "ram" else _name(event.source)
     text = f"-> step {f.steps(event.to_step)} ({source})"
     if event.lr_multiplier != 1.0:
-        text += f" · lr ×{f.short(event.lr_multiplier)}"
+        text += f" · lr ×{f.brief(event.lr_multiplier)}"
         text += f" for {f.steps(event.hold_steps)} steps" if event.hold_steps else ""
     return text
 
 
 def _spike(event: e.SpikeSeen) -> str:
     if event.verdict == "nonfinite":
-        return f"loss {f.short(event.loss)} · expected {f.short(event.expected_loss)}"
-    return f"loss {f.short(event.loss)} (z={f.signed(event.score)}) · expected {f.short(event.expected_loss)}"
+        return f"loss {f.brief(event.loss)} · expected {f.brief(event.expected_loss)}"
+    return f"loss {f.brief(event.loss)} (z={f.signed(event.score)}) · expected {f.brief(event.expected_loss)}"
 
 
 def _lr_found(event: e.LrFound) -> str:
@@ -66,7 +66,7 @@ def _saved(event: e.CheckpointSaved) -> str:
 
 
 def _epoch_ended(event: e.EpochEnded) -> str:
-    text = f"epoch {event.epoch + 1}: mean loss {f.short(event.mean_loss)} · {f.span(event.seconds)}"
+    text = f"epoch {event.epoch + 1}: mean loss {f.brief(event.mean_loss)} · {f.span(event.seconds)}"
     return text if event.completed else f"{text} · left after {f.steps(event.batches)} batches"
 
 
@@ -95,7 +95,7 @@ _TABLE: dict[type[e.Event], tuple[str, str, Style, _Text]] = {
         Style.WARN,
         lambda x: f"{f.steps(x.count)} flagged · {_ids(x.indices, x.count)}",
     ),
-    e.StrategyDecided: ("S", "strategy", Style.NORMAL, lambda x: f"{x.decision} · {x.reason} ({f.short(x.figure)})"),
+    e.StrategyDecided: ("S", "strategy", Style.NORMAL, lambda x: f"{x.decision} · {x.reason} ({f.brief(x.figure)})"),
     e.CheckpointSaved: ("C", "checkpoint", Style.GOOD, _saved),
     e.CheckpointFailed: ("X", "no ckpt", Style.BAD, lambda x: f"{_name(x.path)} · {x.reason}"),
     e.CheckpointLoaded: ("L", "loaded", Style.GOOD, lambda x: _name(x.path)),
@@ -119,7 +119,7 @@ def entry(event: e.Event) -> Entry | None:
 
 def validation_entry(event: e.MetricLogged, is_best: bool, before: Entry | None) -> Entry:
     """Return the line for a validation metric, joined to those logged just before at the same step."""
-    text = f"{event.name} {f.short(event.value)}" + (" (best)" if is_best else "")
+    text = f"{event.name} {f.brief(event.value)}" + (" (best)" if is_best else "")
     if before is not None and before.icon == "V" and before.step == event.step:
         text = f"{before.text}  {text}"
     return Entry(event.time, event.step, "V", "validation", text, Style.ACCENT)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from learnit_r8.dashboard.cells import Grid, Style
 
 UP, DOWN, LEFT, RIGHT = 1, 2, 4, 8
-_JUNCTIONS = " ││││┘┐┤│└┌├─┴┬┼"
-"""Box character for each set of directions; a single vertical direction draws the whole line."""
-_HORIZONTAL = {LEFT, RIGHT, LEFT | RIGHT}
+_JUNCTIONS = " │││─┘┐┤─└┌├─┴┬┼"
+"""Box character for each set of directions."""
 WIDE = 100
 MIN_WIDTH, MIN_HEIGHT = 60, 16
 
@@ -19,33 +18,33 @@ class Boxes:
     """Lines that know where they meet: the junctions follow from the lines."""
 
     def __init__(self) -> None:
-        self._cells: dict[tuple[int, int], int] = {}
+        self._horizontal: list[tuple[int, int, int]] = []
+        self._vertical: list[tuple[int, int, int]] = []
 
     def horizontal(self, y: int, x0: int, x1: int) -> None:
         """Add a line from cell `x0` to cell `x1` of row `y`, both included."""
-        cells = self._cells
-        for x in range(x0, x1 + 1):
-            cells[y, x] = cells.get((y, x), 0) | (LEFT if x > x0 else 0) | (RIGHT if x < x1 else 0)
+        self._horizontal.append((y, x0, x1))
 
     def vertical(self, x: int, y0: int, y1: int) -> None:
         """Add a line from row `y0` to row `y1` of column `x`, both included."""
-        cells = self._cells
-        for y in range(y0, y1 + 1):
-            cells[y, x] = cells.get((y, x), 0) | (UP if y > y0 else 0) | (DOWN if y < y1 else 0)
+        self._vertical.append((x, y0, y1))
 
     def draw(self, grid: Grid) -> None:
         """Put all lines into the grid."""
-        rows: dict[int, dict[int, str]] = {}
-        for (y, x), directions in self._cells.items():
-            rows.setdefault(y, {})[x] = "─" if directions in _HORIZONTAL else _JUNCTIONS[directions]
-        for y, row in rows.items():
-            start, text = -2, ""
-            for x in sorted(row):
-                if x != start + len(text):
-                    grid.put(y, start, text, Style.DIM)
-                    start, text = x, ""
-                text += row[x]
-            grid.put(y, start, text, Style.DIM)
+        for x, y0, y1 in self._vertical:
+            for y in range(y0, y1 + 1):
+                grid.put(y, x, "│", Style.DIM)
+        for y, x0, x1 in self._horizontal:
+            grid.put(y, x0, "─" * (x1 - x0 + 1), Style.DIM)
+        junctions: dict[tuple[int, int], int] = {}
+        for y, x0, x1 in self._horizontal:
+            for x, y0, y1 in self._vertical:
+                if x0 <= x <= x1 and y0 <= y <= y1:
+                    across = (LEFT if x > x0 else 0) | (RIGHT if x < x1 else 0)
+                    along = (UP if y > y0 else 0) | (DOWN if y < y1 else 0)
+                    junctions[y, x] = junctions.get((y, x), 0) | across | along
+        for (y, x), directions in junctions.items():
+            grid.put(y, x, _JUNCTIONS[directions], Style.DIM)
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,7 +275,7 @@ class DashboardModel:
     def num_epochs(self) -> int | None:
         """Epochs of the whole run; None under a time budget."""
         value = self.config.get("num_epochs")
-        return int(value) if isinstance(value, (int, float)) and value == value and value > 0 else None  # noqa: PLR0124
+        return int(value) if isinstance(value, (int, float)) and value == value and value > 0 else None
 
     @property
     def budget(self) -> float | None:

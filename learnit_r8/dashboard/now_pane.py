@@ -13,7 +13,7 @@ from learnit_r8.dashboard.metric import Metric, is_validation
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.panels import Piece, heading, pieces
 
-_LABEL = 8
+_LABEL = 10
 
 
 def _row(name: str, *parts: Piece) -> list[Piece]:
@@ -31,7 +31,7 @@ def _loss(model: DashboardModel) -> list[Piece]:
     arrow, style = ("▲", Style.WARN) if model.loss > ema else ("▼", Style.GOOD)
     if not math.isfinite(model.loss):
         arrow, style = "×", Style.BAD
-    rest = _fields(f" ema {f.number(ema, 7)}", f"min {f.number(best)}")
+    rest = _fields(f" ema {f.number(ema, 6)}", f"min {f.number(best)}")
     return _row("loss", (f.number(model.loss, 8), Style.BOLD), (f" {arrow}", style), rest)
 
 
@@ -40,7 +40,7 @@ def _surprise(model: DashboardModel) -> list[Piece]:
         "δsurp",
         _fields(
             f.signed(model.loss - model.expected_loss, 8),
-            f" σ   {f.number(model.sigma, 7)}",
+            f" σ   {f.number(model.sigma, 6)}",
             f"z {'--' if math.isnan(model.score) else f'{model.score:+.1f}'}",
         ),
     )
@@ -73,8 +73,8 @@ def _steps(model: DashboardModel, view: ViewState) -> list[list[Piece]]:
         for name, key in (("user", "user step"), ("r8", "r8 overhead"), ("between", "between steps"))
     ]
     if view.frame_seconds is not None:
-        shares.append(f"ui {_ms(view.frame_seconds)}/frame")
-    return [*rows, [("├ ms ", Style.DIM), _fields(*shares)]]
+        shares.append(f"ui {_ms(view.frame_seconds)}")
+    return [*rows, [("└ms ", Style.DIM), _fields(*shares)]]
 
 
 def _ms(seconds: float) -> str:
@@ -95,14 +95,14 @@ def _metric(metric: Metric) -> list[Piece]:
             )
         )
     elif not validation and metric.series.count > 1:
-        parts.append(_fields("", f" min {f.number(metric.series.lo, 7)}", f"max {f.number(metric.series.hi)}"))
+        parts.append(_fields("", f" min {f.number(metric.series.lo, 6)}", f"max {f.number(metric.series.hi)}"))
     return _row(clip(metric.name, _LABEL - 1), *parts)
 
 
 def _safety(model: DashboardModel, now: float) -> list[list[Piece]]:
     places = []
     if model.backup_step is not None:
-        places.append(f"backup {f.steps(max(0, model.step - 1 - model.backup_step))} steps ago")
+        places.append(f"RAM backup {f.steps(max(0, model.step - 1 - model.backup_step))} steps ago")
     if model.checkpoint is not None:
         places.append(f"ckpt {f.rough(max(0.0, now - model.checkpoint.time))} ago")
     rows = [[("   ".join(places), Style.NORMAL)]] if places else []

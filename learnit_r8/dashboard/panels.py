@@ -122,17 +122,19 @@ def chart_pane(
 
 
 def _legend(grid: Grid, rect: Rect, model: DashboardModel, chart: Chart, scale: Scale | None) -> None:
-    y, limit = rect.y + rect.height, rect.x + rect.width
-    x = rect.x
-    for icon, meaning in _AXIS_LEGEND:
-        if icon in model.marks:
-            x = grid.put(y, grid.put(y, x, icon, Style.BOLD, limit), f" {meaning}  ", Style.DIM, limit)
+    shown = [(icon, meaning) for icon, meaning in _AXIS_LEGEND if icon in model.marks]
     if any(item.bad for item in chart.bins):
-        x = grid.put(y, x, "× nan or inf  ", Style.DIM, limit)
+        shown.insert(2, ("×", "not finite"))
     if scale is not None and any(
-        item.lo < scale.low or item.hi > scale.high for item in chart.bins if item.count > item.bad
+        item.lo < scale.low or item.hi > scale.high for item in chart.bins if item.points > item.bad
     ):
-        grid.put(y, x, "▲▼ beyond the axis", Style.DIM, limit)
+        shown.append(("▲▼", "beyond the axis"))
+    x, limit = rect.x, rect.x + rect.width
+    for icon, meaning in shown:
+        if x + len(icon) + len(meaning) + 1 > limit:
+            break
+        x = grid.put(rect.y + rect.height, x, icon, Style.BOLD)
+        x = grid.put(rect.y + rect.height, x, f" {meaning}  ", Style.DIM, limit)
 
 
 def small_chart_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, name: str) -> None:
@@ -146,7 +148,20 @@ def small_chart_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewSt
 
 
 def _edges(low: float, high: float, width: int) -> str:
-    return f"{f.short(low)}–{f.short(high)}".ljust(width)
+    return f"{f.short(low):>6}–{f.short(high):<6}"[:width].ljust(width)
+
+
+def _samples(number: int) -> str:
+    return f.steps(number) if number < 1_000_000 else f.count(number)
+
+
+def _trend(model: DashboardModel, q: int, width: int) -> str:
+    """Return a quadrant's mean loss over the epochs, on one logarithmic scale for all quadrants."""
+    logs = [[math.log(x) if 0 < x < math.inf else math.nan for x in losses] for losses in model.quadrant_losses]
+    finite = [x for losses in logs for x in losses if math.isfinite(x)]
+    if not finite:
+        return ""
+    return sparkline([losses[q] for losses in logs if q < len(losses)], width, min(finite), max(finite))
 
 
 def difficulty_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState) -> None:
@@ -163,21 +178,21 @@ def difficulty_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewSta
     if not tall:
         _difficulty_short(grid, rect, model, [draw / total for draw in draws])
         return
-    grid.put(y, x, "Q   loss range         n  draws         used  easier  trend", Style.DIM, limit)
+    grid.put(y, x, "Q     loss range        n  draws       used×  easier  trend", Style.DIM, limit)
     for q in rows:
         share = draws[q] / total
-        trend = sparkline([losses[q] for losses in model.quadrant_losses if q < len(losses)], 6)
+        trend = _trend(model, q, 6)
         percent = f"{100 * share:3.0f}%" if math.isfinite(share) else "  --"
         easier = f"{100 * found.easier[q]:3.0f}%" if q and math.isfinite(found.easier[q]) else "   -"
         name = Style.WARN if q == 3 else Style.BOLD
         line = (
-            f"{_edges(found.edges[q], found.edges[q + 1], 13)}{f.count(found.counts[q]):>7}  {bar(share, 6, ' ')}"
-            f" {percent}  {f.short(found.uses[q]):>4}×   {easier}  {trend}"
+            f"{_edges(found.edges[q], found.edges[q + 1], 13)}{_samples(found.counts[q]):>7}  {bar(share, 5, ' ')}"
+            f" {percent}  {f.brief(found.uses[q]):>5}    {easier}  {trend}"
         )
         pieces(grid, y + 1 + q, x, limit, [(f"Q{q + 1}  ", name), (line, Style.NORMAL)])
     stuck = 100 * found.stuck / max(1, sum(found.counts))
-    last = f"unseen {f.steps(found.unseen)}   stuck >5 epochs {f.steps(found.stuck)} ({stuck:.1f}%)"
-    last += "   [3] Enter: worst list" if model.suspects else ""
+    last = f"unseen {f.steps(found.unseen)}   stuck>5 epochs {f.steps(found.stuck)} ({stuck:.1f}%)"
+    last += "   3 Enter: worst" if model.suspects else ""
     grid.put(y + 5, x, last, Style.WARN if found.stuck else Style.DIM, limit)
     if rect.height > 8 and model.suspects is not None:
         _worst_list(grid, y + 7, rect, model)
@@ -189,7 +204,7 @@ def _difficulty_short(grid: Grid, rect: Rect, model: DashboardModel, shares: Seq
         return
     half = rect.width // 2
     for q in range(min(4, len(found.counts), len(found.losses), len(found.edges) - 1)):
-        trend = sparkline([losses[q] for losses in model.quadrant_losses if q < len(losses)], 5)
+        trend = _trend(model, q, 5)
         share = f"{100 * shares[q]:3.0f}%" if q < len(shares) and math.isfinite(shares[q]) else " --%"
         text = f" {_edges(found.edges[q], found.edges[q + 1], 12)} {trend:5} {share}"
         text += f"  stuck {f.count(found.stuck)}" if q == 3 and found.stuck else ""

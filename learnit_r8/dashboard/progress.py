@@ -8,6 +8,7 @@ from learnit_r8.dashboard.charts import bar
 from learnit_r8.dashboard.export import state
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import WIDE
+from learnit_r8.dashboard.metric import is_validation
 from learnit_r8.dashboard.model import DashboardModel
 
 IDLE_SECONDS = 30.0
@@ -29,7 +30,7 @@ def status(model: DashboardModel, now: float) -> tuple[str, Style]:
     if name == "running":
         silent = now - model.last_time
         usual = model.pace.step_seconds
-        if silent > max(IDLE_SECONDS, IDLE_STEPS * usual if usual == usual else 0.0):  # noqa: PLR0124
+        if silent > max(IDLE_SECONDS, IDLE_STEPS * usual if usual == usual else 0.0):
             return f"○ SILENT {f.span(silent)}", Style.WARN
     return _STATES.get(name, (f"○ {name.upper()}", Style.WARN))
 
@@ -67,80 +68,80 @@ def title(grid: Grid, model: DashboardModel, view: ViewState, now: float) -> Non
         x = grid.put(0, grid.put(0, grid.put(0, x, " "), clip(text, room), piece), " ")
 
 
-def _total_fields(model: DashboardModel, now: float, view: ViewState, wide: bool) -> tuple[str, str, list[str]]:
-    """Return share, position and what is left, the last as parts of falling importance."""
-    share = model.progress(now)
-    percent = "   --%" if share is None else f"{100 * share:5.1f}%"
+def _percent(share: float | None) -> str:
+    return "   --%" if share is None else f"{100 * share:5.1f}%"
+
+
+def _total_fields(model: DashboardModel, now: float, view: ViewState, wide: bool) -> tuple[str, list[str]]:
+    """Return the run's position, and what is left as parts of falling importance."""
     if model.total_steps:
         total = f.steps(model.total_steps)
-        position = f"{f.steps(model.step):>{len(total)}}/{total}"
+        position = f"{'step ' if wide else ''}{f.steps(model.step):>{len(total)}}/{total}"
     elif model.budget:
         position = f"{f.span(model.elapsed(now)):>6}/{f.span(model.budget)}"
         position += f"  step {f.steps(model.step)}" if wide else ""
     else:
-        position = f.steps(model.step)
-    if wide and model.total_steps:
-        position = f"step {position}"
+        position = f"step {f.steps(model.step)}"
     if model.ended is not None:
-        return percent, position, [f"{model.ended.reason} after {f.span(model.ended.seconds)}"]
+        return position, [f"{model.ended.reason} after {f.span(model.ended.seconds)}"]
     eta = model.eta(now)
     if eta is None:
-        return percent, position, ["ETA --"]
+        return position, ["ETA --"]
     left, error = eta
-    parts = [f"ETA {f.span(left)}" + (f" ±{f.rough(error)}" if error is not None and error >= 1 else "")]
     pattern = "%H:%M" if left < 43200 else "%a %H:%M" if left < 6 * 86400 else "%d %b"
-    parts.append(f" (done ~{f.of_day(now + left, view.utc_offset, pattern)})")
-    return percent, position, parts
+    return position, [
+        f"ETA {f.span(left)}",
+        f" ±{f.rough(error)}" if error is not None and error >= 1 else "",
+        f" (done ~{f.of_day(now + left, view.utc_offset, pattern)})",
+    ]
 
 
-def _epoch_fields(model: DashboardModel, now: float) -> tuple[float, str, str, list[str]]:
-    share = model.epoch_step / model.epoch_batches if model.epoch_batches else 0.0
+def _epoch_fields(model: DashboardModel, now: float) -> tuple[list[str], list[str]]:
+    """Return the epoch's position and what is left of it, both as parts of falling importance."""
     of = f"/{model.num_epochs}" if model.num_epochs else ""
-    position = f"ep {model.epoch + 1}{of}"
+    position = [f"ep {model.epoch + 1}{of}"]
     if model.epoch_batches:
         total = f.steps(model.epoch_batches)
-        position += f"  {f.steps(model.epoch_step):>{len(total)}}/{total}"
+        position.append(f"  {f.steps(model.epoch_step):>{len(total)}}/{total}")
     if model.ended is not None:
-        return share, f"{100 * share:5.1f}%", position, [""]
+        return position, [""]
     eta = model.epoch_eta(now)
-    parts = ["ETA --" if eta is None else f"ETA {f.span(eta)}"]
+    parts = ["ETA --" if eta is None else f"ETA {f.span(eta)}", ""]
     if model.pace.validation.count and model.pace.validation.mean >= 0.5:
         parts.append(f" · val {f.span(model.pace.validation.mean)}/epoch counted")
-    return share, f"{100 * share:5.1f}%", position, parts
+    return position, parts
 
 
 def progress(grid: Grid, y: int, x: int, width: int, model: DashboardModel, view: ViewState, now: float) -> None:
-    """Draw the bars of the run and of the epoch, their columns aligned."""
+    """Draw the bars of the run and of the epoch, their columns aligned; narrow screens show fewer parts."""
     wide = grid.width >= WIDE
-    percent, position, left = _total_fields(model, now, view, wide)
-    epoch_share, epoch_percent, epoch_position, epoch_left = _epoch_fields(model, now)
-    speed = model.pace.step_seconds
+    position, left = _total_fields(model, now, view, wide)
+    epoch_position, epoch_left = _epoch_fields(model, now)
+    speed, count = model.pace.step_seconds, model.series["loss"].count
     rate = ""
-    if wide and speed > 0 and model.series["loss"].count and model.ended is None:
-        rate = f"{f.short(model.samples / model.series['loss'].count / speed)} smp/s".rjust(11)
-    positions = max(len(position), len(epoch_position), 18 if wide else 13)
-    texts, epoch_texts = "".join(left), "".join(epoch_left)
-    lefts = max(len(texts), len(epoch_texts), 34 if wide else 14)
-    if width - (17 + positions + lefts + len(rate)) < 16:
-        texts, epoch_texts, rate = left[0], epoch_left[0], ""
-        lefts = max(len(texts), len(epoch_texts), 14)
-    cells = max(4, width - (17 + positions + lefts + len(rate)))
-    share = model.progress(now)
-    for row, (name, part, text, where, rest, speed_text) in enumerate(
-        (
-            ("TOTAL", share or 0.0, percent, position, texts, rate),
-            ("EPOCH", epoch_share, epoch_percent, epoch_position, epoch_texts, ""),
-        )
-    ):
-        end = x + width
-        at = grid.put(y + row, x, f"{name} ", Style.BOLD, end)
-        drawn = bar(part, cells)
+    if wide and speed > 0 and count and model.ended is None:
+        rate = f"{f.short(model.samples / count / speed)} smp/s".rjust(11)
+    for parts, epoch_parts, rate_text in ((3, 2, rate), (3, 2, ""), (2, 2, ""), (2, 1, ""), (1, 1, "")):
+        where = (position, "".join(epoch_position[:epoch_parts]))
+        rest = ("".join(left[:parts]), "".join(epoch_left[:parts]))
+        positions = max(len(where[0]), len(where[1]), 18 if wide else 13)
+        # The least widths keep the bars from moving when a number gains a digit.
+        lefts = max(len(rest[0]), len(rest[1]), 34 if wide and parts == 3 else 14 if parts > 1 else 10)
+        cells = width - (17 + positions + lefts + len(rate_text))
+        if cells >= 16:
+            break
+    total_share = model.progress(now)
+    epoch_share = model.epoch_step / model.epoch_batches if model.epoch_batches else None
+    end = x + width
+    for row, (name, share) in enumerate((("TOTAL", total_share), ("EPOCH", epoch_share))):
+        drawn = bar(share or 0.0, max(4, cells))
         filled = len(drawn.rstrip("─"))
+        at = grid.put(y + row, x, f"{name} ", Style.BOLD, end)
         at = grid.put(y + row, at, drawn[:filled], Style.ACCENT, end)
         at = grid.put(y + row, at, drawn[filled:], Style.DIM, end)
-        at = grid.put(y + row, at, f" {text}  ", Style.BOLD, end)
-        at = grid.put(y + row, at, where.ljust(positions) + "  ", Style.NORMAL, end)
-        grid.put(y + row, at, rest.ljust(lefts) + speed_text, Style.NORMAL, end)
+        at = grid.put(y + row, at, f" {_percent(share)}  ", Style.BOLD, end)
+        text = where[row].ljust(positions) + "  " + rest[row].ljust(lefts)
+        grid.put(y + row, at, text + (rate_text if row == 0 else ""), Style.NORMAL, end)
 
 
 def bare_lines(model: DashboardModel, now: float) -> list[list[str]]:
@@ -160,12 +161,19 @@ def bare_lines(model: DashboardModel, now: float) -> list[list[str]]:
         first.append("ETA --" if eta is None else f"ETA {f.span(eta[0])}")
     loss = model.series["loss"]
     second = [f"loss {f.short(model.loss)}", f"ema {f.short(loss.averages[0])}", f"lr {f.short(model.lr)}"]
-    second += [f"{_short_name(name)} {f.short(metric.last)}" for name, metric in model.metrics.items()]
+    second += [
+        f"{_short_name(name)} {f.short(metric.last)}"
+        for name, metric in sorted(model.metrics.items(), key=_validation_first)
+    ]
     third = [f"!{model.spikes} R{model.rollbacks}" + (f" nan {model.nonfinite}" if model.nonfinite else "")]
     if model.entries:
         last = model.entries[-1]
         third += [f"last: {last.icon} {last.kind} {f.rough(max(0.0, now - last.time))} ago"]
     return [first, second, third]
+
+
+def _validation_first(item: tuple[str, object]) -> bool:
+    return not is_validation(item[0])
 
 
 def _short_name(name: str) -> str:

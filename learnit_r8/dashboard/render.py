@@ -20,10 +20,10 @@ from learnit_r8.dashboard.panels import (
 )
 from learnit_r8.dashboard.progress import bare_lines, progress, title
 
-__all__ = ["Grid", "Style", "render"]
+__all__ = ["Grid", "Style", "render", "scroll_limit"]
 
 _PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
-_NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH = 44, 62, 48
+_NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH = 46, 62, 48
 
 
 def render(
@@ -58,12 +58,14 @@ def render(
     boxes.horizontal(height - 1, 0, width - 1)
     boxes.vertical(0, 0, height - 1)
     boxes.vertical(width - 1, 0, height - 1)
-    rects = _arrange(model, view, width, height, boxes, bool(console_lines or view.console_title))
+    rects = _arrange(model, view, width, height, boxes, len(console_lines) or bool(view.console_title))
     boxes.draw(grid)
     title(grid, model, view, now)
     progress(grid, 1, 2, width - 4, model, view, now)
+    # Where only one of the two has room, its title names the key of the other.
+    tabs = bool(console_lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
     for rect in rects:
-        _draw(grid, rect, model, view, now, console_lines, others)
+        _draw(grid, rect, model, view, now, console_lines, others, tabs)
     key_line(grid, height - 2, 2, width - 4, view, now)
     if view.help:
         help_overlay(grid, view)
@@ -72,9 +74,13 @@ def render(
     return grid
 
 
-def _arrange(
-    model: DashboardModel, view: ViewState, width: int, height: int, boxes: Boxes, console: bool
-) -> list[Rect]:
+def scroll_limit(model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> int:
+    """Return how many lines the pane in focus can be scrolled at most."""
+    lengths = {2: len(model.metric_names()), 5: len(model.entries), 6: len(console_lines)}
+    return max(0, lengths.get(view.focus, 0) - 1)
+
+
+def _arrange(model: DashboardModel, view: ViewState, width: int, height: int, boxes: Boxes, lines: int) -> list[Rect]:
     """Choose the panes and their places between the progress bars and the key line."""
     wide = width >= WIDE
     rows = height - (5 if wide else 6)
@@ -83,7 +89,7 @@ def _arrange(
     if view.zoomed and view.focus:
         bands = [Band(((_PANES[view.focus], 0),), rows - 1, rows - 1)]
     else:
-        bands = _wide_bands(model, view, width, rows, console) if wide else _narrow_bands(model, view, rows, console)
+        bands = _wide_bands(model, view, width, rows, lines) if wide else _narrow_bands(model, view, rows, lines)
     # The order of importance is chart first; on the screen further charts follow the main one.
     heights = allot(bands, rows)
     order = sorted(range(len(bands)), key=lambda i: _ORDER[bands[i].panes[0][0].split(":")[0]])
@@ -93,43 +99,42 @@ def _arrange(
 _ORDER = {"chart": 0, "now": 1, "metric": 2, "difficulty": 3, "events": 4, "console": 5}
 
 
-def _spare_metrics(model: DashboardModel, view: ViewState, without: Sequence[str]) -> list[str]:
+def _spare_metrics(model: DashboardModel, view: ViewState) -> list[str]:
     """Return what else is worth a chart of its own, the user's numbers first."""
-    names = [*model.metrics, "step ms", "surprise", "loss", "lr"]
-    return [name for name in names if name not in without and name != chosen_metric(model, view)]
+    names = [*model.metrics, "step ms", "surprise", "loss"]
+    return [name for name in names if name != chosen_metric(model, view)]
 
 
-def _wide_bands(model: DashboardModel, view: ViewState, width: int, rows: int, console: bool) -> list[Band]:
+def _wide_bands(model: DashboardModel, view: ViewState, width: int, rows: int, lines: int) -> list[Band]:
     bands = [Band((("chart", 0), ("now", _NOW_WIDTH)), 6, 11, share=3)]
     first = [("difficulty", _DIFFICULTY_WIDTH)] if model.quadrants is not None else []
     columns = max(1, (width - (_DIFFICULTY_WIDTH if first else 0)) // _METRIC_WIDTH)
-    spare = _spare_metrics(model, view, ["lr"])
+    spare = _spare_metrics(model, view)
     charts = ["lr", *spare[: columns - 1]]
     bands.append(Band((*first, *((f"metric:{name}", 0) for name in charts)), 6, 6))
-    bands.append(Band((("events", 0),), 2, 5, share=1))
-    if console:
-        bands.append(Band((("console", 0),), 2, 4, share=1))
-    more = [name for name in spare if name not in charts][: width // _METRIC_WIDTH]
-    used = sum(band.usual + 1 for band in bands)
-    if more and rows - used >= 12:
+    bands.append(Band((("events", 0),), 2, 5, most=max(5, len(model.entries)), share=1))
+    if lines:
+        bands.append(Band((("console", 0),), 2, 4, most=max(4, lines), share=1))
+    more = spare[columns - 1 :][: width // _METRIC_WIDTH]
+    if more and rows - sum(band.usual + 1 for band in bands) >= 12:
         bands.append(Band(tuple((f"metric:{name}", 0) for name in more), 8, 8, most=14, share=1))
     return bands
 
 
-def _narrow_bands(model: DashboardModel, view: ViewState, rows: int, console: bool) -> list[Band]:
+def _narrow_bands(model: DashboardModel, view: ViewState, rows: int, lines: int) -> list[Band]:
     bands = [Band((("chart", 0),), 5, 7, share=3), Band((("now", 0),), 2, 2)]
     if model.quadrants is not None:
         bands.append(Band((("difficulty", 0),), 2, 2))
-    show_console = console and view.focus == 6
-    used = sum(band.usual + 1 for band in bands)
-    both = console and rows - used >= 14
-    bands.append(Band((("console" if show_console and not both else "events", 0),), 2, 3, most=12, share=1))
-    if both:
-        bands.append(Band((("console", 0),), 2, 3, most=12, share=1))
-    if rows - used >= 22:
-        bands.append(
-            Band((("metric:lr", 0), *((f"metric:{m}", 0) for m in list(model.metrics)[:1])), 6, 7, most=12, share=1)
-        )
+    free = rows - sum(band.usual + 1 for band in bands)
+    events = Band((("events", 0),), 2, 3, most=max(3, min(12, len(model.entries))), share=1)
+    console = Band((("console", 0),), 2, 3, most=max(3, min(12, lines)), share=1)
+    if lines and free >= 14:
+        bands += [events, console]
+    else:
+        bands.append(console if lines and view.focus == 6 else events)
+    if free >= 22:
+        charts = ["lr", *_spare_metrics(model, view)[:1]]
+        bands.append(Band(tuple((f"metric:{name}", 0) for name in charts), 6, 7, most=12, share=1))
     return bands
 
 
@@ -141,9 +146,9 @@ def _draw(
     now: float,
     console_lines: Sequence[str],
     others: Sequence[DashboardModel],
+    tabs: bool,
 ) -> None:
     name, _, metric = rect.name.partition(":")
-    tabs = grid.width < WIDE and not view.zoomed and bool(console_lines)
     if name == "chart":
         chart_pane(grid, rect, model, view, others)
     elif name == "now":

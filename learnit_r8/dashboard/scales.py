@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,14 +61,15 @@ def choose_scale(bins: Sequence[Bin], mode: str, prefer_log: bool, extra: Sequen
     if mode == "auto":
         log = log and prefer_log and max(item.hi for item in finite) > 2.5 * min(item.lo for item in finite)
     into: Callable[[float], float] = math.log if log else float
-    lasts = sorted([into(item.last) for item in finite])
-    lows = sorted([into(item.lo) for item in finite])
-    highs = sorted([into(item.hi) for item in finite])
-    low = min(_quantile(lasts, 0.005), _quantile(lows, 0.1))
-    high = max(_quantile(lasts, 0.995), _quantile(highs, 0.9))
+    # The logarithm keeps the order: sort first, and take it of the few values that matter.
+    lasts = sorted([item.last for item in finite])
+    lows = sorted([item.lo for item in finite])
+    highs = sorted([item.hi for item in finite])
+    low = min(into(_quantile(lasts, 0.005)), into(_quantile(lows, 0.1)))
+    high = max(into(_quantile(lasts, 0.995)), into(_quantile(highs, 0.9)))
     margin = OUTLIER_MARGIN * (high - low)
-    low = lows[0] if lows[0] >= low - margin else low
-    high = highs[-1] if highs[-1] <= high + margin else high
+    low = min(low, into(lows[bisect_left(lows, low - margin, key=into)]))
+    high = max(high, into(highs[bisect_right(highs, high + margin, key=into) - 1]))
     for value in extra:
         low, high = min(low, into(value)), max(high, into(value))
     pad = PAD * (high - low) or 0.05 * (abs(high) or 1.0)
@@ -127,7 +129,8 @@ def tick_labels(values: Sequence[float]) -> list[str]:
                 break
         if max(len(label) for label in labels) <= 6:
             return labels
-    return [_compact(value) for value in values]
+    tiny = 0 < largest < 1
+    return [_scientific(value) if tiny and value else _compact(value) for value in values]
 
 
 def _compact(value: float) -> str:
@@ -137,6 +140,10 @@ def _compact(value: float) -> str:
         return f.count(value)
     if 0.0095 < abs(value) < 1e3:
         return f"{value:.3g}"
+    return _scientific(value)
+
+
+def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 

@@ -40,7 +40,7 @@ class Bin(NamedTuple):
     lo: float
     hi: float
     last: float
-    count: int
+    points: int
     bad: int
     averages: tuple[float, ...]
 
@@ -52,10 +52,10 @@ def merge(left: Bin, right: Bin) -> Bin:
         right.last_step,
         left.first_time,
         right.last_time,
-        left.lo if left.lo < right.lo else right.lo,
-        left.hi if left.hi > right.hi else right.hi,
+        min(left.lo, right.lo),
+        max(left.hi, right.hi),
         right.last if right.lo <= right.hi else left.last,
-        left.count + right.count,
+        left.points + right.points,
         left.bad + right.bad,
         right.averages,
     )
@@ -120,7 +120,9 @@ class Series:
             return
         if finite <= self._settled:
             self._gains = tuple([(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays])
-        self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, self._gains)])  # noqa: B905 - strict costs 100 ns
+        self.averages = tuple(
+            [old + gain * (value - old) for old, gain in zip(self.averages, self._gains, strict=True)]
+        )
 
     def _close_block(self) -> None:
         block = _summarize(self._block)
@@ -128,7 +130,7 @@ class Series:
         if self._span > BLOCK:
             self._middle.append(block)
         self._open = block if self._open is None else merge(self._open, block)
-        if self._open.count < self._span:
+        if self._open.points < self._span:
             return
         self._whole.append(self._open)
         self._open = None
@@ -143,15 +145,16 @@ class Series:
             since: A step, or a time where `by_time` is true. Bins that end before it are left out.
             by_time: What `since` is.
         """
-        first, last = (2, 3) if by_time else (0, 1)
         tail = [_summarize(self._block)] if self._block else []
-        for level, rest in ((self._recent, []), (self._middle, tail)):
-            if level and (level[0][first] <= since or len(level) == self.count):
-                found = [*level, *rest]
-                break
+        if self.count <= RECENT_POINTS or _reaches(self._recent[0], since, by_time):
+            found = list(self._recent)
+        elif self._middle and _reaches(self._middle[0], since, by_time):
+            found = [*self._middle, *tail]
         else:
             found = [*self._whole, *([self._open] if self._open else []), *tail]
-        return [item for item in found if item[last] >= since]  # type: ignore[operator]
+        if since == -math.inf:
+            return found
+        return [item for item in found if (item.last_time if by_time else item.last_step) >= since]
 
     def copy(self) -> Series:
         """Return an independent copy."""
@@ -160,6 +163,10 @@ class Series:
         twin._whole, twin._block = list(self._whole), list(self._block)
         twin._middle, twin._recent = self._middle.copy(), self._recent.copy()
         return twin
+
+
+def _reaches(oldest: Bin, since: float, by_time: bool) -> bool:
+    return (oldest.first_time if by_time else oldest.first_step) <= since
 
 
 def _summarize(points: Sequence[Bin]) -> Bin:
