@@ -1,1 +1,56 @@
-"""."""
+"""Watching a run: a curses screen beside the training loop, and what stands in for it where there is no terminal."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from learnit_r8.dashboard.sink import Dashboard
+
+__all__ = ["open_dashboard"]
+
+
+def open_dashboard(
+    ui: str = "auto",
+    *,
+    readonly: bool = False,
+    log_dir: str | Path | None = None,
+    rank: int = 0,
+    environment: Mapping[str, str] | None = None,
+    clock: Callable[[], float] = time.time,  # noqa: TID251 - a screen shows the time of day
+) -> Dashboard | None:
+    """Open the best dashboard that this process can show; None when that is none.
+
+    The environment's `R8_UI` overrides `ui`. Call it from the main thread, or the curses rung is passed over.
+
+    Args:
+        ui: "auto", "curses", "rich", "log" or "off". One that cannot be shown gives way to the next.
+        readonly: Keys cannot stop, pause or checkpoint the run.
+        log_dir: The user's prints go to `console.log` in it while a screen is shown; to a temporary file when None.
+        rank: Number of this process among several; "auto" shows rank 0 only.
+        environment: `os.environ` when None.
+        clock: Returns seconds since the Unix epoch.
+
+    Raises:
+        ConfigError: `ui` is none of the five.
+    """
+    from learnit_r8.dashboard import ladder
+
+    env = os.environ if environment is None else environment
+    wanted = ladder.wanted_ui(ui, env)
+    if wanted == "off":
+        return None
+    around = ladder.look(env, rank)
+    rung = ladder.choose(wanted, around)
+    if rung.name == "off":
+        return None
+    from learnit_r8.dashboard.sink import Dashboard
+
+    console = None if log_dir is None else Path(log_dir) / "console.log"
+    return Dashboard(
+        rung.name, around, reason=rung.reason, readonly=readonly, console=console, environment=env, clock=clock
+    )

@@ -1,0 +1,243 @@
+"""What the dashboard costs: `python -m benchmarks.dashboard [--events 10000000]`.
+
+1. `record()` in nanoseconds, beside `queue.Queue.put`.
+2. A loop of 2 ms steps on a pseudo-terminal with nothing, the curses screen, or tqdm, in interleaved processes. Two
+   kinds of step: hashing (C code that releases the GIL, as a GPU or BLAS call does) and pure Python (holds it).
+3. One frame: numbers to cells, cells to bytes.
+4. Memory over many events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib.util
+import json
+import os
+import queue
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+from collections import deque
+from pathlib import Path
+
+from benchmarks.timing import interleave
+from learnit_r8.events import BatchIssued, LossReported
+
+STEPS = 1000
+LOOP = """
+import hashlib, json, os, sys, time
+rival, kind, out = sys.argv[1:4]
+block = bytes(1 << 20)
+
+def hashing(n):
+    for _ in range(n):
+        hashlib.sha1(block[: 1 << 17]).digest()
+
+def python(n):
+    for _ in range(n):
+        sum(range(1000))
+
+work = {"hashing": hashing, "python": python}[kind]
+count = int(sys.argv[4])
+from learnit_r8.events import BatchIssued, LossReported
+record = bar = None
+if rival == "dashboard":
+    from learnit_r8.dashboard import open_dashboard
+    board = open_dashboard("curses")
+    record = board.record
+if rival == "tqdm":
+    from tqdm import tqdm
+    bar = tqdm(total=STEPS)
+work(count * 100)
+began = time.perf_counter()
+for step in range(STEPS):
+    work(count)
+    now = time.time()
+    issued = BatchIssued(now, step, 0, 32, 1e-3, 1e-4)
+    reported = LossReported(now, step, 0, 1.0 + step % 7, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4)
+    if record is not None:
+        record(issued)
+        record(reported)
+    if bar is not None:
+        bar.update()
+seconds = time.perf_counter() - began
+if rival == "dashboard":
+    name, fault = board.name, board.fault
+    board.close()
+    assert name == "curses", (name, fault)
+with open(out, "w") as file:
+    json.dump(seconds / STEPS, file)
+""".replace("STEPS", str(STEPS))
+
+FRAME = """
+import json, os, statistics, sys, time
+from dataclasses import replace
+from learnit_r8.dashboard.demo import DemoRun
+from learnit_r8.dashboard.keys import ViewState
+from learnit_r8.dashboard.model import DashboardModel
+from learnit_r8.dashboard.render import render
+from learnit_r8.dashboard.terminal import canvas
+model, board, view, costs = DashboardModel(), canvas(os.environ), ViewState(), {}
+events = [event for _, event in DemoRun(epochs=20, start=1e9)]
+for event in events[:-5000]:
+    model.consume(event)
+for size in ((80, 24), (120, 35), (300, 100)):
+    rendered, drawn, amount = [], [], []
+    for turn in range(40):
+        for event in events[-5000 + turn * 100 :][:100]:
+            model.consume(event)
+        a = time.perf_counter()
+        grid = render(model, view, *size, events[-1].time)
+        b = time.perf_counter()
+        data = board.draw(grid)
+        c = time.perf_counter()
+        if turn:
+            rendered.append(b - a), drawn.append(c - b), amount.append(len(data))
+    costs["x".join(map(str, size))] = [statistics.median(rendered), statistics.median(drawn), statistics.median(amount)]
+began = time.perf_counter()
+for event in events[:10000]:
+    model.consume(event)
+costs["consume"] = (time.perf_counter() - began) / 10000
+with open(sys.argv[1], "w") as file:
+    json.dump(costs, file)
+"""
+
+
+def on_a_terminal(code: str, *arguments: str) -> object:
+    """Run code in a new process on a pty that is read all the time; return what it wrote to its last-but-... file."""
+    master, slave = os.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 35, 120, 0, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "out.json")
+        argv = [sys.executable, "-c", code, *(out if argument == "OUT" else argument for argument in arguments)]
+        process = subprocess.Popen(
+            argv,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env={**os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8", "R8_UI": ""},
+        )
+        os.close(slave)
+        tail = bytearray()
+        reader = threading.Thread(target=_drain, args=(master, tail), daemon=True)
+        reader.start()
+        process.wait()
+        reader.join(2)
+        os.close(master)
+        if process.returncode:
+            raise RuntimeError(f"status {process.returncode}: {bytes(tail[-2000:]).decode(errors='replace')}")
+        return json.loads(Path(out).read_text())
+
+
+def _drain(master: int, tail: bytearray) -> None:
+    try:
+        while data := os.read(master, 1 << 16):
+            tail += data
+            del tail[:-10000]
+    except OSError:
+        pass
+
+
+def record_cost() -> dict[str, float]:
+    """Nanoseconds to hand one event over."""
+    event = LossReported(0.0, 1, 0, 1.0, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4)
+    ring: deque[LossReported] = deque(maxlen=65536)
+    line: queue.Queue[LossReported] = queue.Queue()
+    record, put = ring.append, line.put
+    calls = 100_000
+
+    def drain_put(item: LossReported) -> None:
+        put(item)
+
+    def many(function: object) -> object:
+        return lambda: [function(event) for _ in range(calls)]  # type: ignore[operator]
+
+    def puts() -> None:
+        for _ in range(calls):
+            drain_put(event)
+        line.queue.clear()
+
+    times = interleave({"record (deque.append)": many(record), "queue.Queue.put": puts}, rounds=7)  # type: ignore[dict-item]
+    return {name: seconds / calls * 1e9 for name, seconds in times.items()}
+
+
+def calibrate(kind: str) -> int:
+    """Return how many units of work take about 2 ms here."""
+    import hashlib
+    import time
+
+    block = bytes(1 << 17)
+    unit = {"hashing": lambda: hashlib.sha1(block).digest(), "python": lambda: sum(range(1000))}[kind]  # noqa: S324
+    began = time.perf_counter()
+    for _ in range(500):
+        unit()
+    return max(1, round(2e-3 / ((time.perf_counter() - began) / 500)))
+
+
+def slowdown(rounds: int) -> None:
+    """Print the loop's time per step under each rival, as the median of interleaved processes."""
+    rivals = ["none", "dashboard", *(["tqdm"] if importlib.util.find_spec("tqdm") else [])]
+    for kind in ("hashing", "python"):
+        count = calibrate(kind)
+        times: dict[str, list[float]] = {rival: [] for rival in rivals}
+        for turn in range(rounds):
+            for rival in rivals[turn % len(rivals) :] + rivals[: turn % len(rivals)]:
+                times[rival].append(float(on_a_terminal(LOOP, rival, kind, "OUT", str(count))))  # type: ignore[arg-type]
+        for rival in rivals:
+            ratios = [mine / base for mine, base in zip(times[rival], times["none"], strict=True)]
+            middle = statistics.median(times[rival]) / statistics.median(times["none"])
+            print(
+                f"  {kind:8} {rival:10} {statistics.median(times[rival]) * 1e3:7.3f} ms/step   "
+                f"{(middle - 1) * 100:+6.2f} %   median of pairs {(statistics.median(ratios) - 1) * 100:+6.2f} %"
+            )
+
+
+def memory(events: int) -> None:
+    """Print the resident size after a tenth of the events and after all of them."""
+    from learnit_r8.dashboard.model import DashboardModel
+
+    model = DashboardModel()
+    sizes = []
+    for step in range(events):
+        model.consume(BatchIssued(step * 0.002, step, step // 5000, 32, 1e-3, 1e-4))
+        model.consume(LossReported(step * 0.002, step, step // 5000, 1.0, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4))
+        if step + 1 in {events // 10, events}:
+            sizes.append(_resident())
+    print(f"  {events} steps: {sizes[0] / 1e6:.1f} MB after a tenth, {sizes[1] / 1e6:.1f} MB at the end")
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Run everything and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=1_000_000, help="steps of the memory test")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved repeats of the loop")
+    arguments = parser.parse_args()
+    print("one event handed over")
+    for name, nanoseconds in record_cost().items():
+        print(f"  {name:22} {nanoseconds:7.0f} ns")
+    print("a loop of 2 ms steps on a terminal")
+    slowdown(arguments.rounds)
+    print("one frame (render, curses, bytes sent)")
+    costs = on_a_terminal(FRAME, "OUT")
+    assert isinstance(costs, dict)
+    consume = costs.pop("consume")
+    for size, (rendered, drawn, amount) in costs.items():
+        print(f"  {size:8} {rendered * 1e3:6.2f} ms {drawn * 1e3:6.2f} ms {amount:8.0f} bytes")
+    print(f"  one event into the model: {consume * 1e6:.1f} us")
+    print("memory")
+    memory(arguments.events)
+
+
+if __name__ == "__main__":
+    main()

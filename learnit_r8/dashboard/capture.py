@@ -1,0 +1,159 @@
+"""The user's own prints while the dashboard has the screen: descriptors 1 and 2 go into a file.
+
+A file, not a pipe or a pty: C code that holds the GIL and prints more than such a buffer takes would wait for a reader
+that waits for the GIL. A file also survives SIGKILL. It is opened with O_APPEND, so that subprocesses and both
+descriptors never overwrite each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_CHUNK = 1 << 20
+_IOLBF = 1  # <stdio.h> of glibc, musl, macOS and the BSDs
+
+
+class Capture:
+    """Sends the given descriptors into one file until `release`.
+
+    Args:
+        path: File to append to; created with its folder. A file in the temporary folder when None.
+        descriptors: Those that are terminals are captured; a descriptor that already goes elsewhere is left alone.
+    """
+
+    def __init__(self, path: Path | None = None, descriptors: tuple[int, ...] = (1, 2)) -> None:
+        if path is None:
+            fd, name = tempfile.mkstemp(prefix=f"learnit_r8-{os.getpid()}-", suffix=".console.log")
+            os.close(fd)
+            path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.start = os.fstat(self._file).st_size
+        self._descriptors = descriptors
+        self._saved: dict[int, int] = {}
+        self.engage()
+
+    def engage(self) -> None:
+        """Send the descriptors into the file (again)."""
+        flush_streams()
+        for fd in self._descriptors:
+            if fd not in self._saved and _isatty(fd):
+                self._saved[fd] = _duplicate(fd)
+                os.dup2(self._file, fd)
+        if self._saved:
+            _line_buffer_c_stdout()
+
+    def release(self) -> None:
+        """Give the descriptors back; nothing that was printed so far can land elsewhere."""
+        if not self._saved:
+            return
+        flush_streams()
+        for fd, saved in list(self._saved.items()):
+            os.dup2(saved, fd)
+            os.close(saved)
+            del self._saved[fd]
+
+    def close(self) -> None:
+        """Release, and remove a file that this run added nothing to and that nobody named."""
+        self.release()
+        if self._file >= 0:
+            grown = os.fstat(self._file).st_size > self.start
+            os.close(self._file)
+            self._file = -1
+            if not grown and not self.start:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+
+
+class ConsoleTail:
+    r"""The newest lines of a growing file, `\r` folded and escape sequences removed.
+
+    Args:
+        path: The file.
+        start: Offset of the first byte that counts.
+        keep: Lines to hold.
+    """
+
+    def __init__(self, path: Path, start: int = 0, keep: int = 1000) -> None:
+        self._path, self._offset = path, start
+        self._lines: deque[str] = deque(maxlen=keep)
+        self._partial = b""
+        self.count = 0
+
+    def poll(self) -> list[str]:
+        """Read what was appended (1 MiB at most a call) and return the newest lines, the unfinished one last."""
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read(_CHUNK)
+            self._offset += len(data)
+            self.count += data.count(b"\n")
+            self._take(data)
+        unfinished = [fold(self._partial)] if self._partial.strip() else []
+        return [*self._lines, *unfinished]
+
+    def _take(self, data: bytes) -> None:
+        # Only the last `keep` lines can ever be shown, so only they are decoded.
+        *whole, self._partial = (self._partial + data).split(b"\n")
+        self._lines.extend(fold(line) for line in whole[-(self._lines.maxlen or 1) :])
+        if len(self._partial) > 65536:
+            self._partial = self._partial[-65536:]
+
+
+def fold(line: bytes) -> str:
+    r"""Return what a terminal would show of one line: the last state after `\r`, no escapes, tabs as spaces.
+
+    >>> fold(b" 36%|###\r 37%|####\r")
+    ' 37%|####'
+    """
+    text = _ESCAPES.sub("", line.decode("utf-8", "replace")).rstrip("\r")
+    shown = text.rsplit("\r", 1)[-1]
+    return "".join(char for char in shown.expandtabs() if char >= " " and char != "\x7f")
+
+
+def flush_streams() -> None:
+    """Flush what Python and C still hold for descriptors 1 and 2."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    with contextlib.suppress(Exception):
+        library = ctypes.CDLL(None)
+        for name in ("stdout", "stderr"):
+            library.fflush(_c_stream(library, name))
+
+
+def _line_buffer_c_stdout() -> None:
+    # C decides on full buffering when it first meets a file; a killed process would then lose up to 4 KiB of printf.
+    with contextlib.suppress(Exception):
+        library = ctypes.CDLL(None)
+        library.setvbuf(_c_stream(library, "stdout"), None, _IOLBF, ctypes.c_size_t(0))
+
+
+def _c_stream(library: Any, name: str) -> ctypes.c_void_p:
+    try:
+        return ctypes.c_void_p.in_dll(library, name)
+    except ValueError:
+        return ctypes.c_void_p.in_dll(library, f"__{name}p")  # macOS
+
+
+def _isatty(fd: int) -> bool:
+    try:
+        return os.isatty(fd)
+    except OSError:
+        return False
+
+
+def _duplicate(fd: int) -> int:
+    import fcntl
+
+    # Above the low numbers, so that code which closes "the first few" does not lose the terminal.
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20)

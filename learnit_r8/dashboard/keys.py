@@ -1,0 +1,175 @@
+"""Keys to view state and commands: a pure function, so that every key can be tested without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TypeVar
+
+from learnit_r8.types import Command
+
+_T = TypeVar("_T")
+GLYPH_SETS = ("braille", "blocks", "ascii")
+SCALES = ("auto", "log", "linear")
+AXES = ("step", "time", "epoch")
+SMOOTHINGS = (0.98, 0.995, 0.0, 0.9)
+"""Decay of the drawn moving average, in the order that `z` goes through; 0 draws the raw values."""
+MAX_WINDOW = 16
+PANES = 6
+CONSOLE = 6
+
+
+class Action(StrEnum):
+    """What a key asks of the terminal rather than of the loop."""
+
+    DETACH = "detach"
+    """Close the view; training goes on."""
+    REPAINT = "repaint"
+    """Clear the screen and draw every cell again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewState:
+    """Everything that decides how a model is shown; keys make new ones.
+
+    Attributes:
+        focus: Pane with the focus, 1 to 6; 0 for none. 1 chart, 2 now, 3 difficulty, 4 lr, 5 events, 6 console.
+        zoomed: The pane in focus fills the screen (pane 3 then lists the worst samples too).
+        metric: Which of `DashboardModel.metric_names()` the chart shows; taken modulo their number.
+        scale: "auto", "log" or "linear".
+        smoothing: Decay of the drawn moving average, one of `SMOOTHINGS`.
+        x_axis: "step", "time" or "epoch".
+        window: Show the last `2 ** -window` of the run.
+        glyphs: "braille", "blocks" or "ascii".
+        frozen: The terminal shows a copy of the model, made when `f` was pressed.
+        help: The help lies over the screen.
+        confirm: The stop dialogue lies over the screen.
+        filter: Events and console lines that do not contain this text are hidden.
+        editing: Keys go into `filter`.
+        scroll: Lines that the pane in focus is scrolled back from its newest.
+        paused: The loop waits; the terminal keeps it equal to `DashboardModel.paused`.
+        readonly: Control keys do nothing.
+        opened: Wall-clock time at which the view was opened; a hint about glyphs shows for 10 s after it.
+        hz: Frames a second, shown in the title; None leaves them out.
+        frame_seconds: What the last frame cost, shown among the step times; None leaves it out.
+        console_title: Path and length of the console file, shown in the console's frame.
+        utc_offset: Seconds that local time is ahead of UTC; None asks the operating system.
+    """
+
+    focus: int = 0
+    zoomed: bool = False
+    metric: int = 0
+    scale: str = "auto"
+    smoothing: float = SMOOTHINGS[0]
+    x_axis: str = "step"
+    window: int = 0
+    glyphs: str = "braille"
+    frozen: bool = False
+    help: bool = False
+    confirm: bool = False
+    filter: str = ""
+    editing: bool = False
+    scroll: int = 0
+    paused: bool = False
+    readonly: bool = False
+    opened: float = float("-inf")
+    hz: float | None = None
+    frame_seconds: float | None = None
+    console_title: str = ""
+    utc_offset: int | None = None
+
+
+_CONTROL = frozenset("scp")
+_CONFIRMED = {"s": Command.STOP_AFTER_STEP, "e": Command.STOP_AFTER_EPOCH, "n": Command.STOP_NOW}
+_BACKSPACE = frozenset({"KEY_BACKSPACE", "\x7f", "\x08", "^H"})
+_SCROLL = {"KEY_UP": 1, "KEY_DOWN": -1, "KEY_PPAGE": 10, "KEY_NPAGE": -10, "KEY_HOME": 1 << 30, "KEY_END": -(1 << 30)}
+_MAX_FILTER = 40
+
+
+def _next(options: Sequence[_T], current: _T) -> _T:
+    return options[(options.index(current) + 1) % len(options)] if current in options else options[0]
+
+
+def _focus(view: ViewState, pane: int) -> ViewState:
+    return replace(view, focus=pane, scroll=0)
+
+
+_Change = Callable[[ViewState], ViewState]
+_KEYS: dict[str, _Change] = {
+    "?": lambda view: replace(view, help=not view.help),
+    "s": lambda view: replace(view, confirm=True, help=False),
+    "f": lambda view: replace(view, frozen=not view.frozen),
+    "g": lambda view: replace(view, glyphs=_next(GLYPH_SETS, view.glyphs)),
+    "y": lambda view: replace(view, scale=_next(SCALES, view.scale)),
+    "z": lambda view: replace(view, smoothing=_next(SMOOTHINGS, view.smoothing)),
+    "x": lambda view: replace(view, x_axis=_next(AXES, view.x_axis)),
+    "+": lambda view: replace(view, window=min(MAX_WINDOW, view.window + 1)),
+    "=": lambda view: replace(view, window=min(MAX_WINDOW, view.window + 1)),
+    "-": lambda view: replace(view, window=max(0, view.window - 1)),
+    "/": lambda view: replace(view, editing=True, help=False),
+    "KEY_LEFT": lambda view: replace(view, metric=view.metric - 1),
+    "KEY_RIGHT": lambda view: replace(view, metric=view.metric + 1),
+    "TAB": lambda view: _focus(view, view.focus % PANES + 1),
+    "BACKTAB": lambda view: _focus(view, (view.focus - 2) % PANES + 1 if view.focus else PANES),
+    "ENTER": lambda view: replace(view, zoomed=True, focus=view.focus or 1, scroll=0),
+    "ESC": lambda view: _escape(view),
+    **{str(pane): (lambda view, pane=pane: _focus(view, pane)) for pane in range(1, PANES + 1)},  # type: ignore[misc]
+}
+
+
+def _escape(view: ViewState) -> ViewState:
+    """Leave whatever is open, one thing a key."""
+    if view.help:
+        return replace(view, help=False)
+    if view.zoomed:
+        return replace(view, zoomed=False, scroll=0)
+    if view.filter:
+        return replace(view, filter="")
+    return replace(view, focus=0, scroll=0)
+
+
+def handle_key(view: ViewState, key: str, scroll_limit: int = 100_000) -> tuple[ViewState, Command | Action | None]:
+    """Return the view after a key, and what the key asks for.
+
+    Args:
+        view: The view before it.
+        key: A character, or a name: `KEY_LEFT`, `KEY_RIGHT`, `KEY_UP`, `KEY_DOWN`, `KEY_PPAGE`,
+            `KEY_NPAGE`, `KEY_HOME`, `KEY_END`, `KEY_BACKSPACE`, `KEY_RESIZE`, `ENTER`, `ESC`,
+            `TAB`, `BACKTAB`, `^L`. Others change nothing.
+        scroll_limit: Lines that the pane in focus can be scrolled (`render.scroll_limit`).
+    """
+    if key == "^L":
+        return view, Action.REPAINT
+    if view.editing:
+        return _edit(view, key), None
+    if view.confirm:
+        # Any other key is a no: nothing stops a run by accident.
+        return replace(view, confirm=False), None if view.readonly else _CONFIRMED.get(key)
+    if key == "q":
+        return view, Action.DETACH
+    if view.readonly and key in _CONTROL:
+        return view, None
+    if key == "c":
+        return view, Command.CHECKPOINT
+    if key == "p":
+        return replace(view, paused=not view.paused), Command.RESUME if view.paused else Command.PAUSE
+    if key in _SCROLL:
+        # The console's newest line is its last, every other pane's its first.
+        distance = _SCROLL[key] if view.focus == CONSOLE else -_SCROLL[key]
+        return replace(view, scroll=min(scroll_limit, max(0, view.scroll + distance))), None
+    change = _KEYS.get(key)
+    return (view if change is None else change(view)), None
+
+
+def _edit(view: ViewState, key: str) -> ViewState:
+    """Take a key into the filter's text."""
+    if key == "ENTER":
+        return replace(view, editing=False)
+    if key == "ESC":
+        return replace(view, editing=False, filter="")
+    if key in _BACKSPACE:
+        return replace(view, filter=view.filter[:-1])
+    if len(key) == 1 and key.isprintable():
+        return replace(view, filter=(view.filter + key)[:_MAX_FILTER], scroll=0)
+    return view

@@ -1,0 +1,184 @@
+"""How fast the run goes, when it will end, and where its time went.
+
+Training steps, validation and checkpoints have moving averages of their own, because each has
+its own number of occurrences left; so have cataloging and LR discovery, whose steps cost
+something else. Everything is measured since this process started: a resumed run may be on
+another machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+MIN_STEPS = 20
+MIN_SECONDS = 10.0
+"""No estimate before both: the first steps compile, fill caches and start workers."""
+BLOCK_SECONDS = 1.0
+BLOCK_STEPS = 4
+SLOWEST_GAIN = 0.03
+"""The average then looks back over about 1 / 0.03 blocks."""
+
+
+@dataclass(slots=True)
+class Average:
+    """A mean that turns from plain to exponential, and its standard error."""
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Take a value."""
+        self.count += 1
+        gain = max(1.0 / self.count, SLOWEST_GAIN)
+        distance = value - self.mean
+        self.mean += gain * distance
+        self.variance = (1.0 - gain) * (self.variance + gain * distance * distance)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; an exponential one averages over (2 - g) / g values."""
+        if self.count < 2:
+            return self.mean
+        return math.sqrt(self.variance / min(self.count - 1, (2.0 - SLOWEST_GAIN) / SLOWEST_GAIN))
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Duration of one kind of step, averaged over blocks of at least a second.
+
+    Blocks keep the slow drift that decides how far off an estimate is; single steps are noise
+    that cancels out.
+    """
+
+    blocks: Average = field(default_factory=Average)
+    steps: int = 0
+    seconds: float = 0.0
+    total_steps: int = 0
+
+    def add(self, seconds: float) -> None:
+        """Take one step's duration."""
+        self.steps += 1
+        self.total_steps += 1
+        self.seconds += seconds
+        if self.seconds >= BLOCK_SECONDS and self.steps >= BLOCK_STEPS:
+            self.blocks.add(self.seconds / self.steps)
+            self.steps, self.seconds = 0, 0.0
+
+    @property
+    def mean(self) -> float:
+        """Seconds a step; NaN before the first one."""
+        if self.blocks.count:
+            return self.blocks.mean
+        return self.seconds / self.steps if self.steps else math.nan
+
+
+@dataclass(slots=True)
+class Pace:
+    """Times of one process of a run. Times are seconds since the Unix epoch."""
+
+    train: StepTimes = field(default_factory=StepTimes)
+    cataloging: StepTimes = field(default_factory=StepTimes)
+    validation: Average = field(default_factory=Average)
+    spent: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("user step", "r8 overhead", "between steps", "validation", "checkpoints", "rollbacks", "paused"), 0.0
+        )
+    )
+    started: float = math.nan
+    steps: int = 0
+    _last_report: float | None = None
+    _epoch_ended: float | None = None
+    _paused_at: float | None = None
+    _set_aside: float = 0.0
+
+    def report(self, time: float, step_seconds: float, r8_seconds: float, kind: str) -> None:
+        """Take one reported step; `kind` is "train", "cataloging" or "search"."""
+        # Clocks of other machines and hand-made logs may go backwards.
+        user, own = max(0.0, step_seconds), max(0.0, r8_seconds)
+        duration = user + own
+        if self._last_report is not None:
+            gap = time - self._last_report - self._set_aside - duration
+            if gap > 0:
+                duration += gap
+                self.spent["between steps"] += gap
+        self.spent["user step"] += user
+        self.spent["r8 overhead"] += own
+        self._last_report, self._set_aside = time, 0.0
+        self.steps += 1
+        # The first step compiles and warms up; it says nothing about the others.
+        if self.steps > 1 and kind != "search" and duration < math.inf:
+            (self.cataloging if kind == "cataloging" else self.train).add(duration)
+
+    def set_aside(self, what: str, seconds: float) -> None:
+        """Take time that was neither step nor validation: "checkpoints", "rollbacks" or "paused"."""
+        if 0 < seconds < math.inf:
+            self.spent[what] += seconds
+            self._set_aside += seconds
+
+    def pause(self, time: float, paused: bool) -> None:
+        """Take the start or the end of a pause."""
+        if paused:
+            self._paused_at = time if self._paused_at is None else self._paused_at
+        elif self._paused_at is not None:
+            self.set_aside("paused", time - self._paused_at)
+            self._paused_at = None
+
+    def end_epoch(self, time: float) -> None:
+        """Take the end of an epoch's batches; validation usually follows."""
+        self._epoch_ended, self._last_report, self._set_aside = time, None, 0.0
+
+    def start_epoch(self, time: float) -> None:
+        """Take the start of an epoch."""
+        if self._epoch_ended is not None:
+            gap = max(0.0, time - self._epoch_ended - self._set_aside)
+            self.validation.add(gap)
+            self.spent["validation"] += gap
+        self._epoch_ended, self._last_report, self._set_aside = None, None, 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean duration of a training step, all of it; NaN before the first."""
+        return self.train.mean if self.train.total_steps else self.cataloging.mean
+
+    def eta(
+        self, now: float, train_steps: int, cataloging_steps: int, validations: int
+    ) -> tuple[float, float | None] | None:
+        """Return the seconds left and their uncertainty (two standard errors), or None while unknown.
+
+        Args:
+            now: Wall-clock time.
+            train_steps: Steps left after cataloging.
+            cataloging_steps: Steps of the cataloging epoch left.
+            validations: Epoch ends left whose validation is not over.
+        """
+        since = now - self.started
+        if self.steps < MIN_STEPS or not since >= MIN_SECONDS or math.isnan(self.step_seconds):
+            return None
+        train = self.train if self.train.total_steps else self.cataloging
+        cataloging = self.cataloging if self.cataloging.total_steps else train
+        checkpoints = self.spent["checkpoints"] / self.steps
+        left = train_steps * (train.mean + checkpoints) + cataloging_steps * (cataloging.mean + checkpoints)
+        left += validations * self.validation.mean - self._done_of_current(now)
+        if train.blocks.count < 3:
+            return max(0.0, left), None
+        error = train_steps * train.blocks.error + cataloging_steps * cataloging.blocks.error
+        if self.validation.count:
+            error = math.hypot(error, validations * self.validation.error)
+        return max(0.0, left), 2.0 * error
+
+    def _done_of_current(self, now: float) -> float:
+        """Seconds already spent on the step or validation under way, no more than it should take."""
+        if self._paused_at is not None:
+            return 0.0
+        if self._epoch_ended is not None:
+            return min(max(0.0, now - self._epoch_ended), self.validation.mean)
+        if self._last_report is not None:
+            return min(max(0.0, now - self._last_report), self.step_seconds)
+        return 0.0
+
+    def copy(self) -> Pace:
+        """Return an independent copy."""
+        return copy.deepcopy(self)

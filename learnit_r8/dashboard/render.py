@@ -1,0 +1,179 @@
+"""Numbers to cells: one pure function draws the whole screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from learnit_r8.dashboard.cells import Grid, Style, cell_width
+from learnit_r8.dashboard.keys import ViewState
+from learnit_r8.dashboard.layout import MIN_HEIGHT, MIN_WIDTH, WIDE, Band, Boxes, Rect, allot, place
+from learnit_r8.dashboard.model import DashboardModel
+from learnit_r8.dashboard.now_pane import metrics_table, now_pane, short_now_pane
+from learnit_r8.dashboard.overlays import confirm_overlay, help_overlay, key_line
+from learnit_r8.dashboard.panels import (
+    chart_pane,
+    chosen_metric,
+    console_pane,
+    difficulty_pane,
+    events_pane,
+    small_chart_pane,
+)
+from learnit_r8.dashboard.progress import bare_lines, progress, title
+
+__all__ = ["Grid", "Style", "render", "scroll_limit"]
+
+_PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
+_NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH = 46, 62, 48
+
+
+def render(
+    model: DashboardModel,
+    view: ViewState,
+    width: int,
+    height: int,
+    now: float,
+    console_lines: Sequence[str] = (),
+    others: Sequence[DashboardModel] = (),
+) -> Grid:
+    """Draw one frame.
+
+    Args:
+        model: The run's numbers; read only.
+        view: What to show and how.
+        width: Cells in a row.
+        height: Rows.
+        now: Wall-clock time, seconds since the Unix epoch.
+        console_lines: The newest lines that the user's code printed, oldest first.
+        others: Further runs, whose line is drawn into the main chart.
+
+    Returns:
+        A grid of exactly `height` rows of `width` cells, whatever the size.
+    """
+    grid = Grid(width, height, ascii_only=view.glyphs == "ascii")
+    if width < MIN_WIDTH or height < MIN_HEIGHT:
+        _bare(grid, model, now)
+        return grid
+    boxes = Boxes()
+    boxes.horizontal(0, 0, width - 1)
+    boxes.horizontal(height - 1, 0, width - 1)
+    boxes.vertical(0, 0, height - 1)
+    boxes.vertical(width - 1, 0, height - 1)
+    rects = _arrange(model, view, width, height, boxes, len(console_lines) or bool(view.console_title))
+    boxes.draw(grid)
+    title(grid, model, view, now)
+    progress(grid, 1, 2, width - 4, model, view, now)
+    # Where only one of the two has room, its title names the key of the other.
+    tabs = bool(console_lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
+    for rect in rects:
+        _draw(grid, rect, model, view, now, console_lines, others, tabs)
+    key_line(grid, height - 2, 2, width - 4, view, now)
+    if view.help:
+        help_overlay(grid, view)
+    elif view.confirm:
+        confirm_overlay(grid)
+    return grid
+
+
+def scroll_limit(model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> int:
+    """Return how many lines the pane in focus can be scrolled at most."""
+    lengths = {2: len(model.metric_names()), 5: len(model.entries), 6: len(console_lines)}
+    return max(0, lengths.get(view.focus, 0) - 1)
+
+
+def _arrange(model: DashboardModel, view: ViewState, width: int, height: int, boxes: Boxes, lines: int) -> list[Rect]:
+    """Choose the panes and their places between the progress bars and the key line."""
+    wide = width >= WIDE
+    rows = height - (5 if wide else 6)
+    if not wide:
+        boxes.horizontal(height - 3, 0, width - 1)
+    if view.zoomed and view.focus:
+        bands = [Band(((_PANES[view.focus], 0),), rows - 1, rows - 1)]
+    else:
+        bands = _wide_bands(model, view, width, rows, lines) if wide else _narrow_bands(model, view, rows, lines)
+    # The order of importance is chart first; on the screen further charts follow the main one.
+    heights = allot(bands, rows)
+    order = sorted(range(len(bands)), key=lambda i: _ORDER[bands[i].panes[0][0].split(":")[0]])
+    return place([bands[i] for i in order], [heights[i] for i in order], 3, width, boxes)
+
+
+_ORDER = {"chart": 0, "now": 1, "metric": 2, "difficulty": 3, "events": 4, "console": 5}
+
+
+def _spare_metrics(model: DashboardModel, view: ViewState) -> list[str]:
+    """Return what else is worth a chart of its own, the user's numbers first."""
+    names = [*model.metrics, "step ms", "surprise", "loss"]
+    return [name for name in names if name != chosen_metric(model, view)]
+
+
+def _wide_bands(model: DashboardModel, view: ViewState, width: int, rows: int, lines: int) -> list[Band]:
+    bands = [Band((("chart", 0), ("now", _NOW_WIDTH)), 6, 11, share=3)]
+    first = [("difficulty", _DIFFICULTY_WIDTH)] if model.quadrants is not None else []
+    columns = max(1, (width - (_DIFFICULTY_WIDTH if first else 0)) // _METRIC_WIDTH)
+    spare = _spare_metrics(model, view)
+    charts = ["lr", *spare[: columns - 1]]
+    bands.append(Band((*first, *((f"metric:{name}", 0) for name in charts)), 6, 6))
+    bands.append(Band((("events", 0),), 2, 5, most=max(5, len(model.entries)), share=1))
+    if lines:
+        bands.append(Band((("console", 0),), 2, 4, most=max(4, lines), share=1))
+    more = spare[columns - 1 :][: width // _METRIC_WIDTH]
+    if more and rows - sum(band.usual + 1 for band in bands) >= 12:
+        bands.append(Band(tuple((f"metric:{name}", 0) for name in more), 8, 8, most=14, share=1))
+    return bands
+
+
+def _narrow_bands(model: DashboardModel, view: ViewState, rows: int, lines: int) -> list[Band]:
+    bands = [Band((("chart", 0),), 5, 7, share=3), Band((("now", 0),), 2, 2)]
+    if model.quadrants is not None:
+        bands.append(Band((("difficulty", 0),), 2, 2))
+    free = rows - sum(band.usual + 1 for band in bands)
+    events = Band((("events", 0),), 2, 3, most=max(3, min(12, len(model.entries))), share=1)
+    console = Band((("console", 0),), 2, 3, most=max(3, min(12, lines)), share=1)
+    if lines and free >= 14:
+        bands += [events, console]
+    else:
+        bands.append(console if lines and view.focus == 6 else events)
+    if free >= 22:
+        charts = ["lr", *_spare_metrics(model, view)[:1]]
+        bands.append(Band(tuple((f"metric:{name}", 0) for name in charts), 6, 7, most=12, share=1))
+    return bands
+
+
+def _draw(
+    grid: Grid,
+    rect: Rect,
+    model: DashboardModel,
+    view: ViewState,
+    now: float,
+    console_lines: Sequence[str],
+    others: Sequence[DashboardModel],
+    tabs: bool,
+) -> None:
+    name, _, metric = rect.name.partition(":")
+    if name == "chart":
+        chart_pane(grid, rect, model, view, others)
+    elif name == "now":
+        if view.zoomed and view.focus == 2:
+            metrics_table(grid, rect, model, view)
+        else:
+            (now_pane if grid.width >= WIDE else short_now_pane)(grid, rect, model, view, now)
+    elif name == "difficulty":
+        difficulty_pane(grid, rect, model, view)
+    elif name == "metric":
+        small_chart_pane(grid, rect, model, view, metric)
+    elif name == "events":
+        events_pane(grid, rect, model, view, tabs)
+    else:
+        console_pane(grid, rect, view, console_lines, tabs)
+
+
+def _bare(grid: Grid, model: DashboardModel, now: float) -> None:
+    """Draw what fits where there is no room for boxes: whole fields only."""
+    for y, fields in enumerate(bare_lines(model, now)):
+        x = 0
+        for i, text in enumerate(fields):
+            if i and x + cell_width(text) > grid.width:
+                continue
+            x = grid.put(y, x, text, Style.BOLD if y == 0 else Style.NORMAL) + 1
+    hint = f"({grid.width}x{grid.height}: enlarge to {MIN_WIDTH}x{MIN_HEIGHT} for charts)"
+    if cell_width(hint) <= grid.width:
+        grid.put(3, 0, hint, Style.DIM)

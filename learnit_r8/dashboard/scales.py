@@ -1,0 +1,174 @@
+"""Value ranges, axis ticks and their labels."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from learnit_r8.dashboard import formats as f
+from learnit_r8.dashboard.series import Bin
+
+OUTLIER_MARGIN = 0.35
+"""Extremes that exceed the range of ordinary values by more than this share of it are clipped."""
+PAD = 0.03
+_TIME_STEPS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A vertical axis: values between `low` and `high`, linear or logarithmic."""
+
+    low: float
+    high: float
+    log: bool
+
+    def share(self, value: float) -> float:
+        """Return where `value` lies: 0 at the bottom, 1 at the top; may lie outside."""
+        if self.log:
+            if value <= 0:
+                return -1.0
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Nearest rank, but the most extreme value is never taken: one point may be the outlier."""
+    last = len(ordered) - 1
+    if last < 4:
+        return ordered[0] if q < 0.5 else ordered[-1]
+    return ordered[min(last - 1, max(1, round(q * last)))]
+
+
+def choose_scale(bins: Sequence[Bin], mode: str, prefer_log: bool, extra: Sequence[float] = ()) -> Scale | None:
+    """Return the axis for these bins, or None where no value is finite.
+
+    It covers at least the 0.5 to 99.5 percentiles (of the bins' last values, an even sample of the
+    points) and the 10 to 90 percentiles of the bins' extremes, and everything where no value is an outlier.
+
+    Args:
+        bins: What is to be drawn.
+        mode: "log", "linear", or "auto": logarithmic where preferred and where the range calls for it.
+        prefer_log: The quantity is one that is usually drawn on a logarithmic axis.
+        extra: Values that must be visible as well.
+    """
+    finite = [item for item in bins if item.lo <= item.hi]
+    if not finite:
+        return None
+    log = mode != "linear" and min(item.lo for item in finite) > 0 and all(value > 0 for value in extra)
+    if mode == "auto":
+        log = log and prefer_log and max(item.hi for item in finite) > 2.5 * min(item.lo for item in finite)
+    into: Callable[[float], float] = math.log if log else float
+    # The logarithm keeps the order: sort first, and take it of the few values that matter.
+    lasts = sorted([item.last for item in finite])
+    lows = sorted([item.lo for item in finite])
+    highs = sorted([item.hi for item in finite])
+    low = min(into(_quantile(lasts, 0.005)), into(_quantile(lows, 0.1)))
+    high = max(into(_quantile(lasts, 0.995)), into(_quantile(highs, 0.9)))
+    margin = OUTLIER_MARGIN * (high - low)
+    low = min(low, into(lows[bisect_left(lows, low - margin, key=into)]))
+    high = max(high, into(highs[bisect_right(highs, high + margin, key=into) - 1]))
+    for value in extra:
+        low, high = min(low, into(value)), max(high, into(value))
+    pad = PAD * (high - low) or 0.05 * (abs(high) or 1.0)
+    low, high = low - pad, high + pad
+    if log:
+        low, high = math.exp(low), math.exp(min(high, 690.0))
+    return Scale(low, high, log) if low < high else None
+
+
+def _nice_step(raw: float) -> float:
+    power = 10.0 ** math.floor(math.log10(raw))
+    for factor in (1, 2, 5, 10):
+        if factor * power >= raw * 0.999:
+            return factor * power
+    return 10 * power
+
+
+def _linear_ticks(low: float, high: float, most: int) -> list[float]:
+    step = _nice_step((high - low) / max(1, most))
+    if not 0 < step < math.inf or abs(low) / step > 1e9:
+        return []
+    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def y_ticks(scale: Scale, rows: int) -> list[tuple[int, str]]:
+    """Return (row, label) of the ticks, at least two rows apart, top row 0."""
+    candidates = [_linear_ticks(scale.low, scale.high, max(2, rows // 2))]
+    if scale.log:
+        decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
+        if len(decades) < 60:
+            candidates += [[m * 10.0**k for k in decades for m in group] for group in ((1, 2, 5), (1, 3), (1,))]
+            candidates += [[10.0**k for k in decades[::stride]] for stride in (2, 3, 5, 10)]
+    best: list[tuple[int, float]] = []
+    for values in candidates:
+        placed = [(_row(scale, value, rows), value) for value in values if scale.low <= value <= scale.high]
+        placed.sort()
+        if len(placed) > len(best) and all(b[0] - a[0] >= 2 for a, b in pairwise(placed)):
+            best = placed
+    if not best:
+        middle = math.sqrt(scale.low * scale.high) if scale.log else (scale.low + scale.high) / 2
+        best = [(_row(scale, middle, rows), middle)]
+    return list(zip([row for row, _ in best], tick_labels([value for _, value in best]), strict=True))
+
+
+def _row(scale: Scale, value: float, rows: int) -> int:
+    return min(rows - 1, max(0, round((1.0 - scale.share(value)) * rows - 0.5)))
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Return labels of at most 6 characters with as many decimals as tell them apart."""
+    largest = max(abs(value) for value in values)
+    smallest = min((abs(value) for value in values if value), default=1.0)
+    if largest < 9999.5 and smallest > 0.0095:
+        for places in range(4):
+            labels = [f"{value:.{places}f}" for value in values]
+            if all(abs(float(label) - v) <= 1e-3 * abs(v) for label, v in zip(labels, values, strict=True)):
+                break
+        if max(len(label) for label in labels) <= 6:
+            return labels
+    tiny = 0 < largest < 1
+    return [_scientific(value) if tiny and value else _compact(value) for value in values]
+
+
+def _compact(value: float) -> str:
+    if value == 0:
+        return "0"
+    if 1e3 <= abs(value) < 1e15:
+        return f.count(value)
+    if 0.0095 < abs(value) < 1e3:
+        return f"{value:.3g}"
+    return _scientific(value)
+
+
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def x_ticks(low: float, high: float, cells: int, kind: str) -> list[tuple[float, str]]:
+    """Return (position, label) of a horizontal axis' ticks.
+
+    Args:
+        low: Position of the left edge.
+        high: Position of the right edge.
+        cells: Cells between them.
+        kind: "step" or "time" (positions are seconds).
+    """
+    if not high > low:
+        return [(low, f.span(low) if kind == "time" else f.count(low))]
+    raw = (high - low) * 10 / max(10, cells)
+    if kind != "time":
+        step = max(1.0, _nice_step(raw))
+        first = math.ceil(low / step - 1e-9)
+        return [(step * k, f.count(step * k)) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    step = next((float(s) for s in _TIME_STEPS if s >= raw), 86400.0 * math.ceil(raw / 86400))
+    first = math.ceil(low / step - 1e-9)
+    return [(step * k, _clock(step * k)) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _clock(seconds: float) -> str:
+    text = "0" if seconds == 0 else f.span(seconds) if seconds >= 60 else f"{seconds:.0f}s"
+    return text.replace("m00s", "m").replace("h00m", "h").replace("d00h", "d")

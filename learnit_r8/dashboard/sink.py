@@ -1,0 +1,312 @@
+"""The dashboard as a sink: a deque that the training thread appends to, and one thread that does everything else.
+
+```
+training thread ── record() ──▶ deque ──▶ dashboard thread: model.consume, face.tick
+                ◀── commands ── deque ◀── keys
+```
+
+The face may change while a run goes on: `q` puts the log in place of the screen, an exception moves one rung down.
+Nothing that happens in the thread reaches the training thread, and `close` waits one second for it at most.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from learnit_r8.dashboard.faces import Detach, Face
+from learnit_r8.dashboard.hooks import TalkHooks
+from learnit_r8.dashboard.ladder import Surroundings, below
+from learnit_r8.dashboard.log_lines import LogLines, Outlet
+from learnit_r8.dashboard.model import DashboardModel
+from learnit_r8.dashboard.summary import summary_text
+from learnit_r8.dashboard.tty import TerminalGone
+from learnit_r8.events import Event, Notice
+from learnit_r8.types import Command
+
+QUEUE = 65536
+"""Events that wait for the thread; more than that drops the oldest."""
+_SLICE = 500
+"""Events consumed before the GIL is offered to the training thread."""
+_JOIN_SECONDS = 1.0
+_NOT_MINE = (
+    "SIGINT",
+    "SIGTERM",
+    "SIGHUP",
+    "SIGTTOU",
+    "SIGTTIN",
+    "SIGWINCH",
+    "SIGCHLD",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGALRM",
+)
+
+
+class Dashboard:
+    """Shows a run and takes keys; open one with `open_dashboard`.
+
+    Attributes:
+        record: Takes one event; it is the deque's own `append`.
+        commands: What keys asked for, polled by the training loop.
+        model: The run's numbers. Owned by the dashboard's thread until `close`.
+        fault: The last exception that cost a rung; empty when there was none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        around: Surroundings,
+        *,
+        reason: str = "",
+        readonly: bool = False,
+        console: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.commands: deque[Command] = deque()
+        self._queue: deque[Event] = deque(maxlen=QUEUE)
+        self.record = self._queue.append
+        self.model = DashboardModel()
+        self.fault = ""
+        self._around, self._readonly, self._console, self._clock = around, readonly, console, clock
+        self._environment = os.environ if environment is None else environment
+        self._pid = os.getpid()
+        self._closed = self._stopping = False
+        self._hold = threading.Event()
+        self._held, self._unheld = threading.Event(), threading.Event()
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+        self._face: Face | None = None
+        self._take_rung(name)
+        if reason and self.name not in {"log", "off"}:
+            self._notice(f"{self.name} dashboard: {reason}", "info")
+        self._hooks = TalkHooks(self.suspended, self.close)
+        _open.add(self)
+        atexit.register(self.close)
+        self._thread = threading.Thread(target=self._run, name="r8-dashboard", daemon=True)
+        self._thread.start()
+
+    @property
+    def name(self) -> str:
+        """The rung that is shown now."""
+        return "off" if self._face is None else self._face.name
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Give the terminal to the caller, for `input()` or a debugger, and take it back afterwards."""
+        face = self._face
+        if (
+            self._closed
+            or os.getpid() != self._pid
+            or threading.current_thread() is self._thread
+            or self._hold.is_set()
+        ):
+            yield
+            return
+        self._held.clear()
+        self._unheld.clear()
+        self._hold.set()
+        self._wake()
+        self._held.wait(_JOIN_SECONDS)
+        if face is not None:
+            face.lend()
+        try:
+            yield
+        finally:
+            if face is not None and face is self._face and not self._closed:
+                face.reclaim()
+            self._hold.clear()
+            self._unheld.set()
+
+    def close(self) -> None:
+        """Restore the terminal and print the summary; harmless when called again or in a forked child."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = self._stopping = True
+        atexit.unregister(self.close)
+        self._hooks.remove()
+        _open.discard(self)
+        self._unheld.set()
+        self._wake()
+        try:
+            self._thread.join(_JOIN_SECONDS)
+        finally:
+            stuck = self._thread.is_alive()
+            face = self._face
+            if face is not None:
+                with contextlib.suppress(Exception):
+                    face.emergency() if stuck else face.release()
+        if not stuck:
+            self._take_events()
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            self._summarise(face)
+
+    def __enter__(self) -> Dashboard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The dashboard's thread, from here to `_fall`.
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in _NOT_MINE})
+        while True:
+            try:
+                self._serve()
+            except Detach:
+                self._drop_face()
+                self._say("r8: view closed, training goes on; a line every 30 s follows")
+                self._take_rung("log", quiet=True)
+            except TerminalGone as error:
+                self._fall("off", error)
+            except Exception as error:
+                self._fall(below(self.name, self._around), error)
+            else:
+                return
+
+    def _serve(self) -> None:
+        while True:
+            face, stopping = self._face, self._stopping
+            if self._hold.is_set() and not stopping:
+                self._wait_out(face)
+            fresh = self._take_events()
+            delay = 1.0 if face is None else face.tick(self.model, fresh, self._clock())
+            if stopping:
+                if face is not None:
+                    face.leave()
+                return
+            self._sleep(delay, () if face is None else face.inputs)
+
+    def _wait_out(self, face: Face | None) -> None:
+        if face is not None:
+            face.leave()
+        self._held.set()
+        self._unheld.wait()
+
+    def _take_events(self) -> list[Event]:
+        """Move what has been recorded into the model, at most one queue's worth."""
+        taken: list[Event] = []
+        with contextlib.suppress(IndexError):
+            for number in range(QUEUE):
+                event = self._queue.popleft()
+                self.model.consume(event)
+                taken.append(event)
+                if number % _SLICE == _SLICE - 1:
+                    select.select((), (), (), 0)  # releases the GIL, as time.sleep(0) does, without a clock
+        return taken
+
+    def _sleep(self, seconds: float, inputs: tuple[int, ...]) -> None:
+        poller = select.poll()
+        for fd in (self._wake_reader, *inputs):
+            poller.register(fd, select.POLLIN)
+        poller.poll(seconds * 1000)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_reader, 64)
+
+    def _fall(self, name: str, error: Exception) -> None:
+        self.fault = f"{type(error).__name__}: {error}"
+        left = self.name
+        self._drop_face(gone=isinstance(error, TerminalGone))
+        if not isinstance(error, TerminalGone):
+            self._notice(f"dashboard: {left} gave way to {name} ({self.fault})", "warning")
+        self._take_rung(name)
+
+    def _drop_face(self, gone: bool = False) -> None:
+        face, self._face = self._face, None
+        if face is not None:
+            with contextlib.suppress(Exception):
+                face.leave()
+            with contextlib.suppress(Exception):
+                face.release(gone)
+
+    # Either thread.
+
+    def _take_rung(self, name: str, quiet: bool = False) -> None:
+        """Build the face called `name`, or the first below it that can be built."""
+        while name != "off":
+            try:
+                self._face = self._build(name, quiet)
+            except Exception as error:  # any reason at all: a dashboard that cannot start is not training's problem
+                self.fault = f"{type(error).__name__}: {error}"
+                self._notice(f"dashboard: no {name} ({self.fault})", "warning")
+                name = below(name, self._around)
+            else:
+                return
+        self._face = None
+
+    def _build(self, name: str, quiet: bool) -> Face:
+        now = self._clock()
+        if name == "log":
+            return LogLines(Outlet(), now, quiet)
+        if name == "notebook":
+            from learnit_r8.dashboard.notebook import Notebook
+
+            return Notebook()
+        if name == "rich":
+            from learnit_r8.dashboard.rich_live import RichLive
+
+            return RichLive()
+        from learnit_r8.dashboard.screen import Screen
+
+        return Screen(self._environment, self.commands, self._console, self._readonly, now)
+
+    def _notice(self, message: str, level: str) -> None:
+        self._queue.append(Notice(self._clock(), self.model.step, message, level))
+
+    def _say(self, *lines: str) -> None:
+        out = Outlet()
+        for line in lines:
+            out.line(line)
+        with contextlib.suppress(TerminalGone):
+            out.pump(0.25)
+        out.close()
+
+    def _summarise(self, face: Face | None) -> None:
+        if self.name == "off" and not self.fault:
+            return
+        with contextlib.suppress(Exception):
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            self._say(*summary_text(self.model).splitlines())
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_writer, b".")
+
+    def _forget(self) -> None:
+        """In a forked child."""
+        for fd in (self._wake_reader, self._wake_writer):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        if self._face is not None:
+            with contextlib.suppress(Exception):
+                self._face.forget()
+
+
+_open: weakref.WeakSet[Dashboard] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for dashboard in list(_open):
+        dashboard._forget()
+    _open.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

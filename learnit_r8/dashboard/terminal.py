@@ -1,0 +1,240 @@
+"""The curses screen: a grid of cells on a real terminal.
+
+Rules, each for a measured reason:
+
+1. ncurses writes into an anonymous file, never to the terminal; `Tty.send` carries each frame over. curses' own writes
+   block, some of them with the GIL held (`endwin`, `doupdate`): a terminal stopped by Ctrl-S would stop training.
+2. It gets there by C's `stdout` pointing at that file while `initscr` runs; descriptor 1 is for the user's prints only.
+3. `initscr` runs in the main thread, which alone can put back the signal handlers that it replaces (SIGINT, SIGTERM,
+   SIGTSTP, SIGWINCH): with ncurses' own, SIGTERM exits with 1 and a forked worker clears its parent's screen.
+4. From then on exactly one thread calls curses; a resize is polled there, never signalled.
+5. Drawing, reading and setting modes happen in the terminal's foreground group only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import curses
+import locale
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+
+from learnit_r8.dashboard.cells import Grid, Style, cell_width
+
+# Curses pairs for styles; the other styles are attributes only. Eight fixed pairs fit every terminal that has colours.
+_COLOURS: dict[Style, int] = {
+    Style.GOOD: curses.COLOR_GREEN,
+    Style.WARN: curses.COLOR_YELLOW,
+    Style.BAD: curses.COLOR_RED,
+    Style.ACCENT: curses.COLOR_CYAN,
+    Style.TITLE: curses.COLOR_BLUE,
+    Style.MARK: curses.COLOR_MAGENTA,
+}
+_ATTRIBUTES: dict[Style, int] = {
+    Style.DIM: curses.A_DIM,
+    Style.BOLD: curses.A_BOLD,
+    Style.BAD: curses.A_BOLD,
+    Style.TITLE: curses.A_BOLD,
+    Style.REVERSE: curses.A_REVERSE,
+}
+_REPLACED_BY_INITSCR = ("SIGINT", "SIGTERM", "SIGTSTP", "SIGWINCH")
+_ASCII_TERMS = ("linux", "vt", "ansi", "dumb", "cons25", "sun")
+
+
+class Canvas:
+    """Draws grids with curses into a buffer; `draw` returns the bytes for the terminal.
+
+    curses can be started once in a process, so there is one of these, from `canvas()`.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._fd = _anonymous_file()
+        self._window = _initscr(self._fd)
+        self._styles = _start_colours("NO_COLOR" in environment and environment["NO_COLOR"] != "")
+        self._shown: list[list[tuple[int, str, Style]]] = []
+        self._pid = os.getpid()
+        self._size = (0, 0)
+        self.reset_bytes = b"".join(_capability(name) for name in ("sgr0", "cnorm", "rmcup"))
+        with contextlib.suppress(curses.error):
+            curses.noecho()
+        with contextlib.suppress(curses.error):
+            curses.curs_set(0)
+        # ncurses would otherwise break off a refresh when it sees a key waiting.
+        curses.typeahead(-1)
+
+    @property
+    def mine(self) -> bool:
+        """This process started it: a forked child shares the buffer with its parent and must not draw."""
+        return self._pid == os.getpid()
+
+    def repaint(self) -> None:
+        """Send every cell with the next frame."""
+        self._shown = []
+        with contextlib.suppress(curses.error):
+            self._window.clearok(True)
+
+    def draw(self, grid: Grid) -> bytes:
+        """Return the bytes that turn what was drawn before into `grid`."""
+        if (grid.width, grid.height) != self._size:
+            self._resize(grid.width, grid.height)
+        for y in range(grid.height):
+            runs = grid.runs(y)
+            if y < len(self._shown) and self._shown[y] == runs:
+                continue
+            for x, text, style in runs:
+                self._put(y, x, text, self._styles.get(style, 0))
+            self._shown[y : y + 1] = [runs]
+        with contextlib.suppress(curses.error):
+            self._window.refresh()
+        return self._take()
+
+    def finish(self) -> bytes:
+        """Return the bytes that leave the screen; the next `draw` enters it again."""
+        # endwin wants to set the modes of its output, a file: an error that means nothing here.
+        with contextlib.suppress(curses.error):
+            curses.endwin()
+        self._shown = []
+        return self._take() + _capability("cnorm")
+
+    def _resize(self, width: int, height: int) -> None:
+        curses.resizeterm(height, width)
+        self._window.erase()
+        self._size = (width, height)
+        self.repaint()
+
+    def _put(self, y: int, x: int, text: str, attribute: int) -> None:
+        width, height = self._size
+        last = ""
+        if y == height - 1 and x + cell_width(text) >= width:
+            # Writing the last cell would scroll; inserting it does not.
+            cut = max((i for i, char in enumerate(text) if cell_width(char)), default=0)
+            text, last = text[:cut], text[cut:]
+        with contextlib.suppress(curses.error, ValueError):
+            if text:
+                self._window.addstr(y, x, text, attribute)
+        with contextlib.suppress(curses.error, ValueError):
+            if last:
+                self._window.insstr(y, x + cell_width(text), last, attribute)
+
+    def _take(self) -> bytes:
+        length = os.lseek(self._fd, 0, os.SEEK_CUR)
+        data = os.pread(self._fd, length, 0) if length else b""
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        os.ftruncate(self._fd, 0)
+        return data
+
+
+_canvas: list[Canvas] = []
+
+
+def canvas(environment: Mapping[str, str]) -> Canvas:
+    """Return the process's canvas, started by the first call, which must come from the main thread."""
+    if not _canvas:
+        _canvas.append(Canvas(environment))
+    return _canvas[0]
+
+
+def term_problem(term: str) -> str:
+    """Return why a terminal of this type cannot be drawn on; empty when it can."""
+    if not term:
+        return "TERM is not set"
+    try:
+        # Asking _curses directly would end the process for an unknown type.
+        curses.setupterm(term, fd=sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        addressable = curses.tigetstr("cup") and curses.tigetstr("clear")
+    except (curses.error, OSError, ValueError) as error:
+        return f"TERM={term} is unknown ({error})"
+    return "" if addressable else f"TERM={term} cannot move its cursor"
+
+
+def default_glyphs(environment: Mapping[str, str]) -> str:
+    """Return the best set of chart glyphs that this terminal is likely to have."""
+    encoding = locale.getpreferredencoding(False).lower().replace("-", "")
+    if encoding != "utf8" or environment.get("TERM", "").startswith(_ASCII_TERMS):
+        return "ascii"
+    return "braille"
+
+
+def in_foreground() -> bool:
+    """Return whether this process belongs to the foreground group of the terminal on descriptor 1."""
+    try:
+        return os.tcgetpgrp(1) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def can_redirect() -> bool:
+    """Return whether curses can be started here: C's `stdout` can be redirected, and no parent process started it."""
+    if _canvas and not _canvas[0].mine:
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        return bool(library.fdopen and _c_stdout(library))
+    except (OSError, AttributeError, ValueError, TypeError):
+        return False
+
+
+def _c_stdout(library: ctypes.CDLL) -> ctypes.c_void_p:
+    try:
+        return ctypes.c_void_p.in_dll(library, "stdout")
+    except ValueError:
+        return ctypes.c_void_p.in_dll(library, "__stdoutp")  # macOS
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("learnit_r8-frames", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _initscr(fd: int) -> curses.window:
+    library = ctypes.CDLL(None)
+    library.fdopen.restype = ctypes.c_void_p
+    stream = library.fdopen(fd, b"w")
+    handlers = {
+        number: signal.getsignal(number) for name in _REPLACED_BY_INITSCR if (number := getattr(signal, name, None))
+    }
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "")
+    pointer = _c_stdout(library)
+    before = pointer.value
+    pointer.value = stream
+    try:
+        return curses.initscr()
+    finally:
+        pointer.value = before
+        for number, handler in handlers.items():
+            if handler is not None:  # None: installed by C code, which ncurses leaves alone
+                signal.signal(number, handler)
+
+
+def _start_colours(plain: bool) -> dict[Style, int]:
+    styles = dict(_ATTRIBUTES)
+    if plain:
+        return styles
+    try:
+        curses.start_color()
+        if not curses.has_colors():
+            return styles
+        background = curses.COLOR_BLACK
+        with contextlib.suppress(curses.error):
+            curses.use_default_colors()
+            background = -1
+        for number, (style, colour) in enumerate(_COLOURS.items(), start=1):
+            curses.init_pair(number, colour, background)
+            styles[style] = styles.get(style, 0) | curses.color_pair(number)
+    except curses.error:
+        return dict(_ATTRIBUTES)
+    return styles
+
+
+def _capability(name: str) -> bytes:
+    """Return a terminfo string without its padding marks, which matter to hardware terminals only."""
+    value = curses.tigetstr(name) or b""
+    head, *rest = value.split(b"$<")
+    return head + b"".join(part.partition(b">")[2] for part in rest)

@@ -1,0 +1,150 @@
+"""A real pseudo-terminal with an emulated screen, for tests and pictures: spawn a script, feed keys, resize, read cells."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pyte
+
+# `stopped()` ends a script from outside; the training thread of the script is its main thread.
+PRELUDE = """
+import ctypes, os, signal, subprocess, sys, threading, time
+from learnit_r8.dashboard import open_dashboard
+from learnit_r8.dashboard.demo import DemoRun
+from learnit_r8.types import Command
+
+def train(dashboard, seconds=30.0, pause=0.001, **kw):
+    began = time.time()
+    for _, event in DemoRun(start=began, **kw):
+        if dashboard is not None:
+            dashboard.record(event)
+            if Command.STOP_AFTER_STEP in dashboard.commands:
+                return
+        if os.path.exists(os.environ["STOP_FILE"]) or time.time() - began > seconds:
+            return
+        time.sleep(pause)
+
+def wait_for_stop(seconds=30.0):
+    began = time.time()
+    while not os.path.exists(os.environ["STOP_FILE"]) and time.time() - began < seconds:
+        time.sleep(0.005)
+"""
+
+
+class Terminal:
+    """Runs Python code on a pty of its own, as the leader of a new session.
+
+    Args:
+        code: Runs after `PRELUDE`.
+        folder: For the stop file; the working directory of the script.
+        size: Columns and rows.
+        env: Added to a small, fixed environment; a value of None removes a variable.
+    """
+
+    def __init__(self, code, folder, size=(100, 30), env=None, argv=None, drain=True):
+        self.folder = folder
+        self.stop_file = folder / "stop"
+        self.screen = pyte.Screen(*size)
+        self.stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self.drain = drain
+        self.master, self.slave = os.openpty()
+        self.resize(*size)
+        self.before = self.stty()
+        variables = {
+            "PATH": os.environ["PATH"],
+            "LANG": "C.UTF-8",
+            "TERM": "xterm-256color",
+            "PYTHONPATH": os.getcwd(),
+            "STOP_FILE": str(self.stop_file),
+            **(env or {}),
+        }
+        self.process = subprocess.Popen(
+            argv or [sys.executable, "-c", PRELUDE + code],
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            cwd=folder,
+            env={name: value for name, value in variables.items() if value is not None},
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def stty(self):
+        """Everything that `stty -a` says, the window's size aside, which tests change themselves."""
+        text = subprocess.run(["stty", "-a"], stdin=self.slave, capture_output=True, text=True, check=True).stdout
+        return text.split(";", 3)[0] + text.split(";", 3)[3]
+
+    def resize(self, columns, rows):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+        self.screen.resize(rows, columns)
+
+    def send(self, keys):
+        os.write(self.master, keys.encode() if isinstance(keys, str) else keys)
+
+    def pump(self, seconds=0.05):
+        """Let the emulator read for a moment."""
+        if not self.drain:
+            time.sleep(seconds)
+            return
+        if select.select([self.master], [], [], seconds)[0]:
+            try:
+                data = os.read(self.master, 1 << 16)
+            except OSError:
+                return
+            self.raw += data
+            self.stream.feed(data)
+
+    def text(self):
+        return "\n".join(self.screen.display)
+
+    def until(self, condition, seconds=20.0):
+        """Pump until the condition holds; a string must appear on the screen."""
+        check = (lambda: condition in self.text()) if isinstance(condition, str) else condition
+        deadline = time.monotonic() + seconds
+        while not check():
+            assert time.monotonic() < deadline, f"waited in vain for {condition!r}; raw tail:\n{self.raw[-2000:]!r}"
+            self.pump()
+
+    def stop(self):
+        self.stop_file.touch()
+
+    def wait(self, seconds=20.0):
+        """Wait for the end and for the guardian; return the exit status, minus the signal's number for a killed process."""
+        self.until(lambda: self.process.poll() is not None, seconds)
+        while select.select([self.master], [], [], 0.05)[0] and self.drain:
+            before = len(self.raw)
+            self.pump()
+            if len(self.raw) == before:
+                break
+        return self.process.returncode
+
+    def close(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+        self.process.wait()
+        os.close(self.slave)
+        os.close(self.master)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def _take_terminal():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

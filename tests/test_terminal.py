@@ -1,0 +1,384 @@
+"""The curses screen on real pseudo-terminals: it shows, obeys, survives, and always gives the terminal back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.terminal_driver import PRELUDE, Terminal
+
+LEFT_ALTERNATE = b"\x1b[?1049l"
+RUN = "d = open_dashboard('curses', log_dir='run')\ntrain(d)\nd.close()\n"
+
+
+def console(terminal):
+    return (terminal.folder / "run" / "console.log").read_bytes()
+
+
+def test_the_screen_shows_a_run_and_gives_the_terminal_back_with_a_summary(tmp_path):
+    with Terminal("print('before')\n" + RUN + "print('the end')", tmp_path) as terminal:
+        terminal.until(lambda: "loss" in terminal.text() and "epoch" in terminal.text().lower())
+        assert terminal.stty() != terminal.before
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert terminal.stty() == terminal.before
+        after = terminal.raw.split(LEFT_ALTERNATE)[-1].decode()
+        assert "the end" in after
+        assert "steps" in after
+
+
+DEATHS = {
+    "normal end": ("", None, 0),
+    "exception": ("raise ValueError('boom')", None, 1),
+    "SIGINT": ("wait_for_stop()", signal.SIGINT, -2),
+    "SIGTERM": ("wait_for_stop()", signal.SIGTERM, -15),
+    "SIGHUP": ("wait_for_stop()", signal.SIGHUP, -1),
+    "SIGKILL": ("wait_for_stop()", signal.SIGKILL, -9),
+    "SIGSEGV": ("ctypes.string_at(0)", None, -11),
+    "os._exit": ("os._exit(3)", None, 3),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_the_terminal_is_as_before_after(death, tmp_path):
+    ending, number, status = DEATHS[death]
+    code = "d = open_dashboard('curses', log_dir='run')\ntrain(d, 0.5)\nopen('ready', 'w')\n" + ending
+    with Terminal(code, tmp_path) as terminal:
+        terminal.until(lambda: (tmp_path / "ready").exists() and b"\x1b[?1049h" in terminal.raw)
+        if number is not None:
+            terminal.process.send_signal(number)
+        assert terminal.wait() == status
+        terminal.until(lambda: terminal.stty() == terminal.before)
+        terminal.until(lambda: LEFT_ALTERNATE in terminal.raw)
+
+
+def test_a_traceback_lands_on_the_normal_screen(tmp_path):
+    code = "d = open_dashboard('curses', log_dir='run')\nprint('a line')\ntrain(d, 0.3)\nraise ValueError('boom')"
+    with Terminal(code, tmp_path) as terminal:
+        assert terminal.wait() == 1
+        shown = terminal.raw.rsplit(LEFT_ALTERNATE, 1)[-1]
+        assert b"Traceback" in shown
+        assert b"ValueError: boom" in shown
+        assert console(terminal) == b"a line\n"
+
+
+def test_a_custom_sigterm_handler_survives_the_start_of_curses(tmp_path):
+    code = """
+def leave(number, frame):
+    raise SystemExit(7)
+signal.signal(signal.SIGTERM, leave)
+d = open_dashboard('curses', log_dir='run')
+train(d)
+"""
+    with Terminal(code, tmp_path) as terminal:
+        terminal.until(lambda: "loss" in terminal.text())
+        terminal.process.terminate()
+        assert terminal.wait() == 7
+        assert terminal.stty() == terminal.before
+
+
+# A shell in miniature: runs its argument as a foreground job, answers a stop with `fg` after a look at the modes.
+JOB_CONTROL = """
+import os, signal, subprocess, sys, termios, time
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = subprocess.Popen([sys.executable, "-c", sys.argv[1]], process_group=0)
+os.tcsetpgrp(0, job.pid)
+for _ in range(2):
+    pid, status = os.waitpid(job.pid, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        break
+    os.tcsetpgrp(0, os.getpgrp())
+    subprocess.run(["stty", "-a"], stdout=open("stopped", "w"))
+    while not os.path.exists("fg"):
+        time.sleep(0.01)
+    os.tcsetpgrp(0, job.pid)
+    os.killpg(job.pid, signal.SIGCONT)
+os.tcsetpgrp(0, os.getpgrp())
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_ctrl_z_gives_the_terminal_to_the_shell_and_fg_repaints(tmp_path):
+    argv = [sys.executable, "-c", JOB_CONTROL, PRELUDE + RUN]
+    with Terminal("", tmp_path, argv=argv) as terminal:
+        terminal.until(lambda: "loss" in terminal.text())
+        terminal.send("\x1a")
+        terminal.until(lambda: (tmp_path / "stopped").exists() and (tmp_path / "stopped").stat().st_size > 100)
+        modes = (tmp_path / "stopped").read_text()
+        assert modes.split(";", 3)[0] + modes.split(";", 3)[3] == terminal.before
+        assert LEFT_ALTERNATE in terminal.raw
+        seen = len(terminal.raw)
+        (tmp_path / "fg").touch()
+        terminal.until(lambda: b"\x1b[?1049h" in terminal.raw[seen:])
+        assert terminal.stty() != terminal.before
+        terminal.until(lambda: "loss" in terminal.text())
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert terminal.stty() == terminal.before
+
+
+@pytest.mark.parametrize(
+    ("term", "curses"),
+    [
+        ("xterm-256color", True),
+        ("screen", True),
+        ("tmux", True),
+        ("linux", True),
+        ("vt100", True),
+        ("dumb", False),
+        ("no-such-terminal", False),
+        (None, False),
+    ],
+)
+def test_every_kind_of_terminal_gets_a_screen_or_plain_lines(term, curses, tmp_path):
+    code = "d = open_dashboard('auto')\nprint('face:', d.name, file=open('face', 'w'))\ntrain(d, epochs=2)\nd.close()\n"
+    with Terminal(code, tmp_path, env={"TERM": term}) as terminal:
+        terminal.until(lambda: "loss" in terminal.text() if curses else b"r8 " in terminal.raw)
+        assert (tmp_path / "face").read_text() == f"face: {'curses' if curses else 'log'}\n"
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert terminal.stty() == terminal.before
+        if not curses:
+            assert b"\x1b" not in terminal.raw
+
+
+def test_a_storm_of_200_resizes_ends_with_a_whole_screen(tmp_path):
+    with Terminal(RUN, tmp_path) as terminal:
+        terminal.until("loss")
+        for turn in range(200):
+            terminal.resize(1 + (turn * 37) % 160, 1 + (turn * 23) % 60)
+            terminal.pump(0.002)
+        terminal.resize(90, 28)
+        seen = len(terminal.raw)
+        terminal.until(lambda: len(terminal.raw) > seen and "loss" in terminal.text() and "─┐" in terminal.text())
+        assert terminal.process.poll() is None
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert terminal.stty() == terminal.before
+
+
+SIZES = [(1, 1), (2, 1), (1, 40), (59, 15), (60, 16), (80, 24), (300, 100)]
+
+
+def test_one_run_is_drawn_at_every_size_and_recovers(tmp_path):
+    with Terminal("d = open_dashboard('curses')\ntrain(d)\nassert not d.fault, d.fault\nd.close()", tmp_path) as terminal:
+        terminal.until("loss")
+        for columns, rows in SIZES:
+            terminal.resize(columns, rows)
+            seen = len(terminal.raw)
+            terminal.until(lambda: len(terminal.raw) > seen)  # noqa: B023 - run before the next turn
+            terminal.until(lambda: terminal.text().strip() != "")
+        terminal.until("loss")
+        terminal.stop()
+        assert terminal.wait() == 0
+
+
+def test_q_closes_the_view_and_training_goes_on_in_plain_lines(tmp_path):
+    code = "d = open_dashboard('curses', log_dir='run')\ntrain(d)\nprint('prints reach the terminal')\nwait_for_stop()\nd.close()"
+    with Terminal(code + "\nprint('steps', d.model.step)", tmp_path) as terminal:
+        terminal.until(lambda: "loss" in terminal.text())
+        terminal.send("q")
+        terminal.until(lambda: b"training goes on" in terminal.raw)
+        assert terminal.stty() == terminal.before
+        assert terminal.process.poll() is None
+        terminal.stop()
+        assert terminal.wait() == 0
+        after = terminal.raw.split(LEFT_ALTERNATE)[-1]
+        assert b"prints reach the terminal" in after
+        assert b"\x1b" not in after.partition(b"training goes on")[2]
+
+
+def test_input_and_breakpoint_get_the_normal_screen(tmp_path):
+    code = """
+d = open_dashboard('curses', log_dir='run')
+train(d, 0.3)
+name = input('who? ')
+train(d, 0.3)
+breakpoint()
+x = name
+train(d)
+d.close()
+print('hello', x)
+"""
+    with Terminal(code, tmp_path) as terminal:
+        terminal.until(lambda: b"who? " in terminal.raw)
+        assert terminal.stty() == terminal.before
+        entered = terminal.raw.count(b"\x1b[?1049h")
+        terminal.send("Ada\n")
+        terminal.until(lambda: terminal.raw.count(b"\x1b[?1049h") > entered)
+        terminal.until(lambda: b"(Pdb) " in terminal.raw)
+        assert LEFT_ALTERNATE in terminal.raw.rpartition(b"\x1b[?1049h")[2]
+        entered = terminal.raw.count(b"\x1b[?1049h")
+        terminal.send("p name\n")
+        terminal.until(lambda: b"'Ada'" in terminal.raw)
+        terminal.send("continue\n")
+        terminal.until(lambda: terminal.raw.count(b"\x1b[?1049h") > entered)
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert b"hello Ada" in terminal.raw.split(LEFT_ALTERNATE)[-1]
+        assert terminal.stty() == terminal.before
+
+
+def test_an_exception_in_the_thread_costs_a_rung_and_not_the_run(tmp_path):
+    code = """
+import learnit_r8.dashboard.screen as screen
+d = open_dashboard('curses', log_dir='run')
+train(d, 0.3)
+def broken(*args, **kw):
+    raise ZeroDivisionError('a bug in a chart')
+screen.render = broken
+train(d, 1.0)
+name, fault = d.name, d.fault
+d.close()
+print(name, fault)
+"""
+    with Terminal(code, tmp_path) as terminal:
+        assert terminal.wait() == 0
+        assert b"rich ZeroDivisionError: a bug in a chart" in terminal.raw
+        assert terminal.stty() == terminal.before
+
+
+def test_forked_and_spawned_workers_leave_the_screen_alone(tmp_path):
+    code = """
+import multiprocessing
+def work(n):
+    print('worker', n, flush=True)
+    return n
+if __name__ == '__main__':
+    d = open_dashboard('curses', log_dir='run')
+    train(d, 0.3)
+    with multiprocessing.get_context('fork').Pool(2) as pool:
+        assert pool.map(work, range(4)) == [0, 1, 2, 3]
+    child = os.fork()
+    if not child:
+        d.close()
+        sys.exit(0)
+    os.waitpid(child, 0)
+    worker = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(0,))
+    worker.start()
+    worker.join()
+    victim = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+    victim.start()
+    victim.terminate()
+    victim.join()
+    open('ready', 'w')
+    train(d)
+    assert victim.exitcode == -15, victim.exitcode
+    d.close()
+"""
+    script = tmp_path / "script.py"
+    script.write_text(PRELUDE + code)
+    with Terminal("", tmp_path, argv=[sys.executable, str(script)]) as terminal:
+        terminal.until(lambda: (tmp_path / "ready").exists())
+        terminal.until("loss")
+        assert LEFT_ALTERNATE not in terminal.raw
+        assert terminal.stty() != terminal.before
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert console(terminal).count(b"worker") == 4
+        assert terminal.stty() == terminal.before
+
+
+def test_the_death_of_the_parent_is_noticed_although_forked_workers_live_on(tmp_path):
+    code = """
+import multiprocessing
+d = open_dashboard('curses', log_dir='run')
+train(d, 0.3)
+multiprocessing.get_context('fork').Process(target=wait_for_stop).start()
+open('ready', 'w')
+wait_for_stop()
+"""
+    with Terminal(code, tmp_path) as terminal:
+        terminal.until(lambda: (tmp_path / "ready").exists())
+        terminal.process.kill()
+        terminal.until(lambda: LEFT_ALTERNATE in terminal.raw and terminal.stty() == terminal.before)
+        terminal.stop()
+
+
+@pytest.mark.parametrize("how", ["stopped by Ctrl-S", "never read"])
+def test_a_terminal_that_takes_nothing_stops_neither_training_nor_close(how, tmp_path):
+    code = "d = open_dashboard('curses', log_dir='run')\ntrain(d)\nopen('trained', 'w')\nd.close()\nopen('closed', 'w')"
+    with Terminal(code, tmp_path) as terminal:
+        terminal.until("loss")
+        if how == "never read":
+            terminal.drain = False
+        else:
+            terminal.send("\x13")
+        for _ in range(5):
+            terminal.pump(0.1)
+        for turn in range(8):  # every new size is a whole new frame; a pty holds 4 to 64 kB
+            terminal.resize(200 + turn, 90)
+            terminal.pump(0.3)
+        terminal.stop()
+        terminal.until(lambda: (tmp_path / "closed").exists(), 10)
+        assert terminal.stty() == terminal.before
+        terminal.drain = True
+        assert terminal.wait() == 0
+        if how == "stopped by Ctrl-S":
+            assert LEFT_ALTERNATE in terminal.raw
+
+
+def test_no_color_leaves_colours_out(tmp_path):
+    with Terminal(RUN, tmp_path, env={"NO_COLOR": "1"}) as terminal:
+        terminal.until("loss")
+        terminal.stop()
+        assert terminal.wait() == 0
+    assert not any(f"\x1b[3{colour}m".encode() in terminal.raw for colour in range(8))
+
+
+def test_two_dashboards_in_one_process_follow_each_other(tmp_path):
+    with Terminal("for _ in range(2):\n    d = open_dashboard('curses')\n    train(d, 0.4)\n    d.close()\n", tmp_path) as terminal:
+        assert terminal.wait() == 0
+        assert terminal.raw.count(b"\x1b[?1049h") == terminal.raw.count(LEFT_ALTERNATE) == 2
+        assert terminal.stty() == terminal.before
+
+
+def test_a_dashboard_opened_outside_the_main_thread_uses_rich(tmp_path):
+    code = """
+box = []
+thread = threading.Thread(target=lambda: box.append(open_dashboard('curses')))
+thread.start(); thread.join()
+for n in range(3):
+    print('user line', n)
+    train(box[0], 0.4)
+print('name', box[0].name)
+box[0].close()
+"""
+    with Terminal(code, tmp_path) as terminal:
+        assert terminal.wait() == 0
+        assert b"name rich" in terminal.raw
+        shown = terminal.text()
+        assert [line for line in shown.splitlines() if "user line" in line] == [
+            line.ljust(100) for line in ("user line 0", "user line 1", "user line 2")
+        ]
+        assert terminal.stty() == terminal.before
+
+
+def plain_run(code, folder, **kw):
+    import os
+
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.getcwd(), "STOP_FILE": str(folder / "stop"), "TERM": "xterm"}
+    return subprocess.run(kw.pop("argv", [sys.executable, "-c", PRELUDE + code]), env=env, cwd=folder, capture_output=True, **kw)
+
+
+@pytest.mark.parametrize("ui", ["auto", "curses", "rich", "log"])
+def test_without_a_terminal_there_is_no_escape_and_no_carriage_return(ui, tmp_path):
+    code = f"d = open_dashboard({ui!r})\ntrain(d, pause=0, epochs=3, batches=50)\nd.close()"
+    done = plain_run(code, tmp_path, stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert b"checkpoint" in done.stdout
+    assert b"\x1b" not in done.stdout
+    assert b"\r" not in done.stdout
+
+
+def test_head_ends_quietly(tmp_path):
+    code = PRELUDE + "d = open_dashboard('auto')\ntrain(d, epochs=200, batches=20, pause=0.0002)\nd.close()\nopen('done', 'w')"
+    (tmp_path / "script.py").write_text(code)
+    done = plain_run("", tmp_path, argv=["sh", "-c", f"{sys.executable} script.py | head -1"], timeout=60)
+    assert done.stderr == b""
+    assert done.stdout.count(b"\n") == 1
+    assert (tmp_path / "done").exists()
