@@ -51,16 +51,18 @@ _LIMIT = 1e6
 """Relative losses stay within 1 / limit .. limit (multiplicative)."""
 _MIN_EQUATIONS = 0.2
 """Equations per unknown below which a refinement gains nothing on real training."""
-_PATH = ((0.3, 20.0), (0.1, 20.0), (0.03, 40.0), (0.005, math.inf), (0.0005, math.inf))
+_PATH = ((2.0, 20.0), (0.3, 20.0), (0.1, 20.0), (0.03, 40.0), (0.005, math.inf), (0.0005, math.inf))
 """Candidates of a refinement: (noise share, half-life of a report in epochs), most cautious first."""
 _HELD_OUT = 8
 """Every so many-th batch chooses among the candidates."""
 _COMPARED = 100
 """Held-out batches, at least, that decide between fit and filter (fewer misjudged it)."""
-_SEARCH = (2, 12)
+_SEARCH = (3, 12)
 """Gauss-Newton steps and conjugate-gradient iterations for a candidate, which starts at the one before."""
-_FINAL = (3, 30)
+_FINAL = (4, 30)
 """The same for the final fit to all batches."""
+_ALLOWANCE = 1.1
+"""The candidate did without an eighth of the batches, which the final fit has."""
 _WINDOW = 32
 """Batches to each side over which a refinement smooths the level."""
 _RECORD_ENTRIES = 8
@@ -190,7 +192,7 @@ class BatchAttribution:
             fit.smooth_level(u)
         _, u, (noise, half_life) = best
         compared = held_out & ((fit.age < 3.0) | (newest_first < _COMPARED * _HELD_OUT))
-        if not fit.mean_square(fit.error(u), compared) < fit.mean_square(fit.filter_error, compared):
+        if not fit.mean_square(fit.error(u), compared) < _ALLOWANCE * fit.mean_square(fit.filter_error, compared):
             return False
         weights = fit.weights(half_life)
         u = fit.solve(u, noise, weights, *_FINAL)
@@ -381,8 +383,10 @@ class _Fit:
         weights = self._sizes * (self.age < 1.0)
         observed, fitted = float(weights @ self._observed), float(weights @ self._mean(x))
         if self._additive:
-            return np.clip(x + (observed - fitted) / float(weights.sum()), -_LIMIT, _LIMIT)
-        return np.clip(x * (observed / fitted), 1.0 / _LIMIT, _LIMIT)
+            lowest, x = -_LIMIT, x + (observed - fitted) / float(weights.sum())
+        else:
+            lowest, x = 1.0 / _LIMIT, x * (observed / fitted)
+        return np.minimum(np.maximum(x, lowest), _LIMIT)
 
     def error(self, u: Floats) -> Floats:
         """Return target minus prediction for each batch."""
@@ -391,7 +395,7 @@ class _Fit:
     def mean_square(self, error: Floats, mask: NDArray[np.bool_]) -> float:
         """Return the mean square of some batches' errors; old and small batches count less."""
         weights = (self._sizes * self.weights(_PATH[0][1]))[mask]
-        return float(weights @ error[mask] ** 2 / weights.sum())
+        return float(weights @ error[mask] ** 2) / float(weights.sum())
 
     def smooth_level(self, u: Floats) -> None:
         """Correct the level by what the fit leaves unexplained in the batches on both sides."""
@@ -455,7 +459,8 @@ class _Fit:
         return means
 
     def _spread_out(self, r: Floats) -> Floats:
-        return np.bincount(self._ids, np.repeat(r / self._sizes, self._sizes), self._num_samples)
+        weights = np.repeat(r / self._sizes, self._sizes)
+        return np.bincount(self._ids, weights, self._num_samples).astype(np.float64, copy=False)
 
     def _conjugate_gradients(self, slope: Floats, weights: Floats, b: Floats, iterations: int) -> Floats:
         """Solve (S A' W A S + 1) step = b, S = diag(slope), preconditioned by its diagonal.
