@@ -157,6 +157,10 @@ class BatchAttribution:
         with np.errstate(over="ignore"):
             return (1.0 + (np.asarray(losses, np.float64) - self.level) / self.scale).astype(np.float32)
 
+    def expected(self, estimate: Float32s) -> float:
+        """Return the loss that a batch with these relative losses, shape `[n]`, should have."""
+        return self.expected_mean(float(np.add.reduce(estimate)) / len(estimate))
+
     def expected_mean(self, estimate: float) -> float:
         """Return the loss of samples whose mean relative loss is `estimate`."""
         return self.level + self.scale * (estimate - 1.0)

@@ -33,6 +33,7 @@ from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.checkpoint import LoadedCheckpoint, resolve
 from learnit_r8.config import Config
+from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import check_arguments
 from learnit_r8.loop.budget import Budget
@@ -168,6 +169,7 @@ class R8Scheduler:
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._stop: Command | None = None
         self._logging = False
+        self._dashboard: Sink | None = None
         self._resumed = self._begun = self._ended = self._closed = False
 
     # What users read ----------------------------------------------------------------------
@@ -611,6 +613,7 @@ class R8Scheduler:
         if self._begun or self._budget.over(self._epoch):
             return
         self._begun, self._ended, self._stop = True, False, None
+        self._show()
         if self._config.log_dir is not None and not self._logging:
             self._bus.add(JsonlSink(Path(self._config.log_dir) / "events.jsonl"))
             self._logging = True
@@ -631,11 +634,22 @@ class R8Scheduler:
         )
         self._budget.begin()
 
+    def _show(self) -> None:
+        """Open the best display that there is; it is one sink among the others."""
+        if self._dashboard is not None:
+            self._bus.remove(self._dashboard)
+        self._dashboard = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._ranks.rank)
+        if self._dashboard is not None:
+            self._bus.add(self._dashboard)
+
     def _end(self, reason: str) -> None:
         if self._begun and not self._ended:
             self._ended, self._begun = True, False
             self._budget.stop()
             self._bus.emit(events.RunEnded, self._global_step, reason, self._budget.elapsed)
+            if self._dashboard is not None:  # what the user prints from now on belongs on the normal screen
+                self._bus.remove(self._dashboard)
+                self._dashboard = None
 
     def close(self) -> None:
         """Release the terminal, the log and the signal handlers; any number of times."""

@@ -159,7 +159,9 @@ def test_the_tail_is_the_same_however_the_file_grows(tmp_path_factory, pieces):
 def test_no_line_ever_carries_a_control_character(tmp_path):
     path = tmp_path / "console.log"
     path.write_bytes(bytes(range(256)) * 3)
-    assert all(char.isprintable() or char == " " or ord(char) > 0x7F for line in ConsoleTail(path).poll() for char in line)
+    assert all(
+        char.isprintable() or char == " " or ord(char) > 0x7F for line in ConsoleTail(path).poll() for char in line
+    )
 
 
 def test_a_missing_file_is_an_empty_pane(tmp_path):

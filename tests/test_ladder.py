@@ -55,7 +55,17 @@ def test_the_rung_and_its_reason(ui, changes, name, reason):
     assert bool(rung.reason) == bool(reason)
 
 
-FLAGS = ["stdin_tty", "stdout_tty", "stdout_open", "foreground", "main_thread", "notebook", "ci", "has_curses", "has_rich"]
+FLAGS = [
+    "stdin_tty",
+    "stdout_tty",
+    "stdout_open",
+    "foreground",
+    "main_thread",
+    "notebook",
+    "ci",
+    "has_curses",
+    "has_rich",
+]
 
 
 @given(st.sampled_from(UI_NAMES), st.fixed_dictionaries({flag: st.booleans() for flag in FLAGS}))

@@ -27,7 +27,7 @@ def test_readme_lists_every_argument_and_every_schedule():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     arguments = set(inspect.signature(R8Scheduler).parameters) - {"clock"}
-    missing = {name for name in arguments | set(schedule_names()) if not re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", text)}
+    missing = {
+        name for name in arguments | set(schedule_names()) if not re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", text)
+    }
     assert not missing
-
-

@@ -164,7 +164,9 @@ SIZES = [(1, 1), (2, 1), (1, 40), (59, 15), (60, 16), (80, 24), (300, 100)]
 
 
 def test_one_run_is_drawn_at_every_size_and_recovers(tmp_path):
-    with Terminal("d = open_dashboard('curses')\ntrain(d)\nassert not d.fault, d.fault\nd.close()", tmp_path) as terminal:
+    with Terminal(
+        "d = open_dashboard('curses')\ntrain(d)\nassert not d.fault, d.fault\nd.close()", tmp_path
+    ) as terminal:
         terminal.until("loss")
         for columns, rows in SIZES:
             terminal.resize(columns, rows)
@@ -330,7 +332,9 @@ def test_no_color_leaves_colours_out(tmp_path):
 
 
 def test_two_dashboards_in_one_process_follow_each_other(tmp_path):
-    with Terminal("for _ in range(2):\n    d = open_dashboard('curses')\n    train(d, 0.4)\n    d.close()\n", tmp_path) as terminal:
+    with Terminal(
+        "for _ in range(2):\n    d = open_dashboard('curses')\n    train(d, 0.4)\n    d.close()\n", tmp_path
+    ) as terminal:
         assert terminal.wait() == 0
         assert terminal.raw.count(b"\x1b[?1049h") == terminal.raw.count(LEFT_ALTERNATE) == 2
         assert terminal.stty() == terminal.before
@@ -361,7 +365,9 @@ def plain_run(code, folder, **kw):
     import os
 
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.getcwd(), "STOP_FILE": str(folder / "stop"), "TERM": "xterm"}
-    return subprocess.run(kw.pop("argv", [sys.executable, "-c", PRELUDE + code]), env=env, cwd=folder, capture_output=True, **kw)
+    return subprocess.run(
+        kw.pop("argv", [sys.executable, "-c", PRELUDE + code]), env=env, cwd=folder, capture_output=True, **kw
+    )
 
 
 @pytest.mark.parametrize("ui", ["auto", "curses", "rich", "log"])
@@ -376,7 +382,10 @@ def test_without_a_terminal_there_is_no_escape_and_no_carriage_return(ui, tmp_pa
 
 
 def test_head_ends_quietly(tmp_path):
-    code = PRELUDE + "d = open_dashboard('auto')\ntrain(d, epochs=200, batches=20, pause=0.0002)\nd.close()\nopen('done', 'w')"
+    code = (
+        PRELUDE
+        + "d = open_dashboard('auto')\ntrain(d, epochs=200, batches=20, pause=0.0002)\nd.close()\nopen('done', 'w')"
+    )
     (tmp_path / "script.py").write_text(code)
     done = plain_run("", tmp_path, argv=["sh", "-c", f"{sys.executable} script.py | head -1"], timeout=60)
     assert done.stderr == b""
