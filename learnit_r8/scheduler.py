@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog, Rows
-from learnit_r8.checkpoint import LoadedCheckpoint, resolve
 from learnit_r8.config import Config
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
@@ -49,6 +48,9 @@ from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus, JsonlSink
 from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult
+
+if TYPE_CHECKING:
+    from learnit_r8.checkpoint import LoadedCheckpoint
 
 
 class Stage(StrEnum):
@@ -404,6 +406,7 @@ class R8Scheduler:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
         if self._interrupts.pending is not None:
             self._save_if_possible()
+            self._end("stopped")  # the terminal is given back before the process may die
             self._interrupts.deliver()
         if self._bus.commanding:
             self._obey()
@@ -522,6 +525,8 @@ class R8Scheduler:
             CheckpointError: It cannot be used.
             ConfigError: Bad arguments.
         """
+        from learnit_r8.checkpoint import resolve
+
         loaded = resolve(path)
         arguments = Config.from_json(loaded.state["config"]).arguments()
         if "num_epochs" in new_goals or "train_duration_seconds" in new_goals:

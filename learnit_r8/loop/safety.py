@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,6 +174,8 @@ class SafetyNet:
                 self._load(ring.restore()[1], from_ram=True)
             return
         assert save is not None
+        import tempfile
+
         with tempfile.TemporaryDirectory(prefix="r8-lr-search-") as folder:
             path = Path(folder) / "model"
             save(scheduler_state, path)

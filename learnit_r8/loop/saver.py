@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
-from learnit_r8.checkpoint import CheckpointStore, LoadedCheckpoint, resolve
 from learnit_r8.errors import CheckpointError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.sinks import EventBus
+
+if TYPE_CHECKING:  # loaded at the first checkpoint: many runs have none
+    from learnit_r8.checkpoint import CheckpointStore, LoadedCheckpoint
 
 State = dict[str, Any]
 
@@ -42,6 +44,8 @@ class Saver:
         if config.checkpoint_dir is None:
             raise CheckpointError("this scheduler has checkpoint_dir=None: create it with a checkpoint_dir to save")
         if self._store is None:
+            from learnit_r8.checkpoint import CheckpointStore
+
             self._store = CheckpointStore(
                 config.checkpoint_dir,
                 keep=config.keep_checkpoints,
@@ -94,6 +98,8 @@ class Saver:
             FileNotFoundError: There is none.
             CheckpointError: It cannot be used.
         """
+        from learnit_r8.checkpoint import resolve
+
         return resolve(path, on_corrupt=self._report_corrupt)
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
