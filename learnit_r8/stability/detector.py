@@ -1,0 +1,467 @@
+"""Says of every reported loss whether training is still sound.
+
+Each loss is compared with the recent accepted ones by median and MAD, which a few outliers cannot
+move (Hampel 1974; Leys et al. 2013, "Detecting outliers"):
+
+    l' = loss - (expected loss of the batch - expected loss of all)      composition-corrected
+    s  = max(1.4826 MAD, 0.02 |m|, 1e-3 L0)                              m: median, L0: first level
+    z  = (l' - m) / s                  a = (l' - m) / max(|m|, 2 s)      score and relative rise
+
+A loss is *hard*-flagged for z > 16 and a > 1, *soft*-flagged for z > 6 and a > 0.5. Flagged losses
+stay out of the window. One flag proves nothing, for harmless outliers exist: a spike is 2 hard flags
+in 3 steps or 4 soft ones in 8. Where a run has shown harmless flags before, more are asked for, so
+many that independent outliers at the observed rate would pass less than once in `1 / chance` steps.
+
+What rises too slowly for the window, which follows it, is found as *drift*: the median of the last
+16 losses stays far above the best it has been, and above what it was before this rise began (256
+to 1024 steps ago), so that a loss that swings is left alone. NaN and infinity are faults from the first step on.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from learnit_r8.errors import ConfigError
+from learnit_r8.types import Verdict
+
+_MAD_TO_STD = 1.4826  # of a normal distribution
+_RELATIVE_FLOOR = 0.02
+_LEVEL_FLOOR = 1e-3
+_TINY = 1e-30
+_HARD_SPAN, _SOFT_SPAN = 3, 8
+_SOFT_MASK = (1 << _SOFT_SPAN) - 1
+_HARD_MASK = (1 << _HARD_SPAN) - 1
+_BLOCK, _RECENT_BLOCKS, _PAST_BLOCKS = 64, 4, 16  # steps; blocks
+_RATE_WEIGHT = 1 / 512
+_RATE_PRIOR = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorSettings:
+    """Thresholds. The defaults come from clean curves; see `python -m benchmarks.stability`.
+
+    Attributes:
+        window: Accepted losses that are compared with.
+        warmup: Losses before the detector is active; until then only NaN, infinity and losses
+            `warmup_rise` times the first one are faults.
+        warmup_rise: See `warmup`.
+        hard_score: z of a hard flag.
+        hard_rise: a of a hard flag.
+        soft_score: z of a soft flag.
+        soft_rise: a of a soft flag.
+        chance: Bound on the probability, per step, that independent outliers pass for a spike.
+        outlier_memory: Steps for which a harmless outlier is remembered.
+        outlier_count: A loss is flagged only where it rises further than the so-manieth highest of them.
+        drift_span: Losses in the level (their median), and steps that it must stay high.
+        drift_rise: Rise over the best level, relative to it, that is drift.
+        drift_score: The same in units of s at the best level.
+        drift_floor: The same in units of L0.
+        regime_factor: Factor on all thresholds after an announced change.
+        regime_steps: For so many steps.
+    """
+
+    window: int = 64
+    warmup: int = 16
+    warmup_rise: float = 100.0
+    hard_score: float = 16.0
+    hard_rise: float = 1.0
+    soft_score: float = 6.0
+    soft_rise: float = 0.5
+    chance: float = 2.5e-6
+    outlier_memory: int = 1024
+    outlier_count: int = 2
+    drift_span: int = 16
+    drift_rise: float = 1.0
+    drift_score: float = 12.0
+    drift_floor: float = 3e-3
+    regime_factor: float = 3.0
+    regime_steps: int = 128
+
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        problems = [f"{name} must be positive, got {value!r}" for name, value in values.items() if not value > 0]
+        if self.window < self.warmup or self.warmup < 4:
+            problems.append(f"4 <= warmup <= window must hold, got {self.warmup=}, {self.window=}")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The detector's word on one loss.
+
+    Attributes:
+        verdict: CALM, SUSPECT, SPIKE, DRIFT or NONFINITE.
+        score: z; NaN while the detector is not active.
+        reason: One sentence; empty when calm.
+    """
+
+    verdict: Verdict
+    score: float
+    reason: str = ""
+
+
+class _SortedWindow:
+    """The last `size` values, in order of arrival and sorted."""
+
+    __slots__ = ("arrivals", "size", "values")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.arrivals: deque[float] = deque()
+        self.values: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def push(self, value: float) -> None:
+        if len(self.values) == self.size:
+            del self.values[bisect_left(self.values, self.arrivals.popleft())]
+        self.arrivals.append(value)
+        insort(self.values, value)
+
+    def fill(self, values: Any) -> None:
+        self.arrivals = deque(float(value) for value in values)
+        self.values = sorted(self.arrivals)
+
+    def median(self) -> float:
+        values, half = self.values, len(self.values) // 2
+        return values[half] if len(values) % 2 else 0.5 * (values[half - 1] + values[half])
+
+    def deviation(self, centre: float) -> float:
+        """Return the median distance from the centre, the upper one of an even number.
+
+        The `count` values nearest to the centre are neighbours in sorted order: their first is
+        found by bisection in 6 steps, where sorting the distances would take 64 values' time.
+        """
+        values = self.values
+        count = len(values) // 2 + 1
+        low, high = 0, len(values) - count
+        while low < high:
+            middle = (low + high) // 2
+            if centre - values[middle] > values[middle + count] - centre:
+                low = middle + 1
+            else:
+                high = middle
+        return max(centre - values[low], values[low + count - 1] - centre)
+
+
+class _PastHighs:
+    """The highest level of 256 to 1024 steps ago, by blocks of steps."""
+
+    __slots__ = ("blocks", "current", "steps")
+
+    def __init__(self) -> None:
+        self.blocks: list[float] = []
+        self.current = -math.inf
+        self.steps = 0
+
+    @property
+    def highest(self) -> float:
+        return max(self.blocks[:-_RECENT_BLOCKS], default=-math.inf)
+
+    def push(self, level: float) -> None:
+        self.current = max(self.current, level)
+        self.steps += 1
+        if self.steps == _BLOCK:
+            self.blocks = [*self.blocks, self.current][-_PAST_BLOCKS:]
+            self.current, self.steps = -math.inf, 0
+
+    def fill(self, state: Mapping[str, Any]) -> None:
+        self.blocks = list(state["blocks"])
+        self.current = -math.inf if state["current"] is None else float(state["current"])
+        self.steps = int(state["steps"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"blocks": self.blocks, "current": self.current if self.steps else None, "steps": self.steps}
+
+
+class _HarmlessOutliers:
+    """How far single losses have lately stood out without anything coming of it.
+
+    An outlier counts as harmless once `_SOFT_SPAN` steps have passed over it.
+    """
+
+    __slots__ = ("_age", "_count", "_memory", "_pending", "_rises", "_steps")
+
+    def __init__(self, memory: int, count: int) -> None:
+        self._memory = memory
+        self._count = count
+        self.fill({"age": 0, "pending": [0.0] * _SOFT_SPAN, "rises": [], "steps": []})
+
+    @property
+    def envelope(self) -> float:
+        """Return the `count`-th highest rise remembered, 0 where there are fewer."""
+        return self._rises[-self._count] if len(self._rises) >= self._count else 0.0
+
+    def shift(self, rise: float) -> None:
+        """Count one step: `rise` of an outlier, 0 for any other loss."""
+        self._age += 1
+        self._pending.append(rise)
+        old = self._pending.popleft()
+        if self._steps and self._steps[0][0] <= self._age - self._memory:
+            del self._rises[bisect_left(self._rises, self._steps.popleft()[1])]
+        if old > 0.0:
+            self._steps.append((self._age, old))
+            insort(self._rises, old)
+
+    def drop_pending(self) -> None:
+        """Forget those that are not known to be harmless: they were part of a fault."""
+        self._pending = deque([0.0] * _SOFT_SPAN)
+
+    def fill(self, state: Mapping[str, Any]) -> None:
+        self._age = int(state["age"])
+        self._pending = deque(float(rise) for rise in state["pending"])
+        self._steps = deque(zip(state["steps"], state["rises"], strict=True))
+        self._rises = sorted(state["rises"])
+
+    def state_dict(self) -> dict[str, Any]:
+        steps, rises = [step for step, _ in self._steps], [rise for _, rise in self._steps]
+        return {"age": self._age, "pending": list(self._pending), "steps": steps, "rises": rises}
+
+
+class Detector:
+    """Reads losses one by one; O(log window) a step, no array is allocated.
+
+    Attributes:
+        settings: As given.
+        first_suspect_step: Step at which the present run of suspect losses (or the present
+            drift) began, None while all is calm. Backups of earlier steps are not touched by it.
+    """
+
+    def __init__(self, settings: DetectorSettings | None = None) -> None:
+        self.settings = settings or DetectorSettings()
+        self.first_suspect_step: int | None = None
+        self._needed_hard = _limits(_HARD_SPAN, 2, self.settings.chance)
+        self._needed_soft = _limits(_SOFT_SPAN, 4, self.settings.chance)
+        self._window = _SortedWindow(self.settings.window)
+        self._recent = _SortedWindow(self.settings.drift_span)
+        self._highs = _PastHighs()
+        self._outliers = _HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
+        self._first = self._first_level = math.nan
+        self._relaxed_until = -1
+        self._soft_bits = self._hard_bits = 0
+        self._soft_rate = self._hard_rate = _RATE_PRIOR
+        self._best, self._best_scale = math.inf, 0.0
+        self._drift_onset = self._high_steps = 0
+
+    @property
+    def active(self) -> bool:
+        """Say whether there are enough losses to compare with."""
+        return len(self._window) >= self.settings.warmup
+
+    def observe(
+        self,
+        step: int,
+        loss: float,
+        *,
+        expected_batch: float = math.nan,
+        expected_all: float = math.nan,
+        finite: bool = True,
+    ) -> Reading:
+        """Read the loss reported for one step.
+
+        Args:
+            step: Global step, rising.
+            loss: Mean loss of the batch, unweighted.
+            expected_batch: The catalog's estimate for the batch; NaN where there is none or it is
+                not to be trusted yet.
+            expected_all: The same for the whole data set.
+            finite: False where a single sample's loss was not finite.
+        """
+        if not finite or not math.isfinite(loss):
+            self._mark_suspect(step)
+            return Reading(Verdict.NONFINITE, math.nan, f"the loss is not finite ({loss})")
+        correction = expected_batch - expected_all
+        corrected = loss - correction if math.isfinite(correction) else loss
+        if not math.isfinite(corrected):
+            corrected = loss
+        if not self.active:
+            return self._learn(step, corrected)
+        return self._judge(step, corrected)
+
+    def announce(self, step: int, why: str) -> None:
+        """Take notice that the loss may change its level: LR restart or rise, new strategy.
+
+        Args:
+            step: Global step at which it happens.
+            why: For the reader of the calling code; not kept.
+        """
+        self._relaxed_until = step + self.settings.regime_steps
+        self._reset_best()
+
+    def rebaseline(self) -> None:
+        """Accept the present level: forget what losses were compared with, and learn again."""
+        self._window.fill(())
+        self._recent.fill(())
+        self._highs = _PastHighs()
+        self._reset_best()
+        self._clear_flags()
+
+    def reset_after_rollback(self, state: Mapping[str, Any] | None = None) -> None:
+        """Go on from a rollback.
+
+        Args:
+            state: `state_dict()` of the time of the backup. None keeps the window, which holds
+                only losses that were accepted.
+        """
+        if state is not None:
+            self.load_state_dict(state)
+        self._recent.fill(())
+        self._clear_flags()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that later readings depend on, as plain numbers and lists."""
+        state: dict[str, Any] = {name.strip("_"): getattr(self, name) for name in _SCALARS}
+        # Strict JSON knows no infinity or NaN: what is not there yet is None.
+        state = {name: value if value is None or math.isfinite(value) else None for name, value in state.items()}
+        windows = {"window": list(self._window.arrivals), "recent": list(self._recent.arrivals)}
+        return {**state, **windows, "highs": self._highs.state_dict(), "outliers": self._outliers.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, absent in _SCALARS.items():
+            value = state[name.strip("_")]
+            setattr(self, name, absent if value is None else value)
+        self._window.fill(state["window"])
+        self._recent.fill(state["recent"])
+        self._highs.fill(state["highs"])
+        self._outliers.fill(state["outliers"])
+
+    def _learn(self, step: int, loss: float) -> Reading:
+        """Read a loss before the detector is active."""
+        settings = self.settings
+        if math.isnan(self._first):
+            self._first = loss
+        limit = settings.warmup_rise * max(abs(self._first), _TINY)
+        if math.isnan(self._first_level) and loss - self._first > limit:
+            self._hard_bits = (self._hard_bits << 1 | 1) & _HARD_MASK
+            self._mark_suspect(step)
+            verdict = Verdict.SPIKE if self._hard_bits.bit_count() >= 2 else Verdict.SUSPECT
+            return Reading(verdict, math.nan, f"{loss:.4g} is over {settings.warmup_rise:g} times the first loss")
+        self._hard_bits = self._hard_bits << 1 & _HARD_MASK
+        if not self._hard_bits:
+            self.first_suspect_step = None
+        self._window.push(loss)
+        self._recent.push(loss)
+        if self.active and math.isnan(self._first_level):
+            median = self._window.median()
+            self._first_level = max(abs(median), self._window.deviation(median), _TINY)
+        return Reading(Verdict.CALM, math.nan)
+
+    def _judge(self, step: int, loss: float) -> Reading:
+        settings = self.settings
+        m = self._window.median()
+        s = max(
+            _MAD_TO_STD * self._window.deviation(m), _RELATIVE_FLOOR * abs(m), _LEVEL_FLOOR * self._first_level, _TINY
+        )
+        rise = loss - m
+        z = rise / s
+        a = rise / max(abs(m), 2.0 * s)
+        if 0 <= self._relaxed_until <= step:
+            self._relaxed_until = -1
+            self._reset_best()
+        ease = settings.regime_factor if step < self._relaxed_until else 1.0
+        outlier = z > settings.soft_score * ease and a > settings.soft_rise * ease
+        soft = outlier and rise > self._outliers.envelope
+        self._outliers.shift(rise if outlier else 0.0)
+        hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
+        self._shift_flags(soft, hard)
+        self._recent.push(loss)
+        drifting = self._follow_level(step, s, ease)
+        if not soft:
+            self._window.push(loss)
+        if hard and (self._hard_bits & _HARD_MASK).bit_count() >= _needed(self._needed_hard, self._hard_rate):
+            self._mark_suspect(step)
+            return Reading(Verdict.SPIKE, z, f"{loss:.4g} against a median of {m:.4g}, again: z = {z:.3g}")
+        if soft and self._soft_bits.bit_count() >= _needed(self._needed_soft, self._soft_rate):
+            self._mark_suspect(step)
+            flags = self._soft_bits.bit_count()
+            return Reading(Verdict.SPIKE, z, f"{flags} of {_SOFT_SPAN} losses far above the median of {m:.4g}")
+        if drifting:
+            self.first_suspect_step = min(self._drift_onset, step)
+            return Reading(
+                Verdict.DRIFT, z, f"the level has risen to {self._recent.median():.4g} from {self._best:.4g}"
+            )
+        if soft:
+            self._mark_suspect(step)
+            return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}: z = {z:.3g}")
+        if not self._soft_bits:
+            self.first_suspect_step = None
+        return Reading(Verdict.CALM, z)
+
+    def _shift_flags(self, soft: bool, hard: bool) -> None:
+        # A flag counts as harmless once it is old: during a fault the rates must not rise.
+        self._soft_rate += _RATE_WEIGHT * ((self._soft_bits >> _SOFT_SPAN - 1) - self._soft_rate)
+        self._soft_rate = max(self._soft_rate, _RATE_PRIOR)
+        self._hard_rate += _RATE_WEIGHT * ((self._hard_bits >> _SOFT_SPAN - 1) - self._hard_rate)
+        self._hard_rate = max(self._hard_rate, _RATE_PRIOR)
+        self._soft_bits = (self._soft_bits << 1 | soft) & _SOFT_MASK
+        self._hard_bits = (self._hard_bits << 1 | hard) & _SOFT_MASK
+
+    def _follow_level(self, step: int, s: float, ease: float) -> bool:
+        """Keep the best level; say whether the present one has been far above it for long."""
+        settings = self.settings
+        if len(self._recent) < settings.drift_span:
+            return False
+        level = self._recent.median()
+        self._highs.push(level)
+        if level < self._best:
+            self._best, self._best_scale = level, s
+        margin = ease * max(
+            settings.drift_rise * abs(self._best),
+            settings.drift_score * self._best_scale,
+            settings.drift_floor * self._first_level,
+        )
+        rise = level - self._best
+        if rise <= 0.25 * margin:
+            self._drift_onset = step
+        self._high_steps = self._high_steps + 1 if rise > margin and level > self._highs.highest else 0
+        return self._high_steps >= settings.drift_span
+
+    def _mark_suspect(self, step: int) -> None:
+        if self.first_suspect_step is None:
+            self.first_suspect_step = step
+
+    def _clear_flags(self) -> None:
+        self._soft_bits = self._hard_bits = self._high_steps = 0
+        self._outliers.drop_pending()
+        self.first_suspect_step = None
+
+    def _reset_best(self) -> None:
+        self._best, self._best_scale = math.inf, 0.0
+        self._drift_onset = self._high_steps = 0
+
+
+# Attributes that are saved, and their value where nothing is known yet.
+_SCALARS: dict[str, Any] = {
+    "first_suspect_step": None,
+    "_first": math.nan,
+    "_first_level": math.nan,
+    "_relaxed_until": -1,
+    "_soft_bits": 0,
+    "_hard_bits": 0,
+    "_soft_rate": _RATE_PRIOR,
+    "_hard_rate": _RATE_PRIOR,
+    "_best": math.inf,
+    "_best_scale": 0.0,
+    "_drift_onset": 0,
+    "_high_steps": 0,
+}
+
+
+def _limits(span: int, least: int, chance: float) -> tuple[tuple[int, float], ...]:
+    """Return (flags asked for, highest outlier rate for which so many are enough).
+
+    The chance that `k` of `span` independent steps are flagged is at most `C(span, k) rate**k`.
+    """
+    return tuple((k, (chance / math.comb(span, k)) ** (1 / k)) for k in range(least, span + 1))
+
+
+def _needed(limits: tuple[tuple[int, float], ...], rate: float) -> int:
+    return next((flags for flags, limit in limits if rate <= limit), limits[-1][0])

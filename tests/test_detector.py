@@ -1,0 +1,208 @@
+"""The detector calls faults by their name and leaves clean curves alone."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learnit_r8.errors import ConfigError
+from learnit_r8.stability.detector import Detector, DetectorSettings, _SortedWindow
+from learnit_r8.types import Verdict
+
+ACT = {Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE}
+CLEAN = {
+    "noisy": lambda rng, n: (0.1 + 2.0 / (1 + np.arange(n) / 300)) * np.exp(0.3 * rng.standard_normal(n)),
+    "crossing zero": lambda rng, n: 1.5 - 3 * (1 - np.exp(-np.arange(n) / 1000)) + 0.1 * rng.standard_normal(n),
+    "negative": lambda rng, n: -5 + 0.2 * rng.standard_t(3, n),
+    "constant": lambda rng, n: np.full(n, 0.5),
+    "zero": lambda rng, n: np.zeros(n),
+    "near interpolation": lambda rng, n: 0.01 * rng.lognormal(0, 0.3, n) * np.where(rng.random(n) < 0.05, 30, 1),
+}
+
+
+def clean(kind, n=3000, seed=0):
+    return CLEAN[kind](np.random.default_rng(seed), n).tolist()
+
+
+def read(detector, losses, start=0):
+    return [detector.observe(start + k, loss) for k, loss in enumerate(losses)]
+
+
+def first_action(readings):
+    return next(((k, r.verdict) for k, r in enumerate(readings) if r.verdict in ACT), None)
+
+
+@pytest.mark.parametrize("kind", CLEAN)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_clean_curve_causes_no_action(kind, seed):
+    assert first_action(read(Detector(), clean(kind, seed=seed))) is None
+
+
+@pytest.mark.parametrize("kind", ["noisy", "crossing zero", "negative", "constant"])
+@pytest.mark.parametrize("at", [3, 15, 16, 17, 500])
+def test_one_harmless_outlier_of_ten_times_causes_no_action(kind, at):
+    losses = clean(kind)
+    losses[at] += 10 * max(1.0, abs(losses[at]))
+    assert first_action(read(Detector(), losses)) is None
+
+
+@pytest.mark.parametrize("step", [0, 1, 15, 16, 100])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_a_fault_at_once_and_leaves_no_trace(step, value):
+    losses = clean("noisy", 200)
+    with_fault, without = Detector(), Detector()
+    read(with_fault, losses[:step])
+    read(without, losses[:step])
+    reading = with_fault.observe(step, value)
+    assert reading.verdict is Verdict.NONFINITE
+    assert with_fault.first_suspect_step == step
+    with_fault.reset_after_rollback(without.state_dict())
+    without.reset_after_rollback()
+    assert read(with_fault, losses[step:], step) == read(without, losses[step:], step)
+
+
+def test_one_nonfinite_sample_in_a_finite_mean_is_a_fault():
+    assert Detector().observe(0, 1.0, finite=False).verdict is Verdict.NONFINITE
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=120))
+def test_any_floats_are_read_and_state_stays_finite_strict_json(losses):
+    detector = Detector()
+    read(detector, losses)
+    for name in ("window", "recent"):
+        assert all(math.isfinite(x) for x in detector.state_dict()[name])
+    json.dumps(detector.state_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", ["noisy", "crossing zero", "negative", "constant"])
+def test_a_level_ten_times_up_is_a_spike_within_three_steps(kind):
+    losses = clean(kind)
+    scale = max(abs(np.median(losses[436:500])), 4 * np.std(losses[436:500]))
+    detector = Detector()
+    readings = read(detector, losses[:500] + [loss + 10 * scale for loss in losses[500:510]])
+    where, verdict = first_action(readings)
+    assert 500 <= where < 503
+    assert verdict is Verdict.SPIKE
+    assert detector.first_suspect_step == 500
+    assert readings[where].reason
+
+
+@pytest.mark.parametrize("kind", ["noisy", "crossing zero", "negative", "constant"])
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5])
+def test_an_exponential_divergence_is_found_before_it_is_a_thousand_times_the_level(kind, rate):
+    losses = np.array(clean(kind))
+    scale = max(abs(np.median(losses[936:1000])), 4 * np.std(losses[936:1000]))
+    losses[1000:] += 0.01 * scale * np.exp(np.minimum(rate * np.arange(2000), 100))
+    where, _ = first_action(read(Detector(), losses.tolist()))
+    assert where >= 1000
+    assert losses[where] - losses[999] < 1000 * scale
+
+
+@pytest.mark.parametrize("kind", ["noisy", "crossing zero", "negative", "constant"])
+def test_a_slow_drift_is_found_and_its_suspect_run_begins_near_its_onset(kind):
+    losses = np.array(clean(kind, 4000))
+    scale = max(abs(np.median(losses[1936:2000])), 4 * np.std(losses[1936:2000]))
+    losses[2000:] += 6 * scale * np.arange(2000) / 1500
+    detector = Detector()
+    for step, loss in enumerate(losses.tolist()):
+        reading = detector.observe(step, loss)
+        if reading.verdict in ACT:
+            break
+    assert reading.verdict is Verdict.DRIFT
+    assert 2000 < step < 3500
+    assert 1900 < detector.first_suspect_step < step - 30
+
+
+def test_flagged_losses_stay_out_of_the_window_and_the_suspect_run_ends_after_eight_calm_steps():
+    detector = Detector()
+    read(detector, clean("constant", 100))
+    before = detector.state_dict()["window"]
+    assert detector.observe(100, 9.0).verdict is Verdict.SUSPECT
+    assert detector.state_dict()["window"] == before
+    for step in range(101, 108):
+        assert detector.observe(step, 0.5).verdict is Verdict.CALM
+        assert detector.first_suspect_step == 100
+    detector.observe(108, 0.5)
+    assert detector.first_suspect_step is None
+
+
+def test_frequent_harmless_outliers_become_part_of_what_is_normal():
+    detector = Detector()
+    readings = read(detector, clean("near interpolation"))
+    late = [r.verdict for r in readings[-1000:]]
+    assert late.count(Verdict.CALM) > 980
+    fault = read(detector, [5.0] * 4, 3000)
+    assert first_action(fault) is not None
+
+
+def test_a_batch_of_hard_samples_is_no_spike_where_its_loss_was_expected():
+    detector, blind = Detector(), Detector()
+    read(detector, clean("noisy", 500))
+    read(blind, clean("noisy", 500))
+    corrected = [detector.observe(500 + k, 12.0, expected_batch=11.5, expected_all=0.5).verdict for k in range(5)]
+    assert set(corrected) == {Verdict.CALM}
+    assert Verdict.SPIKE in {blind.observe(500 + k, 12.0).verdict for k in range(5)}
+    assert detector.observe(505, 1.0, expected_batch=math.nan, expected_all=0.5).verdict is Verdict.CALM
+    assert detector.observe(506, 1.0, expected_batch=1e308, expected_all=-1e308).verdict is Verdict.CALM
+
+
+def test_an_announced_change_may_double_the_loss():
+    for announced in (True, False):
+        detector = Detector()
+        read(detector, clean("constant", 300))
+        if announced:
+            detector.announce(300, "restart")
+        action = first_action(read(detector, [1.1] * 300, 300))
+        assert (action is None) == announced
+
+
+def test_before_it_is_active_only_a_hundredfold_rise_that_lasts_is_a_fault():
+    assert first_action(read(Detector(), [1.0, 50.0, 60.0, 1.0])) is None
+    assert first_action(read(Detector(), [1.0, 500.0, 1.0, 1.0])) is None
+    assert first_action(read(Detector(), [1.0, 500.0, 600.0])) == (2, Verdict.SPIKE)
+
+
+def test_rebaseline_accepts_a_new_level():
+    detector = Detector()
+    read(detector, [0.5] * 100)
+    assert first_action(read(detector, [9.0] * 10, 100)) is not None
+    detector.rebaseline()
+    assert not detector.active
+    assert first_action(read(detector, [9.0] * 500, 110)) is None
+    assert first_action(read(detector, [200.0] * 10, 610)) is not None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 300), st.sampled_from(sorted(CLEAN)))
+def test_a_restored_detector_reads_on_exactly_as_the_first_would(cut, kind):
+    losses = np.array(clean(kind, 400))
+    losses[150::40] += 5 * np.abs(losses[150::40]) + 1
+    losses = losses.tolist()
+    first, second = Detector(), Detector()
+    read(first, losses[:cut])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert read(first, losses[cut:], cut) == read(second, losses[cut:], cut)
+    assert first.state_dict() == second.state_dict()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=90))
+def test_median_and_deviation_agree_with_numpy(values):
+    window = _SortedWindow(64)
+    for value in values:
+        window.push(value)
+    last = np.array(values[-64:])
+    assert window.median() == pytest.approx(np.median(last))
+    distances = np.sort(np.abs(last - window.median()))
+    assert window.deviation(window.median()) == distances[last.size // 2]
+
+
+def test_bad_settings_are_listed_together():
+    with pytest.raises(ConfigError, match="3 problems"):
+        DetectorSettings(hard_score=-1, chance=0.0, warmup=100)
