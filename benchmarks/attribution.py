@@ -105,8 +105,10 @@ class Ours:
 
     def __init__(self, num_samples):
         self.attribution = BatchAttribution(num_samples)
-        self.estimate = np.full(num_samples, PRIOR_ESTIMATE, np.float32)
-        self.variance = np.full(num_samples, PRIOR_VARIANCE, np.float32)
+        rows = np.zeros(num_samples, [("estimate", np.float32), ("variance", np.float32), ("others", np.uint32, (6,))])
+        self.estimate, self.variance = rows["estimate"], rows["variance"]
+        self.estimate[:] = PRIOR_ESTIMATE
+        self.variance[:] = PRIOR_VARIANCE
 
     def feed(self, batches, losses):
         """Report batches."""

@@ -109,15 +109,17 @@ class BatchAttribution:
         """Take the finite mean loss of one batch; O(batch size).
 
         Args:
-            estimate: Relative losses of all samples, float32, shape `[N]`; changed in place.
+            estimate: Relative losses of all samples, float32, shape `[N]`, strided or not; changed
+                in place.
             variance: Their variances, float32, shape `[N]`; changed in place.
             indices: The batch's samples, shape `[n]`, n >= 1.
             loss: Mean of their losses, unweighted, finite.
         """
         n = len(indices)
         self._track(estimate, variance, loss, n)
-        x = estimate.take(indices)
-        p = variance.take(indices)
+        # Not `take`: it copies the whole of a strided array, as the columns of the catalog's rows are.
+        x = estimate[indices]
+        p = variance[indices]
         mean = float(np.add.reduce(x)) / n
         self._history.append(indices, loss, self.level, self.level + self.scale * (mean - 1.0))
         if self.scale == 0.0:
@@ -390,7 +392,8 @@ class _Fit:
             lowest, x = -_LIMIT, x + (observed - fitted) / float(weights.sum())
         else:
             lowest, x = 1.0 / _LIMIT, x * (observed / fitted)
-        return np.minimum(np.maximum(x, lowest), _LIMIT)
+        limited: Floats = np.minimum(np.maximum(x, lowest), _LIMIT)
+        return limited
 
     def error(self, u: Floats) -> Floats:
         """Return target minus prediction for each batch."""

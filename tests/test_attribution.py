@@ -1,5 +1,6 @@
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ class Held:
         assert (self.variance >= 0).all()
         assert (self.variance <= PRIOR_VARIANCE).all()
         assert math.isfinite(self.attribution.level)
-        assert math.isfinite(self.attribution.expected(self.estimate))
+        assert math.isfinite(self.attribution.expected_mean(float(self.estimate.mean())))
         assert not np.isnan(self.losses()).any()
         assert 0.0 <= self.confidence() <= 1.0
 
@@ -156,7 +157,7 @@ def test_a_refinement_predicts_the_last_epoch_without_bias():
     stream = list(reports(lognormal(400), 16, 20, level=lambda t: 5 * math.exp(-2 * t)))
     held = Held(400).feed(stream)
     assert held.refine()
-    predicted = [held.attribution.expected(held.estimate[batch]) for batch, _ in stream[-25:]]
+    predicted = [held.attribution.expected_mean(float(held.estimate[batch].mean())) for batch, _ in stream[-25:]]
     assert np.mean(predicted) == pytest.approx(np.mean([loss for _, loss in stream[-25:]]), rel=0.1)
 
 
@@ -180,13 +181,17 @@ def test_too_few_reports_are_not_refined_and_nothing_changes():
     np.testing.assert_array_equal(before[1], held.variance)
 
 
-def test_pure_noise_is_not_taken_for_differences_between_samples():
-    rng = np.random.default_rng(0)
-    held = Held(400).feed((batch, float(np.exp(rng.standard_normal()))) for batch, _ in reports(np.ones(400), 16, 20))
-    held.refine()
-    held.assert_sane()
-    assert held.confidence() < 0.9
-    assert np.log(held.estimate).std() < 1.0
+def test_a_refinement_sees_that_pure_noise_says_little_about_samples():
+    shrunk, confidence = [], []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        held = Held(400).feed((batch, 1 + 0.2 * rng.standard_normal()) for batch, _ in reports(np.ones(400), 16, 40))
+        before = np.log(held.estimate).std()
+        assert held.refine()
+        shrunk.append(np.log(held.estimate).std() / before)
+        confidence.append(held.confidence())
+    assert np.median(shrunk) < 0.5
+    assert np.median(confidence) < 0.4
 
 
 def test_losses_that_cross_zero_turn_additive_and_keep_the_estimates_in_loss_units():
@@ -228,9 +233,11 @@ def test_constant_losses_leave_every_sample_average(value):
 def test_relative_and_loss_units_convert_into_each_other():
     held = Held(50).feed(reports(lognormal(50) * 7, 8, 3))
     np.testing.assert_allclose(held.attribution.from_loss(held.losses()), held.estimate, rtol=1e-5)
-    assert held.attribution.expected(held.estimate) == pytest.approx(float(held.losses().mean()), rel=1e-5)
+    assert held.attribution.expected_mean(float(held.estimate.mean())) == pytest.approx(
+        float(held.losses().mean()), rel=1e-5
+    )
     np.testing.assert_array_equal(BatchAttribution(3).from_loss(np.array([1.0, 2.0, 3.0])), np.ones(3))
-    assert BatchAttribution(3).expected(np.ones(2, np.float32)) == 0.0
+    assert BatchAttribution(3).expected_mean(1.0) == 0.0
 
 
 @pytest.mark.parametrize("offset", [0.0, -0.6])
@@ -291,6 +298,49 @@ def test_samples_that_the_history_has_forgotten_keep_their_estimates():
     assert held.refine()
     np.testing.assert_array_equal(held.estimate[60:], kept)
     assert spearman(held.estimate[:60], truth[:60]) > 0.95
+
+
+def test_an_update_allocates_nothing_of_the_size_of_the_data_set():
+    rows = np.ones(1_000_000, [("estimate", np.float32), ("variance", np.float32), ("rest", np.uint32, (6,))])
+    attribution, batch = BatchAttribution(len(rows)), np.arange(0, len(rows), 4000)
+    attribution.update(rows["estimate"], rows["variance"], batch, 1.0)
+    tracemalloc.start()
+    try:
+        attribution.update(rows["estimate"], rows["variance"], batch, 2.0)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("offset", [0.0, -0.8])
+def test_columns_of_a_structured_array_give_the_same_as_plain_arrays(offset):
+    plain = Held(300)
+    rows = np.zeros(300, [("estimate", np.float32), ("variance", np.float32), ("rest", np.uint32, (6,))])
+    strided = Held(300)
+    strided.estimate, strided.variance = rows["estimate"], rows["variance"]
+    strided.estimate[:], strided.variance[:] = PRIOR_ESTIMATE, PRIOR_VARIANCE
+    for held in (plain, strided):
+        held.feed(reports(lognormal(300), 16, 20, offset=lambda _: offset))
+        assert held.refine()
+    np.testing.assert_array_equal(plain.estimate, rows["estimate"])
+    np.testing.assert_array_equal(plain.variance, rows["variance"])
+    assert not rows["rest"].any()
+
+
+@pytest.mark.parametrize("offset", [0.0, -4.0])
+def test_losses_known_per_sample_are_a_start_for_batch_losses(offset):
+    truth = (lognormal(200) + offset).astype(np.float32)
+    held = Held(200)
+    held.attribution.start(truth)
+    held.estimate[:] = held.attribution.from_loss(truth)
+    held.variance[:] = 0.1
+    np.testing.assert_allclose(held.losses(), truth, rtol=1e-5, atol=1e-5)
+    held.feed(reports(truth, 10, 5))
+    assert spearman(held.estimate, truth) > 0.9
+    for constant in (0.0, 2.0, -2.0):
+        held = Held(20)
+        held.attribution.start(np.full(5, constant, np.float32))
+        held.feed(reports(np.ones(20), 4, 3)).assert_sane()
 
 
 magnitudes = st.sampled_from([0.0, 1e-30, 1e-12, 1.0, 1e12, 1e30])
