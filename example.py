@@ -10,6 +10,7 @@ shuffling, for comparison.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections import Counter
 from typing import Any
@@ -23,55 +24,57 @@ from sklearn.model_selection import train_test_split
 from learnit_r8 import R8Scheduler, StepResult
 from learnit_r8.events import LossReported, RolledBack, SpikeSeen
 
-EPOCHS, BATCH_SIZE, PEAK_LR = 20, 32, 0.2
-NAN_STEP = 450
+BATCH_SIZE, PEAK_LR = 32, 0.05
 
 
 class Network:
-    """64 inputs, 64 hidden units, 10 classes; SGD with momentum; everything in numpy."""
+    """A multi-layer perceptron, 64-400-400-10, with SGD and momentum, in numpy."""
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.weights = {
-            "w1": rng.normal(0, np.sqrt(2 / 64), (64, 64)),
-            "b1": np.zeros(64),
-            "w2": rng.normal(0, np.sqrt(1 / 64), (64, 10)),
-            "b2": np.zeros(10),
-        }
-        self.velocity = {name: np.zeros_like(value) for name, value in self.weights.items()}
+        sizes = (64, 400, 400, 10)
+        self.weights = [
+            rng.normal(0, np.sqrt(2 / fan_in), (fan_in, fan_out)).astype(np.float32)
+            for fan_in, fan_out in itertools.pairwise(sizes)
+        ]
+        self.biases = [np.zeros(size, np.float32) for size in sizes[1:]]
+        self.velocity = [np.zeros_like(value) for value in self.weights + self.biases]
 
-    def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        hidden = np.maximum(x @ self.weights["w1"] + self.weights["b1"], 0)
-        return hidden, hidden @ self.weights["w2"] + self.weights["b2"]
+    def forward(self, x: np.ndarray) -> list[np.ndarray]:
+        activations = [x]
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            activations.append(np.maximum(activations[-1], 0) @ weight + bias)
+        return activations
 
     def train_step(self, x: np.ndarray, y: np.ndarray, lr: float) -> np.ndarray:
         """Take one optimizer step and return the loss of every sample."""
-        hidden, logits = self.forward(x)
-        logits -= logits.max(axis=1, keepdims=True)
+        *hidden, logits = self.forward(x)
+        rows = np.arange(len(y))
+        logits = logits - logits.max(axis=1, keepdims=True)
         log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        d_logits = np.exp(log_probabilities)
-        d_logits[np.arange(len(y)), y] -= 1
-        d_logits /= len(y)
-        d_hidden = (d_logits @ self.weights["w2"].T) * (hidden > 0)
-        gradients = {
-            "w1": x.T @ d_hidden,
-            "b1": d_hidden.sum(axis=0),
-            "w2": hidden.T @ d_logits,
-            "b2": d_logits.sum(axis=0),
-        }
-        for name, gradient in gradients.items():
-            self.velocity[name] = 0.9 * self.velocity[name] + gradient
-            self.weights[name] -= lr * 0.1 * self.velocity[name]
-        return -log_probabilities[np.arange(len(y)), y]
+        delta = np.exp(log_probabilities)
+        delta[rows, y] -= 1
+        delta /= len(y)
+        weight_gradients, bias_gradients = [], []
+        for weight, below in zip(reversed(self.weights), reversed(hidden), strict=True):
+            weight_gradients.insert(0, np.maximum(below, 0).T @ delta)
+            bias_gradients.insert(0, delta.sum(axis=0))
+            delta = (delta @ weight.T) * (below > 0)
+        gradients = weight_gradients + bias_gradients
+        for value, speed, gradient in zip(self.weights + self.biases, self.velocity, gradients, strict=True):
+            speed *= 0.9
+            speed += gradient
+            value -= lr * speed
+        return -log_probabilities[rows, y]
 
     def accuracy(self, x: np.ndarray, y: np.ndarray) -> float:
-        return float(np.mean(self.forward(x)[1].argmax(axis=1) == y))
+        return float(np.mean(self.forward(x)[-1].argmax(axis=1) == y))
 
     def state(self) -> dict[str, Any]:
-        return {"weights": self.weights, "velocity": self.velocity}
+        return {"weights": self.weights, "biases": self.biases, "velocity": self.velocity}
 
     def restore(self, source: dict[str, Any]) -> None:
-        self.weights, self.velocity = source["weights"], source["velocity"]
+        self.weights, self.biases, self.velocity = source["weights"], source["biases"], source["velocity"]
 
 
 class Counts:
@@ -89,14 +92,14 @@ class Counts:
 
 
 def train(
-    data: tuple[np.ndarray, ...], strategy: str, ui: str, nan_step: int | None
+    data: tuple[np.ndarray, ...], epochs: int, strategy: str, ui: str, *, poison: bool
 ) -> tuple[float, R8Scheduler, Counts]:
     x_train, x_test, y_train, y_test = data
     network, counts = Network(seed=0), Counts()
     with R8Scheduler(
         num_samples=len(x_train),
         batch_size=BATCH_SIZE,
-        num_epochs=EPOCHS,
+        num_epochs=epochs,
         initial_lr=PEAK_LR,
         scheduler_mode="cosine",
         strategy=strategy,
@@ -109,10 +112,10 @@ def train(
         for _ in scheduler.epoch_iterator():
             for indices, lr in scheduler.batch_iterator():
                 losses = network.train_step(x_train[indices], y_train[indices], lr)
-                if scheduler.global_step == nan_step:
-                    network.weights["w2"][:] = np.nan  # the next loss will tell
+                if poison and scheduler.global_step == scheduler.total_steps // 2 + 10:
+                    network.weights[-1][:] = np.nan  # the next loss will tell
                 report(scheduler.update_with_loss(losses))
-            scheduler.log(val_accuracy=network.accuracy(x_test, y_test))
+            scheduler.log(val_acc=network.accuracy(x_test, y_test))
     return network.accuracy(x_test, y_test), scheduler, counts
 
 
@@ -121,29 +124,33 @@ def report(result: StepResult) -> None:
         print(f"step {result.step}: the loss is {result.loss}; the model was restored from its backup in RAM")
 
 
-def draw(images: np.ndarray, captions: list[str]) -> str:
-    """Return digits side by side, two pixels to a character."""
+def draw(images: np.ndarray, captions: list[str], per_row: int = 4) -> str:
+    """Return digits side by side, two characters to a pixel."""
     shades = " ░▒▓█"
-    rows = []
-    for row in range(8):
-        pixels = ("".join(shades[round(v / 16 * 4)] * 2 for v in image.reshape(8, 8)[row]) for image in images)
-        rows.append("   ".join(pixels))
-    return "\n".join([*rows, "   ".join(f"{caption:<16}" for caption in captions)])
+    lines = []
+    for start in range(0, len(images), per_row):
+        row = slice(start, start + per_row)
+        lines += [
+            "   ".join("".join(shades[round(v * 4)] * 2 for v in image[y]) for image in images[row]) for y in range(8)
+        ]
+        lines += ["   ".join(f"{caption:<16}" for caption in captions[row]), ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ui", default="auto", help="auto, curses, rich, log or off")
-    ui = parser.parse_args().ui
+    parser.add_argument("--epochs", type=int, default=20)
+    options = parser.parse_args()
     x, y = load_digits(return_X_y=True)
-    data = train_test_split(x / 16, y, test_size=0.3, random_state=0, stratify=y)
+    data = train_test_split((x / 16).astype(np.float32), y, test_size=0.3, random_state=0, stratify=y)
 
     started = time.perf_counter()
-    accuracy, scheduler, counts = train(data, "quadrant", ui, NAN_STEP)
+    accuracy, scheduler, counts = train(data, options.epochs, "quadrant", options.ui, poison=True)
     seconds = time.perf_counter() - started
-    uniform, *_ = train(data, "uniform", "off", None)
+    uniform, *_ = train(data, options.epochs, "uniform", "off", poison=False)
 
-    table = Table(title=f"Digits, {len(data[0])} training samples, {EPOCHS} epochs", show_header=False)
+    table = Table(title=f"Digits, {len(data[0])} training samples, {options.epochs} epochs", show_header=False)
     table.add_row("test accuracy", f"{accuracy:.4f}")
     table.add_row("the same budget, blind shuffle", f"{uniform:.4f}")
     table.add_row("steps", str(scheduler.global_step))
@@ -159,7 +166,7 @@ def main() -> None:
     suspects = scheduler.catalog.suspects(5)
     captions = [f"#{i} label {data[2][i]}" for i in suspects]
     console.print("The five most suspicious training samples (their loss stays high):\n")
-    console.print(draw(data[0][suspects] * 16, captions), markup=False, highlight=False)
+    console.print(draw(data[0][suspects].reshape(-1, 8, 8), captions), markup=False, highlight=False)
 
 
 if __name__ == "__main__":

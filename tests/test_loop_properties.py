@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnit_r8 import R8Scheduler, state_codec
+from learnit_r8 import R8Scheduler
+from learnit_r8.checkpoint import state_codec
 
 PEAK, FLOOR = 0.1, 1e-3
 
