@@ -118,6 +118,13 @@ class LossCatalog:
             estimate = np.where(self._rows["uses"] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
         return _frozen(estimate)
 
+    def expected_of(self, indices: Indices) -> Losses:
+        """Return the estimated current loss of some samples, float32 `[n]`, without touching the others."""
+        estimate = self._rows["estimate"][indices]
+        if self._attribution is None:
+            return estimate
+        return np.where(self._rows["uses"][indices] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
+
     @property
     def variance(self) -> Losses:
         """Uncertainty of the estimate, float32 `[N]`, read-only.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.types import Indices
+
+_LOOK_AHEAD = 128  # samples of a queue that may be swapped in
+_SWAPS = 4  # a queue, at most
 
 
 class EpochPlan:
@@ -38,6 +41,35 @@ class EpochPlan:
         shares = self._shares(size)
         parts = [self._cut(queue, share) for queue, share in enumerate(shares)]
         return np.concatenate(parts, dtype=np.int64)
+
+    def steer(self, size: int, losses: Callable[[Indices], NDArray[Any]], target: float, tolerance: float) -> None:
+        """Bring the next batch's mean loss near a target by swapping samples with later ones of their queue.
+
+        Every sample is still drawn once. The hardest queue is tried first: its losses differ most.
+
+        Args:
+            size: Samples in the next batch.
+            losses: `(ids) -> losses` of those samples.
+            target: Mean loss wanted.
+            tolerance: Distance from it that is near enough.
+        """
+        shares = self._shares(size)
+        chosen = [queue[at : at + n] for queue, at, n in zip(self._queues, self._taken, shares, strict=True)]
+        missing = target * sum(shares) - float(losses(np.concatenate(chosen, dtype=np.int64)).sum(dtype=np.float64))
+        for queue in reversed(range(len(shares))):
+            mine = chosen[queue]  # a view: swapping in it changes the plan
+            start = self._taken[queue] + shares[queue]
+            later = self._queues[queue][start : start + _LOOK_AHEAD]
+            for _ in range(_SWAPS):
+                if abs(missing) <= tolerance * sum(shares) or not len(mine) or not len(later):
+                    break
+                gains = losses(later.astype(np.int64)) - losses(mine.astype(np.int64))[:, None]
+                best = int(np.abs(missing - gains).argmin())
+                here, there = divmod(best, len(later))
+                if abs(missing - gains[here, there]) >= abs(missing):
+                    break
+                missing -= float(gains[here, there])
+                mine[here], later[there] = later[there], mine[here]
 
     def take_first(self, size: int) -> Indices:
         """Return the next batch from the first queue that still has samples, then the next."""

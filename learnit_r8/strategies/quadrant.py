@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.strategies.base import BatchRequest, register
 from learnit_r8.strategies.plan import PlannedStrategy, shuffled
+from learnit_r8.types import Indices
 
 
 @register("quadrant")
@@ -15,7 +18,22 @@ class Quadrant(PlannedStrategy):
 
     Within a quadrant the samples with the fewest uses come first, ties in random order.
     Samples without a known loss are spread over the quadrants.
+
+    Args:
+        target_loss: Also swap samples within their quadrants until the batch's expected loss is
+            within a tenth of the data set's mean, where a few swaps can do that.
     """
+
+    def __init__(self, *, target_loss: bool = False) -> None:
+        super().__init__()
+        self._target_loss = target_loss
+
+    def draw(self, request: BatchRequest) -> Indices:
+        """Return the plan's next batch; on probation the stable samples come first."""
+        mean = request.catalog.mean_expected
+        if self._target_loss and self._plan is not None and not request.stable_only and not math.isnan(mean):
+            self._plan.steer(request.size, request.catalog.expected_of, mean, 0.1 * abs(mean))
+        return super().draw(request)
 
     def queues(self, request: BatchRequest) -> list[NDArray[np.uint32]]:
         """Return four queues, Q1 (lowest loss) first."""
