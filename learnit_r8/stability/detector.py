@@ -1,16 +1,20 @@
 """Says of every reported loss whether training is still sound.
 
 Each loss is compared with the recent accepted ones by median and MAD, which a few outliers cannot
-move (Hampel 1974; Leys et al. 2013, "Detecting outliers"):
+move (Hampel 1974, "The influence curve and its role in robust estimation"):
 
     l' = loss - (expected loss of the batch - expected loss of all)      composition-corrected
     s  = max(1.4826 MAD, 0.02 |m|, 1e-3 L0)                              m: median, L0: first level
     z  = (l' - m) / s                  a = (l' - m) / max(|m|, 2 s)      score and relative rise
 
 A loss is *hard*-flagged for z > 16 and a > 1, *soft*-flagged for z > 6 and a > 0.5. Flagged losses
-stay out of the window. One flag proves nothing, for harmless outliers exist: a spike is 2 hard flags
-in 3 steps or 4 soft ones in 8. Where a run has shown harmless flags before, more are asked for, so
-many that independent outliers at the observed rate would pass less than once in `1 / chance` steps.
+stay out of the window. One flag proves nothing: a spike is 2 hard flags in 3 steps or 4 soft ones in
+8. Runs near interpolation have many harmless outliers, on which fixed counts fire without end. So
+
+* a loss is flagged only where it rises above the second highest harmless outlier of the last 1024
+  steps (one that was not followed by a fault within 8 steps);
+* where flags were harmless before, as many are asked for as independent ones at the observed rate
+  would reach with a probability of at most 2.5e-6 a step.
 
 What rises too slowly for the window, which follows it, is found as *drift*: the median of the last
 16 losses stays far above the best it has been, and above what it was before this rise began (256
@@ -20,23 +24,22 @@ to 1024 steps ago), so that a loss that swings is left alone. NaN and infinity a
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from learnit_r8.errors import ConfigError
+from learnit_r8.stability.windows import HARMLESS_AFTER, HarmlessOutliers, PastHighs, SortedWindow
 from learnit_r8.types import Verdict
 
 _MAD_TO_STD = 1.4826  # of a normal distribution
 _RELATIVE_FLOOR = 0.02
 _LEVEL_FLOOR = 1e-3
 _TINY = 1e-30
-_HARD_SPAN, _SOFT_SPAN = 3, 8
+_HUGE = 1e150  # losses are cut off here, so that no difference or product of them is infinite
+_HARD_SPAN, _SOFT_SPAN = 3, HARMLESS_AFTER
 _SOFT_MASK = (1 << _SOFT_SPAN) - 1
 _HARD_MASK = (1 << _HARD_SPAN) - 1
-_BLOCK, _RECENT_BLOCKS, _PAST_BLOCKS = 64, 4, 16  # steps; blocks
 _RATE_WEIGHT = 1 / 512
 _RATE_PRIOR = 5e-4
 
@@ -106,125 +109,6 @@ class Reading:
     reason: str = ""
 
 
-class _SortedWindow:
-    """The last `size` values, in order of arrival and sorted."""
-
-    __slots__ = ("arrivals", "size", "values")
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.arrivals: deque[float] = deque()
-        self.values: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def push(self, value: float) -> None:
-        if len(self.values) == self.size:
-            del self.values[bisect_left(self.values, self.arrivals.popleft())]
-        self.arrivals.append(value)
-        insort(self.values, value)
-
-    def fill(self, values: Any) -> None:
-        self.arrivals = deque(float(value) for value in values)
-        self.values = sorted(self.arrivals)
-
-    def median(self) -> float:
-        values, half = self.values, len(self.values) // 2
-        return values[half] if len(values) % 2 else 0.5 * (values[half - 1] + values[half])
-
-    def deviation(self, centre: float) -> float:
-        """Return the median distance from the centre, the upper one of an even number.
-
-        The `count` values nearest to the centre are neighbours in sorted order: their first is
-        found by bisection in 6 steps, where sorting the distances would take 64 values' time.
-        """
-        values = self.values
-        count = len(values) // 2 + 1
-        low, high = 0, len(values) - count
-        while low < high:
-            middle = (low + high) // 2
-            if centre - values[middle] > values[middle + count] - centre:
-                low = middle + 1
-            else:
-                high = middle
-        return max(centre - values[low], values[low + count - 1] - centre)
-
-
-class _PastHighs:
-    """The highest level of 256 to 1024 steps ago, by blocks of steps."""
-
-    __slots__ = ("blocks", "current", "steps")
-
-    def __init__(self) -> None:
-        self.blocks: list[float] = []
-        self.current = -math.inf
-        self.steps = 0
-
-    @property
-    def highest(self) -> float:
-        return max(self.blocks[:-_RECENT_BLOCKS], default=-math.inf)
-
-    def push(self, level: float) -> None:
-        self.current = max(self.current, level)
-        self.steps += 1
-        if self.steps == _BLOCK:
-            self.blocks = [*self.blocks, self.current][-_PAST_BLOCKS:]
-            self.current, self.steps = -math.inf, 0
-
-    def fill(self, state: Mapping[str, Any]) -> None:
-        self.blocks = list(state["blocks"])
-        self.current = -math.inf if state["current"] is None else float(state["current"])
-        self.steps = int(state["steps"])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"blocks": self.blocks, "current": self.current if self.steps else None, "steps": self.steps}
-
-
-class _HarmlessOutliers:
-    """How far single losses have lately stood out without anything coming of it.
-
-    An outlier counts as harmless once `_SOFT_SPAN` steps have passed over it.
-    """
-
-    __slots__ = ("_age", "_count", "_memory", "_pending", "_rises", "_steps")
-
-    def __init__(self, memory: int, count: int) -> None:
-        self._memory = memory
-        self._count = count
-        self.fill({"age": 0, "pending": [0.0] * _SOFT_SPAN, "rises": [], "steps": []})
-
-    @property
-    def envelope(self) -> float:
-        """Return the `count`-th highest rise remembered, 0 where there are fewer."""
-        return self._rises[-self._count] if len(self._rises) >= self._count else 0.0
-
-    def shift(self, rise: float) -> None:
-        """Count one step: `rise` of an outlier, 0 for any other loss."""
-        self._age += 1
-        self._pending.append(rise)
-        old = self._pending.popleft()
-        if self._steps and self._steps[0][0] <= self._age - self._memory:
-            del self._rises[bisect_left(self._rises, self._steps.popleft()[1])]
-        if old > 0.0:
-            self._steps.append((self._age, old))
-            insort(self._rises, old)
-
-    def drop_pending(self) -> None:
-        """Forget those that are not known to be harmless: they were part of a fault."""
-        self._pending = deque([0.0] * _SOFT_SPAN)
-
-    def fill(self, state: Mapping[str, Any]) -> None:
-        self._age = int(state["age"])
-        self._pending = deque(float(rise) for rise in state["pending"])
-        self._steps = deque(zip(state["steps"], state["rises"], strict=True))
-        self._rises = sorted(state["rises"])
-
-    def state_dict(self) -> dict[str, Any]:
-        steps, rises = [step for step, _ in self._steps], [rise for _, rise in self._steps]
-        return {"age": self._age, "pending": list(self._pending), "steps": steps, "rises": rises}
-
-
 class Detector:
     """Reads losses one by one; O(log window) a step, no array is allocated.
 
@@ -239,10 +123,10 @@ class Detector:
         self.first_suspect_step: int | None = None
         self._needed_hard = _limits(_HARD_SPAN, 2, self.settings.chance)
         self._needed_soft = _limits(_SOFT_SPAN, 4, self.settings.chance)
-        self._window = _SortedWindow(self.settings.window)
-        self._recent = _SortedWindow(self.settings.drift_span)
-        self._highs = _PastHighs()
-        self._outliers = _HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
+        self._window = SortedWindow(self.settings.window)
+        self._recent = SortedWindow(self.settings.drift_span)
+        self._highs = PastHighs()
+        self._outliers = HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
         self._first = self._first_level = math.nan
         self._relaxed_until = -1
         self._soft_bits = self._hard_bits = 0
@@ -279,8 +163,7 @@ class Detector:
             return Reading(Verdict.NONFINITE, math.nan, f"the loss is not finite ({loss})")
         correction = expected_batch - expected_all
         corrected = loss - correction if math.isfinite(correction) else loss
-        if not math.isfinite(corrected):
-            corrected = loss
+        corrected = min(max(corrected, -_HUGE), _HUGE)
         if not self.active:
             return self._learn(step, corrected)
         return self._judge(step, corrected)
@@ -299,7 +182,7 @@ class Detector:
         """Accept the present level: forget what losses were compared with, and learn again."""
         self._window.fill(())
         self._recent.fill(())
-        self._highs = _PastHighs()
+        self._highs = PastHighs()
         self._reset_best()
         self._clear_flags()
 

@@ -1,0 +1,121 @@
+"""Which samples to keep out of batches because faults keep happening with them.
+
+"It was in the batch of two faults" proves little: with batches of 256 out of 1000 samples, 66
+samples are in any two batches by chance. So a fault names as few samples as it can (those whose own
+loss is not finite or stands far out; the whole batch only where nothing is known of its samples),
+and a sample is quarantined when it was named so often that the expected number of samples named as
+often by chance, N P(Binomial(faults, named / N) >= times), is at most 0.05.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_EXPECTED = 0.05  # samples quarantined by chance
+_FAULTS_KEPT = 10
+_RUN_KEPT = 8  # batches of one suspect run: as many as lead to a spike
+_FAR_OUT = 20.0  # robust standard deviations above the batch's median
+
+Ids = NDArray[np.int64]
+
+
+class Quarantine:
+    """Counts how often faults name a sample.
+
+    Args:
+        num_samples: Samples in the data set.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self._num_samples = num_samples
+        self.ids: Ids = np.empty(0, np.int64)
+        self._run: list[tuple[bool, Ids]] = []
+        self._faults: list[Ids] = []
+        self._calm_run = 0
+
+    def suspect(self, indices: Iterable[int], losses: NDArray[np.floating[Any]] | None) -> None:
+        """Take a batch whose loss was flagged or faulty.
+
+        The batch that does the harm comes before the losses that show it, so all batches of a
+        suspect run are evidence for the fault it ends in.
+        """
+        self._calm_run = 0
+        self._run = [*self._run, named(np.asarray(list(indices), np.int64), losses)][-_RUN_KEPT:]
+
+    def calm(self) -> None:
+        """Take a calm loss: eight in a row end a suspect run."""
+        self._calm_run += 1
+        if self._calm_run >= _RUN_KEPT:
+            self._run = []
+
+    def trigger(self) -> tuple[int, ...]:
+        """Close the suspect run with a fault; return the samples to be quarantined from now on."""
+        precise = [ids for is_precise, ids in self._run if is_precise]
+        evidence = precise or [ids for _, ids in self._run]
+        self._run = []
+        fault = np.unique(np.concatenate(evidence)) if evidence else np.empty(0, np.int64)
+        # The same batch again (replayed data) says nothing new about which of its samples it was.
+        repeated = not precise and any(np.array_equal(fault, other) for other in self._faults)
+        if not fault.size or repeated:
+            return ()
+        self._faults = [*self._faults, fault][-_FAULTS_KEPT:]
+        ids, counts = np.unique(np.concatenate(self._faults), return_counts=True)
+        share = min(1.0, max(other.size for other in self._faults) / self._num_samples)
+        found = ids[counts >= self._needed(len(self._faults), share)]
+        new = np.setdiff1d(found, self.ids)
+        self.ids = np.union1d(self.ids, new)
+        return tuple(int(i) for i in new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numpy arrays, numbers and lists."""
+        return {
+            "ids": self.ids,
+            "precise": [is_precise for is_precise, _ in self._run],
+            "run": [ids.tolist() for _, ids in self._run],
+            "faults": [ids.tolist() for ids in self._faults],
+            "calm_run": self._calm_run,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.ids = np.asarray(state["ids"], np.int64)
+        run = [np.asarray(ids, np.int64) for ids in state["run"]]
+        self._run = list(zip([bool(p) for p in state["precise"]], run, strict=True))
+        self._faults = [np.asarray(ids, np.int64) for ids in state["faults"]]
+        self._calm_run = int(state["calm_run"])
+
+    def _needed(self, faults: int, share: float) -> int:
+        """Return how many of the faults must name a sample; more than there are if none will do."""
+        tail = 0.0
+        needed = faults + 1
+        for times in range(faults, 1, -1):
+            tail += math.comb(faults, times) * share**times * (1 - share) ** (faults - times)
+            if self._num_samples * tail > _MAX_EXPECTED:
+                break
+            needed = times
+        return needed
+
+
+def named(indices: Ids, losses: NDArray[np.floating[Any]] | None) -> tuple[bool, Ids]:
+    """Return (True, the samples that stand out in a batch) or (False, all of them).
+
+    Args:
+        indices: Sample ids, shape `[n]`.
+        losses: One loss per sample, shape `[n]`, or None.
+    """
+    if losses is None or not indices.size:
+        return False, indices
+    losses = np.asarray(losses, np.float64)
+    few = max(1, indices.size // 8)
+    out = ~np.isfinite(losses)
+    if not out.any():
+        centre = float(np.median(losses))
+        spread = max(1.4826 * float(np.median(np.abs(losses - centre))), 0.05 * abs(centre))
+        out = losses > centre + _FAR_OUT * spread
+    # Where most samples stand out, the weights are broken and the samples say nothing.
+    return (True, indices[out]) if 0 < np.count_nonzero(out) <= few else (False, indices)
