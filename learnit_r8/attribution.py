@@ -38,7 +38,7 @@ PRIOR_VARIANCE = 1.0
 """Variance of a sample that was never seen."""
 
 _LEVEL_RATE = 0.02
-"""Of the moving averages; `benchmarks/attribution.py` is flat between .01 and .05."""
+"""Of the moving averages of level and spread: they remember about fifty batches."""
 _NOISE = 0.1
 """Variance of a batch loss that its samples do not explain, as a share of what they do."""
 _PROCESS_NOISE = 1e-4
@@ -52,7 +52,9 @@ _LIMIT = 1e6
 _MIN_EQUATIONS = 0.2
 """Equations per unknown below which a refinement gains nothing on real training."""
 _PATH = ((2.0, 20.0), (0.3, 20.0), (0.1, 20.0), (0.03, 40.0), (0.005, math.inf), (0.0005, math.inf))
-"""Candidates of a refinement: (noise share, half-life of a report in epochs), most cautious first."""
+"""Candidates of a refinement: (noise share, half-life of a report in epochs), most cautious first.
+
+The first is for batch losses that say next to nothing about their samples."""
 _HELD_OUT = 8
 """Every so many-th batch chooses among the candidates."""
 _COMPARED = 100
@@ -153,18 +155,19 @@ class BatchAttribution:
             return (self.level + self.scale * (estimate.astype(np.float64) - 1.0)).astype(np.float32)
 
     def from_loss(self, losses: NDArray[np.floating[Any]]) -> Float32s:
-        """Return losses in relative units; all `PRIOR_ESTIMATE` while the scale is unknown."""
+        """Return losses in relative units, within +-1e6; all `PRIOR_ESTIMATE` while the scale is unknown."""
         if self.scale == 0.0:
             return np.full(np.shape(losses), PRIOR_ESTIMATE, np.float32)
         with np.errstate(over="ignore"):
-            return (1.0 + (np.asarray(losses, np.float64) - self.level) / self.scale).astype(np.float32)
+            relative = 1.0 + (np.asarray(losses, np.float64) - self.level) / self.scale
+        return np.minimum(np.maximum(relative, -_LIMIT), _LIMIT).astype(np.float32)
 
     def expected(self, estimate: Float32s) -> float:
         """Return the loss that a batch with these relative losses, shape `[n]`, should have."""
         return self.expected_mean(float(np.add.reduce(estimate)) / len(estimate))
 
     def expected_mean(self, estimate: float) -> float:
-        """Return the loss of samples whose mean relative loss is `estimate`."""
+        """Return the loss of samples whose mean relative loss is `estimate`; O(1)."""
         return self.level + self.scale * (estimate - 1.0)
 
     def confidence(self, variance: Float32s) -> float:
@@ -363,7 +366,7 @@ class _Fit:
         self._num_samples = owner.num_samples
         self._additive = owner.additive
         unit = np.full(self.count, owner.scale) if owner.additive else np.maximum(level, np.finfo(float).tiny)
-        self._observed = np.clip(1.0 + (loss - level) / unit, -_LIMIT, _LIMIT)
+        self._observed: Floats = np.clip(1.0 + (loss - level) / unit, -_LIMIT, _LIMIT)
         self._target = self._observed
         self.filter_error = np.clip((loss - predicted) / unit, -_LIMIT, _LIMIT)
         self._ids = history.ids.astype(np.intp)
@@ -392,12 +395,12 @@ class _Fit:
             lowest, x = -_LIMIT, x + (observed - fitted) / float(weights.sum())
         else:
             lowest, x = 1.0 / _LIMIT, x * (observed / fitted)
-        limited: Floats = np.minimum(np.maximum(x, lowest), _LIMIT)
-        return limited
+        return np.minimum(np.maximum(x, lowest), _LIMIT)
 
     def error(self, u: Floats) -> Floats:
         """Return target minus prediction for each batch."""
-        return self._target - self._mean(self._value(u))
+        error: Floats = self._target - self._mean(self._value(u))
+        return error
 
     def mean_square(self, error: Floats, mask: NDArray[np.bool_]) -> float:
         """Return the mean square of some batches' errors; old and small batches count less."""
