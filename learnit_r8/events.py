@@ -272,7 +272,7 @@ def to_json(event: Event) -> dict[str, Any]:
     """Return the event as strict-JSON data, its class under "event"."""
     data: dict[str, Any] = {"event": type(event).__name__}
     for field in dataclasses.fields(event):
-        data[field.name] = _plain(getattr(event, field.name))
+        data[field.name] = plain(getattr(event, field.name))
     return data
 
 
@@ -297,13 +297,14 @@ def from_json(data: Mapping[str, Any]) -> Event:
         raise ValueError(f"incomplete {kind.__name__}: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as strict-JSON data: tuples as lists, non-finite floats as strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

@@ -37,6 +37,7 @@ from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.chooser import Chooser
+from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported, read_losses
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.ranks import Ranks
@@ -153,10 +154,18 @@ class R8Scheduler:
         self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
         self._desk = TicketDesk(config.lookahead)
         self._ranks = Ranks(args.rank, config.world_size, args.all_gather)
-        self._safety = SafetyNet(
-            args.load, args.state_callback, config.backup_every, self._catalog, self._bus.emit, args.clock
-        )
         self._saver = Saver(args, self._bus)
+        evidence = config.log_dir or config.checkpoint_dir
+        self._safety = SafetyNet(
+            args.load,
+            args.state_callback,
+            config.backup_every,
+            self._saver.find_before,
+            self._catalog,
+            self._bus.emit,
+            args.clock,
+            CrashRecorder(Path(evidence) if evidence else None, config.to_json(), lambda: tuple(self._bus.recent)),
+        )
         self._interrupts = Interrupts()
         self._ones = np.ones(config.batch_size, np.float32)
         self._epoch = 0
@@ -285,7 +294,7 @@ class R8Scheduler:
             return self._search.report(reported)
         step = self._global_step
         rows = self._catalog.look_up(ticket.indices)
-        judgement = self._safety.judge(step, reported, rows.expected, skipped=bool(skipped))
+        judgement = self._safety.judge(step, reported, rows.expected, ticket.indices, skipped=bool(skipped))
         if judgement.accepted:
             self._record(ticket, rows, reported)
         self._global_step += 1
@@ -305,7 +314,7 @@ class R8Scheduler:
                 self._clock.monotonic() - started + ticket.draw_seconds,
             )
         rolled_back = judgement.alarming and self._safety.react(
-            step, self._epoch, judgement, reported, ticket.indices, rows.expected
+            step, self._epoch, judgement, reported.mean, rows.expected, ticket.indices
         )
         if self._reported == self._chooser.batches:
             self._end_epoch(completed=True)
@@ -369,6 +378,7 @@ class R8Scheduler:
         else:
             return None
         self._lr = self._budget.learning_rate(position, self._safety.lr_multiplier(step))
+        self._safety.saw_lr(step, self._lr)
         return self._ticket(indices, weights, number, step, cursor, started)
 
     def _ticket(

@@ -1,4 +1,9 @@
-"""The safety net under the loop: judge a loss, and bring the model back when it is needed."""
+"""The safety net under the loop: has every loss judged, and brings the model back when that is needed.
+
+It joins the rooms of `stability`, which know nothing of each other or of the user: the detector
+says what a loss is, the recovery table says what to do, the ring holds the backups. What is done
+happens here: the user's `load_callback`, the catalog, events.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +12,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from learnit_r8 import events
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.clock import Clock
-from learnit_r8.errors import TrainingDiverged
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
+from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported
-from learnit_r8.stability.backups import BackupRing, BackupStatus
+from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, BackupStatus
+from learnit_r8.stability.detector import Detector
+from learnit_r8.stability.recovery import Action, Kind, Recovery
 from learnit_r8.types import Indices, Mask, Verdict
 
 Emit = Callable[..., None]
+FindOnDisk = Callable[[int, int], tuple[int, Path] | None]
+"""(before step, how many to pass over) -> (step, model path) of a checkpoint, or None."""
 
-MAX_UNCOUNTED = 10
-"""Failed updates in a row, with no way to restore the model, after which training has diverged."""
+LR_RISE = 1.5
+"""A learning rate that grows by this factor in a step may well move the loss: the detector is told."""
 
 
 class Judgement(NamedTuple):
-    """The detector's word on one report.
+    """What one report is, and what it calls for.
 
     Attributes:
-        verdict: What it is.
+        verdict: The detector's.
         score: The detector's z; NaN while it is not active.
+        action: The recovery table's answer.
         accepted: The loss may enter the catalog.
-        alarming: The model needs to be restored.
     """
 
     verdict: Verdict
     score: float
+    action: Action
     accepted: bool
-    alarming: bool
+
+    @property
+    def alarming(self) -> bool:
+        """Whether anything but going on is called for."""
+        return self.action.kind not in _GOES_ON
+
+
+_GOES_ON = (Kind.ACCEPT, Kind.HOLD, Kind.IGNORE)
 
 
 class SafetyNet:
@@ -44,10 +63,12 @@ class SafetyNet:
     Args:
         load: Restores the user's model, or None.
         state_callback: Returns the user's model state, or None.
-        backup_every: Steps between automatic backups, or None for none.
+        backup_every: Least number of steps between automatic backups, or None for none.
+        find_on_disk: Finds a checkpoint to go back to when RAM has nothing.
         catalog: Rewound on a rollback.
         emit: `(event class, step, *fields)`.
-        clock: Measures how long restoring takes.
+        clock: Measures steps, backups and restores.
+        crash: Writes down what is known when training has diverged.
     """
 
     def __init__(
@@ -55,111 +76,206 @@ class SafetyNet:
         load: LoadCallback | None,
         state_callback: Callable[[], Any] | None,
         backup_every: int | None,
+        find_on_disk: FindOnDisk,
         catalog: LossCatalog,
         emit: Emit,
         clock: Clock,
+        crash: CrashRecorder,
     ) -> None:
         self._load = load
-        self._state_callback = state_callback
-        self._backup_every = backup_every
+        self._state_callback = None if load is None or backup_every is None else state_callback
+        self._find_on_disk = find_on_disk
         self._catalog = catalog
         self._emit = emit
         self._clock = clock
-        self._ring = BackupRing()
-        self._last_backup = -1
-        self._uncounted: list[tuple[int, ...]] = []
+        self._crash = crash
+        self._detector = Detector()
+        self._recovery = Recovery(catalog.num_samples)
+        self._ring = BackupRing(clock=clock.monotonic)
+        self._pacer = BackupPacer(backup_every=backup_every or 1)
+        self._detector_then: dict[int, dict[str, Any]] = {}  # by backup id: the detector when it was taken
+        self._spent = 0.0  # seconds on copies and scans up to the last backup
+        self._step_began: float | None = None
+        self._lr = 0.0
+
+    # What the loop asks ---------------------------------------------------------------------
 
     @property
     def quarantine(self) -> Mask | None:
         """Samples that are kept out of batches, bool `[N]`, or None."""
-        return None
+        ids = self._recovery.quarantined
+        if not len(ids):
+            return None
+        mask = np.zeros(self._catalog.num_samples, bool)
+        mask[ids] = True
+        return mask
 
     def stable_only(self, step: int) -> bool:
         """Whether the model is on probation and wants stable data."""
-        return False
+        return self._recovery.stable_only(step)
 
     def lr_multiplier(self, step: int) -> float:
         """Recovery's factor on the learning rate, in (0, 1]."""
-        return 1.0
+        return self._recovery.lr_multiplier(step)
 
-    # Backups ------------------------------------------------------------------------------
+    def saw_lr(self, step: int, lr: float) -> None:
+        """Take note of a batch's learning rate."""
+        if lr >= LR_RISE * self._lr and self._lr > 0.0:
+            self._detector.announce(step, "the learning rate rises")
+        self._lr = lr
+
+    def announce(self, step: int, why: str) -> None:
+        """Tell the detector that the loss may change its level for a good reason."""
+        self._detector.announce(step, why)
+
+    # Backups --------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
-        if self._state_callback is None or self._backup_every is None or self._load is None:
+        if self._state_callback is None:
             return
-        if self._last_backup < 0 or step - self._last_backup >= self._backup_every:
+        now = self._clock.monotonic()
+        if self._step_began is not None:
+            self._pacer.stepped(now - self._step_began)
+        if self._recovery.backups_allowed and (not self._ring.backups or self._pacer.due):
             self.keep(self._state_callback(), step)
+            stats = self._ring.stats
+            self._pacer.took(stats.copy_seconds + stats.scan_seconds - self._spent)
+            self._spent = stats.copy_seconds + stats.scan_seconds
+            now = self._clock.monotonic()
+        self._step_began = now
 
     def keep(self, state: Any, step: int) -> None:
-        """Copy a state of the user's model into the ring."""
-        self._last_backup = step
+        """Copy a state of the user's model into the ring, unless the model is suspect right now."""
+        if not self._recovery.backups_allowed:
+            return
         # The first one has to serve until another is proved: it is all there is.
         info = self._ring.take(state, step, initial=self._ring.find() is None)
         if info is not None:
+            held = {backup.id for backup in self._ring.backups}
+            self._detector_then = {key: value for key, value in self._detector_then.items() if key in held}
+            self._detector_then[info.id] = self._detector.state_dict()
             self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
 
-    # Judgement ----------------------------------------------------------------------------
+    # Judgement ------------------------------------------------------------------------------
 
-    def judge(self, step: int, reported: Reported, expected: float, *, skipped: bool) -> Judgement:
-        """Say what a report is. Changes nothing but the detector."""
+    def judge(self, step: int, reported: Reported, expected: float, indices: Indices, *, skipped: bool) -> Judgement:
+        """Say what a report is and what it calls for."""
+        score = float("nan")
         if skipped:
-            return Judgement(Verdict.SKIPPED, float("nan"), accepted=reported.finite, alarming=False)
-        if not reported.finite:
-            return Judgement(Verdict.NONFINITE, float("nan"), accepted=False, alarming=True)
-        self._uncounted.clear()
-        for info in self._ring.healthy(step):
-            if info.status is BackupStatus.VERIFIED:
-                self._emit(events.BackupVerified, step, info.step)
-        return Judgement(Verdict.CALM, float("nan"), accepted=True, alarming=False)
+            verdict = Verdict.SKIPPED
+        else:
+            complete = self._catalog.num_seen == self._catalog.num_samples
+            reading = self._detector.observe(
+                step,
+                reported.mean,
+                expected_batch=expected if complete else score,
+                expected_all=self._catalog.mean_expected if complete else score,
+                finite=reported.finite,
+            )
+            verdict, score = reading.verdict, reading.score
+        self._crash.note(step, verdict, reported.mean, indices)
+        calm = verdict is Verdict.CALM
+        action = self._recovery.react(
+            step,
+            verdict,
+            can_restore=not calm and self._can_restore(step),
+            batch_indices=() if calm else indices,
+            loss=reported.mean,
+            sample_losses=reported.values,
+            first_suspect_step=self._detector.first_suspect_step,
+        )
+        if calm:
+            for info in self._ring.healthy(step):
+                if info.status is BackupStatus.VERIFIED:
+                    self._emit(events.BackupVerified, step, info.step)
+        return Judgement(verdict, score, action, reported.finite and action.kind in _GOES_ON)
 
-    def react(
-        self, step: int, epoch: int, judgement: Judgement, reported: Reported, indices: Indices, expected: float
-    ) -> bool:
-        """Answer an alarm; return True when the model was restored.
+    def _can_restore(self, step: int) -> bool:
+        if self._load is None:
+            return False
+        return bool(self._ring.backups) or self._find_on_disk(step + 1, 0) is not None
+
+    # Recovery -------------------------------------------------------------------------------
+
+    def react(self, step: int, epoch: int, judgement: Judgement, loss: float, expected: float, ids: Indices) -> bool:
+        """Do what an alarming judgement calls for; return True when the model was restored.
 
         Raises:
             TrainingDiverged: Nothing is left to try.
         """
-        batch = tuple(indices.tolist())
-        self._emit(
-            events.SpikeSeen, step, epoch, judgement.verdict.value, reported.mean, expected, judgement.score, batch
-        )
-        self._uncounted.append(batch)
-        reason = self._restore(step)
-        if not reason:
-            self._uncounted.clear()
-            return True
-        self._emit(events.RollbackFailed, step, reason)
-        if len(self._uncounted) >= MAX_UNCOUNTED:
-            raise TrainingDiverged(
-                f"{len(self._uncounted)} losses in a row were not finite and the model could not be restored: {reason}",
-                batches=self._uncounted,
-            )
+        batch = tuple(ids.tolist())
+        self._emit(events.SpikeSeen, step, epoch, judgement.verdict.value, loss, expected, judgement.score, batch)
+        action = judgement.action
+        while action.kind is Kind.RESTORE:
+            self._prepare(step, action)
+            restored = self._from_ram(step, action) if action.source == "ram" else self._from_disk(step, action)
+            if restored is None:
+                return True
+            action = restored
+        if action.kind is Kind.FAIL:
+            self._emit(events.RollbackFailed, step, action.reason)
+            self._crash.diverged(step, action.reason, self._recovery.failing_batches)
+        if action.kind is Kind.ACCEPT_LEVEL:
+            self._detector.rebaseline()
+            self._emit(events.Notice, step, f"a new level of the loss is accepted: {action.reason}", "warning")
+        else:
+            why = "there is no load_callback" if self._load is None else "there is no backup to go back to"
+            self._emit(events.RollbackFailed, step, f"{action.reason} ({why})")
         return False
 
-    def _restore(self, step: int) -> str:
-        """Bring the newest good state back; return why that failed, or "" when it did not."""
-        if self._load is None:
-            return "there is no load_callback"
-        info = self._ring.find(step + 1)
-        if info is None:
-            return "there is no backup: give state_callback, or call update_cpu_backup(state) now and then"
-        started = self._clock.monotonic()
-        error: Exception | None = None
-        for _ in range(2):  # once more with a fresh copy: a half-done load may have changed the first
-            info, state = self._ring.restore(step + 1)
-            try:
-                self._load(state, from_ram=True)
-            except Exception as raised:
-                error = raised
-                continue
-            self._catalog.rewind(info.step)
-            self._ring.discard_after(info.step)
-            seconds = self._clock.monotonic() - started
-            self._emit(events.RolledBack, step, info.step, "ram", self.lr_multiplier(step), 0, seconds)
-            return ""
-        return f"load_callback failed: {type(error).__name__}: {error}"
+    def _prepare(self, step: int, action: Action) -> None:
+        for info in self._ring.backups:
+            if info.id == action.discard:
+                self._ring.discard(info)
+        if action.quarantine:
+            self._emit(events.SampleQuarantined, step, action.quarantine, "in the batches of several faults")
+
+    def _from_ram(self, step: int, action: Action) -> Action | None:
+        """Restore from the ring; None when it worked, else what to do next."""
+        if self._ring.find(action.before_step) is None:
+            return self._recovery.restore_failed(step, "no backup in RAM is good", empty=True)
+        began = self._clock.monotonic()
+        info, state = self._ring.restore(action.before_step)
+        failure = self._try_load(state, from_ram=True)
+        if failure:
+            return self._recovery.restore_failed(step, failure, backup_id=info.id)
+        self._recovery.rolled_back(step, info.step, info.id, last_resort=_unproven(info))
+        self._detector.reset_after_rollback(self._detector_then.get(info.id))
+        self._after_rollback(step, info.step, "ram", began)
+        return None
+
+    def _from_disk(self, step: int, action: Action) -> Action | None:
+        found = self._find_on_disk(step + 1 if action.before_step is None else action.before_step, action.skip)
+        if found is None:
+            return self._recovery.restore_failed(step, "no checkpoint is left", empty=True)
+        began = self._clock.monotonic()
+        to_step, path = found
+        failure = self._try_load(str(path), from_ram=False)
+        if failure:
+            return self._recovery.restore_failed(step, failure)
+        self._recovery.rolled_back(step, to_step, None)
+        self._detector.reset_after_rollback()
+        self._after_rollback(step, to_step, str(path.parent), began)
+        return None
+
+    def _try_load(self, source: Any, *, from_ram: bool) -> str:
+        """Let the user's function restore the model; return what went wrong, or ""."""
+        assert self._load is not None
+        try:
+            self._load(source, from_ram=from_ram)
+        except Exception as error:
+            return f"load_callback failed: {type(error).__name__}: {error}"
+        return ""
+
+    def _after_rollback(self, step: int, to_step: int, source: str, began: float) -> None:
+        self._catalog.rewind(to_step)
+        self._ring.discard_after(to_step)
+        seconds = self._clock.monotonic() - began
+        multiplier, hold = self._recovery.lr_multiplier(step + 1), self._recovery.hold_steps
+        self._emit(events.RolledBack, step, to_step, source, multiplier, hold, seconds)
+
+    # LR search and state --------------------------------------------------------------------
 
     @contextmanager
     def parked(self, save: SaveCallback | None, scheduler_state: Callable[[], dict[str, Any]]) -> Iterator[None]:
@@ -173,9 +289,9 @@ class SafetyNet:
             finally:
                 self._load(ring.restore()[1], from_ram=True)
             return
-        assert save is not None
         import tempfile
 
+        assert save is not None
         with tempfile.TemporaryDirectory(prefix="r8-lr-search-") as folder:
             path = Path(folder) / "model"
             save(scheduler_state, path)
@@ -186,9 +302,17 @@ class SafetyNet:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next steps depend on; backups stay in RAM."""
-        return {}
+        return {"detector": self._detector.state_dict(), "recovery": self._recovery.state_dict(), "lr": self._lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._last_backup = -1
-        self._uncounted.clear()
+        """Restore what `state_dict` returned. Backups of another state of the model are forgotten."""
+        self._detector.load_state_dict(state["detector"])
+        self._recovery.load_state_dict(state["recovery"])
+        self._lr = float(state["lr"])
+        self._ring = BackupRing(clock=self._clock.monotonic)
+        self._detector_then.clear()
+        self._step_began = None
+
+
+def _unproven(info: BackupInfo) -> bool:
+    return info.initial and info.status is not BackupStatus.VERIFIED

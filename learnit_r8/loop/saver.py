@@ -102,6 +102,22 @@ class Saver:
 
         return resolve(path, on_corrupt=self._report_corrupt)
 
+    def find_before(self, step: int, passed_over: int) -> tuple[int, Path] | None:
+        """Return step and model path of this run's newest whole checkpoint of an earlier step.
+
+        Args:
+            step: Checkpoints of this step and later ones do not count.
+            passed_over: How many of the newest not to return.
+        """
+        if self._saved_step < 0 or self._args.config.checkpoint_dir is None:
+            return None
+        found = self.store.older_than(step)
+        for _ in range(passed_over):
+            if found is None:
+                break
+            found = self.store.older_than(found.step)
+        return None if found is None else (found.step, found.model_path)
+
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
         self._saved_step = loaded.step

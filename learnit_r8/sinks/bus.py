@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from learnit_r8.clock import Clock
-from learnit_r8.events import Event, Notice, SinkFailed
+from learnit_r8.events import BatchIssued, Event, LossReported, Notice, SinkFailed
 from learnit_r8.types import Command, Sink
 
+_EVERY_STEP = (BatchIssued, LossReported)
 _COMMANDS = [command.value for command in Command]
 
 
@@ -24,6 +26,7 @@ class EventBus:
         self._sinks = list(sinks)
         self._clock = clock
         self._record = [sink.record for sink in self._sinks]
+        self.recent: deque[Event] = deque(maxlen=200)  # notable ones, for a crash bundle
 
     def __bool__(self) -> bool:
         return bool(self._record)
@@ -35,9 +38,9 @@ class EventBus:
 
     def emit(self, kind: type[Event], step: int, *fields: Any, **more: Any) -> None:
         """Build an event of that kind and let every sink hear it."""
-        if not self._record:
-            return
         event = kind(self._clock.wall(), step, *fields, **more)
+        if kind not in _EVERY_STEP:
+            self.recent.append(event)
         for record in tuple(self._record):
             try:
                 record(event)

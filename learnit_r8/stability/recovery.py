@@ -307,6 +307,11 @@ class Recovery:
             self._source = "disk"
         return self._restore(Signal.RESTORE_FAILED, reason, discard=backup_id)
 
+    @property
+    def hold_steps(self) -> int:
+        """Return for how many steps the last rollback holds the LR down."""
+        return self._hold
+
     def lr_multiplier(self, step: int) -> float:
         """Return the factor on the scheduled LR at a step; 1 while nothing was ever rolled back."""
         return self._peak * self._recovery_factor(step)

@@ -1,0 +1,69 @@
+"""The evidence, written down when training has diverged: a folder that `r8 crash` prints."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from learnit_r8.errors import TrainingDiverged
+from learnit_r8.events import Event, plain, to_json
+from learnit_r8.types import Indices, Verdict
+
+LAST_STEPS = 64
+BUNDLE = "crash.json"
+
+
+class CrashRecorder:
+    """Remembers the last steps, and writes the bundle.
+
+    Args:
+        folder: Where bundles go, or None: then nothing is written.
+        config: The run's configuration as JSON data.
+        recent_events: Returns the last notable events.
+    """
+
+    def __init__(
+        self, folder: Path | None, config: Mapping[str, Any], recent_events: Callable[[], Sequence[Event]]
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._recent_events = recent_events
+        self._steps: deque[tuple[int, Verdict, float, Indices]] = deque(maxlen=LAST_STEPS)
+
+    def note(self, step: int, verdict: Verdict, loss: float, indices: Indices) -> None:
+        """Remember one report."""
+        self._steps.append((step, verdict, loss, indices))
+
+    def diverged(self, step: int, reason: str, batches: Sequence[Sequence[int]]) -> NoReturn:
+        """Write the bundle and raise TrainingDiverged."""
+        where: Path | None = None
+        note = "nothing was written: there is no log_dir and no checkpoint_dir"
+        if self._folder is not None:
+            try:
+                where = self._write(step, reason)
+                note = f"the evidence is in {where} (r8 crash {where})"
+            except OSError as error:  # the disk must not hide the divergence
+                note = f"the evidence could not be written: {error}"
+        raise TrainingDiverged(
+            f"training diverged at step {step}: {reason}; {note}", batches=batches, crash_bundle=where
+        )
+
+    def _write(self, step: int, reason: str) -> Path:
+        assert self._folder is not None
+        where = self._folder / f"crash-step-{step:09d}"
+        where.mkdir(parents=True, exist_ok=True)
+        bundle = {
+            "step": step,
+            "reason": reason,
+            "config": plain(self._config),
+            "steps": [
+                {"step": at, "verdict": verdict.value, "loss": plain(loss), "indices": indices.tolist()}
+                for at, verdict, loss, indices in self._steps
+            ],
+            "events": [to_json(event) for event in self._recent_events()],
+        }
+        (where / BUNDLE).write_text(json.dumps(bundle, allow_nan=False, indent=1), encoding="utf-8")
+        return where
