@@ -61,6 +61,12 @@ class Stage(StrEnum):
     DONE = "done"
 
 
+_STATE_PARTS = (
+    "config", "epoch", "stage", "reported", "accepted", "loss_sum", "global_step", "optimal_lr", "searched",
+    "budget", "tickets", "chooser", "catalog", "safety",
+)  # fmt: skip
+
+
 class R8Scheduler:
     """Owns the epoch loop and the batch loop of a training run.
 
@@ -584,6 +590,11 @@ class R8Scheduler:
         self._resumed = True
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise ConfigError([f"a state is the dict that state_dict() returned, got {type(state).__name__}"])
+        missing = [name for name in _STATE_PARTS if name not in state]
+        if missing:
+            raise ConfigError([f"this is no state of a scheduler: {', '.join(missing)} missing, got {list(state)}"])
         saved = state["config"]
         problems = [
             f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(self._config, name)!r}"

@@ -142,7 +142,7 @@ def check_arguments(
         groups=_groups(problems, groups, size),
         rank=place,
         all_gather=gather,
-        clock=clock or Clock(),
+        clock=_clock(problems, clock),
     )
     problems.raise_if_any()
     return arguments
@@ -220,6 +220,17 @@ def _sinks(problems: Problems, sinks: Any) -> tuple[Sink, ...]:
     else:
         problems.append(f"sinks must be a list of objects with record(event), got {sinks!r}")
     return ()
+
+
+def _clock(problems: Problems, clock: Any) -> Clock:
+    if clock is None:
+        return Clock()
+    if isinstance(clock, type) or not all(callable(getattr(clock, name, None)) for name in _CLOCK_METHODS):
+        problems.append(f"clock must have monotonic(), wall() and sleep(seconds), got {clock!r}")
+    return clock  # type: ignore[no-any-return]
+
+
+_CLOCK_METHODS = ("monotonic", "wall", "sleep")
 
 
 def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.int64] | None:
