@@ -240,8 +240,8 @@ class R8Scheduler:
                 yield self._epoch
                 if self._stage is Stage.RUNNING and not self._stop:
                     self._end_epoch(completed=False)
-                    self._save_if_due()
                 if self._stage is Stage.DONE:
+                    self._save_if_due()
                     self._next_epoch()
         self._end("stopped" if self._stop else "finished")
 
@@ -455,6 +455,9 @@ class R8Scheduler:
                     ticket = self._ticket(indices, None, self._desk.new_id(), self._global_step, 0, started)
                     yield self._desk.issue(ticket)
                     self._desk.check_room()
+            except BaseException:  # left or failed: the next loop starts the search anew
+                search.restart()
+                raise
             finally:
                 self._desk.drop_all()
         self._search = None
@@ -671,10 +674,13 @@ class R8Scheduler:
         """Release the terminal, the log and the signal handlers; any number of times."""
         if self._closed:
             return
+        if self._interrupts.pending is not None:  # it came in a step after which the loops were left
+            self._save_if_possible()
         self._end("closed")
         self._closed = True
         self._interrupts.release()
         self._bus.close()
+        self._interrupts.deliver()
 
     def __enter__(self) -> Self:
         return self
