@@ -132,6 +132,10 @@ COMBINATIONS = {
         {"auto_find_lr": True, "load_callback": lambda path: None},
         ["auto_find_lr needs load_callback"],
     ),
+    "search with batches ahead": (
+        {"auto_find_lr": True, "load_callback": lambda s: None, "state_callback": dict, "lookahead": 2},
+        ["auto_find_lr needs lookahead=1, got lookahead=2"],
+    ),
     "cadence without directory": (
         {"checkpoint_every": "epoch", "checkpoint_dir": None},
         ["checkpoint_every='epoch' needs a checkpoint_dir, got None"],
