@@ -62,6 +62,12 @@ class Stage(StrEnum):
     DONE = "done"
 
 
+_STATE_PARTS = (
+    "config", "epoch", "stage", "reported", "accepted", "loss_sum", "global_step", "optimal_lr", "searched",
+    "budget", "tickets", "chooser", "catalog", "safety",
+)  # fmt: skip
+
+
 class R8Scheduler:
     """Owns the epoch loop and the batch loop of a training run.
 
@@ -243,8 +249,8 @@ class R8Scheduler:
                 yield self._epoch
                 if self._stage is Stage.RUNNING and not self._stop:
                     self._end_epoch(completed=False)
-                    self._save_if_due()
                 if self._stage is Stage.DONE:
+                    self._save_if_due()
                     self._next_epoch()
         self._end("stopped" if self._stop else "finished")
 
@@ -459,6 +465,9 @@ class R8Scheduler:
                     ticket = self._ticket(indices, None, self._desk.new_id(), self._global_step, 0, started)
                     yield self._desk.issue(ticket)
                     self._desk.check_room()
+            except BaseException:  # left or failed: the next loop starts the search anew
+                search.restart()
+                raise
             finally:
                 self._desk.drop_all()
         self._search = None
@@ -594,6 +603,11 @@ class R8Scheduler:
         self._resumed = True
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise ConfigError([f"a state is the dict that state_dict() returned, got {type(state).__name__}"])
+        missing = [name for name in _STATE_PARTS if name not in state]
+        if missing:
+            raise ConfigError([f"this is no state of a scheduler: {', '.join(missing)} missing, got {list(state)}"])
         saved = state["config"]
         problems = [
             f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(self._config, name)!r}"
@@ -670,10 +684,13 @@ class R8Scheduler:
         """Release the terminal, the log and the signal handlers; any number of times."""
         if self._closed:
             return
+        if self._interrupts.pending is not None:  # it came in a step after which the loops were left
+            self._save_if_possible()
         self._end("closed")
         self._closed = True
         self._interrupts.release()
         self._bus.close()
+        self._interrupts.deliver()
 
     def __enter__(self) -> Self:
         return self

@@ -93,6 +93,12 @@ def check_arguments(
         problems.append(
             "auto_find_lr needs load_callback, and state_callback or save_callback, to undo the search: give both"
         )
+    ahead = problems.integer("lookahead", lookahead, 1)
+    if find_lr and ahead > 1:
+        problems.append(
+            f"auto_find_lr needs lookahead=1, got lookahead={ahead}: each loss decides the search's next rate; "
+            "find the rate in a short run of its own, and give it as initial_lr"
+        )
     size = problems.integer("num_samples", num_samples, 1, MAX_SAMPLES)
     batch = problems.integer("batch_size", batch_size, 1)
     whole = problems.flag("drop_last", drop_last)
@@ -127,7 +133,7 @@ def check_arguments(
         noise_guard=problems.choice("noise_guard", noise_guard, NOISE_GUARDS),
         seed=problems.integer("seed", seed, 0),
         drop_last=whole,
-        lookahead=problems.integer("lookahead", lookahead, 1),
+        lookahead=ahead,
         world_size=world,
     )
     arguments = Arguments(
@@ -142,7 +148,7 @@ def check_arguments(
         groups=_groups(problems, groups, size),
         rank=place,
         all_gather=gather,
-        clock=clock or Clock(),
+        clock=_clock(problems, clock),
     )
     problems.raise_if_any()
     return arguments
@@ -220,6 +226,17 @@ def _sinks(problems: Problems, sinks: Any) -> tuple[Sink, ...]:
     else:
         problems.append(f"sinks must be a list of objects with record(event), got {sinks!r}")
     return ()
+
+
+def _clock(problems: Problems, clock: Any) -> Clock:
+    if clock is None:
+        return Clock()
+    if isinstance(clock, type) or not all(callable(getattr(clock, name, None)) for name in _CLOCK_METHODS):
+        problems.append(f"clock must have monotonic(), wall() and sleep(seconds), got {clock!r}")
+    return clock  # type: ignore[no-any-return]
+
+
+_CLOCK_METHODS = ("monotonic", "wall", "sleep")
 
 
 def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.int64] | None:

@@ -282,7 +282,7 @@ class SafetyNet:
         """Put the user's model aside and bring it back at the end, whatever was done to it meanwhile."""
         assert self._load is not None
         if self._state_callback is not None:
-            ring = BackupRing(2)
+            ring = BackupRing()
             ring.take(self._state_callback(), 0, initial=True)
             try:
                 yield

@@ -55,6 +55,7 @@ class Interrupts:
             name = signal.Signals(number).name
             os.write(2, f"\n[r8] {name}: saving a checkpoint after this step; again to stop at once\n".encode())
             return
+        self.pending = None
         self._deliver(number, frame)
 
     def deliver(self) -> None:

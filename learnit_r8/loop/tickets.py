@@ -108,7 +108,10 @@ class TicketDesk:
                 f"batch id {batch.id} (step {batch.step}) is not open: it was reported before, or taken back "
                 f"when its loop was left; open ids: {list(self._open) or 'none'}"
             )
-        return self._open[batch.id]
+        ticket = self._open[batch.id]
+        if batch is not ticket.batch and not np.array_equal(batch.indices, ticket.batch.indices):
+            raise ProtocolError(f"batch id {batch.id} (step {batch.step}) is not open: it is another scheduler's")
+        return ticket
 
     def close(self, ticket: Ticket) -> None:
         """Remove a reported ticket."""
