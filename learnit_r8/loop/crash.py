@@ -37,8 +37,10 @@ class CrashRecorder:
         """Remember one report."""
         self._steps.append((step, verdict, loss, indices))
 
-    def diverged(self, step: int, reason: str, batches: Sequence[Sequence[int]]) -> NoReturn:
-        """Write the bundle and raise TrainingDiverged."""
+    def diverged(
+        self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None
+    ) -> NoReturn:
+        """Write the bundle and raise TrainingDiverged, from the last error of the user's load_callback if any."""
         where: Path | None = None
         note = "nothing was written: there is no log_dir and no checkpoint_dir"
         if self._folder is not None:
@@ -49,7 +51,7 @@ class CrashRecorder:
                 note = f"the evidence could not be written: {error}"
         raise TrainingDiverged(
             f"training diverged at step {step}: {reason}; {note}", batches=batches, crash_bundle=where
-        )
+        ) from cause
 
     def _write(self, step: int, reason: str) -> Path:
         assert self._folder is not None

@@ -97,6 +97,7 @@ class SafetyNet:
         self._spent = 0.0  # seconds on copies and scans up to the last backup
         self._step_began: float | None = None
         self._lr = 0.0
+        self._load_error: Exception | None = None
 
     # What the loop asks ---------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ class SafetyNet:
             action = restored
         if action.kind is Kind.FAIL:
             self._emit(events.RollbackFailed, step, action.reason)
-            self._crash.diverged(step, action.reason, self._recovery.failing_batches)
+            self._crash.diverged(step, action.reason, self._recovery.failing_batches, self._load_error)
         if action.kind is Kind.ACCEPT_LEVEL:
             self._detector.rebaseline()
             self._emit(events.Notice, step, f"a new level of the loss is accepted: {action.reason}", "warning")
@@ -265,6 +266,7 @@ class SafetyNet:
         try:
             self._load(source, from_ram=from_ram)
         except Exception as error:
+            self._load_error = error
             return f"load_callback failed: {type(error).__name__}: {error}"
         return ""
 

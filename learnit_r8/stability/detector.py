@@ -3,9 +3,12 @@
 Each loss is compared with the recent accepted ones by median and MAD, which a few outliers cannot
 move (Hampel 1974, "The influence curve and its role in robust estimation"):
 
-    l' = loss - (expected loss of the batch - expected loss of all)      composition-corrected
+    l' = loss - b (expected loss of the batch - expected loss of all)    composition-corrected
     s  = max(1.4826 MAD, 0.02 |m|, 1e-3 L0)                              m: median, L0: first level
     z  = (l' - m) / s                  a = (l' - m) / max(|m|, 2 s)      score and relative rise
+
+`b`, the share of the expected excess that really shows in the losses, is a running regression slope
+within [0, 1] (see `windows.Composition`).
 
 A loss is *hard*-flagged for z > 16 and a > 1, *soft*-flagged for z > 6 and a > 0.5. Flagged losses
 stay out of the window. One flag proves nothing: a spike is 2 hard flags in 3 steps or 4 soft ones in
@@ -29,7 +32,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.stability.windows import HARMLESS_AFTER, HarmlessOutliers, PastHighs, SortedWindow
+from learnit_r8.stability.windows import Composition, HARMLESS_AFTER, HarmlessOutliers, PastHighs, SortedWindow
 from learnit_r8.types import Verdict
 
 _MAD_TO_STD = 1.4826  # of a normal distribution
@@ -126,6 +129,7 @@ class Detector:
         self._window = SortedWindow(self.settings.window)
         self._recent = SortedWindow(self.settings.drift_span)
         self._highs = PastHighs()
+        self._composition = Composition()
         self._outliers = HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
         self._first = self._first_level = math.nan
         self._relaxed_until = -1
@@ -161,12 +165,14 @@ class Detector:
         if not finite or not math.isfinite(loss):
             self._mark_suspect(step)
             return Reading(Verdict.NONFINITE, math.nan, f"the loss is not finite ({loss})")
-        correction = expected_batch - expected_all
-        corrected = loss - correction if math.isfinite(correction) else loss
+        excess = expected_batch - expected_all
+        known = math.isfinite(excess)
+        corrected = self._composition.correct(loss, excess) if known else loss
         corrected = min(max(corrected, -_HUGE), _HUGE)
-        if not self.active:
-            return self._learn(step, corrected)
-        return self._judge(step, corrected)
+        reading = self._judge(step, corrected) if self.active else self._learn(step, corrected)
+        if known and reading.verdict is Verdict.CALM and abs(excess) < 1e75:
+            self._composition.learn(loss, excess)
+        return reading
 
     def announce(self, step: int, why: str) -> None:
         """Take notice that the loss may change its level: LR restart or rise, new strategy.
@@ -203,7 +209,8 @@ class Detector:
         state: dict[str, Any] = {name.strip("_"): getattr(self, name) for name in _SCALARS}
         # Strict JSON knows no infinity or NaN: what is not there yet is None.
         state = {name: value if value is None or math.isfinite(value) else None for name, value in state.items()}
-        windows = {"window": list(self._window.arrivals), "recent": list(self._recent.arrivals)}
+        windows: dict[str, Any] = {"window": list(self._window.arrivals), "recent": list(self._recent.arrivals)}
+        windows["composition"] = self._composition.state_dict()
         return {**state, **windows, "highs": self._highs.state_dict(), "outliers": self._outliers.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -212,6 +219,7 @@ class Detector:
             value = state[name.strip("_")]
             setattr(self, name, absent if value is None else value)
         self._window.fill(state["window"])
+        self._composition.fill(state["composition"])
         self._recent.fill(state["recent"])
         self._highs.fill(state["highs"])
         self._outliers.fill(state["outliers"])

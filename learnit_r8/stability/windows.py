@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 HARMLESS_AFTER = 8  # steps that pass over an outlier before it counts as harmless
+_SLOPE_MEMORY = 64  # calm losses
 _BLOCK, _RECENT_BLOCKS, _PAST_BLOCKS = 64, 4, 16  # steps; blocks
 
 
@@ -58,6 +59,50 @@ class SortedWindow:
             else:
                 high = middle
         return max(centre - values[low], values[low + count - 1] - centre)
+
+
+class Composition:
+    """How much of a batch's expected excess shows in its loss: a running regression slope, 0 to 1.
+
+    Estimates of samples that were last seen long ago are out of date while the model learns fast.
+    Subtracting them in full would then add noise in place of removing it, many times the loss itself.
+    Until losses have shown otherwise the estimates are believed: the slope is drawn toward 1 with
+    the weight of two losses.
+    """
+
+    __slots__ = ("count", "covariance", "excess", "loss", "variance")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.loss = self.excess = self.covariance = self.variance = 0.0
+
+    def correct(self, loss: float, excess: float) -> float:
+        """Return the loss without the part that the batch's composition explains."""
+        if self.variance <= 0.0:
+            return loss - excess
+        count = min(self.count, _SLOPE_MEMORY)
+        slope = (count * self.covariance / self.variance + 2.0) / (count + 2.0)
+        return loss - min(1.0, max(0.0, slope)) * excess
+
+    def learn(self, loss: float, excess: float) -> None:
+        """Take a calm loss and the excess that was expected of its batch."""
+        self.count += 1
+        weight = 1.0 / min(self.count, _SLOPE_MEMORY)
+        off_loss, off_excess = loss - self.loss, excess - self.excess
+        self.loss += weight * off_loss
+        self.excess += weight * off_excess
+        # Exponentially weighted moments (Finch 2009, "Incremental calculation of weighted mean and variance").
+        self.covariance = (1.0 - weight) * (self.covariance + weight * off_loss * off_excess)
+        self.variance = (1.0 - weight) * (self.variance + weight * off_excess * off_excess)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the state as plain numbers."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def fill(self, state: Mapping[str, float]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in self.__slots__:
+            setattr(self, name, state[name])
 
 
 class PastHighs:
