@@ -177,8 +177,8 @@ def _draw_axes(plot: _Plot, chart: Chart, high: float) -> None:
 
 def _draw_x_labels(plot: _Plot, chart: Chart, high: float) -> None:
     grid, base = plot.grid, plot.y + plot.rows
-    if chart.axis == "epoch" and chart.epochs:
-        inside = [(float(step), str(epoch + 1)) for step, epoch in chart.epochs if plot.low <= step <= high]
+    inside = [(float(step), str(epoch + 1)) for step, epoch in chart.epochs if plot.low <= step <= high]
+    if chart.axis == "epoch" and inside:
         ticks = inside[:: max(1, -(-len(inside) * 6 // max(1, plot.cells)))]
         end = ""
     else:
@@ -238,7 +238,7 @@ def _columns(
         start, end = (first_time, last_time) if by_time else (first_step, last_step)
         first, column = int((start - low) * per_x), int((end - low) * per_x)
         # Conditions instead of min() and max(): this loop is half of a frame.
-        column = 0 if column < 0 else most if column > most else column
+        column = 0 if column < 0 else most if column > most else column  # noqa: FURB136 - calls cost more
         if lo > hi:
             if ends[column] is None:
                 ends[column] = math.nan
@@ -248,7 +248,7 @@ def _columns(
             lows[column] = lo
         if hi > highs[column]:
             highs[column] = hi
-        for covered in range(first if first > 0 else 0, column):
+        for covered in range(max(0, first), column):
             lows[covered] = min(lo, lows[covered])
             highs[covered] = max(hi, highs[covered])
     return lows, highs, ends
@@ -261,20 +261,27 @@ def _clamp(dot: float, limit: int) -> int:
 def _band(plot: _Plot, bits: list[int], column: int, top: int, bottom: int) -> None:
     """Set every other dot of a raster column, and both ends: a texture that the line stands out from."""
     _run(plot, bits, column, top, top)
-    _run(plot, bits, column, bottom, bottom)
-    if bottom - top > 1:
+    if bottom > top:
+        _run(plot, bits, column, bottom, bottom)
         _run(plot, bits, column, top, bottom, plot.raster.texture)
 
 
 def _run(plot: _Plot, bits: list[int], column: int, top: int, bottom: int, mask: int = -1) -> None:
     """Set the dots of one raster column from `top` to `bottom`, as far as `mask` has them."""
-    raster = plot.raster
+    raster, cells = plot.raster, plot.cells
     per_cell, runs = raster.rows, raster.runs[column % raster.columns]
-    cell = column // raster.columns
-    for row in range(top // per_cell, bottom // per_cell + 1):
-        above = row * per_cell
-        start, end = max(top - above, 0), min(bottom - above, per_cell - 1)
-        bits[row * plot.cells + cell] |= runs[start][end] & mask
+    first, start = divmod(top, per_cell)
+    last, end = divmod(bottom, per_cell)
+    at = first * cells + column // raster.columns
+    if first == last:
+        bits[at] |= runs[start][end] & mask
+        return
+    bits[at] |= runs[start][-1] & mask
+    full = runs[0][-1] & mask
+    for _ in range(first + 1, last):
+        at += cells
+        bits[at] |= full
+    bits[at + cells] |= runs[0][end] & mask
 
 
 def _trace(plot: _Plot, bits: list[int], ends: Sequence[float | None]) -> tuple[int, int] | None:

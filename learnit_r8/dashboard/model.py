@@ -234,6 +234,7 @@ class DashboardModel:
     def _on_alarm(self, event: e.Event) -> None:
         line = entry(event)
         if line is not None:
+            self.alarms.pop(line.kind, None)  # the latest one stands last
             self.alarms[line.kind] = line
 
     def _on_notice(self, event: e.Notice) -> None:

@@ -165,6 +165,8 @@ def bare_lines(model: DashboardModel, now: float) -> list[list[str]]:
         f"{_short_name(name)} {f.short(metric.last)}"
         for name, metric in sorted(model.metrics.items(), key=_validation_first)
     ]
+    if not loss.count:
+        second = ["waiting for the first loss"]
     third = [f"!{model.spikes} R{model.rollbacks}" + (f" nan {model.nonfinite}" if model.nonfinite else "")]
     if model.entries:
         last = model.entries[-1]
