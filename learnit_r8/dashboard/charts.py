@@ -1,4 +1,4 @@
-"""Line charts, bars and sparklines from characters.
+"""Line charts from characters.
 
 A chart's cell is a small raster: 2 x 4 dots of a braille character, 8 levels of a block, or 3 of
 ASCII. Everything that is drawn is a vertical run of dots in one raster column, so a column's cost
@@ -14,47 +14,14 @@ from dataclasses import dataclass, field
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style
+from learnit_r8.dashboard.glyphs import RASTERS, Raster
 from learnit_r8.dashboard.scales import Scale, choose_scale, x_ticks, y_ticks
 from learnit_r8.dashboard.series import Bin
 
 LABEL_WIDTH = 6
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_EIGHTHS = " ▏▎▍▌▋▊▉"
-_BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _MARK_ORDER = "R!XCLPV"
 """Where marks fall into one cell the first of these has it; the next goes into the cell before."""
 _MARK_STYLES = {"!": Style.BAD, "R": Style.WARN, "X": Style.BAD, "C": Style.GOOD, "V": Style.ACCENT}
-
-
-@dataclass(frozen=True, slots=True)
-class Raster:
-    """How a glyph set divides a cell."""
-
-    columns: int
-    rows: int
-    runs: tuple[tuple[tuple[int, ...], ...], ...]
-    """Dots of raster column c from row a to row b, as bits: `runs[c][a][b]`."""
-    glyphs: tuple[str, ...]
-    """Character for each set of dots."""
-    texture: int
-    """Dots that a filled area shows."""
-
-
-def _braille() -> Raster:
-    runs = tuple(tuple(tuple(sum(dots[a : b + 1]) for b in range(4)) for a in range(4)) for dots in _BRAILLE_DOTS)
-    return Raster(2, 4, runs, tuple(chr(0x2800 + bits) for bits in range(256)), 0x95)
-
-
-def _levels(levels: str, full: str) -> Raster:
-    """Return a raster of one column: a cell shows the height of its topmost dot, or `full`."""
-    n = len(levels)
-    runs = (tuple(tuple(sum(1 << (n - 1 - i) for i in range(a, b + 1)) for b in range(n)) for a in range(n)),)
-    glyphs = [" "] + [levels[bits.bit_length() - 1] for bits in range(1, 1 << n)]
-    glyphs[-1] = full
-    return Raster(1, n, runs, tuple(glyphs), -1)
-
-
-RASTERS = {"braille": _braille(), "blocks": _levels(_BLOCKS, "█"), "ascii": _levels(".-'", "|")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +127,7 @@ def _draw_axes(plot: _Plot, chart: Chart, high: float) -> None:
         label = labels.get(row)
         grid.put(plot.y + row, left, "┤" if label else "│", Style.DIM)
         if label:
-            grid.put(plot.y + row, left - LABEL_WIDTH, label.rjust(LABEL_WIDTH), Style.DIM)
+            grid.put(plot.y + row, left - LABEL_WIDTH, label.rjust(LABEL_WIDTH), Style.DIM, left)
     grid.put(base, left, "└" + "─" * plot.cells, Style.DIM)
     _draw_x_labels(plot, chart, high)
     taken: dict[int, str] = {}
@@ -388,33 +355,3 @@ def _label_outliers(plot: _Plot, y: int, arrow: str, values: dict[int, float], t
                 plot.grid.put(y, plot.x + start, text, Style.WARN)
                 used |= place
                 break
-
-
-def sparkline(values: Sequence[float], width: int, low: float | None = None, high: float | None = None) -> str:
-    """Return the values as `width` blocks of eight heights; a value that is not finite is a gap.
-
-    Longer series are cut into `width` parts and show each part's last value. `low` and `high` are
-    the values' own where omitted.
-    """
-    if width <= 0 or not values:
-        return ""
-    if len(values) > width:
-        values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return " " * len(values)
-    low = min(finite) if low is None else low
-    high = max(finite) if high is None else high
-    scale = 7.999 / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[min(7, max(0, int((v - low) * scale)))] if math.isfinite(v) else " " for v in values)
-
-
-def bar(share: float, width: int, rest: str = "─") -> str:
-    """Return a bar of `width` cells, filled to an eighth of a cell; `rest` fills what is left."""
-    if width <= 0:
-        return ""
-    share = min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0
-    eighths = int(share * width * 8 + 1e-9)
-    full, part = divmod(eighths, 8)
-    text = "█" * full + (_EIGHTHS[part] if part else "")
-    return text + rest * (width - len(text))

@@ -21,6 +21,8 @@ ENTRIES_KEPT = 2000
 EPOCHS_KEPT = 1024
 RECENT_STEPS = 512
 SIGMA_GAIN = 0.02
+METRICS_KEPT = 100
+"""Names beyond these are ignored: a name made of a step number would grow without end."""
 _MARKED = {
     e.SpikeSeen: "!",
     e.RolledBack: "R",
@@ -175,6 +177,8 @@ class DashboardModel:
     def _on_metric(self, event: e.MetricLogged) -> None:
         metric = self.metrics.get(event.name)
         if metric is None:
+            if len(self.metrics) >= METRICS_KEPT:
+                return
             metric = self.metrics[event.name] = Metric(event.name, Series(DECAYS))
         metric.add(event.step, event.time, event.value, self.epoch)
         if is_validation(event.name):

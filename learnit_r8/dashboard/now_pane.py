@@ -6,7 +6,7 @@ import math
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style, clip
-from learnit_r8.dashboard.charts import sparkline
+from learnit_r8.dashboard.glyphs import sparkline
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import Rect
 from learnit_r8.dashboard.metric import Metric, is_validation

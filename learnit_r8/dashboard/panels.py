@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style, clip
-from learnit_r8.dashboard.charts import Chart, bar, draw_chart, sparkline
+from learnit_r8.dashboard.charts import Chart, draw_chart
+from learnit_r8.dashboard.glyphs import bar, sparkline
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import WIDE, Rect
 from learnit_r8.dashboard.model import DECAYS, DashboardModel

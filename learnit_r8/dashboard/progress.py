@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style, cell_width, clip
-from learnit_r8.dashboard.charts import bar
 from learnit_r8.dashboard.export import state
+from learnit_r8.dashboard.glyphs import bar
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import WIDE
 from learnit_r8.dashboard.metric import is_validation

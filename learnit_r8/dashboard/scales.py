@@ -145,7 +145,8 @@ def _compact(value: float) -> str:
 
 def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return text if len(text) <= 6 else f"{float(mantissa):.0f}e{int(exponent)}"
 
 
 def x_ticks(low: float, high: float, cells: int, kind: str) -> list[tuple[float, str]]:

@@ -6,8 +6,9 @@ import math
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, clip
-from learnit_r8.dashboard.charts import bar, draw_chart
+from learnit_r8.dashboard.charts import draw_chart
 from learnit_r8.dashboard.export import state
+from learnit_r8.dashboard.glyphs import bar
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.panels import chart_of
