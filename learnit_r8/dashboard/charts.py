@@ -153,7 +153,7 @@ def _draw_x_labels(plot: _Plot, chart: Chart, high: float) -> None:
         ticks = x_ticks(plot.low, high, plot.cells, kind)
         end = f.span(high) if plot.by_time else f.count(high)
     edge = plot.x + plot.cells
-    reserved = edge - len(end) - 1 if end else edge
+    reserved = edge - len(end) - 2 if end else edge
     free = plot.x
     for position, label in ticks:
         cell = plot.x + plot.column(position) // plot.raster.columns
@@ -177,15 +177,18 @@ def _draw_lines(plot: _Plot, chart: Chart) -> None:
         if lo <= hi:
             _band(plot, band, column, _clamp(plot.dot(hi), limit), _clamp(plot.dot(lo), limit))
     _blit(plot, band, Style.DIM, solid=plot.raster.columns == 1)
+    letters = []
     for letter, bins in chart.others:
         other = [0] * size
         end = _trace(plot, other, _columns(plot, bins, chart.average)[2])
         _blit(plot, other, Style.MARK)
         if end is not None:
-            row, cell = end[1] // plot.raster.rows, min(plot.cells - 1, end[0] // plot.raster.columns + 1)
-            plot.grid.put(plot.y + row, plot.x + cell, letter, Style.MARK)
+            letters.append((end, letter))
     _trace(plot, line, ends)
     _blit(plot, line, Style.ACCENT)
+    for (column, row), letter in letters:
+        cell = min(plot.cells - 1, column // plot.raster.columns + 1)
+        plot.grid.put(plot.y + row // plot.raster.rows, plot.x + cell, letter, Style.MARK)
 
 
 def _columns(

@@ -195,6 +195,11 @@ class DashboardModel:
         self.steps_per_epoch, self.total_steps = event.steps_per_epoch, event.total_steps
         self.started, self.spent_before = event.time, event.elapsed
         self.step, self.ended, self.paused = event.step, None, False
+        if event.steps_per_epoch:
+            # An epoch that is resumed in its middle starts without an EpochStarted.
+            self.epoch = event.step // event.steps_per_epoch
+            self.epoch_batches = event.steps_per_epoch
+            self.epoch_first_step = self.epoch * event.steps_per_epoch
         # Rates of an earlier process say nothing about this one.
         self.pace = Pace(started=event.time)
 
@@ -266,6 +271,7 @@ class DashboardModel:
 
     def _on_lr_found(self, event: e.LrFound) -> None:
         self.lr_found, self.searching = event, False
+        self.phase = self.epoch_phase or self.phase
 
     def _on_paused(self, event: e.Paused) -> None:
         self.paused = event.paused
