@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from learnit_r8 import events as e
@@ -198,7 +198,7 @@ STREAMS = st.lists(st.one_of(LOSSES, QUADRANTS, METRICS, STARTS, NOTICES, PHASES
 
 
 @given(STREAMS, VIEWS, st.sampled_from([(40, 4), (60, 16), (80, 24), (80, 50), (120, 35), (200, 60)]), numbers())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, phases=[Phase.generate])
 def test_any_stream_of_events_is_drawn(events, view, size, now):
     model = DashboardModel()
     for event in events:

@@ -16,7 +16,7 @@ from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style
 from learnit_r8.dashboard.glyphs import RASTERS, Raster
 from learnit_r8.dashboard.scales import Scale, choose_scale, x_ticks, y_ticks
-from learnit_r8.dashboard.series import Bin
+from learnit_r8.dashboard.series import HUGE, Bin
 
 LABEL_WIDTH = 6
 _MARK_ORDER = "R!XCLPV"
@@ -99,7 +99,7 @@ def draw_chart(grid: Grid, y: int, x: int, width: int, height: int, chart: Chart
         The vertical axis chosen, or None where there was nothing to draw.
     """
     rows, cells = height - 2, width - LABEL_WIDTH - 1
-    points = [point for point in chart.points if math.isfinite(point[2])]
+    points = [point for point in chart.points if abs(point[2]) < HUGE]
     scale = choose_scale(chart.bins, chart.scale, chart.prefer_log, [value for _, _, value in points])
     if rows < 1 or cells < 2 or scale is None:
         if height > 0:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from learnit_r8.dashboard.series import HUGE
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -50,6 +52,7 @@ def sparkline(values: Sequence[float], width: int, low: float | None = None, hig
     """
     if width <= 0 or not values:
         return ""
+    values = [value if abs(value) < HUGE else math.nan for value in values]
     if len(values) > width:
         values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
     finite = [value for value in values if math.isfinite(value)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from learnit_r8 import events as e
@@ -21,6 +22,8 @@ ENTRIES_KEPT = 2000
 EPOCHS_KEPT = 1024
 RECENT_STEPS = 512
 SIGMA_GAIN = 0.02
+LATEST = 1e12
+"""Times beyond this many seconds since 1970 are taken for errors."""
 METRICS_KEPT = 100
 """Names beyond these are ignored: a name made of a step number would grow without end."""
 _MARKED = {
@@ -117,10 +120,13 @@ class DashboardModel:
     def consume(self, event: Any) -> None:
         """Take one event of `learnit_r8.events`; other objects are ignored."""
         kind = type(event)
+        if kind is e.BatchIssued or not isinstance(event, e.Event):
+            return
+        if not -LATEST < event.time < LATEST:
+            # A log may hold anything; a chart needs a place for it.
+            event = replace(event, time=self.last_time if self.last_time == self.last_time else 0.0)
         if kind is e.LossReported:
             self._on_loss(event)
-            return
-        if kind is e.BatchIssued or not isinstance(event, e.Event):
             return
         self._seen(event.time)
         handler = self._handlers.get(kind)
@@ -161,7 +167,8 @@ class DashboardModel:
             self.best_step = step
         if loss - loss == 0.0:  # finite
             distance = loss - series.averages[0]
-            self.sigma_squared += SIGMA_GAIN * (distance * distance - self.sigma_squared)
+            if -1e150 < distance < 1e150:  # its square is finite
+                self.sigma_squared += SIGMA_GAIN * (distance * distance - self.sigma_squared)
             surprise = loss - event.expected_loss
             if surprise - surprise == 0.0:
                 self._surprise.add(step, time, surprise)
@@ -193,7 +200,8 @@ class DashboardModel:
     def _on_run_started(self, event: e.RunStarted) -> None:
         self.run, self.config, self.version, self.pid = event.run, event.config, event.version, event.pid
         self.steps_per_epoch, self.total_steps = event.steps_per_epoch, event.total_steps
-        self.started, self.spent_before = event.time, event.elapsed
+        self.started = event.time
+        self.spent_before = event.elapsed if 0 <= event.elapsed < LATEST else 0.0
         self.step, self.ended, self.paused = event.step, None, False
         if event.steps_per_epoch:
             # An epoch that is resumed in its middle starts without an EpochStarted.
@@ -292,7 +300,7 @@ class DashboardModel:
     def budget(self) -> float | None:
         """Seconds that the whole run may take, where that is its goal."""
         value = self.config.get("train_duration_seconds")
-        return float(value) if isinstance(value, (int, float)) and value > 0 else None
+        return float(value) if isinstance(value, (int, float)) and 0 < value < LATEST else None
 
     def elapsed(self, now: float) -> float:
         """Return the training seconds so far, those before a resume counted."""
