@@ -44,7 +44,7 @@ def _head(model: DashboardModel) -> list[str]:
     spent = model.elapsed(model.last_time) if model.last_time == model.last_time else 0.0
     of = f" of {f.steps(model.total_steps)}" if model.total_steps else ""
     epochs = f"/{model.num_epochs}" if model.num_epochs else ""
-    reached = f"step {f.steps(model.step)}{of}, epoch {model.epoch + 1}{epochs}, {f.span(spent)}"
+    reached = f"{f.steps(model.step)}{of} steps, epoch {model.epoch + 1}{epochs}, {f.span(spent)}"
     return [f"learnit::r8  {model.run or 'run'}  {state(model)}", _row("reached", reached)]
 
 
