@@ -44,7 +44,7 @@ def _classify(char: str) -> tuple[str, int]:
     # Format characters reorder or join what follows (bidi, ZWJ); variation selectors change widths.
     if category == "Cf" or 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF:
         return "", 0
-    if category in {"Cc", "Cs", "Cn", "Zl", "Zp"}:
+    if category in {"Cc", "Cs", "Cn", "Co", "Zl", "Zp"}:
         return "?", 1
     if category in {"Mn", "Me"} or 0x1160 <= code <= 0x11FF:
         return char, 0

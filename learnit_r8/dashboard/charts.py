@@ -1,4 +1,4 @@
-"""Line charts, bars and sparklines from characters.
+"""Line charts from characters.
 
 A chart's cell is a small raster: 2 x 4 dots of a braille character, 8 levels of a block, or 3 of
 ASCII. Everything that is drawn is a vertical run of dots in one raster column, so a column's cost
@@ -14,47 +14,14 @@ from dataclasses import dataclass, field
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style
+from learnit_r8.dashboard.glyphs import RASTERS, Raster
 from learnit_r8.dashboard.scales import Scale, choose_scale, x_ticks, y_ticks
-from learnit_r8.dashboard.series import Bin
+from learnit_r8.dashboard.series import HUGE, Bin
 
 LABEL_WIDTH = 6
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_EIGHTHS = " ▏▎▍▌▋▊▉"
-_BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _MARK_ORDER = "R!XCLPV"
 """Where marks fall into one cell the first of these has it; the next goes into the cell before."""
 _MARK_STYLES = {"!": Style.BAD, "R": Style.WARN, "X": Style.BAD, "C": Style.GOOD, "V": Style.ACCENT}
-
-
-@dataclass(frozen=True, slots=True)
-class Raster:
-    """How a glyph set divides a cell."""
-
-    columns: int
-    rows: int
-    runs: tuple[tuple[tuple[int, ...], ...], ...]
-    """Dots of raster column c from row a to row b, as bits: `runs[c][a][b]`."""
-    glyphs: tuple[str, ...]
-    """Character for each set of dots."""
-    texture: int
-    """Dots that a filled area shows."""
-
-
-def _braille() -> Raster:
-    runs = tuple(tuple(tuple(sum(dots[a : b + 1]) for b in range(4)) for a in range(4)) for dots in _BRAILLE_DOTS)
-    return Raster(2, 4, runs, tuple(chr(0x2800 + bits) for bits in range(256)), 0x95)
-
-
-def _levels(levels: str, full: str) -> Raster:
-    """Return a raster of one column: a cell shows the height of its topmost dot, or `full`."""
-    n = len(levels)
-    runs = (tuple(tuple(sum(1 << (n - 1 - i) for i in range(a, b + 1)) for b in range(n)) for a in range(n)),)
-    glyphs = [" "] + [levels[bits.bit_length() - 1] for bits in range(1, 1 << n)]
-    glyphs[-1] = full
-    return Raster(1, n, runs, tuple(glyphs), -1)
-
-
-RASTERS = {"braille": _braille(), "blocks": _levels(_BLOCKS, "█"), "ascii": _levels(".-'", "|")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +99,7 @@ def draw_chart(grid: Grid, y: int, x: int, width: int, height: int, chart: Chart
         The vertical axis chosen, or None where there was nothing to draw.
     """
     rows, cells = height - 2, width - LABEL_WIDTH - 1
-    points = [point for point in chart.points if math.isfinite(point[2])]
+    points = [point for point in chart.points if abs(point[2]) < HUGE]
     scale = choose_scale(chart.bins, chart.scale, chart.prefer_log, [value for _, _, value in points])
     if rows < 1 or cells < 2 or scale is None:
         if height > 0:
@@ -160,7 +127,7 @@ def _draw_axes(plot: _Plot, chart: Chart, high: float) -> None:
         label = labels.get(row)
         grid.put(plot.y + row, left, "┤" if label else "│", Style.DIM)
         if label:
-            grid.put(plot.y + row, left - LABEL_WIDTH, label.rjust(LABEL_WIDTH), Style.DIM)
+            grid.put(plot.y + row, left - LABEL_WIDTH, label.rjust(LABEL_WIDTH), Style.DIM, left)
     grid.put(base, left, "└" + "─" * plot.cells, Style.DIM)
     _draw_x_labels(plot, chart, high)
     taken: dict[int, str] = {}
@@ -177,8 +144,8 @@ def _draw_axes(plot: _Plot, chart: Chart, high: float) -> None:
 
 def _draw_x_labels(plot: _Plot, chart: Chart, high: float) -> None:
     grid, base = plot.grid, plot.y + plot.rows
-    if chart.axis == "epoch" and chart.epochs:
-        inside = [(float(step), str(epoch + 1)) for step, epoch in chart.epochs if plot.low <= step <= high]
+    inside = [(float(step), str(epoch + 1)) for step, epoch in chart.epochs if plot.low <= step <= high]
+    if chart.axis == "epoch" and inside:
         ticks = inside[:: max(1, -(-len(inside) * 6 // max(1, plot.cells)))]
         end = ""
     else:
@@ -186,7 +153,7 @@ def _draw_x_labels(plot: _Plot, chart: Chart, high: float) -> None:
         ticks = x_ticks(plot.low, high, plot.cells, kind)
         end = f.span(high) if plot.by_time else f.count(high)
     edge = plot.x + plot.cells
-    reserved = edge - len(end) - 1 if end else edge
+    reserved = edge - len(end) - 2 if end else edge
     free = plot.x
     for position, label in ticks:
         cell = plot.x + plot.column(position) // plot.raster.columns
@@ -210,15 +177,18 @@ def _draw_lines(plot: _Plot, chart: Chart) -> None:
         if lo <= hi:
             _band(plot, band, column, _clamp(plot.dot(hi), limit), _clamp(plot.dot(lo), limit))
     _blit(plot, band, Style.DIM, solid=plot.raster.columns == 1)
+    letters = []
     for letter, bins in chart.others:
         other = [0] * size
         end = _trace(plot, other, _columns(plot, bins, chart.average)[2])
         _blit(plot, other, Style.MARK)
         if end is not None:
-            row, cell = end[1] // plot.raster.rows, min(plot.cells - 1, end[0] // plot.raster.columns + 1)
-            plot.grid.put(plot.y + row, plot.x + cell, letter, Style.MARK)
+            letters.append((end, letter))
     _trace(plot, line, ends)
     _blit(plot, line, Style.ACCENT)
+    for (column, row), letter in letters:
+        cell = min(plot.cells - 1, column // plot.raster.columns + 1)
+        plot.grid.put(plot.y + row // plot.raster.rows, plot.x + cell, letter, Style.MARK)
 
 
 def _columns(
@@ -238,7 +208,7 @@ def _columns(
         start, end = (first_time, last_time) if by_time else (first_step, last_step)
         first, column = int((start - low) * per_x), int((end - low) * per_x)
         # Conditions instead of min() and max(): this loop is half of a frame.
-        column = 0 if column < 0 else most if column > most else column
+        column = 0 if column < 0 else most if column > most else column  # noqa: FURB136 - calls cost more
         if lo > hi:
             if ends[column] is None:
                 ends[column] = math.nan
@@ -248,7 +218,7 @@ def _columns(
             lows[column] = lo
         if hi > highs[column]:
             highs[column] = hi
-        for covered in range(first if first > 0 else 0, column):
+        for covered in range(max(0, first), column):
             lows[covered] = min(lo, lows[covered])
             highs[covered] = max(hi, highs[covered])
     return lows, highs, ends
@@ -261,20 +231,27 @@ def _clamp(dot: float, limit: int) -> int:
 def _band(plot: _Plot, bits: list[int], column: int, top: int, bottom: int) -> None:
     """Set every other dot of a raster column, and both ends: a texture that the line stands out from."""
     _run(plot, bits, column, top, top)
-    _run(plot, bits, column, bottom, bottom)
-    if bottom - top > 1:
+    if bottom > top:
+        _run(plot, bits, column, bottom, bottom)
         _run(plot, bits, column, top, bottom, plot.raster.texture)
 
 
 def _run(plot: _Plot, bits: list[int], column: int, top: int, bottom: int, mask: int = -1) -> None:
     """Set the dots of one raster column from `top` to `bottom`, as far as `mask` has them."""
-    raster = plot.raster
+    raster, cells = plot.raster, plot.cells
     per_cell, runs = raster.rows, raster.runs[column % raster.columns]
-    cell = column // raster.columns
-    for row in range(top // per_cell, bottom // per_cell + 1):
-        above = row * per_cell
-        start, end = max(top - above, 0), min(bottom - above, per_cell - 1)
-        bits[row * plot.cells + cell] |= runs[start][end] & mask
+    first, start = divmod(top, per_cell)
+    last, end = divmod(bottom, per_cell)
+    at = first * cells + column // raster.columns
+    if first == last:
+        bits[at] |= runs[start][end] & mask
+        return
+    bits[at] |= runs[start][-1] & mask
+    full = runs[0][-1] & mask
+    for _ in range(first + 1, last):
+        at += cells
+        bits[at] |= full
+    bits[at + cells] |= runs[0][end] & mask
 
 
 def _trace(plot: _Plot, bits: list[int], ends: Sequence[float | None]) -> tuple[int, int] | None:
@@ -381,33 +358,3 @@ def _label_outliers(plot: _Plot, y: int, arrow: str, values: dict[int, float], t
                 plot.grid.put(y, plot.x + start, text, Style.WARN)
                 used |= place
                 break
-
-
-def sparkline(values: Sequence[float], width: int, low: float | None = None, high: float | None = None) -> str:
-    """Return the values as `width` blocks of eight heights; a value that is not finite is a gap.
-
-    Longer series are cut into `width` parts and show each part's last value. `low` and `high` are
-    the values' own where omitted.
-    """
-    if width <= 0 or not values:
-        return ""
-    if len(values) > width:
-        values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return " " * len(values)
-    low = min(finite) if low is None else low
-    high = max(finite) if high is None else high
-    scale = 7.999 / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[min(7, max(0, int((v - low) * scale)))] if math.isfinite(v) else " " for v in values)
-
-
-def bar(share: float, width: int, rest: str = "─") -> str:
-    """Return a bar of `width` cells, filled to an eighth of a cell; `rest` fills what is left."""
-    if width <= 0:
-        return ""
-    share = min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0
-    eighths = int(share * width * 8 + 1e-9)
-    full, part = divmod(eighths, 8)
-    text = "█" * full + (_EIGHTHS[part] if part else "")
-    return text + rest * (width - len(text))

@@ -92,12 +92,13 @@ def span(seconds: float) -> str:
 
 
 def rough(seconds: float) -> str:
-    """Return a duration in its largest unit only: `4m`, `2h`."""
-    text = span(seconds)
-    for unit in "dhm":
-        if unit in text and "ms" not in text:
-            return text.split(unit)[0] + unit
-    return text
+    """Return a duration in whole numbers of its largest unit: `9s`, `4m`, `2h`."""
+    if not math.isfinite(seconds):
+        return "--"
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{int(seconds / size)}{unit}"
+    return f"{int(max(0.0, seconds))}s"
 
 
 def stopwatch(seconds: float) -> str:

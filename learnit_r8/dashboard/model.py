@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from learnit_r8 import events as e
@@ -21,6 +22,10 @@ ENTRIES_KEPT = 2000
 EPOCHS_KEPT = 1024
 RECENT_STEPS = 512
 SIGMA_GAIN = 0.02
+LATEST = 1e12
+"""Times beyond this many seconds since 1970 are taken for errors."""
+METRICS_KEPT = 100
+"""Names beyond these are ignored: a name made of a step number would grow without end."""
 _MARKED = {
     e.SpikeSeen: "!",
     e.RolledBack: "R",
@@ -115,10 +120,13 @@ class DashboardModel:
     def consume(self, event: Any) -> None:
         """Take one event of `learnit_r8.events`; other objects are ignored."""
         kind = type(event)
+        if kind is e.BatchIssued or not isinstance(event, e.Event):
+            return
+        if not -LATEST < event.time < LATEST:
+            # A log may hold anything; a chart needs a place for it.
+            event = replace(event, time=self.last_time if self.last_time == self.last_time else 0.0)
         if kind is e.LossReported:
             self._on_loss(event)
-            return
-        if kind is e.BatchIssued or not isinstance(event, e.Event):
             return
         self._seen(event.time)
         handler = self._handlers.get(kind)
@@ -159,7 +167,8 @@ class DashboardModel:
             self.best_step = step
         if loss - loss == 0.0:  # finite
             distance = loss - series.averages[0]
-            self.sigma_squared += SIGMA_GAIN * (distance * distance - self.sigma_squared)
+            if -1e150 < distance < 1e150:  # its square is finite
+                self.sigma_squared += SIGMA_GAIN * (distance * distance - self.sigma_squared)
             surprise = loss - event.expected_loss
             if surprise - surprise == 0.0:
                 self._surprise.add(step, time, surprise)
@@ -175,6 +184,8 @@ class DashboardModel:
     def _on_metric(self, event: e.MetricLogged) -> None:
         metric = self.metrics.get(event.name)
         if metric is None:
+            if len(self.metrics) >= METRICS_KEPT:
+                return
             metric = self.metrics[event.name] = Metric(event.name, Series(DECAYS))
         metric.add(event.step, event.time, event.value, self.epoch)
         if is_validation(event.name):
@@ -189,8 +200,14 @@ class DashboardModel:
     def _on_run_started(self, event: e.RunStarted) -> None:
         self.run, self.config, self.version, self.pid = event.run, event.config, event.version, event.pid
         self.steps_per_epoch, self.total_steps = event.steps_per_epoch, event.total_steps
-        self.started, self.spent_before = event.time, event.elapsed
+        self.started = event.time
+        self.spent_before = event.elapsed if 0 <= event.elapsed < LATEST else 0.0
         self.step, self.ended, self.paused = event.step, None, False
+        if event.steps_per_epoch:
+            # An epoch that is resumed in its middle starts without an EpochStarted.
+            self.epoch = event.step // event.steps_per_epoch
+            self.epoch_batches = event.steps_per_epoch
+            self.epoch_first_step = self.epoch * event.steps_per_epoch
         # Rates of an earlier process say nothing about this one.
         self.pace = Pace(started=event.time)
 
@@ -234,6 +251,7 @@ class DashboardModel:
     def _on_alarm(self, event: e.Event) -> None:
         line = entry(event)
         if line is not None:
+            self.alarms.pop(line.kind, None)  # the latest one stands last
             self.alarms[line.kind] = line
 
     def _on_notice(self, event: e.Notice) -> None:
@@ -261,6 +279,7 @@ class DashboardModel:
 
     def _on_lr_found(self, event: e.LrFound) -> None:
         self.lr_found, self.searching = event, False
+        self.phase = self.epoch_phase or self.phase
 
     def _on_paused(self, event: e.Paused) -> None:
         self.paused = event.paused
@@ -281,7 +300,7 @@ class DashboardModel:
     def budget(self) -> float | None:
         """Seconds that the whole run may take, where that is its goal."""
         value = self.config.get("train_duration_seconds")
-        return float(value) if isinstance(value, (int, float)) and value > 0 else None
+        return float(value) if isinstance(value, (int, float)) and 0 < value < LATEST else None
 
     def elapsed(self, now: float) -> float:
         """Return the training seconds so far, those before a resume counted."""

@@ -6,7 +6,7 @@ import math
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style, clip
-from learnit_r8.dashboard.charts import sparkline
+from learnit_r8.dashboard.glyphs import sparkline
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import Rect
 from learnit_r8.dashboard.metric import Metric, is_validation
@@ -14,6 +14,7 @@ from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.panels import Piece, heading, pieces
 
 _LABEL = 10
+_WAITING = "waiting for the first loss"
 
 
 def _row(name: str, *parts: Piece) -> list[Piece]:
@@ -36,12 +37,13 @@ def _loss(model: DashboardModel) -> list[Piece]:
 
 
 def _surprise(model: DashboardModel) -> list[Piece]:
+    surprise = model.loss - model.expected_loss
     return _row(
         "δsurp",
         _fields(
-            f.signed(model.loss - model.expected_loss, 8),
+            f.signed(surprise, 8) if math.isfinite(surprise) else f"{'--':>8}",
             f" σ   {f.number(model.sigma, 6)}",
-            f"z {'--' if math.isnan(model.score) else f'{model.score:+.1f}'}",
+            f"z {model.score:+.1f}" if math.isfinite(model.score) else "z --",
         ),
     )
 
@@ -99,7 +101,7 @@ def _metric(metric: Metric) -> list[Piece]:
     return _row(clip(metric.name, _LABEL - 1), *parts)
 
 
-def _safety(model: DashboardModel, now: float) -> list[list[Piece]]:
+def _safety(model: DashboardModel, now: float, width: int) -> list[list[Piece]]:
     places = []
     if model.backup_step is not None:
         places.append(f"RAM backup {f.steps(max(0, model.step - 1 - model.backup_step))} steps ago")
@@ -113,7 +115,7 @@ def _safety(model: DashboardModel, now: float) -> list[list[Piece]]:
     if model.alarms:
         last = list(model.alarms.values())[-1]
         more = f" (+{len(model.alarms) - 1})" if len(model.alarms) > 1 else ""
-        rows.append([(f"alarm{more} ", Style.BAD), (f"{last.kind}: {last.text}", Style.BAD)])
+        rows.append([(clip(f"alarm{more} {last.kind}: {last.text}", width), Style.BAD)])
     else:
         rows.append([("alarms none", Style.DIM)])
     return rows
@@ -122,8 +124,11 @@ def _safety(model: DashboardModel, now: float) -> list[list[Piece]]:
 def now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now: float) -> None:
     """Draw the numbers as one column of rows."""
     heading(grid, rect, 2, "now", view)
+    if not model.series["loss"].count:
+        grid.put(rect.y + 1, rect.x, _WAITING, Style.DIM, rect.x + rect.width)
+        return
     metrics = [_metric(metric) for metric in _ordered(model)]
-    safety = _safety(model, now)
+    safety = _safety(model, now, rect.width)
     steps = _steps(model, view)
     fixed = [_loss(model), _surprise(model), _lr(model)]
     # The last rows stay where they are: metrics fill what lies between, and give way first.
@@ -145,6 +150,9 @@ def _ordered(model: DashboardModel) -> list[Metric]:
 def short_now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now: float) -> None:
     """Draw the numbers as two lines."""
     heading(grid, rect, 2, "now", view)
+    if not model.series["loss"].count:
+        grid.put(rect.y + 1, rect.x, _WAITING, Style.DIM, rect.x + rect.width)
+        return
     loss = model.series["loss"]
     arrow = "▲" if model.loss > loss.averages[0] else "▼"
     first = [f"loss {f.short(model.loss)} {arrow} ema {f.short(loss.averages[0])}", f"lr {model.lr:.2e}"]

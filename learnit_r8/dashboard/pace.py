@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 MIN_STEPS = 20
 MIN_SECONDS = 10.0
 """No estimate before both: the first steps compile, fill caches and start workers."""
+LONGEST = 1e9
+"""Longer spans are nonsense in a log, not time."""
 BLOCK_SECONDS = 1.0
 BLOCK_STEPS = 4
 SLOWEST_GAIN = 0.03
@@ -97,7 +99,7 @@ class Pace:
     def report(self, time: float, step_seconds: float, r8_seconds: float, kind: str) -> None:
         """Take one reported step; `kind` is "train", "cataloging" or "search"."""
         # Clocks of other machines and hand-made logs may go backwards.
-        user, own = max(0.0, step_seconds), max(0.0, r8_seconds)
+        user, own = min(max(0.0, step_seconds), LONGEST), min(max(0.0, r8_seconds), LONGEST)
         duration = user + own
         if self._last_report is not None:
             gap = time - self._last_report - self._set_aside - duration
@@ -109,12 +111,12 @@ class Pace:
         self._last_report, self._set_aside = time, 0.0
         self.steps += 1
         # The first step compiles and warms up; it says nothing about the others.
-        if self.steps > 1 and kind != "search" and duration < math.inf:
+        if self.steps > 1 and kind != "search":
             (self.cataloging if kind == "cataloging" else self.train).add(duration)
 
     def set_aside(self, what: str, seconds: float) -> None:
         """Take time that was neither step nor validation: "checkpoints", "rollbacks" or "paused"."""
-        if 0 < seconds < math.inf:
+        if 0 < seconds < LONGEST:
             self.spent[what] += seconds
             self._set_aside += seconds
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style, clip
-from learnit_r8.dashboard.charts import Chart, bar, draw_chart, sparkline
+from learnit_r8.dashboard.charts import Chart, draw_chart
+from learnit_r8.dashboard.glyphs import bar, sparkline
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import WIDE, Rect
 from learnit_r8.dashboard.model import DECAYS, DashboardModel
@@ -141,7 +142,8 @@ def small_chart_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewSt
     """Draw a chart without a legend: the learning rate, or a further metric."""
     chart = chart_of(model, view, name)
     scale = draw_chart(grid, rect.y + 1, rect.x - 1, rect.width + 1, rect.height, chart, view.glyphs)
-    parts = [(f.short(model.metric_series(name).last), Style.BOLD)]
+    last = model.metric_series(name).last
+    parts = [(f.short(last), Style.BOLD)] if math.isfinite(last) else []
     if scale is not None and scale.log:
         parts.append(("y:log", Style.DIM))
     heading(grid, rect, 4 if name == "lr" else 0, clip(name, max(4, rect.width - 12)), view, parts)
@@ -206,7 +208,7 @@ def _difficulty_short(grid: Grid, rect: Rect, model: DashboardModel, shares: Seq
     for q in range(min(4, len(found.counts), len(found.losses), len(found.edges) - 1)):
         trend = _trend(model, q, 5)
         share = f"{100 * shares[q]:3.0f}%" if q < len(shares) and math.isfinite(shares[q]) else " --%"
-        text = f" {_edges(found.edges[q], found.edges[q + 1], 12)} {trend:5} {share}"
+        text = f" {_edges(found.edges[q], found.edges[q + 1], 13)} {trend:5} {share}"
         text += f"  stuck {f.count(found.stuck)}" if q == 3 and found.stuck else ""
         y, x = rect.y + 1 + q // 2, rect.x + q % 2 * half
         end = rect.x + rect.width if q % 2 else x + half

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style, cell_width, clip
-from learnit_r8.dashboard.charts import bar
 from learnit_r8.dashboard.export import state
+from learnit_r8.dashboard.glyphs import bar
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import WIDE
 from learnit_r8.dashboard.metric import is_validation
@@ -165,6 +165,8 @@ def bare_lines(model: DashboardModel, now: float) -> list[list[str]]:
         f"{_short_name(name)} {f.short(metric.last)}"
         for name, metric in sorted(model.metrics.items(), key=_validation_first)
     ]
+    if not loss.count:
+        second = ["waiting for the first loss"]
     third = [f"!{model.spikes} R{model.rollbacks}" + (f" nan {model.nonfinite}" if model.nonfinite else "")]
     if model.entries:
         last = model.entries[-1]

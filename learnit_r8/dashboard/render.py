@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from learnit_r8.dashboard.cells import Grid, Style, cell_width
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import MIN_HEIGHT, MIN_WIDTH, WIDE, Band, Boxes, Rect, allot, place
-from learnit_r8.dashboard.model import DashboardModel
+from learnit_r8.dashboard.model import LATEST, DashboardModel
 from learnit_r8.dashboard.now_pane import metrics_table, now_pane, short_now_pane
 from learnit_r8.dashboard.overlays import confirm_overlay, help_overlay, key_line
 from learnit_r8.dashboard.panels import (
@@ -50,6 +50,7 @@ def render(
         A grid of exactly `height` rows of `width` cells, whatever the size.
     """
     grid = Grid(width, height, ascii_only=view.glyphs == "ascii")
+    now = now if abs(now) < LATEST else model.last_time
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         _bare(grid, model, now)
         return grid

@@ -14,6 +14,8 @@ from learnit_r8.dashboard.series import Bin
 OUTLIER_MARGIN = 0.35
 """Extremes that exceed the range of ordinary values by more than this share of it are clipped."""
 PAD = 0.03
+MAX_LOG = 700.0
+"""Just inside what a double can hold."""
 _TIME_STEPS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 
 
@@ -30,7 +32,9 @@ class Scale:
         if self.log:
             if value <= 0:
                 return -1.0
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            # Differences of logarithms: the quotient of the values could overflow.
+            bottom = math.log(self.low)
+            return (math.log(value) - bottom) / (math.log(self.high) - bottom)
         return (value - self.low) / (self.high - self.low)
 
 
@@ -75,7 +79,7 @@ def choose_scale(bins: Sequence[Bin], mode: str, prefer_log: bool, extra: Sequen
     pad = PAD * (high - low) or 0.05 * (abs(high) or 1.0)
     low, high = low - pad, high + pad
     if log:
-        low, high = math.exp(low), math.exp(min(high, 690.0))
+        low, high = math.exp(max(low, -MAX_LOG)), math.exp(min(high, MAX_LOG))
     return Scale(low, high, log) if low < high else None
 
 
@@ -101,7 +105,7 @@ def y_ticks(scale: Scale, rows: int) -> list[tuple[int, str]]:
         decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
         if len(decades) < 60:
             candidates += [[m * 10.0**k for k in decades for m in group] for group in ((1, 2, 5), (1, 3), (1,))]
-            candidates += [[10.0**k for k in decades[::stride]] for stride in (2, 3, 5, 10)]
+        candidates += [[10.0**k for k in decades[::stride]] for stride in (2, 3, 5, 10, 25, 50, 100, 200)]
     best: list[tuple[int, float]] = []
     for values in candidates:
         placed = [(_row(scale, value, rows), value) for value in values if scale.low <= value <= scale.high]
@@ -145,7 +149,11 @@ def _compact(value: float) -> str:
 
 def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if len(text) > 6:
+        mantissa, exponent = f"{value:.0e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return text
 
 
 def x_ticks(low: float, high: float, cells: int, kind: str) -> list[tuple[float, str]]:

@@ -6,8 +6,9 @@ import math
 
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, clip
-from learnit_r8.dashboard.charts import bar, draw_chart
+from learnit_r8.dashboard.charts import draw_chart
 from learnit_r8.dashboard.export import state
+from learnit_r8.dashboard.glyphs import bar
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.panels import chart_of
@@ -43,7 +44,7 @@ def _head(model: DashboardModel) -> list[str]:
     spent = model.elapsed(model.last_time) if model.last_time == model.last_time else 0.0
     of = f" of {f.steps(model.total_steps)}" if model.total_steps else ""
     epochs = f"/{model.num_epochs}" if model.num_epochs else ""
-    reached = f"step {f.steps(model.step)}{of}, epoch {model.epoch + 1}{epochs}, {f.span(spent)}"
+    reached = f"{f.steps(model.step)}{of} steps, epoch {model.epoch + 1}{epochs}, {f.span(spent)}"
     return [f"learnit::r8  {model.run or 'run'}  {state(model)}", _row("reached", reached)]
 
 

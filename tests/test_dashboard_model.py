@@ -1,0 +1,239 @@
+"""Events to numbers: counts, estimates and lines agree with the events that were sent."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learnit_r8 import events as e
+from learnit_r8.dashboard.journal import entry
+from learnit_r8.dashboard.model import ENTRIES_KEPT, METRICS_KEPT, DashboardModel
+from learnit_r8.dashboard.summary import summary_text
+
+T0 = 1_700_000_000.0
+
+
+def loss(time, step, value=1.0, *, epoch=0, seconds=0.1, expected=1.0, lr=0.1, verdict="calm"):
+    return e.LossReported(time, step, epoch, value, expected, lr, verdict, 0.5, 32, seconds, 0.001)
+
+
+def started(total=1000, per_epoch=100, time=T0, step=0, resumed=False, **config):
+    return e.RunStarted(time, step, "run", config, per_epoch, total, resumed, "0.1.0", 1, 0.0)
+
+
+def fed(*events):
+    model = DashboardModel()
+    for event in events:
+        model.consume(event)
+    return model
+
+
+def training(epochs, per_epoch=100, all_epochs=10, seconds=0.5, validation=20.0, jitter=0.1, checkpoint=0.0, **config):
+    """Yield a run's events up to the start of epoch `epochs`; its steps vary by `jitter`."""
+    rng = random.Random(3)
+    time = T0
+    yield started(per_epoch * all_epochs, per_epoch, num_epochs=all_epochs, **config)
+    for epoch in range(epochs):
+        yield e.EpochStarted(time, epoch * per_epoch, epoch, "cataloging" if epoch == 0 else "quadrant", per_epoch)
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            duration = seconds * (1 + jitter * rng.uniform(-1, 1))
+            time += duration
+            yield loss(time, step, epoch=epoch, seconds=duration - 0.001)
+        yield e.EpochEnded(time, (epoch + 1) * per_epoch, epoch, 1.0, per_epoch * seconds, per_epoch, True)
+        time += validation
+        if checkpoint:
+            time += checkpoint
+            yield e.CheckpointSaved(time, (epoch + 1) * per_epoch, "ckpt/x", 100, checkpoint)
+
+
+def any_event(kind):
+    """A strategy for events of one class, every field anything of its type."""
+    numbers = st.floats(allow_nan=True)
+    whole = st.integers(0, 10**7)
+    texts = st.text(max_size=8)
+    by_type = {
+        "float": numbers,
+        "int": whole,
+        "int | None": st.none() | whole,
+        "str": texts,
+        "bool": st.booleans(),
+        "tuple[int, ...]": st.lists(whole, max_size=5).map(tuple),
+        "tuple[float, ...]": st.lists(numbers, max_size=5).map(tuple),
+        "Mapping[str, Any]": st.fixed_dictionaries(
+            {}, optional={"num_epochs": st.none() | whole, "train_duration_seconds": st.none() | numbers}
+        ),
+        "Mapping[str, float | None]": st.just({}),
+    }
+    fields = {name: by_type[str(field.type)] for name, field in kind.__dataclass_fields__.items()}
+    if "verdict" in fields:
+        fields["verdict"] = st.sampled_from(["calm", "spike", "nonfinite"])
+    return st.builds(kind, **fields)
+
+
+STREAMS = st.lists(st.one_of([any_event(kind) for kind in e.EVENT_TYPES.values()]), max_size=25)
+
+
+@given(STREAMS)
+@settings(max_examples=150, deadline=None)
+def test_any_stream_of_events_is_taken_and_exported_as_strict_json(events):
+    model = fed(*events, "not an event", None)
+    json.dumps(model.to_json(), allow_nan=False)
+    assert summary_text(model)
+    assert model.spikes == sum(isinstance(event, e.SpikeSeen) for event in events)
+    assert model.series["loss"].count == sum(isinstance(event, e.LossReported) for event in events)
+
+
+@pytest.mark.parametrize("kind", e.EVENT_TYPES.values(), ids=lambda kind: kind.__name__)
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_lines_of_events_are_one_line(kind, data):
+    line = entry(data.draw(any_event(kind)))
+    if line is not None:
+        assert "\n" not in line.text
+        assert len(line.icon) == 1
+
+
+def test_loss_statistics_are_those_of_the_reports():
+    model = fed(*[loss(T0 + i, i, v) for i, v in enumerate([3.0, 1.0, math.nan, 2.0])])
+    series = model.series["loss"]
+    assert (series.lo, series.hi, series.last, model.best_step, model.nonfinite) == (1.0, 3.0, 2.0, 1, 1)
+    assert (model.step, model.samples) == (4, 128)
+
+
+def test_estimate_waits_for_twenty_steps_and_ten_seconds():
+    quick = fed(started(), *[loss(T0 + 0.1 * i, i) for i in range(1, 60)])
+    assert quick.eta(T0 + 6) is None
+    slow = fed(started(), *[loss(T0 + 2.0 * i, i, seconds=2.0) for i in range(1, 15)])
+    assert slow.eta(T0 + 28) is None
+    both = fed(started(), *[loss(T0 + 1.0 * i, i, seconds=1.0) for i in range(1, 30)])
+    assert both.eta(T0 + 29)[0] == pytest.approx(970, rel=0.02)
+
+
+def test_estimate_counts_validation_and_checkpoints():
+    events = list(training(epochs=3, checkpoint=5.0))
+    model = fed(*events)
+    # Seven epochs of 100 steps of 0.5 s, seven validations of 20 s, seven checkpoints of 5 s, and
+    # what is left of the third epoch's validation.
+    truth = 7 * (50 + 20 + 5)
+    assert model.eta(model.last_time)[0] == pytest.approx(truth, rel=0.06)
+
+
+@pytest.mark.parametrize("jitter", [0.05, 0.3, 0.9])
+def test_estimate_is_within_its_uncertainty_of_the_truth(jitter):
+    whole = list(training(epochs=10, jitter=jitter, validation=0.0))
+    end = whole[-1].time
+    inside = tried = 0
+    model = DashboardModel()
+    for i, event in enumerate(whole):
+        model.consume(event)
+        if i % 50 == 49 and isinstance(event, e.LossReported) and event.step > 120:
+            left, error = model.eta(event.time)
+            tried += 1
+            inside += abs(event.time + left - end) <= 2 * error + 2
+    assert tried >= 10
+    assert inside >= 0.7 * tried
+
+
+def test_cataloging_steps_have_their_own_rate():
+    slow = [loss(T0 + 3.0 * i, i, seconds=3.0) for i in range(100)]
+    fast = [loss(T0 + 300 + 0.1 * i, 100 + i, epoch=1, seconds=0.099) for i in range(100)]
+    model = fed(
+        started(num_epochs=10),
+        e.EpochStarted(T0, 0, 0, "cataloging", 100),
+        *slow,
+        e.EpochEnded(T0 + 300, 100, 0, 1.0, 300.0, 100, True),
+        e.EpochStarted(T0 + 300, 100, 1, "quadrant", 100),
+        *fast,
+    )
+    assert model.eta(model.last_time)[0] == pytest.approx(80, rel=0.05)
+
+
+def test_a_resumed_run_is_timed_from_the_resume():
+    before = [loss(T0 + 5.0 * i, i, seconds=5.0) for i in range(50)]
+    later = T0 + 90_000
+    after = [loss(later + 0.5 * i, 50 + i, seconds=0.49) for i in range(50)]
+    model = fed(started(), *before, started(time=later, step=50, resumed=True), *after)
+    assert model.eta(model.last_time)[0] == pytest.approx(450, rel=0.03)
+    assert (model.epoch_step, model.epoch_batches) == (100, 100)
+
+
+def test_a_time_budget_is_counted_down():
+    model = fed(started(total=None, train_duration_seconds=100.0), loss(T0 + 1, 0))
+    assert model.eta(T0 + 40) == (60.0, None)
+    assert model.progress(T0 + 40) == pytest.approx(0.4)
+    assert model.progress(T0 + 4000) == 1.0
+
+
+def test_a_pause_is_no_step():
+    steps = [loss(T0 + 0.5 * i, i, seconds=0.4) for i in range(50)]
+    pause = [e.Paused(T0 + 25, 50, True), e.Paused(T0 + 1025, 50, False)]
+    more = [loss(T0 + 1025 + 0.5 * i, 50 + i, seconds=0.4) for i in range(1, 50)]
+    model = fed(started(), *steps, *pause, *more)
+    assert model.pace.step_seconds == pytest.approx(0.5, rel=0.05)
+    assert model.pace.spent["paused"] == 1000
+
+
+def test_time_spent_adds_up():
+    model = fed(*training(epochs=4, checkpoint=5.0), e.RunEnded(T0 + 300, 400, "finished", 300.0))
+    assert sum(model.pace.spent.values()) == pytest.approx(4 * (50 + 20 + 5), rel=0.03)
+    assert model.pace.spent["validation"] == pytest.approx(80, rel=0.02)
+
+
+def test_validation_metrics_of_one_step_share_a_line():
+    model = fed(
+        e.MetricLogged(T0, 10, "val_loss", 0.5),
+        e.MetricLogged(T0, 10, "val_acc", 0.9),
+        e.MetricLogged(T0, 10, "grad_norm", 1.0),
+        e.MetricLogged(T0 + 9, 20, "val_loss", 0.6),
+        e.MetricLogged(T0 + 9, 20, "val_acc", 0.95),
+    )
+    assert [line.text for line in model.entries] == [
+        "val_loss 0.5 (best)  val_acc 0.9 (best)",
+        "val_loss 0.6  val_acc 0.95 (best)",
+    ]
+    assert (model.metrics["val_loss"].best, model.metrics["val_acc"].best) == (0.5, 0.95)
+    assert model.metrics["grad_norm"].best is None
+
+
+def test_alarms_go_when_what_failed_works_again():
+    failed = e.CheckpointFailed(T0, 5, "ckpt/x", "disk full")
+    assert list(fed(failed).alarms) == ["no ckpt"]
+    assert not fed(failed, e.CheckpointSaved(T0 + 1, 6, "ckpt/y", 10, 0.1)).alarms
+    assert list(fed(e.Notice(T0, 1, "odd", "warning"), e.Notice(T0, 1, "fine")).alarms) == ["warning"]
+
+
+def test_lr_search_ends_and_the_epochs_phase_comes_back():
+    phase = [e.EpochStarted(T0, 0, 0, "cataloging", 10), e.PhaseChanged(T0, 0, "LR search", "")]
+    model = fed(started(), *phase)
+    assert (model.searching, model.phase) == (True, "LR search")
+    model.consume(e.LrFound(T0, 0, 0.1, {}, 50))
+    assert (model.searching, model.phase) == (False, "cataloging")
+
+
+def test_a_copy_stays_as_it_is():
+    model = fed(*training(epochs=2))
+    twin = model.copy()
+    before = json.dumps(twin.to_json())
+    for event in [*training(epochs=4), e.SpikeSeen(T0, 1, 0, "spike", 9.0, 1.0, 40.0, (1,))]:
+        model.consume(event)
+    assert json.dumps(twin.to_json()) == before
+    assert len(twin.entries) < len(model.entries)
+    twin.consume(loss(T0, 5000))
+    assert model.step != 5001
+
+
+def test_memory_has_a_bound_whatever_is_sent():
+    model = DashboardModel()
+    for i in range(5000):
+        model.consume(e.SpikeSeen(T0 + i, i, 0, "spike", 9.0, 1.0, 40.0, (1, 2)))
+        model.consume(e.EpochStarted(T0 + i, i, i, "quadrant", 1))
+        model.consume(e.MetricLogged(T0 + i, i, f"metric {i}", 1.0))
+    assert len(model.entries) == ENTRIES_KEPT
+    assert len(model.metrics) == METRICS_KEPT
+    assert sum(map(len, model.marks.values())) < 2000
+    assert len(model.epoch_starts) <= 1024

@@ -1,0 +1,406 @@
+"""The picture: every size, every glyph set, every state of a run; a few are kept as text.
+
+After a wanted change of the picture: `R8_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_dashboard_render.py`,
+then look at the difference.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from learnit_r8 import events as e
+from learnit_r8.dashboard.cells import Grid, Style, cell_width, clip
+from learnit_r8.dashboard.keys import AXES, GLYPH_SETS, SCALES, SMOOTHINGS, ViewState
+from learnit_r8.dashboard.layout import Band, Boxes, allot
+from learnit_r8.dashboard.model import DashboardModel
+from learnit_r8.dashboard.render import render
+from learnit_r8.dashboard.summary import summary_text
+
+T0 = 1_700_000_000.0
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+SIZES = [(1, 1), (2, 9), (40, 4), (59, 15), (59, 40), (60, 16), (61, 17), (80, 24), (80, 60), (99, 30)]
+SIZES += [(100, 16), (101, 21), (120, 35), (132, 43), (200, 60), (300, 20), (300, 100), (0, 0), (5, 0), (0, 5)]
+CONSOLE = (
+    "[rank0] epoch 4: augment=randaug(2,9)",
+    "warning: 日本語 e\u0301 👍🏽 \x1b[31mred\x1b[0m \t tab",
+    " 37%|███▋      | 37/100",
+)
+
+
+def events_of_a_run(steps=3300, per_epoch=1000, epochs=10, seed=1):
+    """Yield a run with warm-up, a spike, a NaN, rollbacks, checkpoints, validation and quadrants."""
+    rng = random.Random(seed)
+    time = T0
+    config = {"num_epochs": epochs, "scheduler_mode": "cosine", "world_size": 8, "rank": 0}
+    total = per_epoch * epochs
+    yield e.RunStarted(time, 0, "resnet18-cifar", config, per_epoch, total, False, "0.1.0", 4242, 0.0)
+    yield e.EpochStarted(time, 0, 0, "cataloging", per_epoch)
+    yield e.PhaseChanged(time, 0, "LR search", "100 steps at rising rates")
+    time += 40
+    yield e.LrFound(time, 0, 1e-2, {}, 100)
+    for step in range(steps):
+        epoch = step // per_epoch
+        if step and step % per_epoch == 0:
+            yield e.EpochEnded(time, step, epoch - 1, 0.3, 360.0, per_epoch, True)
+            time += 38
+            yield e.MetricLogged(time, step, "val_loss", 2.2 * math.exp(-step / 900) + 0.12)
+            yield e.MetricLogged(time, step, "val_acc", 0.95 - 0.9 * math.exp(-step / 900))
+            yield e.CheckpointSaved(time, step, f"ckpt/ep{epoch}-s{step}", 412_000_000, 1.8)
+            fade = math.exp(-epoch / 4)
+            edges = (0.002, 0.031 * fade, 0.074 * fade, 0.152 * fade, 4.81)
+            means = (0.01 * fade, 0.05 * fade, 0.11 * fade, 0.4 * fade)
+            uses, easier = (4.1, 4.0, 3.9, 4.2), (0.0, 0.31, 0.27, 0.12)
+            yield e.QuadrantsRefreshed(time, step, epoch, edges, (12500,) * 4, means, uses, easier, 0, 214)
+            yield e.SuspectsNamed(time, step, tuple(range(1000, 1040)), tuple(5 - i / 20 for i in range(40)), 214)
+            yield e.EpochStarted(time, step, epoch, "quadrant", per_epoch)
+        expected = 2.2 * math.exp(-step / 900) + 0.09
+        value = {1412: 12.4, 2700: math.nan}.get(step, expected * (1 + rng.gauss(0, 0.12)))
+        verdict = "nonfinite" if math.isnan(value) else "spike" if value > 5 else "calm"
+        score = (value - expected) / (0.12 * expected)
+        lr = 1e-2 * min(1, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * step / total))
+        seconds = 0.36 * (1 + abs(rng.gauss(0, 0.05)))
+        time += seconds + 0.009
+        yield e.LossReported(time, step, epoch, value, expected, lr, verdict, score, 32, seconds, 0.0002)
+        if step % 10 == 0:
+            yield e.MetricLogged(time, step, "grad_norm", abs(rng.gauss(0.8, 0.1)) * (1 + 2 * math.exp(-step / 400)))
+        if step % 50 == 0:
+            yield e.BackupTaken(time, step, 45_000_000, 0.02)
+        if verdict != "calm":
+            yield e.SpikeSeen(time, step, epoch, verdict, value, expected, score, (1, 2, 3))
+            yield e.RolledBack(time, step, step - 62, "ram", 0.5, 200, 0.3)
+
+
+@cache
+def run():
+    model = DashboardModel()
+    for event in events_of_a_run():
+        model.consume(event)
+    return model
+
+
+def frame(width, height, model=None, console=(), now=None, **view):
+    model = run() if model is None else model
+    now = model.last_time + 0.2 if now is None else now
+    return render(model, ViewState(utc_offset=0, **view), width, height, now, console)
+
+
+def check_cells(grid, width, height, ascii_only=False):
+    """Every row has exactly `width` cells, in `rows` as in `runs`, and nothing that could move the cursor."""
+    rows = grid.rows()
+    assert len(rows) == height
+    for y, row in enumerate(rows):
+        assert cell_width(row) == width, (y, row)
+        assert row.isprintable(), (y, row)
+        assert not ascii_only or row.isascii(), (y, row)
+        runs = grid.runs(y)
+        assert "".join(text for _, text, _ in runs) == row
+        assert [x for x, _, _ in runs] == [0, *(x + cell_width(t) for x, t, _ in runs)][: len(runs)]
+
+
+# Sizes and states -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("glyphs", GLYPH_SETS)
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_every_size_is_filled_exactly(width, height, glyphs):
+    for model in (run(), DashboardModel()):
+        for view in ({}, {"help": True}, {"confirm": True}, {"focus": 3, "zoomed": True}, {"focus": 2, "zoomed": True}):
+            grid = frame(width, height, model, CONSOLE, now=model.last_time, glyphs=glyphs, **view)
+            check_cells(grid, width, height, glyphs == "ascii")
+
+
+VIEWS = st.builds(
+    ViewState,
+    focus=st.integers(0, 6),
+    zoomed=st.booleans(),
+    metric=st.integers(-9, 9),
+    scale=st.sampled_from(SCALES),
+    smoothing=st.sampled_from(SMOOTHINGS),
+    x_axis=st.sampled_from(AXES),
+    window=st.integers(0, 16),
+    glyphs=st.sampled_from(GLYPH_SETS),
+    help=st.booleans(),
+    confirm=st.booleans(),
+    filter=st.text(max_size=4),
+    editing=st.booleans(),
+    scroll=st.integers(0, 10**6),
+    readonly=st.booleans(),
+    frame_seconds=st.none() | st.floats(0, 1),
+    utc_offset=st.just(0),
+)
+
+
+@given(st.integers(0, 310), st.integers(0, 110), VIEWS, st.lists(st.text(max_size=200), max_size=5), st.floats())
+@settings(max_examples=60, deadline=None)
+def test_any_view_of_a_run_at_any_size_and_time(width, height, view, console, now):
+    grid = render(run(), view, width, height, now, console)
+    check_cells(grid, width, height, view.glyphs == "ascii")
+
+
+def numbers():
+    return st.floats(allow_nan=True)
+
+
+LOSSES = st.builds(
+    e.LossReported,
+    time=numbers(),
+    step=st.integers(0, 10**9),
+    epoch=st.integers(0, 9),
+    loss=numbers(),
+    expected_loss=numbers(),
+    lr=numbers(),
+    verdict=st.just("calm"),
+    score=numbers(),
+    size=st.integers(0, 99),
+    step_seconds=numbers(),
+    r8_seconds=numbers(),
+)
+QUADRANTS = st.builds(
+    e.QuadrantsRefreshed,
+    time=numbers(),
+    step=st.integers(0, 99),
+    epoch=st.integers(0, 99),
+    edges=st.tuples(*[numbers()] * 5),
+    counts=st.tuples(*[st.integers(0, 10**9)] * 4),
+    losses=st.tuples(*[numbers()] * 4),
+    uses=st.tuples(*[numbers()] * 4),
+    easier=st.tuples(*[numbers()] * 4),
+    unseen=st.integers(0, 10**9),
+    stuck=st.integers(0, 10**9),
+)
+METRICS = st.builds(e.MetricLogged, time=numbers(), step=st.integers(0, 99), name=st.text(), value=numbers())
+STARTS = st.builds(
+    e.RunStarted,
+    time=numbers(),
+    step=st.integers(0, 10**6),
+    run=st.text(max_size=300),
+    config=st.fixed_dictionaries(
+        {}, optional={"num_epochs": st.integers(0, 9), "train_duration_seconds": numbers(), "world_size": st.integers()}
+    ),
+    steps_per_epoch=st.integers(0, 10**6),
+    total_steps=st.none() | st.integers(0, 10**9),
+    resumed=st.booleans(),
+    version=st.text(),
+    pid=st.integers(),
+    elapsed=numbers(),
+)
+NOTICES = st.builds(e.Notice, time=numbers(), step=st.integers(0, 9), message=st.text(), level=st.just("warning"))
+PHASES = st.builds(e.PhaseChanged, time=numbers(), step=st.integers(0, 9), phase=st.text(), reason=st.text())
+STREAMS = st.lists(st.one_of(LOSSES, QUADRANTS, METRICS, STARTS, NOTICES, PHASES), max_size=20)
+
+
+@given(STREAMS, VIEWS, st.sampled_from([(40, 4), (60, 16), (80, 24), (80, 50), (120, 35), (200, 60)]), numbers())
+@settings(max_examples=120, deadline=None, phases=[Phase.generate])
+def test_any_stream_of_events_is_drawn(events, view, size, now):
+    model = DashboardModel()
+    for event in events:
+        model.consume(event)
+    check_cells(render(model, view, *size, now, ["a line"]), *size, view.glyphs == "ascii")
+    assert all(cell_width(line) <= 80 for line in summary_text(model).splitlines())
+
+
+# Layout ---------------------------------------------------------------------------------------
+
+
+def titles(grid):
+    names = ("loss", "now", "difficulty", "lr", "events", "console")
+    text = "\n".join(row for row in grid.rows() if row.startswith("├"))
+    return [name for name in names if f" {name} [" in text]
+
+
+def test_console_goes_first_then_events_then_the_quadrants():
+    seen = []
+    for height in range(60, 15, -1):
+        now = titles(frame(120, height, console=CONSOLE))
+        if not seen or seen[-1] != now:
+            seen.append(now)
+    assert seen == [
+        ["loss", "now", "difficulty", "lr", "events", "console"],
+        ["loss", "now", "difficulty", "lr", "events"],
+        ["loss", "now", "difficulty", "lr"],
+        ["loss", "now"],
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 99, 100, 120, 300])
+def test_progress_and_loss_are_never_left_out(width):
+    for height in range(16, 70):
+        text = "\n".join(frame(width, height, console=CONSOLE).rows())
+        assert "TOTAL" in text
+        assert "EPOCH" in text
+        assert "loss" in text
+
+
+def test_rows_for_what_a_run_does_not_have_are_left_out():
+    plain = DashboardModel()
+    for event in events_of_a_run(steps=900):
+        if not isinstance(event, (e.MetricLogged, e.BackupTaken)):
+            plain.consume(event)
+    text = "\n".join(frame(120, 35, plain).rows())
+    for absent in ("difficulty", "console [6]", "val", "grad", "backup", "ckpt "):
+        assert absent not in text.replace("c ckpt", "")
+
+
+@given(
+    st.lists(
+        st.builds(Band, st.just((("x", 0),)), st.integers(1, 9), st.integers(9, 12), share=st.integers(0, 3)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(2, 120),
+)
+def test_bands_fill_the_rows_exactly(bands, rows):
+    heights = allot(bands, rows)
+    assert sum(height + 1 for height in heights if height) == rows
+    left_out = [height == 0 for height in heights]
+    assert left_out == sorted(left_out)
+
+
+def test_lines_join_where_they_meet():
+    boxes = Boxes()
+    for y in (0, 2, 4):
+        boxes.horizontal(y, 0, 6)
+    for x, top, bottom in ((0, 0, 4), (6, 0, 4), (2, 0, 2), (4, 2, 4), (3, 0, 4)):
+        boxes.vertical(x, top, bottom)
+    grid = Grid(7, 5)
+    boxes.draw(grid)
+    assert grid.rows() == ["┌─┬┬──┐", "│ ││  │", "├─┴┼┬─┤", "│  ││ │", "└──┴┴─┘"]
+
+
+def test_every_box_is_closed():
+    """Each line end on the screen meets a line of the neighbouring cell."""
+    up, down, left, right = set("│┘└┤├┴┼"), set("│┐┌┤├┬┼"), set("─┐┘┤┬┴┼"), set("─┌└├┬┴┼")
+    for size in ((80, 24), (120, 35), (200, 60)):
+        rows = frame(*size, console=CONSOLE).rows()
+        edge = [rows[0], rows[-1], "".join(row[0] for row in rows), "".join(row[-1] for row in rows)]
+        assert [line[0] + line[-1] for line in edge] == ["┌┐", "└┘", "┌└", "┐┘"]
+        for y, row in enumerate(rows):
+            if row[0] in "├┌└":
+                for x, char in enumerate(row):
+                    assert char not in "┬┼" or rows[y + 1][x] in up, (size, y, x)
+                    assert char not in "┴┼" or y == 0 or rows[y - 1][x] in down, (size, y, x)
+        assert all(row[0] in right | down and row[-1] in left | up for row in rows)
+
+
+# What is said ---------------------------------------------------------------------------------
+
+
+def test_the_filter_hides_other_lines():
+    text = "\n".join(frame(120, 40, filter="rollback", console=("a rollback", "other")).rows())
+    assert "ckpt/ep" not in text
+    assert "step 1 350" in text
+    assert "other" not in text
+
+
+def test_scrolling_shows_older_events():
+    first, scrolled = (frame(120, 35, focus=5, scroll=scroll).rows() for scroll in (0, 3))
+    top = next(y for y, row in enumerate(first) if "events" in row) + 1
+    assert scrolled[top] == first[top + 3]
+
+
+def test_a_silent_run_says_how_long():
+    assert "SILENT 2m00s" in frame(120, 35, now=run().last_time + 120).rows()[0]
+    assert "RUN" in frame(120, 35).rows()[0]
+
+
+def test_small_screens_show_whole_fields_only():
+    rows = frame(40, 4).rows()
+    assert rows[0].split()[:3] == ["R8", "●", "33.0%"]
+    assert rows[3].strip() == "(40x4: enlarge to 60x16 for charts)"
+    assert frame(12, 1).rows()[0].strip() == "R8 ● 33.0%"
+
+
+def test_readonly_offers_no_control_keys():
+    keys = frame(120, 35, readonly=True).rows()[-2]
+    assert "stop" not in keys
+    assert "close" in keys
+    assert "if the chart looks broken" in frame(120, 35, opened=run().last_time).rows()[-2]
+
+
+def test_several_runs_are_overlaid_with_letters():
+    other = DashboardModel()
+    for event in events_of_a_run(steps=2000, seed=5):
+        other.consume(event)
+    grid = render(run(), ViewState(utc_offset=0), 120, 35, run().last_time, (), [other])
+    assert "a run" in grid.rows()[3]
+    assert any(style is Style.MARK and text.endswith("a") for y in range(4, 13) for _, text, style in grid.runs(y))
+
+
+def test_a_frozen_copy_does_not_move():
+    model = DashboardModel()
+    for event in events_of_a_run(steps=500):
+        model.consume(event)
+    twin = model.copy()
+    before = frame(120, 35, twin, now=T0 + 300).rows()
+    for event in events_of_a_run(steps=900):
+        model.consume(event)
+    assert frame(120, 35, twin, now=T0 + 300).rows() == before
+
+
+# The grid -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(-5, 25), st.text(max_size=30), st.integers(0, 25)), max_size=12), st.booleans())
+@settings(max_examples=200)
+def test_any_text_put_anywhere_keeps_the_cells(puts, ascii_only):
+    grid = Grid(20, 1, ascii_only)
+    for x, text, limit in puts:
+        grid.put(0, x, text, Style.BOLD, limit)
+    check_cells(grid, 20, 1, ascii_only)
+
+
+@given(st.text(), st.integers(-1, 30))
+def test_clipped_text_fits(text, width):
+    assert cell_width(clip(text, width)) <= max(0, width)
+    assert cell_width(text) > width or clip(text, width) == text
+
+
+def test_wide_and_odd_characters_are_safe():
+    grid = Grid(8, 1)
+    grid.put(0, 0, "日本語漢字")
+    assert grid.rows() == ["日本語漢"]
+    grid.put(0, 1, "x")
+    assert grid.rows() == [" x本語漢"]
+    grid.put(0, 0, "a\x1b[2J\u202e\ud800e\u0301")
+    assert grid.rows() == ["a?[2J?e\u0301 "]
+
+
+# Snapshots ------------------------------------------------------------------------------------
+
+PICTURES = {
+    "wide": (120, 35, {}),
+    "narrow": (80, 24, {}),
+    "least": (60, 16, {}),
+    "tall": (100, 60, {}),
+    "blocks": (80, 24, {"glyphs": "blocks", "x_axis": "time"}),
+    "ascii": (80, 24, {"glyphs": "ascii", "x_axis": "epoch"}),
+    "worst": (120, 30, {"focus": 3, "zoomed": True}),
+    "help": (80, 24, {"help": True}),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_picture_is_the_one_that_was_looked_at(name):
+    width, height, view = PICTURES[name]
+    text = "\n".join(row.rstrip() for row in frame(width, height, console=CONSOLE, hz=4, **view).rows()) + "\n"
+    compare(name, text)
+
+
+def test_the_summary_is_the_one_that_was_looked_at():
+    compare("summary", summary_text(run()) + "\n")
+
+
+def compare(name, text):
+    path = SNAPSHOTS / f"{name}.txt"
+    if os.environ.get("R8_UPDATE_SNAPSHOTS"):
+        SNAPSHOTS.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")

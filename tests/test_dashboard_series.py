@@ -1,0 +1,120 @@
+"""The binned series: nothing extreme is ever lost, and memory does not grow."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learnit_r8.dashboard.series import BLOCK, MIDDLE_BINS, RECENT_POINTS, WHOLE_BINS, Series
+
+VALUES = st.floats(allow_nan=True, allow_infinity=True, width=64)
+
+
+def filled(values, decays=()):
+    series = Series(decays)
+    for step, value in enumerate(values):
+        series.add(step, 0.5 * step, value)
+    return series
+
+
+@given(st.lists(VALUES, max_size=400), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_bins_agree_with_the_whole_list(values, repeats):
+    values = values * repeats
+    series = filled(values)
+    bins = series.bins()
+    finite = [v for v in values if -1e300 < v < 1e300]
+    assert sum(b.points for b in bins) == len(values) == series.count
+    assert sum(b.bad for b in bins) == len(values) - len(finite) == series.bad
+    assert min((b.lo for b in bins), default=math.inf) == min(finite, default=math.inf) == series.lo
+    assert max((b.hi for b in bins), default=-math.inf) == max(finite, default=-math.inf) == series.hi
+    if finite:
+        assert series.last == finite[-1]
+    assert all(a.last_step < b.first_step for a, b in pairwise(bins))
+
+
+@given(st.integers(1, 60_000), st.lists(st.integers(0, 59_999), max_size=5))
+@settings(max_examples=15, deadline=None)
+def test_every_bin_holds_the_extremes_of_exactly_its_points(count, places):
+    values = np.sin(np.arange(count))
+    values[[p for p in places if p < count]] = 1e6
+    for b in filled(values.tolist()).bins():
+        part = values[int(b.first_step) : int(b.last_step) + 1]
+        assert (b.points, b.lo, b.hi, b.last) == (len(part), part.min(), part.max(), part[-1])
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.98, 0.995])
+def test_moving_average_agrees_with_the_debiased_definition(decay):
+    values = np.random.default_rng(1).normal(3.0, 1.0, 3000)
+    series = filled(values.tolist(), (decay,))
+    total = 0.0
+    for n, value in enumerate(values, 1):
+        total = decay * total + (1 - decay) * value
+        expected = total / (1 - decay**n)
+    assert series.averages[0] == pytest.approx(expected, rel=1e-9)
+    assert filled([7.0], (decay,)).averages == (7.0,)
+
+
+def test_moving_average_is_of_every_point_after_many_merges():
+    values = np.random.default_rng(2).normal(0.0, 1.0, 50_000)
+    series = filled(values.tolist(), (0.98,))
+    weights = 0.02 * 0.98 ** np.arange(2000)
+    assert series.averages[0] == pytest.approx(float(weights @ values[::-1][:2000]), abs=1e-9)
+    assert series.bins()[-1].averages == series.averages
+
+
+def test_window_is_served_by_the_finest_level_that_covers_it():
+    series = filled([float(i) for i in range(300_000)])
+    recent = series.bins(300_000 - RECENT_POINTS)
+    assert [b.points for b in recent] == [1] * RECENT_POINTS
+    middle = series.bins(300_000 - (MIDDLE_BINS - 2) * BLOCK)
+    assert max(b.points for b in middle) == BLOCK
+    assert len(series.bins(150_000, by_time=False)) > 200
+    assert series.bins(149_990.0, by_time=True)[0].last_time >= 149_990.0
+
+
+def test_a_nan_breaks_no_statistic():
+    series = filled([1.0, math.nan, 3.0, math.inf, 5.0], (0.9,))
+    assert (series.lo, series.hi, series.last, series.bad) == (1.0, 5.0, 5.0, 2)
+    assert math.isfinite(series.averages[0])
+
+
+def test_huge_values_do_not_poison_the_average():
+    series = filled([1e308, -1e308, 1.0, 2.0], (0.9,))
+    assert series.bad == 2
+    assert 1.0 <= series.averages[0] <= 2.0
+
+
+def test_a_copy_is_independent():
+    series = filled([1.0, 2.0], (0.9,))
+    twin = series.copy()
+    for step in range(2, 3000):
+        series.add(step, step, 9.0)
+    assert (twin.count, twin.hi, len(twin.bins())) == (2, 2.0, 2)
+
+
+def held(series):
+    return len(series._whole) + len(series._middle) + len(series._recent) + len(series._block)
+
+
+def test_memory_has_a_bound():
+    series = filled([float(i % 97) for i in range(200_000)])
+    assert held(series) <= WHOLE_BINS + MIDDLE_BINS + RECENT_POINTS + BLOCK
+    assert len(series.bins()) <= WHOLE_BINS + 2
+
+
+@pytest.mark.slow
+def test_memory_is_flat_for_ten_million_points():
+    series = Series((0.98,))
+    sizes = []
+    for step in range(10_000_000):
+        series.add(step, step, float(step % 1013))
+        if step % 2_500_000 == 2_499_999:
+            sizes.append(held(series))
+    assert max(sizes) <= WHOLE_BINS + MIDDLE_BINS + RECENT_POINTS + BLOCK
+    assert sum(b.points for b in series.bins()) == 10_000_000
