@@ -508,7 +508,7 @@ class Regression:
     def __init__(self, seed=0):
         rng = np.random.default_rng(seed)
         self.x = rng.normal(size=(640, 5))
-        self.y = self.x @ np.arange(1.0, 6.0)
+        self.y = self.x @ np.arange(1.0, 6.0) + 3 * rng.normal(size=640)  # a floor under the loss: no spikes
         self.w = np.zeros(5)
         self.loads = 0
 
@@ -562,7 +562,7 @@ def test_a_search_finds_a_rate_and_leaves_no_trace(by_file):
     assert [event.lr for event in ear.of(events.LrFound)] == [found]
     assert scheduler.global_step == 800
     np.testing.assert_array_equal(scheduler.catalog.uses, 10)
-    assert model.loss() < 0.1, "with initial_lr=1e-7 nothing would have been learned"
+    assert model.loss() < 15, "with initial_lr=1e-7 nothing would have been learned"
 
 
 def test_a_run_that_is_too_short_for_a_search_keeps_its_rate_and_says_so():
