@@ -17,6 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -187,8 +188,8 @@ class CurriculumScheduler:
     """Tracks the difficulty of keyed items by their scores, and says which to try next.
 
     Scores are rewards: the higher, the easier. Each item's difficulty is an exponential moving
-    average of its scores; boundaries of the bins are quantiles over all items, taken anew every
-    50 updates. An update costs O(log n), however many items there are.
+    average of its scores; boundaries of the bins are quantiles over all items, taken anew at the
+    first question after 50 updates or more. An update is O(1) and leaves O(log n) to that question.
 
     Args:
         strategy: "uniform", "easy_first" or "competence_based".
@@ -228,16 +229,23 @@ class CurriculumScheduler:
         self._draws = 0
         self._boundaries: list[float] = []
         self._rising: list[float] = []
+        self._mastered = 0.0  # share of the items at or above the threshold
         self._updates = 0
         self._binned_at = 0
         self._track([], [], [])
 
-    def _track(self, keys: Sequence[Hashable], scores: Iterable[float], counts: Iterable[int]) -> None:
+    def _track(self, keys: Sequence[Hashable], scores: Iterable[float], counts: Iterable[float]) -> None:
         self._keys = list(keys)
         self._slots = {key: slot for slot, key in enumerate(self._keys)}
-        self._scores = array("d", scores)
-        self._counts = array("Q", counts)
-        self._sorted = SortedFloats(self._scores)
+        # Score and number of updates of each item, side by side: one cache line for an update.
+        self._items = array("d", chain.from_iterable(zip(scores, counts, strict=True)))
+        self._sort_all()
+
+    def _sort_all(self) -> None:
+        self._sorted_scores = self._items[::2]  # what `_sorted` holds, by slot
+        self._sorted = SortedFloats(self._sorted_scores)
+        self._changed: list[int] = []  # slots whose score changed since
+        self._change_limit = max(_REBIN_EVERY, len(self._keys) // 8)  # beyond it, sorting all is cheaper
 
     @property
     def strategy(self) -> str:
@@ -264,22 +272,16 @@ class CurriculumScheduler:
             raise ValueError(f"score must be finite, got {score} for item {item_key!r}")
         slot = self._slots.get(item_key)
         if slot is None:
-            self._slots[item_key] = len(self._keys)
+            slot = self._slots[item_key] = len(self._keys)
             self._keys.append(item_key)
-            self._scores.append(score)
-            self._counts.append(1)
-            self._sorted.add(score)
+            self._items.extend((score, 1.0))
         else:
-            old = self._scores[slot]
-            new = self.ema_alpha * score + (1 - self.ema_alpha) * old
-            self._scores[slot] = new
-            self._counts[slot] += 1
-            self._sorted.remove(old)
-            self._sorted.add(new)
+            at = 2 * slot
+            self._items[at] = self.ema_alpha * score + (1 - self.ema_alpha) * self._items[at]
+            self._items[at + 1] += 1.0
+        if len(self._changed) <= self._change_limit:
+            self._changed.append(slot)
         self._updates += 1
-        if self._updates - self._binned_at >= _REBIN_EVERY:
-            self._rebin()
-            self._binned_at = self._updates
 
     def update_batch(self, item_key: Hashable, scores: Sequence[float]) -> None:
         """Take the mean of several scores of one item; no scores, no change."""
@@ -289,17 +291,37 @@ class CurriculumScheduler:
     def get_item_difficulty(self, item_key: Hashable) -> float | None:
         """Return the item's average score (higher is easier), or None if it has none."""
         slot = self._slots.get(item_key)
-        return None if slot is None else self._scores[slot]
+        return None if slot is None else self._items[2 * slot]
 
     def get_item_bin(self, item_key: Hashable) -> int:
         """Return the item's bin, 0 (easiest) to n_bins - 1; the middle one if it has no score."""
         slot = self._slots.get(item_key)
-        return self.n_bins // 2 if slot is None else self._bin_of(self._scores[slot])
+        return self.n_bins // 2 if slot is None else self._bin_of(self._items[2 * slot])
 
     def _bin_of(self, score: float) -> int:
-        if not self._rising:
-            self._rebin()
+        self._rebin_if_due()
         return len(self._rising) - bisect_right(self._rising, score)
+
+    def _rebin_if_due(self) -> None:
+        if not self._binned_at or self._updates - self._binned_at >= _REBIN_EVERY:
+            self._rebin()
+            self._binned_at = self._updates
+
+    def _sort(self) -> None:
+        """Bring `_sorted` up to date."""
+        if len(self._changed) > self._change_limit:
+            self._sort_all()
+            return
+        for slot in self._changed:
+            new = self._items[2 * slot]
+            if slot == len(self._sorted_scores):
+                self._sorted_scores.append(new)
+            else:
+                self._sorted.remove(self._sorted_scores[slot])
+                self._sorted_scores[slot] = new
+            self._sorted.add(new)
+        self._changed.clear()
+        self._change_limit = max(_REBIN_EVERY, len(self._keys) // 8)
 
     def _rebin(self) -> None:
         """Set the boundaries: the lowest score of each bin but the hardest, the easiest bin first.
@@ -309,6 +331,7 @@ class CurriculumScheduler:
         best item only, its hardest nearly two bins' worth.) With fewer items than bins the
         boundaries are evenly spaced.
         """
+        self._sort()
         count = len(self._sorted)
         if count >= self.n_bins:
             ranks = [count - i * count // self.n_bins for i in range(1, self.n_bins)]
@@ -317,14 +340,15 @@ class CurriculumScheduler:
             low, high = self._sorted.select([0, count - 1])
             self._boundaries = [high - i * (high - low) / self.n_bins for i in range(1, self.n_bins)]
         self._rising = self._boundaries[::-1]
+        below = self._sorted.count_below(self.competence_threshold)
+        self._mastered = 1 - below / count if count else 0.0
 
     def bin_probabilities(self, current_step: int = 0, total_steps: int = 1000) -> list[float]:
         """Return the probability of each bin, easiest first."""
         frontier = None
-        if self.steer and len(self._sorted):
-            below = self._sorted.count_below(self.competence_threshold)
-            mastered = 1 - below / len(self._sorted)
-            frontier = min(max(mastered * self.n_bins - 0.5, 0.0), self.n_bins - 1.0)
+        if self.steer and self._keys:
+            self._rebin_if_due()
+            frontier = min(max(self._mastered * self.n_bins - 0.5, 0.0), self.n_bins - 1.0)
         progress = current_step / max(1, total_steps)
         return bin_probabilities(self._strategy, self.n_bins, progress, self.temperature, frontier)
 
@@ -363,7 +387,7 @@ class CurriculumScheduler:
         target = self._pick_bin(rng, current_step, total_steps)
         # Bins are quantiles: a uniform item is in the target bin once in n_bins tries.
         tries = rng.integers(len(self._keys), size=16 * self.n_bins)
-        bins = (abs(self._bin_of(self._scores[slot]) - target) for slot in tries)
+        bins = (abs(self._bin_of(self._items[2 * slot]) - target) for slot in tries)
         best, nearest = 0, self.n_bins
         for slot, distance in zip(tries, bins, strict=True):
             if distance < nearest:
@@ -376,7 +400,7 @@ class CurriculumScheduler:
         """Return figures for a metrics log; O(n)."""
         if not self._keys:
             return {"curriculum/items_tracked": 0, "curriculum/strategy": 0}
-        scores = np.array(self._scores)
+        scores = np.array(self._items[::2])
         metrics = {
             "curriculum/items_tracked": float(len(scores)),
             "curriculum/mean_difficulty": float(scores.mean()),
@@ -384,6 +408,7 @@ class CurriculumScheduler:
             "curriculum/max_difficulty": float(scores.max()),
             "curriculum/total_updates": float(self._updates),
         }
+        self._rebin_if_due()
         if self._boundaries:
             bins = len(self._rising) - np.searchsorted(np.array(self._rising), scores, side="right")
             for number, count in enumerate(np.bincount(bins, minlength=self.n_bins)):
@@ -409,11 +434,12 @@ class CurriculumScheduler:
             "steer": self.steer,
             "draws": self._draws,
             "keys": np.array(self._keys, np.int64) if _all_int64(self._keys) else list(self._keys),
-            "scores": np.array(self._scores, np.float64),
-            "counts": np.array(self._counts, np.uint64),
+            "scores": np.array(self._items[::2]),
+            "counts": np.array(self._items[1::2]).astype(np.uint64),
             "bin_boundaries": list(self._boundaries),
             "updates": self._updates,
             "last_rebin_count": self._binned_at,
+            "mastered": self._mastered,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -445,10 +471,11 @@ class CurriculumScheduler:
         self._streams = RandomStreams(self.seed)
         self.steer = bool(state.get("steer", self.steer))
         self._draws = int(state.get("draws", 0))
-        self._track(keys, map(float, scores), map(int, counts))
+        self._track(keys, map(float, scores), map(float, counts))
         self._rising = self._boundaries[::-1]
-        self._updates = int(state.get("updates", sum(self._counts)))
-        self._binned_at = int(state["last_rebin_count"])
+        self._updates = int(state.get("updates", sum(self._items[1::2])))
+        self._binned_at = int(state["last_rebin_count"]) if "updates" in state else 0
+        self._mastered = float(state.get("mastered", 0.0))
 
 
 def _all_int64(keys: Sequence[Hashable]) -> bool:

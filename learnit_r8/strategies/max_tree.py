@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
-from numpy.typing import NDArray
 
 from learnit_r8.types import Indices, Losses
 
@@ -33,39 +34,56 @@ class MaxTree:
                 break
             size = nodes
 
-    def set(self, slots: Indices, values: Losses | float) -> None:
-        """Give slots new numbers."""
+    def insert(self, slots: Indices, values: Losses) -> None:
+        """Give empty slots numbers."""
         self._levels[0][slots] = values
-        for level in range(1, len(self._levels)):
+        for level in self._levels[1:]:
             slots = slots >> _SHIFT
-            children = self._levels[level - 1].reshape(-1, _FAN_OUT)
-            self._levels[level][slots] = children.take(slots, axis=0).max(axis=1)
+            np.maximum.at(level, slots, values)
+
+    def remove(self, slots: Indices) -> None:
+        """Empty slots."""
+        self._levels[0][slots] = -np.inf
+        for children, level in pairwise(self._levels):
+            slots = slots >> _SHIFT
+            rows = children.reshape(-1, _FAN_OUT).take(slots, axis=0)
+            level[slots] = np.ascontiguousarray(rows.T).max(axis=0)  # five times as fast as max(axis=1)
 
     def fill(self, values: Losses) -> None:
         """Give all slots new numbers; O(N)."""
         self._levels[0][: len(values)] = values
-        for level in range(1, len(self._levels)):
-            children = self._levels[level - 1].reshape(-1, _FAN_OUT).max(axis=1)
-            self._levels[level][: len(children)] = children
+        for children, level in pairwise(self._levels):
+            highest = children.reshape(-1, _FAN_OUT).max(axis=1)
+            level[: len(highest)] = highest
 
     def top(self, k: int) -> Indices:
         """Return the slots of the k highest numbers, the highest first; fewer where fewer are set."""
         if k <= 0:
             return np.empty(0, np.int64)
         values = self._levels[-1]
-        nodes = np.arange(len(values))
-        for level in range(len(self._levels) - 1, -1, -1):
-            nodes, values = _highest(nodes, values, k)
-            if level:
-                nodes = ((nodes << _SHIFT)[:, None] + np.arange(_FAN_OUT)).ravel()
-                values = self._levels[level - 1].take(nodes)
-        order: NDArray[np.intp] = np.lexsort((nodes, -values))
-        return nodes[order].astype(np.int64, copy=False)
+        chosen, lowest = _highest(values, k)
+        nodes: Indices = chosen
+        for level in self._levels[-2::-1]:
+            # k numbers are known to be at least `lowest`: nothing below it can be among the k highest.
+            rows = level.reshape(-1, _FAN_OUT).take(nodes, axis=0)
+            high = np.flatnonzero(rows >= lowest)
+            nodes = (nodes.take(high >> _SHIFT) << _SHIFT) + (high & (_FAN_OUT - 1))
+            values = rows.ravel().take(high)
+            chosen, lowest = _highest(values, k)
+            if len(chosen) < len(nodes):
+                nodes = nodes.take(chosen)
+        found = self._levels[0].take(nodes)
+        return nodes.take(np.lexsort((nodes, -found)))
 
 
-def _highest(nodes: Indices, values: Losses, k: int) -> tuple[Indices, Losses]:
+def _highest(values: Losses, k: int) -> tuple[Indices, np.float32]:
+    """Return the positions of the k highest numbers, empty ones left out, and the lowest of them."""
+    lowest = np.finfo(np.float32).min
     if len(values) > k:
-        chosen = np.argpartition(values, len(values) - k)[-k:]
-        nodes, values = nodes[chosen], values[chosen]
-    there = values > -np.inf
-    return (nodes, values) if there.all() else (nodes[there], values[there])
+        lowest = max(lowest, np.partition(values, len(values) - k)[-k])
+    chosen = np.flatnonzero(values >= lowest)
+    if len(chosen) > k:  # ties
+        above = np.flatnonzero(values > lowest)
+        ties = np.flatnonzero(values == lowest)
+        chosen = np.concatenate([above, ties[: k - len(above)]])
+    return chosen, lowest

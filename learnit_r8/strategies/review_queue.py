@@ -64,8 +64,8 @@ class ExponentialMovingStats:
             return
         weight = self.alpha if self.count else 1.0
         off = values - self._mean
-        shift = weight * float(off.mean())
-        self._variance = (1 - weight) * self._variance + weight * float(np.square(off).mean()) - shift * shift
+        shift = weight * float(off.sum()) / len(off)
+        self._variance = (1 - weight) * self._variance + weight * float(off @ off) / len(off) - shift * shift
         self._variance = max(self._variance, 0.0)
         self._mean += shift
         self.count += 1
@@ -188,7 +188,7 @@ class ReviewQueue:
         if len(batch) < size:
             batch = np.concatenate([batch, self._soonest(size - len(batch))])
         if len(due):
-            self._pool.set(due, -np.inf)
+            self._pool.remove(due)
         self._schedule(batch, np.full(len(batch), step + self.spacing.patience))
         return batch
 
@@ -196,17 +196,18 @@ class ReviewQueue:
         """Move what is due to the pool."""
         while self._days and self._days[0] <= step:
             ids = self._valid(heapq.heappop(self._days))
-            self._due[ids] = _DUE
-            self._pool.set(ids, self.difficulty[ids])
+            if len(ids):
+                self._due[ids] = _DUE
+                self._pool.insert(ids, self.difficulty[ids])
 
     def _valid(self, day: int) -> Indices:
-        """Take a day's entries out of the calendar; return those that still count, sorted."""
+        """Take a day's entries out of the calendar; return those that still count."""
         entries = self._calendar.pop(day)
         ids = entries[0] if len(entries) == 1 else np.concatenate(entries)
-        ids = ids[self._due[ids] == day]
+        ids = np.asarray(ids[self._due[ids] == day])
         if self.excluded is not None:
             ids = ids[~self.excluded[ids]]
-        return np.unique(ids)
+        return ids
 
     def _take_backlog(self, count: int) -> Indices:
         count = min(count, self._num_backlog)
@@ -226,7 +227,7 @@ class ReviewQueue:
         parts = []
         while count and self._days:
             day = heapq.heappop(self._days)
-            ids = self._valid(day)
+            ids = np.unique(self._valid(day))
             if len(ids) > count:
                 ids = ids[np.argsort(-self.difficulty[ids], kind="stable")]
                 self._enter(ids[count:], np.full(len(ids) - count, day))
@@ -272,7 +273,7 @@ class ReviewQueue:
         before = self._due[ids]
         pooled = ids[before == _DUE]
         if len(pooled):
-            self._pool.set(pooled, -np.inf)
+            self._pool.remove(pooled)
         new = ids[before == _UNSEEN]
         if len(new):
             new = np.unique(new)

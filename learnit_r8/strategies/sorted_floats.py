@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
-_LOAD = 1024
-"""Numbers in a block when it is made; it splits at twice as many. A block is 8 to 16 KiB, so a
+_LOAD = 512
+"""Numbers in a block when it is made; it splits at twice as many. A block is 4 to 8 KiB, so a
 shift within it costs less than the interpreter's overhead for the call."""
 
 
@@ -70,9 +70,3 @@ class SortedFloats:
         at = bisect_left(self._highest, value)
         below = sum(len(block) for block in self._blocks[:at])
         return below + (bisect_left(self._blocks[at], value) if at < len(self._blocks) else 0)
-
-    def count_up_to(self, value: float) -> int:
-        """Return how many numbers are `value` or lower."""
-        at = bisect_right(self._highest, value)
-        below = sum(len(block) for block in self._blocks[:at])
-        return below + (bisect_right(self._blocks[at], value) if at < len(self._blocks) else 0)
