@@ -160,7 +160,9 @@ def main() -> None:
     choose = {size: choosing(size) for size in sizes}
     step = {size: stepping(size) for size in sizes}
     print(f"B = {BATCH}; microseconds: choose, step")
-    print(f"{'strategy':<13}" + "".join(f"{f'N = {n:.0e}':>18}" for n in sizes) + f"{'step / quadrant':>18}{'growth':>9}")
+    print(
+        f"{'strategy':<13}" + "".join(f"{f'N = {n:.0e}':>18}" for n in sizes) + f"{'step / quadrant':>18}{'growth':>9}"
+    )
     for name in names():
         cells = "".join(f"{choose[n][name]:>9.0f}{step[n][name]:>9.0f}" for n in sizes)
         ratio = step[1_000_000][name] / step[1_000_000]["quadrant"]

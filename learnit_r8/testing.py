@@ -71,7 +71,8 @@ def check_strategy(factory: Callable[[], Strategy], *, thorough: bool = True) ->
     Ids in range and integers, no sample twice in a batch (unless `replacement`), excluded
     samples left out, data sets smaller than a batch and of one sample, draws before any loss is
     known, equal draws for equal seeds, the same tail after a restore in mid-epoch, weights
-    within 5 and of mean 1, and inclusion probabilities that are true.
+    within 5 and of mean 1, and inclusion probabilities that are true. A strategy whose choice is
+    not random has none: it returns `Draw(indices, weights=...)`, and no probability is checked.
 
     Args:
         factory: Makes a new strategy, for instance its class.
@@ -150,7 +151,8 @@ def check_sink(factory: Callable[[], Sink], events: Sequence[Event] | None = Non
     _require(isinstance(sink, Sink), "the sink has no record(event): add one that takes any event")
     for event in events if events is not None else sample_events():
         try:
-            returned = sink.record(event)
+            record: Callable[[Event], Any] = sink.record
+            returned = record(event)
         except Exception as error:
             raise AssertionError(
                 f"record({type(event).__name__}) raised {type(error).__name__}: {error}. A run drops such a sink: "
@@ -365,9 +367,12 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
     squares = np.zeros(num_samples)
     total = 0
     weights: list[NDArray[Any]] = []
+    claimed = True
     while total < draws or run.left > 0:
         draw = run.advance()
         ids = np.asarray(draw.indices)
+        # Weights of the strategy's own without probabilities: a deliberate choice, not a random one.
+        claimed &= draw.probabilities is not None or draw.weights is None
         shares = np.full(len(ids), 1 / num_samples) if draw.probabilities is None else np.asarray(draw.probabilities)
         np.add.at(inverse, ids, 1 / shares)
         np.add.at(squares, ids, 1 / shares**2)
@@ -383,6 +388,8 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
         abs(float(every.mean()) - 1) < 0.05,
         f"weights have mean {every.mean():.3g}, expected is 1: return 1 / (N p), or divide by their mean",
     )
+    if not claimed:
+        return
     # Horvitz & Thompson 1952: each sample's 1 / p, summed over its draws, has the number of draws
     # as its expectation; its variance is at most the sum of the squares. Over N samples: chi-square.
     _require(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from learnit_r8.strategies.adaptive import Adaptive, AdaptiveBatchSampler
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make, names, register
-from learnit_r8.strategies.curriculum import Curriculum, CurriculumScheduler, CurriculumStrategy
+from learnit_r8.strategies.curriculum import Curriculum, CurriculumStrategy
+from learnit_r8.strategies.curriculum_scheduler import CurriculumScheduler
 from learnit_r8.strategies.infobatch import InfoBatch
 from learnit_r8.strategies.prioritized import Prioritized
 from learnit_r8.strategies.quadrant import Quadrant

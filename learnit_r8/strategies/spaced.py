@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sized
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike
 from learnit_r8.config import Problems
 from learnit_r8.errors import ProtocolError
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.strategies.base import BatchRequest, register
+from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.review_queue import ExponentialMovingStats, ReviewQueue, Spacing
 from learnit_r8.strategies.weighting import as_losses, draw_stable, reported
 from learnit_r8.types import Indices, LossReport, Mask
@@ -31,7 +32,8 @@ class SpacedRepetition:
     """Chooses by review date. It meets unseen samples by itself, so there is no cataloging epoch.
 
     Args:
-        spacing_steps: Steps of a review interval of 1.
+        spacing_steps: Steps of a review interval of 1. None: as many as make an epoch, so that
+            samples of ordinary loss come about once an epoch.
         min_backlog_ratio: Least share of a batch that unseen samples get, while any are left.
         growth_rate: Factor of the interval after a success.
         max_interval: Its upper limit.
@@ -44,7 +46,7 @@ class SpacedRepetition:
 
     def __init__(
         self,
-        spacing_steps: float = 0,
+        spacing_steps: float | None = None,
         min_backlog_ratio: float = 0.1,
         growth_rate: float = 1.2,
         max_interval: float = 100,
@@ -55,7 +57,7 @@ class SpacedRepetition:
         problems = Problems()
         self._spacing = Spacing.checked(
             problems,
-            spacing_steps=spacing_steps,
+            spacing_steps=0 if spacing_steps is None else spacing_steps,
             min_backlog_ratio=min_backlog_ratio,
             growth_rate=growth_rate,
             max_interval=max_interval,
@@ -64,6 +66,7 @@ class SpacedRepetition:
         )
         self._alpha = problems.real("ema_alpha", ema_alpha, 0.0, 1.0, open_low=True)
         problems.raise_if_any()
+        self._by_epoch = spacing_steps is None
         self._queue: ReviewQueue | None = None
         self._excluded: Mask | None = None
         self._step = 0
@@ -71,21 +74,24 @@ class SpacedRepetition:
     def start_epoch(self, request: BatchRequest) -> None:
         """Start, or take note of what is excluded from now on."""
         if self._queue is None:
+            if self._by_epoch:
+                self._spacing = replace(self._spacing, spacing_steps=-(-request.num_samples // request.size))
             stats = ExponentialMovingStats(self._alpha)
             self._queue = ReviewQueue(request.num_samples, self._spacing, stats, request.rng, request.excluded)
         elif request.excluded is not None or self._excluded is not None:
             self._queue.exclude(request.excluded)
         self._excluded = request.excluded
 
-    def draw(self, request: BatchRequest) -> Indices:
-        """Return the batch that is due."""
+    def draw(self, request: BatchRequest) -> Draw:
+        """Return the batch that is due. The choice is not random, so all weights are one."""
         if self._queue is None:
             self.start_epoch(request)
         assert self._queue is not None
         if request.stable_only:
-            return draw_stable(request)
+            return Draw(draw_stable(request))
         self._step = request.step
-        return self._queue.take(request.size, request.step)
+        indices = self._queue.take(request.size, request.step)
+        return Draw(indices, weights=np.ones(len(indices), np.float32))
 
     def observe(self, report: LossReport) -> None:
         """Reschedule the batch's samples."""
@@ -99,11 +105,18 @@ class SpacedRepetition:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the review dates."""
-        return {"step": self._step, "queue": None if self._queue is None else self._queue.state_dict()}
+        spacing = self._spacing.spacing_steps
+        return {
+            "step": self._step,
+            "spacing_steps": spacing,
+            "queue": None if self._queue is None else self._queue.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._step = int(state["step"])
+        if self._by_epoch:
+            self._spacing = replace(self._spacing, spacing_steps=float(state["spacing_steps"]))
         saved = state["queue"]
         self._queue = self._excluded = None
         if saved is not None:
