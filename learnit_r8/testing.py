@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog
+from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.events import EVENT_TYPES, Event
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.state_codec import decode, encode
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
 from learnit_r8.types import Command, Indices, LossReport, Mask, Sink
 

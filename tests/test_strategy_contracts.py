@@ -10,6 +10,7 @@ import pytest
 from learnit_r8 import strategies
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.strategies import (
     Adaptive,
     BatchRequest,
@@ -285,3 +286,33 @@ def test_a_fake_clock_moves_only_when_told():
     assert (clock.monotonic(), clock.wall(), clock.slept) == (5.0, 1_700_000_005.0, [2])
     with pytest.raises(ValueError, match="does not go back"):
         clock.advance(-1)
+
+
+def losses_of(batch, scalar):
+    losses = np.sin(batch.indices) + 2 + batch.step % 3
+    return float(losses.mean()) if scalar else losses
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["losses per sample", "one loss a batch"])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_run_saved_in_mid_epoch_goes_on_the_same(name, scalar, tmp_path):
+    def run(scheduler, stop=None):
+        seen = []
+        with scheduler:
+            for _ in scheduler.epoch_iterator():
+                for batch in scheduler.batch_iterator():
+                    seen.append((batch.indices.tolist(), batch.weights.tolist()))
+                    scheduler.update_with_loss(losses_of(batch, scalar))
+                    if len(seen) == stop:
+                        return scheduler.state_dict(), seen
+        return None, seen
+
+    def make():
+        return R8Scheduler(90, 8, num_epochs=4, strategy=name, use_curses=False, checkpoint_dir=tmp_path, seed=1)
+
+    _, whole = run(make())
+    for stop in (5, 17, 31):
+        state, head = run(make(), stop)
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert head + run(resumed)[1] == whole

@@ -17,8 +17,9 @@ from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStr
 from learnit_r8.types import LossReport
 
 _LARGEST_EXPONENT = 20.0
-_RANGE = 1e9
-"""Weights stay within this factor of their mean (and 1)."""
+_RANGE = 1e3
+"""Weights stay within this factor of 1. Without a limit one stubborn sample ends up with nearly all of
+the weight: it is in every batch anyway, and all others would be drawn uniformly."""
 
 
 def reweigh(weights: Floats, losses: Floats, learning_rate: float, momentum: float) -> Floats:
@@ -54,8 +55,7 @@ class Adaptive(WeightedStrategy):
     def epoch_weights(self, request: BatchRequest) -> Floats:
         """Return the weights so far; at first, those after one look at all catalogued losses."""
         if self._sampler is not None:
-            weights = self._sampler.weights
-            return np.asarray(np.clip(weights / weights.mean(), 1 / _RANGE, _RANGE))
+            return self._sampler.weights
         losses, uses = request.catalog.expected_loss, request.catalog.uses
         weights = np.ones(request.num_samples)
         seen = np.flatnonzero(uses)
@@ -102,7 +102,7 @@ class AdaptiveBatchSampler(WeightedSampler):
             ValueError: Shapes differ, an id is outside the data set, or a loss is not finite.
                 Nothing is changed.
         """
-        ids = np.asarray(indices, dtype=np.int64).reshape(-1)
+        ids = np.array(indices, dtype=np.int64).reshape(-1)
         values = as_losses(losses).reshape(-1)
         if len(ids) != len(values):
             raise ValueError(f"need one loss per index, got {len(ids)} indices and {len(values)} losses")

@@ -6,8 +6,6 @@ weights `(N P(i))^-beta` with beta rising to 1 over the run.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from learnit_r8.config import Problems
@@ -69,5 +67,5 @@ class Prioritized(WeightedStrategy):
         beta = self.beta + (self.beta_end - self.beta) * request.progress
         weights = draw.weights**beta
         if self.normalize is not None:
-            weights = weights / (weights.mean() if self.normalize == "mean" else weights.max())
-        return replace(draw, weights=np.minimum(weights, MAX_WEIGHT))
+            weights /= weights.sum() / len(weights) if self.normalize == "mean" else weights.max()
+        return Draw(draw.indices, draw.probabilities, np.minimum(weights, MAX_WEIGHT))
