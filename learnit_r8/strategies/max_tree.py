@@ -58,9 +58,9 @@ class MaxTree:
 
     def top(self, k: int) -> Indices:
         """Return the slots of the k highest numbers, the highest first; fewer where fewer are set."""
-        if k <= 0:
-            return np.empty(0, np.int64)
         values = self._levels[-1]
+        if k <= 0 or values.max() == -np.inf:
+            return np.empty(0, np.int64)
         chosen, lowest = _highest(values, k)
         nodes: Indices = chosen
         for level in self._levels[-2::-1]:

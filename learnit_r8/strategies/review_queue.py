@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -227,7 +228,10 @@ class ReviewQueue:
         parts = []
         while count and self._days:
             day = heapq.heappop(self._days)
-            ids = np.unique(self._valid(day))
+            ids = self._valid(day)
+            ids.sort()
+            if (ids[1:] == ids[:-1]).any():
+                ids = np.unique(ids)
             if len(ids) > count:
                 ids = ids[np.argsort(-self.difficulty[ids], kind="stable")]
                 self._enter(ids[count:], np.full(len(ids) - count, day))
@@ -292,8 +296,8 @@ class ReviewQueue:
             return
         order = np.argsort(due, kind="stable")
         ids, due = ids[order], due[order]
-        starts = np.flatnonzero(np.diff(due, prepend=due[0] - 1)).tolist()
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        edges = [0, *(np.flatnonzero(due[1:] != due[:-1]) + 1).tolist(), len(ids)]
+        for start, end in pairwise(edges):
             self._note(int(due[start]), ids[start:end])
 
     def _note(self, day: int, ids: Indices) -> None:
