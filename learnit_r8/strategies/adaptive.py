@@ -8,6 +8,8 @@ over the whole data set: an update touches the batch alone.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -24,13 +26,13 @@ the weight: it is in every batch anyway, and all others would be drawn uniformly
 
 def reweigh(weights: Floats, losses: Floats, learning_rate: float, momentum: float) -> Floats:
     """Return the weights of some samples after their losses were seen, both float64 `[n]`."""
-    deviation = losses - losses.mean()
-    spread = losses.std()
+    deviation = losses - losses.sum() / len(losses)
+    spread = math.sqrt(deviation @ deviation / len(losses))
     if spread > 0:
-        deviation = deviation / spread
-    factor = np.exp(np.clip(learning_rate * deviation, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
-    boosted = weights * (momentum + (1 - momentum) * factor)
-    return np.asarray(np.clip(boosted, 1 / _RANGE, _RANGE))
+        deviation /= spread
+    exponent = np.minimum(learning_rate * deviation, _LARGEST_EXPONENT)
+    boosted = weights * (momentum + (1 - momentum) * np.exp(exponent))
+    return np.asarray(np.maximum(np.minimum(boosted, _RANGE), 1 / _RANGE))
 
 
 def _check(problems: Problems, learning_rate: float, momentum: float) -> tuple[float, float]:
