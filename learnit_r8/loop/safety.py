@@ -20,7 +20,7 @@ from learnit_r8.clock import Clock
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported
-from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, BackupStatus
+from learnit_r8.stability.backups import BackupPacer, BackupRing, BackupStatus
 from learnit_r8.stability.detector import Detector
 from learnit_r8.stability.recovery import Action, Kind, Recovery
 from learnit_r8.types import Indices, Mask, Verdict
@@ -241,7 +241,9 @@ class SafetyNet:
         failure = self._try_load(state, from_ram=True)
         if failure:
             return self._recovery.restore_failed(step, failure, backup_id=info.id)
-        self._recovery.rolled_back(step, info.step, info.id, last_resort=_unproven(info))
+        # The initial state, or the only one there is, is kept for its full number of rollbacks.
+        alone = len(self._ring.backups) == 1
+        self._recovery.rolled_back(step, info.step, info.id, last_resort=info.initial or alone)
         self._detector.reset_after_rollback(self._detector_then.get(info.id))
         self._after_rollback(step, info.step, "ram", began)
         return None
@@ -249,7 +251,7 @@ class SafetyNet:
     def _from_disk(self, step: int, action: Action) -> Action | None:
         found = self._find_on_disk(step + 1 if action.before_step is None else action.before_step, action.skip)
         if found is None:
-            return self._recovery.restore_failed(step, "no checkpoint is left", empty=True)
+            return self._recovery.restore_failed(step, "there is no checkpoint", empty=True)
         began = self._clock.monotonic()
         to_step, path = found
         failure = self._try_load(str(path), from_ram=False)
@@ -314,7 +316,3 @@ class SafetyNet:
         self._ring = BackupRing(clock=self._clock.monotonic)
         self._detector_then.clear()
         self._step_began = None
-
-
-def _unproven(info: BackupInfo) -> bool:
-    return info.initial and info.status is not BackupStatus.VERIFIED
