@@ -170,6 +170,9 @@ class Action:
     quarantine: tuple[int, ...] = ()
 
 
+_PLAIN = {kind: Action(kind) for kind in Kind}  # what nearly every step gets
+
+
 class Recovery:
     """The state machine of `TABLE` with its counters.
 
@@ -341,7 +344,7 @@ class Recovery:
         if move is None:
             raise ProtocolError(f"{signal} cannot happen in phase {self.phase}: report how the restore went first")
         self.phase = move.phase
-        return Action(move.kind, reason, **details)
+        return Action(move.kind, reason, **details) if reason or details else _PLAIN[move.kind]
 
     def _calm(self, step: int, loss: float) -> Action:
         action = self._move(Verdict.CALM)
