@@ -1,1 +1,6 @@
-"""."""
+"""Replay buffers: experiences kept, and drawn again when that pays most."""
+
+from learnit_r8.replay.n_step import NStep
+from learnit_r8.replay.prioritized import PrioritizedReplayBuffer
+
+__all__ = ["NStep", "PrioritizedReplayBuffer"]
