@@ -120,7 +120,7 @@ class PrioritizedReplayBuffer:
     @property
     def priorities(self) -> NDArray[np.float64]:
         """Copy of every p_i, shape `[len]`."""
-        return self._tree.weights()[: len(self)]
+        return self._tree.view[: len(self)].copy()
 
     def add(self, experience: Any, priority: float | None = None) -> None:
         """Add one experience, replacing the oldest where the buffer is full.
@@ -184,7 +184,7 @@ class PrioritizedReplayBuffer:
         u += np.arange(batch_size)
         u /= batch_size
         slots = self._tree.draw(u)
-        p = self._tree.weights(slots)
+        p = self._tree.view[slots]
         if self._normalize == "max":
             weights = (p / p.min()) ** -beta
         else:
@@ -218,9 +218,15 @@ class PrioritizedReplayBuffer:
         """
         slots = as_array(indices).reshape(-1)
         errors = self._checked_errors(td_errors, slots.size)
-        if slots.size and not (slots.dtype.kind in "iu" and slots.min() >= 0 and slots.max() < len(self)):
-            raise IndexError(f"indices must be integers in 0 .. {len(self) - 1}, got {slots.tolist()[:8]}")
-        slots = slots.astype(np.int64)
+        if slots.size and slots.dtype.kind not in "iu":
+            raise IndexError(f"indices must be integers, got dtype {slots.dtype}")
+        slots = slots.astype(np.int64, copy=False)
+        # Negative numbers read as unsigned are huge: one comparison checks both ends.
+        if slots.size and slots.view(np.uint64).max() >= len(self):
+            bad = slots[(slots < 0) | (slots >= len(self))]
+            raise IndexError(
+                f"indices must be in 0 .. {len(self) - 1}, got {bad[0]} ({bad.size} of {slots.size} outside)"
+            )
         if as_of is None:
             marks = self._marks[slots]
             self._marks[slots] = _IDLE
@@ -301,7 +307,7 @@ class PrioritizedReplayBuffer:
             self._tree.set(slots, self._largest)
         if self._added // self.capacity > laps:
             # Once a lap, so that one outlier does not rule over new experiences for ever.
-            self._largest = float((self._tree.weights() if self._ranking is None else self._ranking.values).max())
+            self._largest = float((self._tree.view if self._ranking is None else self._ranking.values).max())
 
     def _set(self, slots: Indices, errors: NDArray[np.float64]) -> None:
         largest = float(errors.max())
