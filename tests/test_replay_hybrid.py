@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from learnit_r8.errors import CheckpointError, ConfigError
 from learnit_r8.replay import HybridSRLReplayBuffer
@@ -127,6 +128,18 @@ def test_mastered_eviction_drops_the_least_diverse_of_the_mastered_then_the_olde
         assert {name for name in buffer._experiences if isinstance(name, str)} == remaining
 
 
+def test_a_reservoir_holds_early_and_late_experiences_alike():
+    held = np.zeros(200)
+    for seed in range(300):
+        buffer = HybridSRLReplayBuffer(20, eviction="reservoir", seed=seed)
+        taken = [buffer.add(k, [float(k)]) for k in range(200)]
+        assert len(buffer) == 20
+        assert sum(taken) < 120
+        held[buffer._experiences] += 1
+    halves = held.reshape(4, 50).sum(axis=1)
+    assert stats.chisquare(halves).pvalue > 1e-3
+
+
 def test_a_divergent_experience_is_reviewed_sooner_once():
     buffer = HybridSRLReplayBuffer(3, beta=0.0)
     for k, flag in enumerate((True, False, False)):
@@ -235,7 +248,8 @@ def test_clusters_measure_distance_to_the_nearest_centre():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"eviction": "mastered", "epsilon": 0.4}, {"clusters": 2, "cluster_above": 20}]
+    "options",
+    [{}, {"eviction": "mastered", "epsilon": 0.4}, {"eviction": "reservoir"}, {"clusters": 2, "cluster_above": 20}],
 )
 def test_a_restored_buffer_goes_on_like_the_uninterrupted_one(options):
     def run(buffer, steps, trace):

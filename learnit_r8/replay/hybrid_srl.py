@@ -24,6 +24,7 @@ _EASIEST, _HARDEST, _FIRST = 2.5, 1.3, 2.0
 _EASIER, _HARDER = 0.1, -0.2
 _BOOST = 1.0
 """Added to the diversity of an experience that is flagged divergent: as much as the spread of all."""
+_EVICTIONS = ("fifo", "mastered", "reservoir")
 _COLUMNS = {
     "serial": np.int64,  # number of the add; tells an item from its slot's next tenant
     "variance": np.float64,
@@ -93,6 +94,8 @@ class HybridSRLReplayBuffer:
         beta: Share of the variance in the diversity, 0 to 1.
         eviction: "fifo": a full buffer drops the oldest. "mastered": it drops, of those that
             were recalled well the last time, the least diverse; the oldest where there is none.
+            "reservoir": a new experience takes a random one's place, ever less often, so that
+            all that were ever added are as likely to be held (Vitter 1985, algorithm R).
         epsilon: Probability that a new experience is flagged divergent, which adds 1 to its
             diversity until its first review.
         seed: Of that flag and of the clusters.
@@ -140,8 +143,8 @@ class HybridSRLReplayBuffer:
             "uncertainty": (uncertainty, 0.0, math.inf),
         }
         problems = _problems(ints, limits)
-        if eviction not in ("fifo", "mastered"):
-            problems.append(f"eviction must be 'fifo' or 'mastered', got {eviction!r}")
+        if eviction not in _EVICTIONS:
+            problems.append(f"eviction must be one of {_EVICTIONS}, got {eviction!r}")
         if problems:
             raise ConfigError(problems)
         self.capacity, self.mastery_threshold, self.initial_interval = (
@@ -185,7 +188,7 @@ class HybridSRLReplayBuffer:
             divergent: Flag it as divergent or not; None leaves that to chance (`epsilon`).
 
         Returns:
-            False where a filter refused it.
+            False where a filter refused it, or the reservoir passed it over.
 
         Raises:
             ValueError: Bad embedding or variance. Nothing is changed.
@@ -198,22 +201,23 @@ class HybridSRLReplayBuffer:
             self.refused += 1
             return False
         with self._lock:
+            rng = self._streams.at(Purpose.BATCH, 0, self._added)
             if divergent is None:
-                divergent = bool(
-                    self.epsilon and self._streams.at(Purpose.BATCH, 0, self._added).random() < self.epsilon
-                )
+                divergent = bool(self.epsilon and rng.random() < self.epsilon)
             full = len(self) == self.capacity
-            slot = self._slot_to_drop() if full else len(self)
+            slot = self._slot_to_drop(rng) if full else len(self)
+            self._added += 1
+            if slot is None:
+                return False
             if full:
                 self._experiences[slot] = experience
             else:
                 self._experiences.append(experience)
-            values = {"serial": self._added, "variance": variance, "interval": self.initial_interval}
+            values = {"serial": self._added - 1, "variance": variance, "interval": self.initial_interval}
             values |= {"easiness": _FIRST, "last_review": step, "boost": _BOOST * divergent, "spare": math.inf}
             for name, column in self._columns.items():
                 column[slot] = values.get(name, 0)
             self._spread.put(slot, vector, replaces=full, used=len(self))
-            self._added += 1
         return True
 
     def compute_diversity(self, item: Any) -> float:
@@ -368,13 +372,16 @@ class HybridSRLReplayBuffer:
         deviation: NDArray[np.float64] = np.sqrt(squares / np.maximum(recalls - 1, 1))
         return deviation
 
-    def _slot_to_drop(self) -> int:
-        if self.eviction == "mastered":
-            slot = int(self._columns["spare"].argmin())
-            if self._columns["spare"][slot] < math.inf:
-                return slot
-            return int(self._columns["serial"].argmin())
-        return self._added % self.capacity
+    def _slot_to_drop(self, rng: np.random.Generator) -> int | None:
+        if self.eviction == "fifo":
+            return self._added % self.capacity
+        if self.eviction == "reservoir":
+            slot = int(rng.integers(self._added + 1))
+            return slot if slot < self.capacity else None
+        slot = int(self._columns["spare"].argmin())
+        if self._columns["spare"][slot] < math.inf:
+            return slot
+        return int(self._columns["serial"].argmin())
 
     def _item(self, slot: int) -> ReplayItem:
         numbers = {name: self._columns[name][slot].item() for name in ("variance", "interval", "easiness")}
