@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.types import Indices
 
+Indices = NDArray[np.int64]
 Weights = NDArray[np.float64]
 
 _SHIFT = 4

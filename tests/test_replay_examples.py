@@ -34,7 +34,7 @@ def test_digits_are_forgotten_without_replay_and_kept_with_it(tmp_path):
     forgetting = dict(re.findall(r"^(\w[\w ]*?) +forgetting ([\d.]+)", output, flags=re.MULTILINE))
     assert set(forgetting) == {"none", "uniform", "spaced alone", "hybrid"}
     assert float(forgetting["none"]) > 0.8
-    assert float(forgetting["hybrid"]) < 0.5
+    assert float(forgetting["hybrid"]) < float(forgetting["none"]) - 0.2
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_schedule_and_diversity_follow_the_published_rules(seed, capacity, beta,
         if step < 3:
             continue
         due = [item for item in items if step >= item["last_review"] + item["interval"]]
-        due = sorted(due, key=lambda item: item["easiness"])[:3]
+        due = sorted(due, key=lambda item: (item["easiness"], item["last_review"] + item["interval"]))[:3]
         got = buffer.get_due_samples(step, 3)
         assert [item.experience for item in got] == [item["experience"] for item in due]
         scores = rng.uniform(0.7, 1.0, len(due))
@@ -80,7 +80,7 @@ def test_distances_stay_exact_far_from_the_origin_after_many_replacements():
     np.testing.assert_allclose(buffer.diversities(), distances / np.ptp(distances), rtol=1e-3)
 
 
-def test_due_selection_takes_the_hardest_and_among_equals_the_oldest():
+def test_due_selection_takes_the_hardest_and_among_equals_the_longest_due_and_then_the_oldest():
     rng = np.random.default_rng(2)
     buffer = HybridSRLReplayBuffer(500)
     for k in range(800):
@@ -89,13 +89,27 @@ def test_due_selection_takes_the_hardest_and_among_equals_the_oldest():
         items = buffer.get_due_samples(step, 37)
         buffer.update_after_replay(items, rng.random(len(items)) + 0.3, step)
     columns = {name: column.copy() for name, column in buffer._columns.items()}
-    due = columns["last_review"] + columns["interval"] <= 40
-    order = np.lexsort((columns["serial"], columns["easiness"]))
-    expected = [int(columns["serial"][slot]) for slot in order if due[slot]]
+    due_at = columns["last_review"] + columns["interval"]
+    order = np.lexsort((columns["serial"], due_at, columns["easiness"]))
+    expected = [int(columns["serial"][slot]) for slot in order if due_at[slot] <= 40]
     for size in (1, 10, 100, 500):
         items = buffer.get_due_samples(40, size)
         assert [item.serial for item in items] == expected[:size]
         assert all(item["experience"] == item.serial for item in items)
+
+
+def test_equally_hard_experiences_take_turns_though_all_are_due_at_every_step():
+    buffer = HybridSRLReplayBuffer(100)
+    for k in range(100):
+        buffer.add(k, [float(k)])
+    for step in range(1, 6):
+        buffer.update_after_replay(buffer.get_due_samples(step, 100), np.zeros(100), step)
+    turns = np.zeros(100)
+    for step in range(6, 106):
+        items = buffer.get_due_samples(step, 4)
+        turns[[item.experience for item in items]] += 1
+        buffer.update_after_replay(items, np.zeros(4), step)
+    assert (turns == 4).all()
 
 
 def test_an_item_that_was_dropped_is_skipped_and_one_given_twice_counts_twice():

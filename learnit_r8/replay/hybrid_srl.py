@@ -237,7 +237,11 @@ class HybridSRLReplayBuffer:
         return result
 
     def get_due_samples(self, current_step: float, batch_size: int) -> list[ReplayItem]:
-        """Return up to `batch_size` experiences that are due, lowest easiness first, then oldest.
+        """Return up to `batch_size` experiences that are due, lowest easiness first.
+
+        Among equals that which has been due longest comes first, then the oldest. (In the
+        published buffer it is the oldest, so that while nothing is mastered the same few are
+        replayed for ever.)
 
         Raises:
             ValueError: `batch_size` is not a positive int, or `current_step` is NaN.
@@ -248,17 +252,23 @@ class HybridSRLReplayBuffer:
             raise ValueError("current_step must be a number, got NaN")
         with self._lock:
             used, columns = len(self), self._columns
-            due = np.flatnonzero(columns["last_review"][:used] + columns["interval"][:used] <= current_step)
-            easiness, serial = columns["easiness"][due], columns["serial"][due]
+            due_at = columns["last_review"][:used] + columns["interval"][:used]
+            due = np.flatnonzero(due_at <= current_step)
+            keys = columns["serial"][due], due_at[due], columns["easiness"][due]
             if batch_size < len(due):
-                border = np.partition(easiness, batch_size - 1)[batch_size - 1]
-                harder, tied = np.flatnonzero(easiness < border), np.flatnonzero(easiness == border)
-                places = batch_size - len(harder)
-                if places < len(tied):
-                    tied = tied[np.argpartition(serial[tied], places - 1)[:places]]
-                chosen = np.concatenate([harder, tied])
-                due, easiness, serial = due[chosen], easiness[chosen], serial[chosen]
-            return [self._item(slot) for slot in due[np.lexsort((serial, easiness))].tolist()]
+                chosen = np.arange(len(due))
+                taken = [chosen[:0]]
+                for key in reversed(keys):
+                    # Sorting all would take ten times as long as finding who lies below the border.
+                    places = batch_size - sum(map(len, taken))
+                    border = np.partition(key[chosen], places - 1)[places - 1]
+                    taken.append(chosen[key[chosen] < border])
+                    chosen = chosen[key[chosen] == border]
+                    if sum(map(len, taken)) + len(chosen) == batch_size:
+                        break
+                chosen = np.concatenate([*taken, chosen])
+                due, keys = due[chosen], (keys[0][chosen], keys[1][chosen], keys[2][chosen])
+            return [self._item(slot) for slot in due[np.lexsort(keys)].tolist()]
 
     def update_after_replay(self, items: Sequence[Any], recall_scores: ArrayLike, current_step: float) -> None:
         """Reschedule experiences after they were replayed.
