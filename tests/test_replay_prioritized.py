@@ -313,6 +313,16 @@ def test_bad_input_is_refused_and_changes_nothing(call, error, words):
     np.testing.assert_equal(after, before)
 
 
+@pytest.mark.parametrize("variant", ["proportional", "rank"])
+def test_the_largest_finite_errors_leave_everything_finite(variant):
+    buffer = filled(4, (1e308, 0.0, 1.0, 1e200), alpha=3.0, variant=variant, normalize=None)
+    buffer.add("new")
+    _, weights, indices = buffer.sample(32)
+    assert np.isfinite(buffer.priorities).all()
+    assert np.isfinite(weights).all()
+    assert set(indices.tolist()) >= {0, 3}
+
+
 def test_sampling_from_an_empty_buffer_says_what_to_do():
     with pytest.raises(ValueError, match="add experiences first"):
         PrioritizedReplayBuffer(3).sample(1)

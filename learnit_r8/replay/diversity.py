@@ -131,6 +131,7 @@ class EmbeddingSpread:
             "embeddings": self.embeddings[:used].copy(),
             "anchor": self._anchor.copy(),
             "sum": self._sum.copy(),
+            "norms": self._norms[:used].copy(),
             "puts": self._puts,
             "centers": None if self._centers is None else self._centers.copy(),
             "fitted_at": self._fitted_at,
@@ -142,9 +143,7 @@ class EmbeddingSpread:
         self.embeddings = np.zeros((self._capacity, held.shape[1]) if held.size else (0, 0), dtype=np.float32)
         self.embeddings[: len(held)] = held
         self._anchor, self._sum = np.array(state["anchor"]), np.array(state["sum"])
-        for start in range(0, len(held), _ROWS):
-            offsets = held[start : start + _ROWS] - self._anchor
-            self._norms[start : start + len(offsets)] = np.array([row @ row for row in offsets])
+        self._norms[: len(held)] = state["norms"]
         self._puts, self._fitted_at = int(state["puts"]), int(state["fitted_at"])
         self._centers = None if state["centers"] is None else np.array(state["centers"], dtype=np.float32)
         self._cached = None

@@ -23,6 +23,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "variant": ("proportional", "rank"),
     "storage": ("objects", "arrays"),
 }
+_LARGEST_ALPHA, _LARGEST_BETA, _LARGEST_EPS, _LARGEST_ERROR = 3.0, 10.0, 1.0, 1e90
+"""Larger errors count as this one, so that no priority leaves the range of float64."""
 # What is known of an experience's slot, so that an update can tell whom it is for.
 _IDLE, _AWAITED, _REPLACED = 0, 1, 2
 
@@ -41,11 +43,11 @@ class PrioritizedReplayBuffer:
 
     Args:
         capacity: Number of experiences held, at least 1.
-        alpha: How much priorities count: 0 is uniform. At least 0.
+        alpha: How much priorities count: 0 is uniform. 0 to 3.
         beta: How much of the bias the weights undo, at first.
         beta_end: The same after `beta_steps` calls of `sample`, linear in between.
         beta_steps: None: beta stays at `beta`.
-        eps: Keeps experiences without error alive. At least 0.
+        eps: Keeps experiences without error alive. 0 to 1.
         seed: Of all draws.
         normalize: "max": weights are divided by the largest of the batch, as published; this
             shrinks the gradient, so learning rates do not carry over. "mean": by the mean.
@@ -80,7 +82,15 @@ class PrioritizedReplayBuffer:
         fast: bool | None = None,
     ) -> None:
         problems = _problems(
-            capacity, beta_steps, seed, {"alpha": alpha, "beta": beta, "beta_end": beta_end, "eps": eps}
+            capacity,
+            beta_steps,
+            seed,
+            {
+                "alpha": (alpha, _LARGEST_ALPHA),
+                "beta": (beta, _LARGEST_BETA),
+                "beta_end": (beta_end, _LARGEST_BETA),
+                "eps": (eps, _LARGEST_EPS),
+            },
         )
         for name, value in (("normalize", normalize), ("variant", variant), ("storage", storage)):
             if value not in _CHOICES[name]:
@@ -312,8 +322,9 @@ class PrioritizedReplayBuffer:
     def _set(self, slots: Indices, errors: NDArray[np.float64]) -> None:
         largest = float(errors.max())
         if self._ranking is None:
-            self._tree.set(slots, (errors + self.eps) ** self.alpha)
-            largest = (largest + self.eps) ** self.alpha
+            p = (errors + self.eps) ** self.alpha
+            self._tree.set(slots, p)
+            largest = float(p.max())
         else:
             slots, ranks = self._ranking.set(slots, errors, len(self))
             self._tree.set(slots, ranks**-self.alpha)
@@ -327,10 +338,10 @@ class PrioritizedReplayBuffer:
         if errors.size and not errors.max() < math.inf:
             bad = np.flatnonzero(~np.isfinite(errors))
             raise ValueError(f"errors must be finite, got {errors[bad[0]]} at position {bad[0]} ({bad.size} in all)")
-        return errors
+        return np.minimum(errors, _LARGEST_ERROR)
 
 
-def _problems(capacity: Any, beta_steps: Any, seed: Any, numbers: Mapping[str, Any]) -> list[str]:
+def _problems(capacity: Any, beta_steps: Any, seed: Any, numbers: Mapping[str, tuple[Any, float]]) -> list[str]:
     ints = {"capacity": (capacity, 1), "seed": (seed, 0)} | (
         {} if beta_steps is None else {"beta_steps": (beta_steps, 1)}
     )
@@ -339,9 +350,9 @@ def _problems(capacity: Any, beta_steps: Any, seed: Any, numbers: Mapping[str, A
         for name, (value, low) in ints.items()
         if not (_is_int(value) and value >= low)
     ] + [
-        f"{name} must be a finite number of at least 0, got {value!r}"
-        for name, value in numbers.items()
-        if not (_is_number(value) and 0.0 <= value < math.inf)
+        f"{name} must be a number in 0 .. {high:g}, got {value!r}"
+        for name, (value, high) in numbers.items()
+        if not (_is_number(value) and 0.0 <= value <= high)
     ]
 
 
