@@ -72,8 +72,8 @@ class Reviewed:
     """Replay by `HybridSRLReplayBuffer`; with alpha 0 it is spaced repetition alone.
 
     Half of a replay is the hardest that is due, the other half random: the hardest alone would
-    starve the rest (forgetting .20 in place of .08 with 200 held). Its reservoir keeps early
-    tasks; with eviction="fifo" forgetting was about .3, with "mastered" .2 to .3.
+    starve the rest (forgetting .26 in place of .06). Its reservoir keeps early tasks; under
+    eviction="fifo" or "mastered" a task larger than the buffer drives out all others (.73).
     """
 
     def __init__(self, capacity: int, seed: int, alpha: float) -> None:
