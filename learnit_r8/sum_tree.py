@@ -142,7 +142,7 @@ class SumTree:
         """Return the slots at which the running sum of all weights passes `u * total`.
 
         Args:
-            u: Uniform numbers in [0, 1), float64, contiguous, shape `[n]`. Sorted numbers, such as a
+            u: Uniform numbers in [0, 1), float64, shape `[n]`. Sorted numbers, such as a
                 stratified draw's, are the kindest to the cache.
 
         Returns:
@@ -153,6 +153,7 @@ class SumTree:
         """
         if not self._last_sums[-1] > 0.0:
             raise ValueError("nothing to draw: every weight is zero")
+        u = np.ascontiguousarray(u, dtype=np.float64)
         if self._kernels is not None:
             slots = np.empty(len(u), dtype=np.int64)
             self._kernels.draw(self._sums, self._starts, self._last_sums, u, slots)
