@@ -1,8 +1,8 @@
 """Weighted draws over a fixed number of slots: O(log N) to draw, O(log N) to change.
 
 The tree is wide and flat: each node holds the running sums of its 16 children, and the last
-level, at most 4096 sums, is one array that is searched directly. At a million slots that
-is two nodes and one search, few enough numpy calls to compete with compiled trees.
+level, at most 1024 sums, is one array that is searched directly. At a million slots that
+is three nodes and one search, few enough numpy calls to compete with compiled trees.
 
 Two rules make the arithmetic exact enough to forget about:
 
@@ -20,20 +20,20 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.types import Indices
 
+Indices = NDArray[np.int64]
 Weights = NDArray[np.float64]
 
 _SHIFT = 4
 _FAN_OUT = 1 << _SHIFT
 """Of 16, 32, 64 and 128 the fastest for numpy: most of the time goes into copying nodes."""
-_LAST_LEVEL = 4096
+_LAST_LEVEL = 1024
 MAX_WEIGHT = 1e280
 """Far enough below the largest float64 for every sum to stay finite."""
 _COMPILE_FROM = 4096
@@ -70,6 +70,11 @@ class SumTree:
             (self._values[start:stop].reshape(-1, _FAN_OUT), self._sums[start:stop].reshape(-1, _FAN_OUT))
             for start, stop in zip(self._starts[:-1], self._starts[1:], strict=True)
         ]
+        self._parents = [children.reshape(-1) for children, _ in self._levels[1:]] + [self._last_values]
+        self._arrays = (self._values, self._sums, self._starts, self._last_values, self._last_sums)
+        self.view = self._values[: self.size]
+        """The weights themselves, read-only: `view[slots]` is the quickest way to look some up."""
+        self.view.flags.writeable = False
         self._kernels = _choose_kernels(self.size, fast)
 
     def __len__(self) -> int:
@@ -92,7 +97,7 @@ class SumTree:
             IndexError: A slot is outside `0 .. size - 1`.
         """
         if indices is None:
-            return self._values[: self.size].copy()
+            return self.view.copy()
         return self._values[self._checked_indices(indices)]
 
     def set(self, indices: ArrayLike, weights: ArrayLike) -> None:
@@ -107,6 +112,8 @@ class SumTree:
             ValueError: A weight is negative, NaN or too large, or the shapes differ.
                 The tree is unchanged.
         """
+        if self._kernels is not None and self._kernels.write_plain(self._arrays, indices, weights, self.size):
+            return
         slots = self._checked_indices(indices)
         values = _checked_weights(weights)
         if values.shape != slots.shape:
@@ -128,8 +135,7 @@ class SumTree:
         self._values[: self.size] = values
         for level, (children, sums) in enumerate(self._levels):
             np.add.accumulate(children, axis=1, out=sums)
-            parents = self._levels[level + 1][0].reshape(-1) if level + 1 < len(self._levels) else self._last_values
-            parents[: len(sums)] = sums[:, -1]
+            self._parents[level][: len(sums)] = sums[:, -1]
         np.add.accumulate(self._last_values, out=self._last_sums)
 
     def draw(self, u: Weights) -> Indices:
@@ -147,13 +153,14 @@ class SumTree:
         """
         if not self._last_sums[-1] > 0.0:
             raise ValueError("nothing to draw: every weight is zero")
+        u = np.ascontiguousarray(u, dtype=np.float64)
+        if self._kernels is not None:
+            slots = np.empty(len(u), dtype=np.int64)
+            self._kernels.draw(self._sums, self._starts, self._last_sums, u, slots)
+            return slots
         remainder = np.minimum(u * self._last_sums[-1], np.nextafter(self._last_sums[-1], 0.0))
         nodes: Indices = self._last_sums.searchsorted(remainder, side="right").astype(np.int64, copy=False)
-        before = np.where(nodes > 0, self._last_sums[nodes - 1], 0.0)
-        remainder -= before
-        if self._kernels is not None:
-            self._kernels[1](self._sums, self._starts, nodes, remainder)
-            return nodes
+        remainder -= np.where(nodes > 0, self._last_sums[nodes - 1], 0.0)
         rows = np.arange(len(nodes))
         for level in range(len(self._levels) - 1, -1, -1):
             sums = self._levels[level][1].take(nodes, axis=0)
@@ -214,17 +221,16 @@ class SumTree:
 
     def _write(self, slots: Indices, values: Weights) -> None:
         if self._kernels is not None:
-            self._kernels[0](self._values, self._sums, self._starts, self._last_values, slots, values)
-        else:
-            self._values[slots] = values
-            nodes = slots
-            for level, (children, sums) in enumerate(self._levels):
-                nodes = nodes >> _SHIFT
-                rows = children.take(nodes, axis=0)
-                np.add.accumulate(rows, axis=1, out=rows)
-                sums[nodes] = rows
-                parents = self._levels[level + 1][0].reshape(-1) if level + 1 < len(self._levels) else self._last_values
-                parents[nodes] = rows[:, -1]
+            self._kernels.write(*self._arrays, slots, values, self.size)
+            return
+        self._values[slots] = values
+        nodes = slots
+        for level, (children, sums) in enumerate(self._levels):
+            nodes = nodes >> _SHIFT
+            rows = children.take(nodes, axis=0)
+            np.add.accumulate(rows, axis=1, out=rows)
+            sums[nodes] = rows
+            self._parents[level][nodes] = rows[:, -1]
         np.add.accumulate(self._last_values, out=self._last_sums)
 
     def _checked_indices(self, indices: ArrayLike) -> Indices:
@@ -268,19 +274,24 @@ def _first_occurrences(slots: Indices) -> Indices:
     return slots[first]
 
 
-def _write_kernel(values: Any, sums: Any, starts: Any, last_values: Any, slots: Any, weights: Any) -> None:
+def _write_kernel(
+    values: Any, sums: Any, starts: Any, last_values: Any, last_sums: Any, slots: Any, weights: Any, size: int
+) -> bool:
+    """Check, then write: False, with nothing changed, where a slot or a weight is not allowed."""
     for k in range(len(slots)):
-        values[slots[k]] = weights[k]
+        if not (0 <= slots[k] < size and 0.0 <= weights[k] <= MAX_WEIGHT):
+            return False
+    for k in range(len(slots)):
+        values[slots[k]] = weights[k] + 0.0
     levels = len(starts) - 1
     for level in range(levels):
-        start = starts[level]
         before = -1
         for k in range(len(slots)):
             node = slots[k] >> (_SHIFT * (level + 1))
             if node == before:
                 continue
             before = node
-            first = start + (node << _SHIFT)
+            first = starts[level] + (node << _SHIFT)
             running = 0.0
             for child in range(first, first + _FAN_OUT):
                 running += values[child]
@@ -289,12 +300,27 @@ def _write_kernel(values: Any, sums: Any, starts: Any, last_values: Any, slots: 
                 values[starts[level + 1] + node] = running
             else:
                 last_values[node] = running
+    running = 0.0
+    for node in range(len(last_values)):
+        running += last_values[node]
+        last_sums[node] = running
+    return True
 
 
-def _draw_kernel(sums: Any, starts: Any, nodes: Any, remainders: Any) -> None:
-    for k in range(len(nodes)):
-        node = nodes[k]
-        remainder = remainders[k]
+def _draw_kernel(sums: Any, starts: Any, last_sums: Any, u: Any, slots: Any) -> None:
+    total = last_sums[-1]
+    below_total = np.nextafter(total, 0.0)
+    for k in range(len(u)):
+        remainder = min(u[k] * total, below_total)
+        node, high = 0, len(last_sums)
+        while node < high:
+            middle = (node + high) >> 1
+            if last_sums[middle] <= remainder:
+                node = middle + 1
+            else:
+                high = middle
+        if node > 0:
+            remainder -= last_sums[node - 1]
         for level in range(len(starts) - 2, -1, -1):
             first = starts[level] + (node << _SHIFT)
             remainder = min(remainder, np.nextafter(sums[first + _FAN_OUT - 1], 0.0))
@@ -304,13 +330,24 @@ def _draw_kernel(sums: Any, starts: Any, nodes: Any, remainders: Any) -> None:
             if child > 0:
                 remainder -= sums[first + child - 1]
             node = (node << _SHIFT) + child
-        nodes[k] = node
+        slots[k] = node
 
 
-Kernels = tuple[Callable[..., None], Callable[..., None]]
+class _Kernels(NamedTuple):
+    write: Callable[..., bool]
+    draw: Callable[..., None]
+
+    def write_plain(self, arrays: tuple[Any, ...], slots: Any, weights: Any, size: int) -> bool:
+        """Write what needs no conversion; False where it does, or where something is wrong with it."""
+        for given, dtype in ((slots, np.int64), (weights, np.float64)):
+            if not (isinstance(given, np.ndarray) and given.dtype == dtype and given.ndim == 1):
+                return False
+            if not given.flags.c_contiguous:
+                return False
+        return len(slots) == len(weights) and self.write(*arrays, slots, weights, size)
 
 
-def _choose_kernels(size: int, fast: bool | None) -> Kernels | None:
+def _choose_kernels(size: int, fast: bool | None) -> _Kernels | None:
     if fast is False or (fast is None and size < _COMPILE_FROM):
         return None
     kernels = _compiled()
@@ -320,18 +357,17 @@ def _choose_kernels(size: int, fast: bool | None) -> Kernels | None:
 
 
 @functools.cache
-def _compiled() -> Kernels | None:
+def _compiled() -> _Kernels | None:
     try:
-        numba = importlib.import_module("numba")
+        njit = importlib.import_module("numba").njit
     except ImportError:
         return None
     array, ints = "float64[::1]", "int64[::1]"
-    write = f"void({array}, {array}, {ints}, {array}, {ints}, {array})"
-    draw = f"void({array}, {ints}, {ints}, {array})"
+    write = f"boolean({array}, {array}, {ints}, {array}, {array}, {ints}, {array}, int64)"
+    draw = f"void({array}, {ints}, {array}, {array}, {ints})"
     try:
-        return tuple(
-            numba.njit(signature, cache=True, nogil=True)(kernel)
-            for signature, kernel in ((write, _write_kernel), (draw, _draw_kernel))
+        return _Kernels(
+            njit(write, cache=True, nogil=True)(_write_kernel), njit(draw, cache=True, nogil=True)(_draw_kernel)
         )
     except RuntimeError:  # no folder to cache in
-        return numba.njit(write, nogil=True)(_write_kernel), numba.njit(draw, nogil=True)(_draw_kernel)
+        return _Kernels(njit(write, nogil=True)(_write_kernel), njit(draw, nogil=True)(_draw_kernel))

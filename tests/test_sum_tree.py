@@ -124,6 +124,17 @@ def test_bad_sizes_and_an_all_zero_tree_are_refused():
         SumTree(3).fill([1.0, 2.0])
 
 
+@pytest.mark.parametrize("fast", PATHS)
+def test_indices_weights_and_draws_of_other_dtypes_and_strides_are_taken(fast):
+    tree, plain = SumTree(100, fast=fast), SumTree(100, fast=fast)
+    tree.set(np.arange(200, dtype=np.uint8)[:200:2][:50], np.arange(50, dtype=np.float32))
+    plain.set(np.arange(0, 100, 2), np.arange(50.0))
+    np.testing.assert_array_equal(tree.weights(), plain.weights())
+    u = np.linspace(0.0, 0.99, 40)
+    np.testing.assert_array_equal(tree.draw(u[::3]), plain.draw(u[::3].copy()))
+    assert len(tree.draw(u[:0])) == 0
+
+
 def test_empty_updates_and_scalar_weights_are_fine():
     tree = SumTree(5)
     tree.set([], [])
