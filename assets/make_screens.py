@@ -1,6 +1,6 @@
 """Draws the README's pictures: example.py on a real pseudo-terminal, its cells as SVG.
 
-    python assets/make_screens.py     # needs the example and test extras
+python assets/make_screens.py     # needs the example and test extras
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from pathlib import Path
 import pyte
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from tests.terminal_driver import Screen, Stream  # noqa: E402 - pyte's own lack two sequences that ncurses sends
+
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 8.4, 18, 14
 BACKGROUND, FOREGROUND = "#11151c", "#d7dce4"
 COLOURS = {
@@ -28,10 +32,10 @@ COLOURS = {
 }  # fmt: skip
 
 
-def record(columns: int, rows: int, share: float) -> pyte.Screen:
+def record(columns: int, rows: int, share: float) -> Screen:
     """Run example.py on a terminal and return its screen when that share of the steps is done."""
-    screen = pyte.Screen(columns, rows)
-    stream = pyte.ByteStream(screen)
+    screen = Screen(columns, rows)
+    stream = Stream(screen)
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm-256color", LANG="C.UTF-8")
@@ -40,13 +44,19 @@ def record(columns: int, rows: int, share: float) -> pyte.Screen:
         os.execv(sys.executable, [sys.executable, "example.py", "--ui", "curses"])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     deadline = time.monotonic() + 120
+    settled = deadline
     try:
         while time.monotonic() < deadline:
             ready, _, _ = select.select([terminal], [], [], 0.2)
             if ready:
-                stream.feed(os.read(terminal, 65536))
-            if progress(screen) >= share:
+                try:
+                    stream.feed(os.read(terminal, 65536))
+                except OSError as error:  # the program has ended
+                    raise RuntimeError("\n".join(screen.display)) from error
+            if progress(screen) >= share and time.monotonic() > settled:
                 return screen
+            if progress(screen) < share:
+                settled = time.monotonic() + 1.0  # the rest of the frame
     finally:
         os.kill(pid, 15)
         os.waitpid(pid, 0)

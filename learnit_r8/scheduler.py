@@ -667,7 +667,9 @@ class R8Scheduler:
         """Open the best display that there is; it is one sink among the others."""
         if self._dashboard is not None:
             self._bus.remove(self._dashboard)
-        self._dashboard = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._ranks.rank)
+            self._dashboard = None
+        if self._args.ui != "off":  # the environment's R8_UI may choose the display, not force one on a program
+            self._dashboard = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._ranks.rank)
         if self._dashboard is not None:
             self._bus.add(self._dashboard)
 
