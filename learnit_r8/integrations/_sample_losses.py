@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 IGNORED = -100
 
@@ -81,4 +82,7 @@ BY_LOSS_TYPE: dict[str, Callable[[Tensor, Tensor, Any], SampleLosses]] = {
 def loss_function(model: Any) -> Callable[[Tensor, Tensor, Any], SampleLosses] | None:
     """Return the function for a model's loss type; None for types that are not known."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps
-    return BY_LOSS_TYPE.get(getattr(inner, "loss_type", None) or "")
+    loss_type = getattr(inner, "loss_type", None)
+    if loss_type is None and type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        loss_type = "ForCausalLM"  # GPT2LMHeadModel and others are named without it
+    return BY_LOSS_TYPE.get(loss_type or "")

@@ -97,9 +97,9 @@ def torch_all_gather(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def rank_arguments() -> dict[str, Any]:
-    """Return `rank`, `world_size` and `all_gather` for `R8Scheduler`; nothing for a single process."""
+    """Return `rank`, `world_size` and `all_gather` of this process, for `R8Scheduler` or `resume_from_checkpoint`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return {}
+        return {"rank": 0, "world_size": 1, "all_gather": None}
     return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "all_gather": torch_all_gather}
 
 
