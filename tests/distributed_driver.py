@@ -1,4 +1,4 @@
-"""One rank of a training, run by test_integration_distributed.py: `distributed_driver.py FOLDER RANK WORLD SCENARIO...`.
+"""One rank of a training, run by test_integration_distributed.py: distributed_driver.py FOLDER RANK WORLD SCENARIO...
 
 The model is a logistic regression whose update is computed from all ranks' gathered gradients,
 sample by sample, so that its weights are equal to the bit on any number of ranks.
