@@ -112,7 +112,9 @@ class Spy:
         return self.results[-1]
 
 
-@pytest.mark.parametrize(("kind", "accumulation", "workers"), [("class", 1, 0), ("class", 4, 2), ("lm", 1, 0), ("lm", 4, 2)])
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "workers"), [("class", 1, 0), ("class", 4, 2), ("lm", 1, 0), ("lm", 4, 2)]
+)
 def test_each_sample_gets_the_loss_that_the_model_has_for_it(hf, tmp_path, kind, accumulation, workers):
     scheduler = scheduler_for(num_epochs=1, initial_lr=1e-12)  # the weights stay as they are
     spy = Spy(scheduler)

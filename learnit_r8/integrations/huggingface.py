@@ -161,7 +161,7 @@ class SampleLossMixin:
             self._report(losses, skipped=skipped)
 
 
-class _Callback(TrainerCallback):  # type: ignore[misc]
+class _Callback(TrainerCallback):
     """Carries the Trainer's events to the trainer's own methods."""
 
     def __init__(self, trainer: Any) -> None:
@@ -334,11 +334,11 @@ class R8Mixin(SampleLossMixin):
                 self._epochs.close()  # signal handlers are put back, also after an exception
 
 
-class R8Trainer(R8Mixin, Trainer):  # type: ignore[misc]
+class R8Trainer(R8Mixin, Trainer):
     """`transformers.Trainer` with an R8Scheduler; see `R8Mixin` for the arguments."""
 
 
-class SRSTrainer(SampleLossMixin, Trainer):  # type: ignore[misc]
+class SRSTrainer(SampleLossMixin, Trainer):
     """`transformers.Trainer` that draws its batches from a `SpacedRepetitionSampler`.
 
     All else is the Trainer's: learning rate, number of epochs (passes over the sampler). The
