@@ -248,8 +248,8 @@ class SafetyNet:
         failure = self._try_load(state, from_ram=True)
         if failure:
             return self._recovery.restore_failed(step, failure, backup_id=info.id)
-        # The initial state, or the only one there is, is kept for its full number of rollbacks.
-        alone = len(self._ring.backups) == 1
+        # The initial state, or the only one that this rollback leaves, is kept for its full number of rollbacks.
+        alone = sum(backup.step <= info.step for backup in self._ring.backups) == 1
         self._recovery.rolled_back(step, info.step, info.id, last_resort=info.initial or alone)
         self._detector.reset_after_rollback(self._detector_then.get(info.id))
         self._after_rollback(step, info.step, "ram", began)
