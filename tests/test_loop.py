@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from learnit_r8 import Batch, ProtocolError, R8Scheduler, Verdict, events
+from learnit_r8.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = {"use_curses": False, "checkpoint_dir": None}
@@ -955,3 +956,28 @@ def test_a_loop_in_another_thread_catches_no_signals():
     thread.join()
     assert seen == [before] * 2
     assert scheduler.global_step == 2
+
+
+def test_a_second_nan_right_after_a_rollback_finds_the_backup_that_the_first_one_left():
+    """The rollback to a backup forgets the later ones; what is left is the last resort then."""
+
+    class Still(Clock):  # backups are paced by time
+        def monotonic(self) -> float:
+            return 0.0
+
+    restored = []
+    scheduler = R8Scheduler(
+        96,
+        8,
+        num_epochs=3,
+        backup_every=5,
+        state_callback=lambda: {"w": np.zeros(3)},
+        load_callback=restored.append,
+        checkpoint_dir=None,
+        ui="off",
+        clock=Still(),
+    )
+    for _ in scheduler.epoch_iterator():
+        for _ in scheduler.batch_iterator():
+            scheduler.update_with_loss(float("nan") if scheduler.global_step in (9, 21, 22) else 1.0)
+    assert len(restored) == 3

@@ -83,7 +83,8 @@ class SafetyNet:
         crash: CrashRecorder,
     ) -> None:
         self._load = load
-        self._state_callback = None if load is None or backup_every is None else state_callback
+        self._paced = backup_every is not None
+        self._state_callback = state_callback if self._paced and load is not None else None
         self._find_on_disk = find_on_disk
         self._catalog = catalog
         self._emit = emit
@@ -100,6 +101,12 @@ class SafetyNet:
         self._load_error: Exception | None = None
 
     # What the loop asks ---------------------------------------------------------------------
+
+    def attach(self, state_callback: Callable[[], Any], load: LoadCallback) -> None:
+        """Take callbacks where none were given at construction; of two pairs, halves would not fit."""
+        if self._load is None:
+            self._load = load
+            self._state_callback = state_callback if self._paced else None
 
     @property
     def quarantine(self) -> Mask | None:
@@ -241,8 +248,8 @@ class SafetyNet:
         failure = self._try_load(state, from_ram=True)
         if failure:
             return self._recovery.restore_failed(step, failure, backup_id=info.id)
-        # The initial state, or the only one there is, is kept for its full number of rollbacks.
-        alone = len(self._ring.backups) == 1
+        # The initial state, or the only one that this rollback leaves, is kept for its full number of rollbacks.
+        alone = sum(backup.step <= info.step for backup in self._ring.backups) == 1
         self._recovery.rolled_back(step, info.step, info.id, last_resort=info.initial or alone)
         self._detector.reset_after_rollback(self._detector_then.get(info.id))
         self._after_rollback(step, info.step, "ram", began)
