@@ -69,6 +69,11 @@ class SafetyNet:
         self._last_backup = -1
         self._uncounted: list[tuple[int, ...]] = []
 
+    def attach(self, state_callback: Callable[[], Any], load: LoadCallback) -> None:
+        """Take the callbacks that were not given at construction."""
+        self._state_callback = self._state_callback or state_callback
+        self._load = self._load or load
+
     @property
     def quarantine(self) -> Mask | None:
         """Samples that are kept out of batches, bool `[N]`, or None."""
