@@ -32,6 +32,9 @@ class R8BatchSampler(Sampler[list[int]]):
     state then holds no samples: where the run stands is the scheduler's own state, which a
     checkpoint of the scheduler (or its `state_dict`) keeps.
 
+    Every new iterator of a `DataLoader` draws a seed from torch's global generator. Give it one of
+    its own (`generator=torch.Generator()`) where a resumed run has to equal the uninterrupted one.
+
     Args:
         scheduler: Hands out the batches. On several ranks these are this rank's slices.
         ahead: Further batches that the loop holds before it reports the first of them, e.g.
@@ -58,12 +61,13 @@ class R8BatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Return an iterator over what is left of the current epoch."""
-        lead = _lead(sys._getframe(1))
+        return self._batches(*_look_up_loader(sys._getframe(1)))
+
+    def _batches(self, lead: int | None, problems: list[str]) -> Iterator[list[int]]:
+        if problems:  # not earlier: a loader that fails while it is made fails once more when it is deleted
+            raise ConfigError(problems)
         if lead is not None:
             self.scheduler.allow_lookahead(lead + self.ahead + 1)
-        return self._batches()
-
-    def _batches(self) -> Iterator[list[int]]:
         for batch in self.scheduler.batch_iterator():
             yield batch.indices.tolist()
 
@@ -75,30 +79,27 @@ class R8BatchSampler(Sampler[list[int]]):
         """Do nothing: restore the scheduler."""
 
 
-def _lead(frame: FrameType | None) -> int | None:
-    """Return how many batches the loader that is asking keeps in flight, or None where there is no loader.
+def _look_up_loader(frame: FrameType | None) -> tuple[int | None, list[str]]:
+    """Return how many batches the loader that is asking keeps in flight, and what is wrong with it.
 
-    A loader does not tell its sampler of itself, so it is looked up on the stack.
-
-    Raises:
-        ConfigError: The loader would deliver batches in another order, or skip some.
+    A loader does not tell its sampler of itself, so it is looked up on the stack. (None, []): there is none.
     """
     for _ in range(_DEPTH):
         if frame is None:
-            return None
+            break
         for name in ("loader", "self"):
             value = frame.f_locals.get(name)
             if isinstance(value, DataLoader):
-                _check(getattr(value, "in_order", True), getattr(value, "snapshot_every_n_steps", 1))
-                return value.num_workers * (value.prefetch_factor or 0)
+                lead = value.num_workers * (value.prefetch_factor or 0)
+                return lead, _problems(getattr(value, "in_order", True), getattr(value, "snapshot_every_n_steps", 1))
             if isinstance(value, _BaseDataLoaderIter):  # the sampler is wrapped in another one
-                _check(getattr(value, "_in_order", True), getattr(value, "_snapshot_interval", 1))
-                return int(value._num_workers) * int(getattr(value, "_prefetch_factor", None) or 0)
+                lead = int(value._num_workers) * int(getattr(value, "_prefetch_factor", None) or 0)
+                return lead, _problems(getattr(value, "_in_order", True), getattr(value, "_snapshot_interval", 1))
         frame = frame.f_back
-    return None
+    return None, []
 
 
-def _check(in_order: bool, snapshot_interval: int) -> None:
+def _problems(in_order: bool, snapshot_interval: int) -> list[str]:
     problems = []
     if not in_order:
         problems.append(
@@ -110,5 +111,4 @@ def _check(in_order: bool, snapshot_interval: int) -> None:
             f"StatefulDataLoader(snapshot_every_n_steps={snapshot_interval}) draws batches and drops them on resume: "
             "leave it at 1, a snapshot of R8BatchSampler costs nothing"
         )
-    if problems:
-        raise ConfigError(problems)
+    return problems
