@@ -220,6 +220,16 @@ class R8Scheduler:
     # What integrations use ----------------------------------------------------------------
 
     @property
+    def batch_size(self) -> int:
+        """Samples in a full global batch."""
+        return self._config.batch_size
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._config.world_size
+
+    @property
     def open_batches(self) -> tuple[Batch, ...]:
         """The batches that were handed out and whose loss is due, oldest first."""
         return self._desk.open_batches
