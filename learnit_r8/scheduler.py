@@ -36,6 +36,7 @@ from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import check_arguments
 from learnit_r8.loop.budget import Budget
+from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.chooser import Chooser
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported, read_losses
@@ -154,12 +155,12 @@ class R8Scheduler:
         config = args.config
         self._args, self._config, self._clock = args, config, args.clock
         self._bus = EventBus(args.sinks, args.clock)
-        self._budget = Budget(config, args.schedule, args.clock)
+        self._ranks = Ranks(args.rank, config.world_size, args.all_gather, args.clock, config.order_hash())
+        self._budget = Budget(config, args.schedule, self._ranks.clock)
         self._streams = RandomStreams(config.seed)
         self._catalog = LossCatalog(config.num_samples)
         self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
         self._desk = TicketDesk(config.lookahead)
-        self._ranks = Ranks(args.rank, config.world_size, args.all_gather)
         self._saver = Saver(args, self._bus)
         evidence = config.log_dir or config.checkpoint_dir
         self._safety = SafetyNet(
@@ -231,6 +232,55 @@ class R8Scheduler:
         """What chooses the samples once they are cataloged."""
         return self._chooser.strategy
 
+    # What integrations use ----------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a full global batch."""
+        return self._config.batch_size
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._config.world_size
+
+    @property
+    def open_batches(self) -> tuple[Batch, ...]:
+        """The batches that were handed out and whose loss is due, oldest first."""
+        return self._desk.open_batches
+
+    def lr_now(self) -> float:
+        """Return the learning rate for the oldest open batch as of now: a rollback since its issue counts."""
+        ticket = self._desk.oldest
+        if ticket is None or self._search is not None:
+            return self._lr
+        position = self._budget.position(self._epoch, ticket.cursor, self._chooser.batches)
+        return self._budget.learning_rate(position, self._safety.lr_multiplier(self._global_step))
+
+    def allow_lookahead(self, batches: int) -> None:
+        """Let at least so many batches be out before their losses come back.
+
+        For loaders that prefetch: their lead is known only once they exist.
+
+        Raises:
+            ProtocolError: A learning-rate search is due, which needs every loss before the next batch.
+        """
+        if self._search is not None and batches > 1:
+            raise ProtocolError(
+                f"auto_find_lr needs each loss before the next batch, and this loader is {batches - 1} ahead: search "
+                "with a loader that does not prefetch (num_workers=0), or give initial_lr"
+            )
+        self._desk.lookahead = max(self._desk.lookahead, batches)
+
+    def attach_model(self, capture: Callable[[], Any], restore: Callable[[Any], Any]) -> None:
+        """Give the callbacks for backups in RAM that were not given at construction.
+
+        Args:
+            capture: As `state_callback`.
+            restore: As `load_callback`, called with what `capture` returned.
+        """
+        self._safety.attach(capture, LoadCallback(restore))
+
     # The two loops ------------------------------------------------------------------------
 
     def epoch_iterator(self) -> Iterator[int]:
@@ -294,7 +344,7 @@ class R8Scheduler:
         reported = read_losses(loss, len(ticket.batch.indices))
         started = self._clock.monotonic()
         if self._ranks.world_size > 1:
-            reported = self._ranks.gather(reported, len(ticket.indices))
+            reported = self._gather(reported, ticket.indices)
         self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
@@ -328,6 +378,14 @@ class R8Scheduler:
         return StepResult(
             judgement.accepted, rolled_back, judgement.verdict, reported.mean, rows.expected, surprise, step
         )
+
+    def _gather(self, reported: Reported, indices: NDArray[np.int64]) -> Reported:
+        """Exchange this rank's report for everyone's, and hear of what stops the run."""
+        reported = self._ranks.gather(reported, indices, self._global_step, self._interrupts.pending)
+        if self._ranks.signal:  # else one that has come meanwhile waits for the next exchange
+            self._interrupts.pending = self._ranks.signal
+        self._stop = self._ranks.command or self._stop
+        return reported
 
     def log(self, **metrics: float) -> None:
         """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's."""
@@ -420,7 +478,7 @@ class R8Scheduler:
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
-        if self._interrupts.pending is not None:
+        if self._interrupts.pending is not None and (self._ranks.world_size == 1 or self._ranks.signal):
             self._save_if_possible()
             self._end("stopped")  # the terminal is given back before the process may die
             self._interrupts.deliver()
@@ -441,6 +499,8 @@ class R8Scheduler:
                     self._bus.emit(events.Paused, self._global_step, paused)
                 elif command is Command.STOP_NOW:
                     raise KeyboardInterrupt
+                elif self._ranks.world_size > 1:
+                    self._ranks.asked = command
                 else:
                     self._stop = command
             if not paused or self._stops_now or not self._bus.commanding or self._interrupts.pending is not None:
@@ -495,12 +555,16 @@ class R8Scheduler:
     def save_checkpoint(self, is_final: bool = False) -> Path:
         """Write the run's state, and the model through `save_callback`; return the checkpoint's path.
 
+        On several ranks, rank 0 writes it; the others write nothing and get the directory's path.
+
         Args:
             is_final: Mark the checkpoint as the run's last one.
 
         Raises:
             CheckpointError: Nothing was saved; earlier checkpoints are as they were.
         """
+        if self._ranks.rank:
+            return self._saver.store.directory
         return self._saver.save(self._global_step, self._finished_epoch, self.state_dict, "final" if is_final else "")
 
     def load_checkpoint(self, path: str | Path) -> None:
@@ -627,7 +691,9 @@ class R8Scheduler:
 
     def _save_if_possible(self) -> None:
         """Save; a failure is an event and a warning, and training goes on."""
-        if self._config.checkpoint_dir is None or (self._search is not None and self._search.running):
+        if self._ranks.rank or self._config.checkpoint_dir is None:
+            return
+        if self._search is not None and self._search.running:
             return
         try:
             self.save_checkpoint()

@@ -1,15 +1,37 @@
-"""Several processes, one plan: the global batch is formed first, then cut by rank."""
+"""Several processes, one plan: the global batch is formed first, then cut by rank.
+
+Nothing but losses has to travel for the ranks to stay equal, as all else follows from the same
+seed. What does not follow from it travels along with every report: the time (rank 0's counts for
+everyone), signals and commands (any rank's count for everyone), and a hash of the plan, so that
+ranks that differ are found at once and not after a wasted run.
+"""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.clock import Clock
 from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.losses import Reported, read_losses
+from learnit_r8.types import Command, Indices
+
+_COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _HEADER = range(6)
+_COMMANDS: tuple[Command | None, ...] = (None, *Command)
+
+
+class SharedClock(Clock):
+    """Rank 0's time as of the last report, so that budgets of seconds end at the same step everywhere."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        """Return rank 0's seconds."""
+        return self.now
 
 
 class Ranks:
@@ -19,39 +41,107 @@ class Ranks:
         rank: From 0.
         world_size: Number of processes.
         all_gather: `(array) -> array`: every rank's array, concatenated in rank order.
+        clock: This process's time.
+        plan: Text that is equal on all ranks of a run.
+
+    Attributes:
+        clock: The time that all ranks agree on.
+        asked: A command that a sink of this rank gave; `command` on all ranks after the next report.
+        command: The command that a rank was given, or None.
+        signal: The signal that a rank got, or 0.
     """
 
-    def __init__(self, rank: int, world_size: int, all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None,
+        clock: Clock,
+        plan: str,
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.asked: Command | None = None
+        self.command: Command | None = None
+        self.signal = 0
         self._all_gather = all_gather
+        self._local = clock
+        self._created = clock.monotonic()
+        self._shared = SharedClock()
+        self.clock = clock if world_size == 1 else self._shared
+        self._hash = zlib.crc32(plan.encode())
 
     def cut(self, size: int) -> slice:
         """Return this rank's part of a global batch: contiguous, sizes differ by one at most."""
-        share, rest = divmod(size, self.world_size)
-        start = self.rank * share + min(self.rank, rest)
-        return slice(start, start + share + (self.rank < rest))
+        return _cut(size, self.rank, self.world_size)
 
-    def gather(self, reported: Reported, size: int) -> Reported:
+    def gather(self, reported: Reported, indices: Indices, step: int, signal: int | None) -> Reported:
         """Return the report of the global batch; one rank's NaN is every rank's NaN.
 
         Args:
             reported: This rank's report.
-            size: Samples in the global batch.
+            indices: The global batch.
+            step: Global step.
+            signal: A signal that this process got.
 
         Raises:
-            ProtocolError: Some ranks reported per sample and others one number.
+            ProtocolError: The ranks' plans differ, or some reported per sample and others one number.
         """
         assert self._all_gather is not None
-        mine = np.array([reported.mean]) if reported.values is None else reported.values.astype(np.float64)
-        everyone = np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
-        if len(everyone) == size:
-            return read_losses(everyone, size)
-        if len(everyone) == self.world_size:
-            shares = [Ranks(rank, self.world_size, None).cut(size) for rank in range(self.world_size)]
-            sizes = np.array([part.stop - part.start for part in shares])
-            return read_losses(float(everyone @ sizes) / size, size)
+        self._hash = zlib.crc32(indices.tobytes(), zlib.crc32(str(step).encode(), self._hash))
+        values = np.array([reported.mean]) if reported.values is None else reported.values
+        header = np.empty(_HEADER)
+        header[_COUNT] = 0 if reported.values is None else len(values)
+        header[_HASH] = self._hash
+        header[_SECONDS] = self._local.monotonic() - self._created
+        header[_SIGNAL] = signal or 0
+        header[_COMMAND] = _COMMANDS.index(self.asked)
+        everyone = np.asarray(self._all_gather(np.concatenate([header, values])), dtype=np.float64).ravel()
+        headers, losses = self._split(everyone)
+        self._compare(headers[:, _HASH], step)
+        self._shared.now = float(headers[0, _SECONDS])
+        self.signal = int(headers[:, _SIGNAL].max())
+        self.command, self.asked = _COMMANDS[int(headers[:, _COMMAND].max())], None
+        return self._join(headers[:, _COUNT], losses, len(indices))
+
+    def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the ranks' headers, `[world, header]`, and what follows them, joined."""
+        headers, losses, start = [], [], 0
+        while start + _HEADER < len(everyone):
+            headers.append(everyone[start : start + _HEADER])
+            end = start + _HEADER + max(int(headers[-1][_COUNT]), 1)
+            losses.append(everyone[start + _HEADER : end])
+            start = end
+        if len(headers) != self.world_size or start != len(everyone):
+            raise ProtocolError(
+                f"all_gather returned {len(everyone)} numbers from which {len(headers)} reports of {self.world_size} "
+                "could be read: it must return all ranks' arrays, of different lengths, concatenated in rank order"
+            )
+        return np.stack(headers), np.concatenate(losses)
+
+    def _compare(self, hashes: NDArray[np.float64], step: int) -> None:
+        different = np.flatnonzero(hashes != hashes[0])
+        if len(different):
+            other = int(different[0])
+            raise ProtocolError(
+                f"the ranks' plans differ at step {step}: rank 0 has hash {int(hashes[0]):08x}, rank {other} has "
+                f"{int(hashes[other]):08x}: give all ranks the same arguments, data set and checkpoint, and a strategy "
+                "that depends on nothing else"
+            )
+
+    def _join(self, counts: NDArray[np.float64], losses: NDArray[np.float64], size: int) -> Reported:
+        if len(losses) == size and counts.all():
+            return read_losses(losses, size)
+        if not counts.any():
+            parts = [_cut(size, rank, self.world_size) for rank in range(self.world_size)]
+            return read_losses(float(losses @ [part.stop - part.start for part in parts]) / size, size)
         raise ProtocolError(
-            f"all_gather returned {len(everyone)} losses for a global batch of {size} samples on {self.world_size} "
-            "ranks: report per-sample losses on every rank, or one number on every rank"
+            f"the ranks reported {[int(count) for count in counts]} losses (0: one number for all) for a global batch "
+            f"of {size} samples: report per-sample losses on every rank, or one number on every rank"
         )
+
+
+def _cut(size: int, rank: int, world_size: int) -> slice:
+    share, rest = divmod(size, world_size)
+    start = rank * share + min(rank, rest)
+    return slice(start, start + share + (rank < rest))

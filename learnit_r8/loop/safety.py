@@ -83,7 +83,8 @@ class SafetyNet:
         crash: CrashRecorder,
     ) -> None:
         self._load = load
-        self._state_callback = None if load is None or backup_every is None else state_callback
+        self._state_callback = state_callback
+        self._automatic = backup_every is not None
         self._find_on_disk = find_on_disk
         self._catalog = catalog
         self._emit = emit
@@ -100,6 +101,11 @@ class SafetyNet:
         self._load_error: Exception | None = None
 
     # What the loop asks ---------------------------------------------------------------------
+
+    def attach(self, state_callback: Callable[[], Any], load: LoadCallback) -> None:
+        """Take the callbacks that were not given at construction."""
+        self._state_callback = self._state_callback or state_callback
+        self._load = self._load or load
 
     @property
     def quarantine(self) -> Mask | None:
@@ -133,7 +139,7 @@ class SafetyNet:
 
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
-        if self._state_callback is None:
+        if self._state_callback is None or self._load is None or not self._automatic:
             return
         now = self._clock.monotonic()
         if self._step_began is not None:

@@ -50,6 +50,16 @@ class TicketDesk:
         """Number of batches whose loss is due."""
         return len(self._open)
 
+    @property
+    def open_batches(self) -> tuple[Batch, ...]:
+        """What was handed out and not reported, oldest first."""
+        return tuple(ticket.batch for ticket in self._open.values())
+
+    @property
+    def oldest(self) -> Ticket | None:
+        """The ticket that is reported next, or None."""
+        return next(iter(self._open.values()), None)
+
     def new_id(self) -> int:
         """Return a number that no ticket of this run has had."""
         self._next_id += 1

@@ -1,0 +1,175 @@
+"""A training's state as tensors, lists, tuples, dicts and numbers: `torch.load(weights_only=True)` reads it."""
+
+from __future__ import annotations
+
+import random
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+
+State = dict[str, Any]
+_PARTS = ("model", "optimizer", "scaler", "ema")
+
+
+def capture_state(
+    model: Any,
+    optimizer: Any = None,
+    scaler: Any = None,
+    ema: Any = None,
+    *,
+    rngs: bool = True,
+    out: State | None = None,
+    copy: bool = True,
+) -> State:
+    """Return all that training changes, copied: nothing in it shares memory with the model.
+
+    Args:
+        model: A module, or anything else with `state_dict()`; likewise the next three.
+        optimizer: Or None.
+        scaler: `torch.amp.GradScaler`, or None.
+        ema: Averaged weights (`torch.optim.swa_utils.AveragedModel`, ...), or None.
+        rngs: Whether the states of the global random generators of torch (CPU and CUDA), numpy and
+            Python are part of it.
+        out: An earlier result that is not needed any more: its memory is used again, so that
+            nothing is allocated. Tensors on a GPU are copied to pinned memory.
+        copy: False returns the live tensors: enough for a `state_callback`, whose result the
+            scheduler copies at once.
+
+    Returns:
+        CPU tensors in the nesting of the `state_dict`s. Tensors that share memory (tied weights) do so here.
+    """
+    given = dict(zip(_PARTS, (model, optimizer, scaler, ema), strict=True))
+    live: State = {name: part.state_dict() for name, part in given.items() if part is not None}
+    if rngs:
+        live["rngs"] = _capture_rngs()
+    if not copy:
+        return live
+    copier = _Copier()
+    state: State = copier.copy(live, out)
+    copier.finish()
+    return state
+
+
+def restore_state(
+    state: State,
+    model: Any,
+    optimizer: Any = None,
+    scaler: Any = None,
+    ema: Any = None,
+    *,
+    rngs: bool = True,
+) -> None:
+    """Bring back what `capture_state` returned; `state` can be used again, later steps do not change it.
+
+    Gradients are cleared: those of a step that went wrong must not enter the next one.
+
+    Args:
+        state: The captured state.
+        model: As for `capture_state`; likewise the rest. What the state lacks is left alone.
+        optimizer: See there.
+        scaler: See there.
+        ema: See there.
+        rngs: Whether to restore random generators.
+    """
+    given = dict(zip(_PARTS, (model, optimizer, scaler, ema), strict=True))
+    for name, part in given.items():
+        if part is not None and name in state:
+            # A module copies into its own memory; optimizers and others keep the tensors that they are given.
+            part.load_state_dict(state[name] if isinstance(part, torch.nn.Module) else _Copier().copy(state[name]))
+    if optimizer is not None:
+        optimizer.zero_grad(set_to_none=True)
+    elif isinstance(model, torch.nn.Module):
+        model.zero_grad(set_to_none=True)
+    if rngs and "rngs" in state:
+        _restore_rngs(state["rngs"])
+
+
+def tensors_from_arrays(tree: Any) -> Any:
+    """Return a copy of a scheduler's state with tensors in place of numpy arrays and scalars.
+
+    `torch.save(tensors_from_arrays(scheduler.state_dict()), path)` loads under `weights_only=True`.
+    """
+    if isinstance(tree, np.ndarray):
+        return torch.from_numpy(tree.copy())
+    return _mapped(tree, tensors_from_arrays)
+
+
+def arrays_from_tensors(tree: Any) -> Any:
+    """Undo `tensors_from_arrays`."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().cpu().numpy().copy()
+    return _mapped(tree, arrays_from_tensors)
+
+
+def _mapped(tree: Any, function: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: function(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(function(value) for value in tree)
+    return tree.item() if isinstance(tree, np.generic) else tree
+
+
+class _Copier:
+    """Copies a tree of containers and tensors to the CPU, into old buffers where they fit."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._taken: set[int] = set()  # addresses of old buffers: two that were tied may not be so any more
+        self._from_gpu = False
+
+    def copy(self, tree: Any, out: Any = None) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return self._tensor(tree, out if isinstance(out, torch.Tensor) else None)
+        if isinstance(tree, dict):
+            old = out if isinstance(out, dict) else {}
+            return {key: self.copy(value, old.get(key)) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            parts = out if isinstance(out, (list, tuple)) and len(out) == len(tree) else [None] * len(tree)
+            return type(tree)(self.copy(value, part) for value, part in zip(tree, parts, strict=True))
+        return deepcopy(tree)
+
+    def _tensor(self, source: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        source = source.detach()
+        if source.layout is not torch.strided:
+            return source.cpu().clone()
+        key = (source.device, source.data_ptr(), source.shape, source.stride(), source.dtype)
+        if source.numel() and key in self._copies:
+            return self._copies[key]
+        if out is None or out.data_ptr() in self._taken or not _fits(out, source):
+            out = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
+        out.copy_(source, non_blocking=source.is_cuda)
+        self._from_gpu |= source.is_cuda
+        self._copies[key] = out
+        self._taken.add(out.data_ptr())
+        return out
+
+    def finish(self) -> None:
+        """Wait until the copies are complete."""
+        if self._from_gpu:
+            torch.cuda.synchronize()
+
+
+def _fits(buffer: torch.Tensor, source: torch.Tensor) -> bool:
+    return buffer.shape == source.shape and buffer.dtype == source.dtype and buffer.device.type == "cpu"
+
+
+def _capture_rngs() -> State:
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the users' state, only kept
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), torch.tensor(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": random.getstate(),
+    }
+
+
+def _restore_rngs(state: State) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))

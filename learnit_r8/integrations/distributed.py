@@ -1,0 +1,192 @@
+"""Several processes over torch.distributed: every rank holds the same plan and takes its slice.
+
+    scheduler = R8Scheduler(len(data), global_batch_size, num_epochs=3, **rank_arguments())
+
+The only traffic is one all-gather of the losses a step (with a hash of the plan). Works with gloo
+and nccl, under torchrun, Accelerate and Ray Train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make
+from learnit_r8.types import Indices, LossReport
+
+__all__ = ["FromRank0", "make_all_gather", "rank_arguments", "torch_all_gather"]
+
+_LENGTH = 8  # bytes in front of a rank's data, its size
+
+
+def _device(group: Any) -> torch.device:
+    """Return where the backend wants its tensors."""
+    if "nccl" in dist.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class _Gather:
+    """Gathers ragged arrays in one collective, as long as they fit the buffer of the last call."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._world = dist.get_world_size(group)
+        self._device = _device(group)
+        self._resize(4096)
+
+    def _resize(self, capacity: int) -> None:
+        self._mine = torch.empty(_LENGTH + capacity, dtype=torch.uint8)
+        everyone = torch.empty(self._world * len(self._mine), dtype=torch.uint8, device=self._device)
+        self._everyone = list(everyone.chunk(self._world))
+        self._joined = everyone
+
+    def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
+        data = np.ascontiguousarray(array).reshape(-1)
+        raw = data.view(np.uint8)
+        while True:
+            buffer = self._mine.numpy()
+            capacity = len(buffer) - _LENGTH
+            buffer[:_LENGTH].view(np.int64)[0] = len(raw)
+            buffer[_LENGTH : _LENGTH + len(raw)] = raw[:capacity]
+            dist.all_gather(self._everyone, self._mine.to(self._device), group=self._group)
+            rows = self._joined.cpu().numpy().reshape(self._world, -1)
+            sizes = rows[:, :_LENGTH].copy().view(np.int64)[:, 0]
+            if sizes.max() <= capacity:
+                parts = [row[_LENGTH : _LENGTH + size] for row, size in zip(rows, sizes, strict=True)]
+                return np.concatenate(parts).view(data.dtype)
+            # All ranks see the same sizes, so all come to the same new capacity.
+            self._resize(1 << int(sizes.max() - 1).bit_length())
+
+
+def make_all_gather(group: Any = None) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Return `all_gather` over a process group (None: all processes).
+
+    Raises:
+        ProtocolError: torch.distributed is not initialized.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ProtocolError(
+            "torch.distributed is not initialized: call torch.distributed.init_process_group() first, in every process"
+        )
+    return _Gather(group if group is not None else dist.group.WORLD)
+
+
+_default: list[Any] = [None, None]  # the group that it belongs to: buffers must not outlive a group
+
+
+def torch_all_gather(array: NDArray[Any]) -> NDArray[Any]:
+    """Return every rank's array, concatenated in rank order: `R8Scheduler(all_gather=torch_all_gather)`.
+
+    Args:
+        array: 1-D, of the same dtype on all ranks; lengths may differ.
+
+    Raises:
+        ProtocolError: torch.distributed is not initialized.
+    """
+    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if group is None or _default[0] is not group:
+        _default[:] = [group, make_all_gather()]
+    return _default[1](array)  # type: ignore[no-any-return]
+
+
+def rank_arguments() -> dict[str, Any]:
+    """Return `rank`, `world_size` and `all_gather` for `R8Scheduler`; nothing for a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return {}
+    return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "all_gather": torch_all_gather}
+
+
+class FromRank0:
+    """A strategy whose every choice is made on rank 0 and broadcast: `strategy=FromRank0("prioritized")`.
+
+    For strategies that would not choose alike on all ranks (they read a clock, a file, their own
+    random numbers). The plan costs two broadcasts a batch; the other ranks' strategies stay idle.
+
+    Args:
+        strategy: A name or an object, as for `R8Scheduler`.
+
+    Raises:
+        ConfigError: No strategy, or one that could not be resumed.
+    """
+
+    def __init__(self, strategy: str | Strategy) -> None:
+        self._strategy = make(strategy)
+        if hasattr(self._strategy, "start_epoch") and not hasattr(self._strategy, "load_state_dict"):
+            raise ConfigError([f"{strategy!r} plans epochs: FromRank0 needs its state_dict() and load_state_dict()"])
+        self.name = strategy if isinstance(strategy, str) else getattr(strategy, "name", type(strategy).__name__)
+        self.catalogs = getattr(self._strategy, "catalogs", True)
+        self.covers = getattr(self._strategy, "covers", False)
+        self.replacement = getattr(self._strategy, "replacement", False)
+
+    @property
+    def _leads(self) -> bool:
+        return dist.get_rank() == 0
+
+    def _broadcast(self, array: NDArray[Any] | None) -> NDArray[np.float64]:
+        """Return rank 0's array, float64: ids below 2**53 are exact."""
+        device = _device(None)
+        count = torch.tensor([0 if array is None else len(array)], device=device)
+        dist.broadcast(count, 0)
+        data = torch.empty(int(count), dtype=torch.float64, device=device)
+        if array is not None:
+            data.copy_(torch.from_numpy(np.ascontiguousarray(array, np.float64)))
+        dist.broadcast(data, 0)
+        return data.cpu().numpy()
+
+    def start_epoch(self, request: BatchRequest) -> int | None:
+        """Let rank 0 plan the epoch; return its number of samples."""
+        message = None
+        if self._leads:
+            start = getattr(self._strategy, "start_epoch", None)
+            samples = start(request) if start is not None else None
+            message = np.array([-1 if samples is None else samples])
+        samples = int(self._broadcast(message)[0])
+        return None if samples < 0 else samples
+
+    def draw(self, request: BatchRequest) -> Draw:
+        """Return rank 0's choice."""
+        message = None
+        if self._leads:
+            chosen = self._strategy.draw(request)
+            draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
+            columns = [c for c in (draw.probabilities, draw.weights) if c is not None]
+            kind = (draw.probabilities is not None) + 2 * (draw.weights is not None)
+            message = np.concatenate([[kind], draw.indices, *columns])
+        answer = self._broadcast(message)
+        kind = int(answer[0])
+        columns = np.split(answer[1:], 1 + (kind & 1) + (kind >> 1))
+        return Draw(
+            columns[0].astype(np.int64),
+            probabilities=columns[1] if kind & 1 else None,
+            weights=columns[-1] if kind & 2 else None,
+        )
+
+    def observe(self, report: LossReport) -> None:
+        """Let rank 0's strategy hear the report."""
+        observe = getattr(self._strategy, "observe", None)
+        if observe is not None and self._leads:
+            observe(report)
+
+    def forget(self, indices: Indices) -> None:
+        """Let rank 0's strategy know what will not be reported."""
+        forget = getattr(self._strategy, "forget", None)
+        if forget is not None and self._leads:
+            forget(indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the strategy's state; rank 0's is the one that counts."""
+        save = getattr(self._strategy, "state_dict", None)
+        return {"strategy": None if save is None else save()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        load = getattr(self._strategy, "load_state_dict", None)
+        if load is not None and state["strategy"] is not None:
+            load(state["strategy"])

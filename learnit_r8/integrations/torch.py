@@ -1,0 +1,28 @@
+"""R8Scheduler in a PyTorch loop.
+
+    loader = DataLoader(data, batch_sampler=R8BatchSampler(scheduler), num_workers=4)
+    follow_lr(scheduler, optimizer)
+    ...
+    scheduler.update_with_loss(losses)
+
+`capture_state` and `restore_state` make backups of model and optimizer to roll back to:
+
+    scheduler.attach_model(lambda: capture_state(model, optimizer), lambda s: restore_state(s, model, optimizer))
+"""
+
+from __future__ import annotations
+
+from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr, set_lr
+from learnit_r8.integrations._sampler import R8BatchSampler
+from learnit_r8.integrations._state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
+
+__all__ = [
+    "LearningRateHook",
+    "R8BatchSampler",
+    "arrays_from_tensors",
+    "capture_state",
+    "follow_lr",
+    "restore_state",
+    "set_lr",
+    "tensors_from_arrays",
+]

@@ -1,0 +1,378 @@
+"""R8Scheduler and spaced repetition in the Hugging Face Trainer, with tiny random models."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from learnit_r8 import R8Scheduler
+from learnit_r8.errors import ConfigError
+
+SAMPLES, LENGTH, VOCABULARY = 40, 6, 20
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """transformers takes seconds to import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        from learnit_r8.integrations import huggingface
+
+    transformers.utils.logging.set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield transformers, huggingface
+    torch.set_num_threads(threads)
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __init__(self, kind: str) -> None:
+        rng = np.random.default_rng(0)
+        self.ids = torch.from_numpy(rng.integers(0, VOCABULARY, (SAMPLES, LENGTH)))
+        self.labels = self.ids.clone() if kind == "lm" else torch.from_numpy(rng.integers(0, 3, SAMPLES))
+        if kind == "lm":
+            for row, masked in enumerate(rng.integers(0, LENGTH - 2, SAMPLES)):
+                self.labels[row, :masked] = -100
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int):
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def tiny_model(transformers, kind: str):
+    torch.manual_seed(0)
+    if kind == "lm":
+        config = transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def arguments(transformers, folder, **options):
+    options = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    } | options
+    return transformers.TrainingArguments(output_dir=str(folder), **options)
+
+
+def scheduler_for(**options) -> R8Scheduler:
+    options = {"num_epochs": 3, "initial_lr": 1e-2, "checkpoint_dir": None, "ui": "off", "backup_every": 4} | options
+    return R8Scheduler(SAMPLES, 4, **options)
+
+
+def trainer_for(hf, folder, kind="class", scheduler=None, cls=None, model=None, **options):
+    transformers, huggingface = hf
+    return (cls or huggingface.R8Trainer)(
+        model or tiny_model(transformers, kind),
+        arguments(transformers, folder, **options),
+        train_dataset=Tokens(kind),
+        scheduler=scheduler or scheduler_for(),
+    )
+
+
+def weights(model) -> list[bytes]:
+    return [tensor.numpy().tobytes() for tensor in model.state_dict().values()]
+
+
+class Spy:
+    """Stands between trainer and scheduler: notes every batch and what was reported for it."""
+
+    def __init__(self, scheduler: R8Scheduler) -> None:
+        self.reports: list[tuple[list[int], list[float]]] = []
+        self.results = []
+        self._update = scheduler.update_with_loss
+        self._scheduler = scheduler
+        scheduler.update_with_loss = self
+
+    def __call__(self, loss, batch=None, *, skipped=False):
+        indices = self._scheduler.open_batches[0].indices.tolist()
+        self.reports.append((indices, loss.reshape(-1).tolist()))
+        self.results.append(self._update(loss, batch, skipped=skipped))
+        return self.results[-1]
+
+
+@pytest.mark.parametrize(("kind", "accumulation", "workers"), [("class", 1, 0), ("class", 4, 2), ("lm", 1, 0), ("lm", 4, 2)])
+def test_each_sample_gets_the_loss_that_the_model_has_for_it(hf, tmp_path, kind, accumulation, workers):
+    scheduler = scheduler_for(num_epochs=1, initial_lr=1e-12)  # the weights stay as they are
+    spy = Spy(scheduler)
+    trainer = trainer_for(
+        hf, tmp_path, kind, scheduler, gradient_accumulation_steps=accumulation, dataloader_num_workers=workers
+    )
+    trainer.model.config.attn_pdrop = 0.0
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trainer.train()
+    data = Tokens(kind)
+    seen = []
+    for indices, losses in spy.reports:
+        for index, loss in zip(indices, losses, strict=True):
+            row = data[index]
+            with torch.no_grad():
+                alone = trainer.model(row["input_ids"][None], labels=row["labels"][None]).loss.item()
+            assert loss == pytest.approx(alone, abs=1e-5)
+        seen += indices
+    assert sorted(seen) == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize(("kind", "accumulation"), [("class", 1), ("lm", 1), ("lm", 4)])
+def test_training_is_the_trainers_own_when_order_and_rate_are_the_same(hf, tmp_path, kind, accumulation):
+    """The same batches at the same rates through transformers.Trainer: the losses logged are the same."""
+    transformers, _ = hf
+    scheduler = scheduler_for(scheduler_mode="constant", warmup_proportion=0.0, strategy="uniform")
+    spy = Spy(scheduler)
+    ours = trainer_for(hf, tmp_path / "r8", kind, scheduler, gradient_accumulation_steps=accumulation)
+    ours.train()
+    order = [indices for indices, _ in spy.reports]
+
+    class Replayed(transformers.Trainer):
+        def get_train_dataloader(self):
+            per_epoch = len(order) // 3
+            epochs = iter([order[i : i + per_epoch] for i in range(0, len(order), per_epoch)])
+
+            class Sampler:
+                def __iter__(self):
+                    return iter(next(epochs))
+
+                def __len__(self):
+                    return per_epoch
+
+            return torch.utils.data.DataLoader(
+                self.train_dataset, batch_sampler=Sampler(), collate_fn=self.data_collator
+            )
+
+    theirs = Replayed(
+        tiny_model(transformers, kind),
+        arguments(
+            transformers,
+            tmp_path / "hf",
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            num_train_epochs=3,
+            per_device_train_batch_size=4,
+        ),
+        train_dataset=Tokens(kind),
+    )
+    theirs.train()
+    ours_log = [entry for entry in ours.state.log_history if "loss" in entry]
+    theirs_log = [entry for entry in theirs.state.log_history if "loss" in entry]
+    assert [e["loss"] for e in ours_log] == pytest.approx([e["loss"] for e in theirs_log], rel=1e-4)
+    assert [e["epoch"] for e in ours_log] == [e["epoch"] for e in theirs_log]
+    assert [e["learning_rate"] for e in ours_log] == pytest.approx([1e-2] * len(ours_log))
+
+
+def test_the_logged_learning_rate_is_the_one_that_was_used(hf, tmp_path):
+    scheduler = scheduler_for()
+    trainer = trainer_for(hf, tmp_path, scheduler=scheduler)
+    used = []
+    step = scheduler.lr_now
+
+    def note():
+        used.append(step())
+        return used[-1]
+
+    scheduler.lr_now = note
+    trainer.train()
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == used
+    assert len(set(logged)) > 10
+    assert trainer.optimizer.param_groups[0]["lr"] == logged[-1]
+
+
+@pytest.mark.parametrize(("accumulation", "workers", "stop"), [(1, 0, 14), (4, 2, 5)])
+def test_a_resumed_training_equals_the_uninterrupted_one(hf, tmp_path, accumulation, workers, stop):
+    options = {
+        "gradient_accumulation_steps": accumulation,
+        "dataloader_num_workers": workers,
+        "save_strategy": "steps",
+        "save_steps": stop,
+    }
+    whole_scheduler = scheduler_for()
+    whole = Spy(whole_scheduler)
+    trainer = trainer_for(hf, tmp_path, scheduler=whole_scheduler, **options)
+    trainer.train()
+    resumed_scheduler = scheduler_for()
+    resumed = Spy(resumed_scheduler)
+    torch.manual_seed(5)
+    other = trainer_for(hf, tmp_path, scheduler=resumed_scheduler, **options)
+    other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert [ids for ids, _ in resumed.reports] == [ids for ids, _ in whole.reports[-len(resumed.reports) :]]
+    assert 0 < len(resumed.reports) < len(whole.reports)
+    assert weights(other.model) == weights(trainer.model)
+    assert other.state.global_step == trainer.state.global_step
+    saved = torch.load(tmp_path / f"checkpoint-{stop}" / "scheduler.pt", weights_only=True)
+    assert saved["global_step"] == len(whole.reports) - len(resumed.reports)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_nan_rolls_back_model_and_optimizer_within_training(hf, tmp_path, accumulation):
+    scheduler = scheduler_for()
+    spy = Spy(scheduler)
+    trainer = trainer_for(hf, tmp_path, scheduler=scheduler, gradient_accumulation_steps=accumulation)
+    calls, restored = itertools.count(), []
+    compute, restore = trainer._head_losses, trainer._restore
+
+    def poisoned(logits, labels, config):
+        losses = compute(logits, labels, config)
+        bad = next(calls) in (9, 21, 22)
+        return losses._replace(values=losses.values * float("nan")) if bad else losses
+
+    def noted(state):
+        restore(state)
+        restored.append(weights(trainer.model) == [t.numpy().tobytes() for t in state["model"].values()])
+
+    trainer._head_losses = poisoned
+    scheduler._safety._load = lambda state, from_ram: noted(state)
+    trainer.train()
+    assert [r.rolled_back for r in spy.results].count(True) == 3
+    assert restored == [True] * 3
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in trainer.model.state_dict().values())
+    assert np.isfinite(trainer.state.log_history[-2]["loss"])
+
+
+class Biased:
+    """Draws with weights, to see that they reach the loss."""
+
+    catalogs = False
+
+    def draw(self, request):
+        from learnit_r8.strategies import Draw
+
+        ids = np.arange(request.cursor * 4, request.cursor * 4 + request.size) % SAMPLES
+        return Draw(ids, weights=np.array([0.0, 0.0, 0.0, 4.0], np.float32)[: request.size])
+
+
+def test_importance_weights_multiply_the_losses(hf, tmp_path):
+    trainer = trainer_for(hf, tmp_path, scheduler=scheduler_for(num_epochs=1, strategy=Biased(), initial_lr=1e-12))
+    spy = Spy(trainer.scheduler)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([losses[3] for _, losses in spy.reports], rel=1e-3)
+
+
+def test_your_own_trainer_and_loss_function_work(hf, tmp_path):
+    transformers, huggingface = hf
+
+    class Mine(transformers.Trainer):
+        extra = 0
+
+        def training_step(self, *args, **kwargs):
+            self.extra += 1
+            return super().training_step(*args, **kwargs)
+
+    class Both(huggingface.R8Mixin, Mine):
+        pass
+
+    scheduler = scheduler_for(num_epochs=1)
+    spy = Spy(scheduler)
+    model = tiny_model(transformers, "class")
+    trainer = Both(
+        model,
+        arguments(transformers, tmp_path),
+        train_dataset=Tokens("class"),
+        scheduler=scheduler,
+        sample_loss_func=lambda outputs, labels: (outputs.logits.sum(1) * 0 + labels).float() + 1,
+    )
+    trainer.train()
+    labels = Tokens("class").labels
+    assert trainer.extra == 10
+    assert all(losses == (labels[indices] + 1).tolist() for indices, losses in spy.reports)
+
+
+def test_a_loss_function_of_the_trainer_is_reported_as_one_number_a_batch(hf, tmp_path):
+    transformers, huggingface = hf
+    scheduler = scheduler_for(num_epochs=1)
+    spy = Spy(scheduler)
+    huggingface.R8Trainer(
+        tiny_model(transformers, "class"),
+        arguments(transformers, tmp_path, gradient_accumulation_steps=2),
+        train_dataset=Tokens("class"),
+        scheduler=scheduler,
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * 0 + 0.75,
+    ).train()
+    assert [losses for _, losses in spy.reports] == [[1.5]] * 10
+
+
+def test_arguments_that_do_not_go_together_are_listed(hf, tmp_path):
+    transformers, huggingface = hf
+    with pytest.raises(ConfigError) as caught:
+        huggingface.R8Trainer(
+            tiny_model(transformers, "class"),
+            arguments(transformers, tmp_path, max_steps=5),
+            train_dataset=Tokens("class"),
+            scheduler=R8Scheduler(7, 2, num_epochs=1, checkpoint_dir=None, ui="off"),
+        )
+    assert len(caught.value.problems) == 2
+    assert "num_samples=7" in str(caught.value)
+
+
+def test_the_callers_arguments_stay_as_they_are(hf, tmp_path):
+    transformers, huggingface = hf
+    args = arguments(transformers, tmp_path)
+    trainer = huggingface.R8Trainer(
+        tiny_model(transformers, "class"), args, train_dataset=Tokens("class"), scheduler=scheduler_for()
+    )
+    assert (args.num_train_epochs, args.per_device_train_batch_size) == (3.0, 8)
+    assert (trainer.args.num_train_epochs, trainer.args.per_device_train_batch_size) == (3, 4)
+
+
+def test_a_budget_in_seconds_ends_the_training(hf, tmp_path):
+    scheduler = scheduler_for(num_epochs=None, train_duration_seconds=0.5)
+    trainer = trainer_for(hf, tmp_path, scheduler=scheduler)
+    trainer.train()
+    assert 0 < trainer.state.global_step == scheduler.global_step
+
+
+def test_spaced_repetition_resumes_with_the_trainer(hf, tmp_path):
+    from learnit_r8 import strategies
+
+    if not hasattr(strategies, "SpacedRepetitionSampler"):
+        pytest.skip("strategies without spaced repetition")
+    _, huggingface = hf
+
+    def build(**options):
+        transformers, _ = hf
+        sampler = strategies.SpacedRepetitionSampler(Tokens("class"), num_steps=12, batch_size=4, spacing_steps=2)
+        drawn = []
+        update = sampler.update_difficulties
+        sampler.update_difficulties = lambda loss, indices=None: (
+            drawn.append((sampler._open[0][1].tolist(), loss.tolist())),
+            update(loss, indices),
+        )
+        trainer = huggingface.SRSTrainer(
+            tiny_model(transformers, "class"),
+            arguments(transformers, tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=7),
+            train_dataset=Tokens("class"),
+            train_sampler=sampler,
+        )
+        return trainer, drawn
+
+    whole, drawn = build()
+    whole.train()
+    assert len(drawn) == 24
+    resumed, again = build()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert again == drawn[7:]
+    assert weights(resumed.model) == weights(whole.model)
