@@ -1,4 +1,4 @@
-"""R8Scheduler in a JAX loop: state that backups can check and that no later step changes, and a rate that never retraces.
+"""R8Scheduler in a JAX loop: state that no later step changes, a learning rate that never retraces.
 
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
     for batch in scheduler.batch_iterator():
