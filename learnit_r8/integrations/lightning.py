@@ -1,0 +1,254 @@
+"""R8Scheduler in Lightning: three changed lines.
+
+    class Digits(R8DataModuleMixin, LightningDataModule):                       # 1
+        def train_dataloader(self):
+            return self.r8_dataloader(self.train, num_workers=4)                # 2
+
+    Trainer(max_epochs=-1, use_distributed_sampler=False, callbacks=[R8Callback(scheduler)])   # 3
+
+The scheduler ends the run. Let `training_step` return `{"loss": losses.mean(), "r8_losses":
+losses}`, one loss per sample; with "loss" alone the mean of each batch is reported. Losses are
+reported after the optimizer step that they belong to, so with `accumulate_grad_batches=g` each of
+the g batches is. The learning rate is the scheduler's: leave Lightning's own schedulers out.
+
+Lightning's checkpoints hold the scheduler's state and the random generators', so `fit(ckpt_path=)`
+continues to the bit. They load with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader, Dataset
+
+from learnit_r8.errors import ConfigError
+from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr
+from learnit_r8.integrations._sampler import R8BatchSampler
+from learnit_r8.integrations._state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
+from learnit_r8.scheduler import R8Scheduler
+
+__all__ = ["R8Callback", "R8DataModuleMixin"]
+
+
+class R8Callback(Callback):
+    """Reports losses, sets the learning rate, backs up and restores the model, ends the run.
+
+    Args:
+        scheduler: The scheduler, or a function that makes it. A function is called once Lightning
+            has started the processes: with several of them the scheduler needs
+            `**learnit_r8.integrations.distributed.rank_arguments()`.
+
+    Attributes:
+        scheduler: The scheduler, once it is made.
+    """
+
+    def __init__(self, scheduler: R8Scheduler | Callable[[], R8Scheduler]) -> None:
+        if not callable(scheduler) and not hasattr(scheduler, "batch_iterator"):
+            raise ConfigError(
+                [f"scheduler must be an R8Scheduler or a function that makes one, got {type(scheduler).__name__}"]
+            )
+        self._make: Callable[[], R8Scheduler] | None = scheduler if callable(scheduler) else None
+        self._scheduler: R8Scheduler | None = None if callable(scheduler) else scheduler
+        self._epochs: Iterator[int] = iter(())
+        self._pending: list[Any] = []  # losses whose optimizer step is not done yet
+        self._hooks: list[LearningRateHook] = []
+        self._steps_done = 0
+        self._rngs: dict[str, Any] | None = None
+        self._model: LightningModule | None = None
+        self._trainer: Trainer | None = None
+
+    @property
+    def scheduler(self) -> R8Scheduler:
+        """The scheduler."""
+        if self._scheduler is None:
+            assert self._make is not None
+            self._scheduler = self._make()
+        return self._scheduler
+
+    # Lightning's hooks, in their order ------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that both sides agree on the number of processes."""
+        if stage == "fit" and trainer.world_size != self.scheduler.world_size:
+            raise ConfigError(
+                [
+                    f"Lightning runs on {trainer.world_size} processes, the scheduler has world_size="
+                    f"{self.scheduler.world_size}: give R8Callback a function that makes the scheduler with "
+                    "**learnit_r8.integrations.distributed.rank_arguments()"
+                ]
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the scheduler reach the model, before a loader draws the first batch."""
+        self._trainer, self._model = trainer, pl_module
+        self._pending.clear()
+        self.scheduler.attach_model(self._capture, self._restore)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start, or go on in the middle of an epoch."""
+        if not _uses_sampler(trainer.train_dataloader):
+            raise ConfigError(
+                [
+                    "the training loader does not draw from the scheduler: return self.r8_dataloader(dataset) "
+                    "of R8DataModuleMixin, or DataLoader(dataset, batch_sampler=R8BatchSampler(scheduler))"
+                ]
+            )
+        self._release()
+        for optimizer in trainer.optimizers:
+            self._hooks.append(follow_lr(self.scheduler, optimizer))
+            self._hooks[-1]._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._epochs = self.scheduler.epoch_iterator()
+        self._next_epoch(trainer)
+        if self._rngs is not None:
+            restore_state({"rngs": self._rngs}, None)
+            self._rngs = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take note of the losses; report them when their optimizer step is done."""
+        self._pending.append(_losses(outputs, trainer.accumulate_grad_batches))
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if whole or not pl_module.automatic_optimization:
+            self._report()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on to the next epoch, or end the run."""
+        self._report()  # an epoch that was cut short may end within an accumulation
+        self._next_epoch(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the optimizer and the signal handlers alone."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As `on_train_end`."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scheduler's state and the random generators', without numpy arrays."""
+        state = {"scheduler": tensors_from_arrays(self.scheduler.state_dict())}
+        return state | capture_state(None)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the scheduler; the random generators follow when training starts."""
+        self.scheduler.load_state_dict(arrays_from_tensors(state_dict["scheduler"]))
+        self._rngs = state_dict["rngs"]
+
+    # ----------------------------------------------------------------------------------------
+
+    def _next_epoch(self, trainer: Trainer) -> None:
+        if next(self._epochs, None) is None:
+            trainer.should_stop = True
+
+    def _report(self) -> None:
+        skipped = self._steps_done == 0  # a GradScaler leaves a step out after an overflow
+        pending, self._pending, self._steps_done = self._pending, [], 0
+        for losses in pending:
+            if losses is None:  # training_step returned None
+                self.scheduler.update_with_loss(float("nan"), skipped=True)
+            else:
+                self.scheduler.update_with_loss(losses, skipped=skipped)
+
+    def _after_step(self, *args: Any) -> None:
+        self._steps_done += 1
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if hasattr(self._epochs, "close"):
+            self._epochs.close()
+
+    def _capture(self) -> dict[str, Any]:
+        return capture_state(*self._parts(), copy=False)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        restore_state(state, *self._parts())
+
+    def _parts(self) -> tuple[Any, Any, Any]:
+        assert self._trainer is not None
+        return (
+            self._model,
+            _Optimizers(self._trainer.optimizers),
+            getattr(self._trainer.precision_plugin, "scaler", None),
+        )
+
+
+class R8DataModuleMixin:
+    """Gives a `LightningDataModule`, or a `LightningModule`, loaders that draw from the scheduler."""
+
+    def r8_dataloader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        """Return the training loader.
+
+        Args:
+            dataset: Indexable, as long as the scheduler's `num_samples`.
+            **options: As for `torch.utils.data.DataLoader`: workers, `collate_fn`, `pin_memory`, ...
+
+        Raises:
+            ConfigError: No R8Callback, another number of samples, or options that the scheduler decides.
+        """
+        trainer: Any = getattr(self, "trainer", None)
+        callback = next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, R8Callback)), None)
+        if callback is None:
+            raise ConfigError(["r8_dataloader needs the scheduler: Trainer(callbacks=[R8Callback(scheduler)])"])
+        scheduler, problems = callback.scheduler, []
+        clashing = sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & set(options))
+        if clashing:
+            problems.append(f"the scheduler forms the batches: leave out {', '.join(clashing)}")
+        size = len(dataset)  # type: ignore[arg-type]
+        if size != scheduler.catalog.num_samples:
+            problems.append(
+                f"the dataset has {size} samples, the scheduler num_samples={scheduler.catalog.num_samples}"
+            )
+        if problems:
+            raise ConfigError(problems)
+        # A generator of its own: loaders draw a seed per epoch, which would move the global one.
+        options = {"generator": torch.Generator()} | options
+        sampler = R8BatchSampler(scheduler, ahead=trainer.accumulate_grad_batches - 1)
+        return _ResumableLoader(dataset, batch_sampler=sampler, **options)
+
+
+class _ResumableLoader(DataLoader[Any]):
+    """Tells Lightning that it resumes in the middle of an epoch: the scheduler does."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": "in the state of R8Scheduler"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class _Optimizers:
+    """All optimizers as one."""
+
+    def __init__(self, optimizers: list[Any]) -> None:
+        self._optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): optimizer.state_dict() for number, optimizer in enumerate(self._optimizers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for number, optimizer in enumerate(self._optimizers):
+            optimizer.load_state_dict(state[str(number)])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def _losses(outputs: Any, accumulated: int) -> Any:
+    """Return the losses of a training step, or None where it was left out."""
+    if isinstance(outputs, Mapping):
+        if outputs.get("r8_losses") is not None:
+            return outputs["r8_losses"].detach()
+        outputs = outputs.get("loss")
+    # Lightning divides the loss by the number of batches that are accumulated.
+    return None if outputs is None else outputs.detach() * accumulated
+
+
+def _uses_sampler(loaders: Any) -> bool:
+    return isinstance(getattr(loaders, "batch_sampler", None), R8BatchSampler)

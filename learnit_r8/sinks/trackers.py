@@ -1,0 +1,330 @@
+"""Bridges to experiment trackers: the run's numbers under names that do not change between trackers.
+
+    R8Scheduler(..., sinks=[TensorBoardSink("runs/one")])
+
+`record` appends to a queue; a thread turns events into points and writes them every few seconds,
+so a slow tracker (MLflow: milliseconds a point) costs training nothing. What the tracker raises
+is raised at the next `record`, where the scheduler drops the sink and says so in an event.
+
+The trackers are imported when their sink is made, never before.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from learnit_r8 import events
+from learnit_r8.errors import ConfigError
+
+__all__ = ["MlflowSink", "Point", "Points", "TensorBoardSink", "TrackerSink", "WandbSink"]
+
+CAPACITY = 200_000
+"""Events that wait at most; older ones are dropped when a tracker hangs for that long."""
+_EVALUATION = ("val", "eval", "test")
+
+
+class Point(NamedTuple):
+    """One number of a curve. `time` is seconds since the Unix epoch."""
+
+    name: str
+    value: float
+    step: int
+    time: float
+
+
+class Points:
+    """Turns events into points.
+
+    | name | from |
+    |---|---|
+    | `train/loss`, `train/lr`, `train/epoch`, `train/epoch_loss` | each step; the last one each epoch |
+    | `eval/*`, `train/*` | `scheduler.log(val_loss=...)` is `eval/loss`; a name with a slash stays |
+    | `r8/expected_loss`, `r8/score`, `r8/lag`, `r8/seconds` | each step |
+    | `r8/spikes`, `r8/rollbacks`, `r8/quarantined` | totals, when they change |
+    | `r8/lr_multiplier`, `r8/backup_seconds`, `r8/checkpoint_seconds` | when it happens |
+    | `r8/q1_loss` .. `r8/q4_loss`, `r8/q1_uses` .., `r8/unseen`, `r8/stuck` | each epoch |
+
+    Args:
+        names: Other names, by the names above; None leaves a curve out.
+    """
+
+    def __init__(self, names: Mapping[str, str | None] | None = None) -> None:
+        self._names = dict(names or {})
+        self._issued = 0
+        self._totals = {"r8/spikes": 0, "r8/rollbacks": 0, "r8/quarantined": 0}
+
+    def of(self, event: events.Event) -> list[Point]:
+        """Return the points of one event; kinds that hold no number have none."""
+        translate = _TRANSLATE.get(type(event))
+        if translate is None:
+            return []
+        found = ((self._names.get(name, name), value) for name, value in translate(self, event))
+        return [Point(name, float(value), event.step, event.time) for name, value in found if name is not None]
+
+    def _batch_issued(self, event: events.BatchIssued) -> Iterable[tuple[str, float]]:
+        self._issued = event.step
+        return ()
+
+    def _loss(self, event: events.LossReported) -> Iterable[tuple[str, float]]:
+        yield "train/loss", event.loss
+        yield "train/lr", event.lr
+        yield "train/epoch", event.epoch
+        yield "r8/lag", max(self._issued - event.step, 0)
+        yield "r8/seconds", event.r8_seconds
+        for name, value in (("r8/expected_loss", event.expected_loss), ("r8/score", event.score)):
+            if math.isfinite(value):  # NaN says that there is none
+                yield name, value
+
+    def _quadrants(self, event: events.QuadrantsRefreshed) -> Iterable[tuple[str, float]]:
+        for quadrant, (loss, uses) in enumerate(zip(event.losses, event.uses, strict=True), start=1):
+            yield f"r8/q{quadrant}_loss", loss
+            yield f"r8/q{quadrant}_uses", uses
+        yield "r8/unseen", event.unseen
+        yield "r8/stuck", event.stuck
+
+    def _metric(self, event: events.MetricLogged) -> Iterable[tuple[str, float]]:
+        head, _, rest = event.name.partition("_")
+        if "/" in event.name:
+            yield event.name, event.value
+        elif head in _EVALUATION and rest:
+            yield f"eval/{rest}", event.value
+        else:
+            yield f"train/{event.name}", event.value
+
+    def _total(self, name: str, more: int = 1) -> tuple[str, float]:
+        self._totals[name] += more
+        return name, self._totals[name]
+
+    def _rollback(self, event: events.RolledBack) -> Iterable[tuple[str, float]]:
+        yield self._total("r8/rollbacks")
+        yield "r8/lr_multiplier", event.lr_multiplier
+
+
+_TRANSLATE: dict[type[events.Event], Callable[[Points, Any], Iterable[tuple[str, float]]]] = {
+    events.BatchIssued: Points._batch_issued,
+    events.LossReported: Points._loss,
+    events.QuadrantsRefreshed: Points._quadrants,
+    events.MetricLogged: Points._metric,
+    events.RolledBack: Points._rollback,
+    events.EpochEnded: lambda _, event: [("train/epoch_loss", event.mean_loss)],
+    events.SpikeSeen: lambda points, _: [points._total("r8/spikes")],
+    events.SampleQuarantined: lambda points, event: [points._total("r8/quarantined", len(event.indices))],
+    events.BackupTaken: lambda _, event: [("r8/backup_seconds", event.seconds)],
+    events.CheckpointSaved: lambda _, event: [("r8/checkpoint_seconds", event.seconds)],
+}
+
+
+class TrackerSink:
+    """Writes points from a thread of its own; subclasses say where to.
+
+    Args:
+        names: See `Points`.
+        interval: Seconds between two writes.
+
+    Raises:
+        ConfigError: A bad interval.
+    """
+
+    def __init__(self, names: Mapping[str, str | None] | None = None, interval: float = 2.0) -> None:
+        if not interval > 0:
+            raise ConfigError([f"interval must be positive seconds, got {interval!r}"])
+        self._points = Points(names)
+        self._interval = interval
+        self._queue: deque[events.Event] = deque(maxlen=CAPACITY)
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def write(self, points: list[Point]) -> None:
+        """Write points, oldest first; called from the thread, and at last from `close`."""
+        raise NotImplementedError
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Take the run's configuration, once, before the first points."""
+
+    def finish(self) -> None:
+        """Flush and release the tracker."""
+
+    def record(self, event: events.Event) -> None:
+        """Queue one event; raise what the tracker raised since the last one."""
+        if self._error is not None:
+            raise self._error
+        self._queue.append(event)
+        if self._thread is None:
+            self._closing.clear()
+            self._thread = threading.Thread(target=self._work, name=type(self).__name__, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Write what is left and release the tracker."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._closing.set()
+            thread.join()
+            self._drain()
+        self.finish()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while not self._closing.wait(self._interval) and self._error is None:
+            self._drain()
+
+    def _drain(self) -> None:
+        if self._error is not None:
+            return
+        points: list[Point] = []
+        try:
+            while self._queue:
+                event = self._queue.popleft()
+                if isinstance(event, events.RunStarted):
+                    self.configure(events.plain(event.config))
+                points += self._points.of(event)
+            if points:
+                self.write(points)
+        except Exception as error:
+            self._error = error
+
+
+class TensorBoardSink(TrackerSink):
+    """Writes TensorBoard event files; needs `tensorboard`, neither torch nor TensorFlow.
+
+    Args:
+        log_dir: Folder of the run.
+        names: See `Points`.
+        interval: Seconds between two writes.
+    """
+
+    def __init__(
+        self, log_dir: str | Path, *, names: Mapping[str, str | None] | None = None, interval: float = 2.0
+    ) -> None:
+        super().__init__(names, interval)
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._make = lambda: EventFileWriter(str(log_dir))
+        self._writer: Any = None
+
+    def write(self, points: list[Point]) -> None:
+        """Write one record per step and time."""
+        if self._writer is None:
+            self._writer = self._make()
+        for (step, time), group in _grouped(points).items():
+            values = [self._summary.Value(tag=point.name, simple_value=point.value) for point in group]
+            self._writer.add_event(self._event(wall_time=time, step=step, summary=self._summary(value=values)))
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Close the file; later points open another one."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class WandbSink(TrackerSink):
+    """Logs to a Weights & Biases run; `mode="offline"` writes files that `wandb sync` sends later.
+
+    Args:
+        run: A run of your own, which stays open; or None to start one.
+        names: See `Points`.
+        interval: Seconds between two writes.
+        **options: For `wandb.init`, e.g. `project=`, `name=`, `mode="offline"`.
+    """
+
+    def __init__(
+        self,
+        run: Any = None,
+        *,
+        names: Mapping[str, str | None] | None = None,
+        interval: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(names, interval)
+        self._own = run is None
+        if run is None:
+            import wandb
+
+            run = wandb.init(**options)
+        self._run: Any = run
+        # W&B wants its own step to rise at every call; ours is an axis like any other.
+        run.define_metric("r8/step")
+        run.define_metric("*", step_metric="r8/step")
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Add the configuration to the run's own."""
+        self._run.config.update({"r8": dict(config)}, allow_val_change=True)
+
+    def write(self, points: list[Point]) -> None:
+        """Log one row per step and time."""
+        for (step, _), group in _grouped(points).items():
+            self._run.log({"r8/step": step, **{point.name: point.value for point in group}})
+
+    def finish(self) -> None:
+        """End the run, if this sink started it."""
+        if self._own:
+            self._run.finish()
+
+
+class MlflowSink(TrackerSink):
+    """Logs to an MLflow run in batches; MLflow 3 wants a database: `tracking_uri="sqlite:///mlflow.db"`.
+
+    Args:
+        tracking_uri: Where to, or None for MLflow's own default.
+        experiment: Name of the experiment; made if there is none.
+        run_id: A run of your own, which stays open; or None to start one.
+        names: See `Points`.
+        interval: Seconds between two writes.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str | None = None,
+        *,
+        experiment: str = "learnit_r8",
+        run_id: str | None = None,
+        names: Mapping[str, str | None] | None = None,
+        interval: float = 2.0,
+    ) -> None:
+        super().__init__(names, interval)
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._metric, self._param = Metric, Param
+        self._client = MlflowClient(tracking_uri)
+        self._own = run_id is None
+        if run_id is None:
+            found = self._client.get_experiment_by_name(experiment)
+            where = found.experiment_id if found is not None else self._client.create_experiment(experiment)
+            run_id = self._client.create_run(where).info.run_id
+        self.run_id: str = run_id
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Log the configuration as parameters, once: MLflow refuses a second value."""
+        known = self._client.get_run(self.run_id).data.params
+        new = {f"r8.{key}": str(value)[:500] for key, value in config.items()}
+        params = [self._param(key, value) for key, value in new.items() if key not in known]
+        self._client.log_batch(self.run_id, params=params)
+
+    def write(self, points: list[Point]) -> None:
+        """Log 1000 points a request, MLflow's limit."""
+        metrics = [self._metric(point.name, point.value, int(point.time * 1000), point.step) for point in points]
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def finish(self) -> None:
+        """End the run, if this sink started it."""
+        if self._own:
+            self._client.set_terminated(self.run_id)
+
+
+def _grouped(points: list[Point]) -> dict[tuple[int, float], list[Point]]:
+    groups: dict[tuple[int, float], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.step, point.time), []).append(point)
+    return groups

@@ -1,0 +1,294 @@
+"""R8Scheduler in Lightning: resumes to the bit, survives NaN, sets the learning rate."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from learnit_r8 import R8Scheduler
+from learnit_r8.errors import ConfigError
+from learnit_r8.events import RolledBack
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    lightning = pytest.importorskip("lightning.pytorch")
+    from learnit_r8.integrations.lightning import R8Callback, R8DataModuleMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, of its dependencies
+
+SAMPLES, BATCH = 96, 8
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Data(R8DataModuleMixin, lightning.LightningDataModule):
+    def __init__(self, workers: int = 0) -> None:
+        super().__init__()
+        rng = np.random.default_rng(0)
+        x = torch.from_numpy(rng.normal(size=(SAMPLES, 4)).astype(np.float32))
+        self.train = TensorDataset(torch.arange(SAMPLES), x, (x[:, 0] > 0).long() + (x[:, 1] > 1).long())
+        self.workers = workers
+
+    def train_dataloader(self):
+        return self.r8_dataloader(self.train, num_workers=self.workers)
+
+
+class Model(lightning.LightningModule):
+    def __init__(self, nan_at=(), per_sample: bool = True) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
+        self.nan_at, self.per_sample = set(nan_at), per_sample
+        self.seen: list[list[int]] = []
+        self.rates: list[float] = []
+        self.micro_steps = 0
+
+    def training_step(self, batch, batch_idx):
+        numbers, x, y = batch
+        self.seen.append(numbers.tolist())
+        losses = nn.functional.cross_entropy(self.net(x), y, reduction="none")
+        if self.micro_steps in self.nan_at:
+            losses = losses * float("nan")
+        self.micro_steps += 1
+        return {"loss": losses.mean(), "r8_losses": losses} if self.per_sample else losses.mean()
+
+    def on_before_zero_grad(self, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.events = []
+
+    def record(self, event) -> None:
+        self.events.append(event)
+
+
+class Spy(R8Callback):
+    """Keeps each backup as it was taken, and what the model was after each rollback."""
+
+    def __init__(self, scheduler) -> None:
+        super().__init__(scheduler)
+        self.taken, self.restored, self.kept = {}, [], []
+
+    def _capture(self):
+        state = super()._capture()
+        self.taken[self.scheduler.global_step] = fingerprint(state)
+        return state
+
+    def _restore(self, state) -> None:
+        super()._restore(state)
+        self.restored.append(fingerprint(super()._capture()))
+        self.kept.append((state, fingerprint(state)))
+
+
+def fingerprint(tree) -> list[bytes]:
+    if isinstance(tree, torch.Tensor):
+        return [tree.detach().numpy().tobytes()]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [leaf for part in parts for leaf in fingerprint(part)]
+
+
+def scheduler_for(**options) -> R8Scheduler:
+    options = {"num_epochs": 3, "initial_lr": 0.02, "checkpoint_dir": None, "ui": "off", "backup_every": 4} | options
+    return R8Scheduler(SAMPLES, BATCH, **options)
+
+
+class StopAt(lightning.Callback):
+    """Saves a checkpoint after so many batches, and ends."""
+
+    def __init__(self, batches: int, path) -> None:
+        self.batches, self.path, self.count = batches, str(path), 0
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.count += 1
+        if self.count == self.batches:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None):
+    callback = scheduler if isinstance(scheduler, R8Callback) else R8Callback(scheduler)
+    trainer = lightning.Trainer(
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=accumulate,
+        callbacks=[callback, *more],
+    )
+    try:
+        trainer.fit(model, datamodule=Data(workers), ckpt_path=ckpt, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    return trainer
+
+
+def model_for(seed: int = 0, **options) -> Model:
+    torch.manual_seed(seed)
+    return Model(**options)
+
+
+@pytest.mark.parametrize(
+    ("workers", "accumulate", "stop_at"),
+    [(0, 1, 17), pytest.param(2, 4, 16, marks=pytest.mark.slow), pytest.param(0, 4, 12, marks=pytest.mark.slow)],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, workers, accumulate, stop_at):
+    whole = model_for()
+    scheduler = scheduler_for()
+    fit(whole, scheduler, workers=workers, accumulate=accumulate)
+    assert scheduler.global_step == 36
+    first = model_for()
+    fit(first, scheduler_for(), StopAt(stop_at, tmp_path / "run.ckpt"), workers=workers, accumulate=accumulate)
+    second = model_for(seed=5)
+    fit(second, scheduler_for(), workers=workers, accumulate=accumulate, ckpt=str(tmp_path / "run.ckpt"))
+    assert first.seen[:stop_at] + second.seen == whole.seen
+    assert fingerprint(second.state_dict()) == fingerprint(whole.state_dict())
+
+
+def test_the_learning_rate_is_the_schedulers_and_each_sample_is_used_once_an_epoch():
+    model, scheduler = model_for(), scheduler_for()
+    trainer = fit(model, scheduler)
+    assert scheduler.catalog.uses.tolist() == [3] * SAMPLES
+    assert len(model.rates) == 36
+    assert max(model.rates) == pytest.approx(0.02, rel=0.05)
+    assert model.rates[-1] < 0.002
+    assert trainer.current_epoch == 3
+
+
+def test_one_loss_per_batch_is_reported_undivided_when_gradients_accumulate():
+    class Losses:
+        losses: list[float] = []  # noqa: RUF012
+
+        def record(self, event) -> None:
+            if type(event).__name__ == "LossReported":
+                self.losses.append(event.loss)
+
+    heard = Losses()
+    fit(model_for(per_sample=False), scheduler_for(num_epochs=1, sinks=[heard]), accumulate=5)
+    assert len(heard.losses) == 12
+    assert 0.8 < heard.losses[0] < 1.6  # about log(3)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(seed):
+    faults = np.random.default_rng(seed).integers(20, 40, 4).cumsum().tolist()
+    listener = Listener()
+    spy, model = Spy(scheduler_for(num_epochs=16, sinks=[listener])), model_for(nan_at=faults)
+    fit(model, spy, workers=0)
+    assert len(spy.restored) == 4
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    targets = [event.to_step for event in listener.events if isinstance(event, RolledBack)]
+    assert spy.restored == [spy.taken[step] for step in targets]
+    assert all(fingerprint(state) == before for state, before in spy.kept)
+    assert spy.scheduler.global_step == 16 * 12
+
+
+def test_a_loader_that_does_not_draw_from_the_scheduler_is_refused():
+    class Plain(Data):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train, batch_size=8)
+
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[R8Callback(scheduler_for())],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="r8_dataloader"):
+        trainer.fit(model_for(), datamodule=Plain())
+
+
+def test_options_that_the_scheduler_decides_are_refused():
+    class Wrong(Data):
+        def train_dataloader(self):
+            return self.r8_dataloader(TensorDataset(torch.zeros(3)), batch_size=8, shuffle=True)
+
+    data = Wrong()
+    data.trainer = lightning.Trainer(logger=False, accelerator="cpu", callbacks=[R8Callback(scheduler_for())])
+    with pytest.raises(ConfigError, match=r"batch_size, shuffle[\s\S]*3 samples"):
+        data.train_dataloader()
+
+
+def test_something_else_than_a_scheduler_is_refused():
+    with pytest.raises(ConfigError, match="int"):
+        R8Callback(3)
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_plan(tmp_path):
+    import subprocess
+    import sys
+
+    script = tmp_path / "train.py"
+    script.write_text(TWO)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(2)]
+    assert rows[0]["uses"].tolist() == rows[1]["uses"].tolist() == [2] * SAMPLES
+    assert rows[0]["weights"].tobytes() == rows[1]["weights"].tobytes()
+    assert sorted([*rows[0]["seen"], *rows[1]["seen"]]) == sorted([*range(SAMPLES)] * 2)
+
+
+TWO = """
+import sys
+import numpy as np, torch
+import lightning.pytorch as pl
+from torch.utils.data import TensorDataset
+from learnit_r8 import R8Scheduler
+from learnit_r8.integrations.distributed import rank_arguments
+from learnit_r8.integrations.lightning import R8Callback, R8DataModuleMixin
+
+class Data(R8DataModuleMixin, pl.LightningDataModule):
+    def train_dataloader(self):
+        return self.r8_dataloader(TensorDataset(torch.arange(96), torch.linspace(-1, 1, 96)[:, None]))
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.seen = torch.nn.Linear(1, 1), []
+
+    def training_step(self, batch, batch_idx):
+        numbers, x = batch
+        self.seen += numbers.tolist()
+        losses = ((self.net(x) - 2 * x) ** 2).mean(1)
+        return {"loss": losses.mean(), "r8_losses": losses}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+def make():
+    return R8Scheduler(96, 16, num_epochs=2, checkpoint_dir=None, ui="off", **rank_arguments())
+
+if __name__ == "__main__":
+    callback, model = R8Callback(make), Model()
+    pl.Trainer(max_epochs=-1, accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False,
+               enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]).fit(model, datamodule=Data())
+    weights = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
+    np.savez(f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.npz", uses=callback.scheduler.catalog.uses,
+             weights=weights, seen=model.seen)
+"""

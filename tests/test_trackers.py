@@ -1,0 +1,185 @@
+"""Trackers hear the run's numbers under fixed names, and a failing one never reaches training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from learnit_r8 import R8Scheduler
+from learnit_r8.errors import ConfigError
+from learnit_r8.events import MetricLogged, RolledBack, SinkFailed
+from learnit_r8.sinks.trackers import MlflowSink, Point, Points, TensorBoardSink, TrackerSink, WandbSink
+
+
+class Memory(TrackerSink):
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.points: list[Point] = []
+        self.config: dict = {}
+        self.finished = 0
+
+    def configure(self, config) -> None:
+        self.config = dict(config)
+
+    def write(self, points) -> None:
+        self.points += points
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def train(*sinks, epochs: int = 3, nan_at: int | None = None) -> list[float]:
+    """Run a small loop; return the losses that were reported."""
+    rng, losses = np.random.default_rng(0), []
+    state = {"w": np.zeros(2)}
+    with R8Scheduler(
+        40,
+        8,
+        num_epochs=epochs,
+        checkpoint_dir=None,
+        ui="off",
+        sinks=sinks,
+        state_callback=lambda: state,
+        load_callback=lambda source: None,
+    ) as scheduler:
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                values = rng.uniform(1.0, 1.1, len(batch.indices)).astype(np.float32)
+                if batch.step == nan_at:
+                    values[0] = np.nan
+                scheduler.update_with_loss(values)
+                losses.append(float(values.mean()))
+            scheduler.log(val_loss=0.5, grad_norm=2.0)
+    return losses
+
+
+def curve(points, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in points if point.name == name]
+
+
+def test_every_step_is_a_point_of_each_curve_and_counts_are_totals():
+    sink = Memory(interval=0.01)
+    losses = train(sink, nan_at=12)
+    reported = curve(sink.points, "train/loss")
+    assert [step for step, _ in reported] == list(range(15))
+    assert [value for _, value in reported] == pytest.approx(losses, rel=1e-6, nan_ok=True)
+    assert math.isnan(reported[12][1])
+    assert curve(sink.points, "r8/rollbacks") == [(12, 1.0)]
+    assert curve(sink.points, "r8/spikes") == [(12, 1.0)]
+    assert [value for _, value in curve(sink.points, "train/epoch")] == [0] * 5 + [1] * 5 + [2] * 5
+    assert curve(sink.points, "eval/loss") == [(5, 0.5), (10, 0.5), (15, 0.5)]
+    assert len(curve(sink.points, "train/grad_norm")) == 3
+    assert len(curve(sink.points, "r8/q4_loss")) >= 2
+    assert sink.config["num_samples"] == 40
+    assert sink.finished == 1
+
+
+def test_names_are_mapped_and_none_leaves_a_curve_out():
+    sink = Memory(names={"train/loss": "loss", "r8/lag": None})
+    train(sink, epochs=1)
+    names = {point.name for point in sink.points}
+    assert "loss" in names
+    assert not names & {"train/loss", "r8/lag"}
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("val_loss", "eval/loss"),
+        ("eval_f1", "eval/f1"),
+        ("accuracy", "train/accuracy"),
+        ("a/b", "a/b"),
+        ("val", "train/val"),
+    ],
+)
+def test_a_users_metric_is_an_evaluation_or_a_training_number(given, name):
+    assert Points().of(MetricLogged(0.0, 3, given, 1.5)) == [Point(name, 1.5, 3, 0.0)]
+
+
+def test_the_lag_is_how_far_batches_run_ahead_of_their_losses():
+    sink = Memory()
+    scheduler = R8Scheduler(64, 8, num_epochs=1, lookahead=3, checkpoint_dir=None, ui="off", sinks=[sink])
+    held = []
+    for batch in scheduler.batch_iterator():
+        held.append(batch)
+        if len(held) == 3:
+            scheduler.update_with_loss(1.0, held.pop(0))
+    for batch in held:
+        scheduler.update_with_loss(1.0, batch)
+    scheduler.close()
+    assert [value for _, value in curve(sink.points, "r8/lag")] == [2, 2, 2, 2, 2, 2, 1, 0]
+
+
+def test_a_tracker_that_fails_is_dropped_and_training_goes_on():
+    class Broken(Memory):
+        def write(self, points) -> None:
+            raise OSError("no route to tracker")
+
+    heard = []
+
+    class Listener:
+        def record(self, event) -> None:
+            heard.append(event)
+
+    broken = Broken(interval=0.001)
+    losses = train(broken, Listener(), epochs=200)
+    assert len(losses) == 1000
+    failures = [event for event in heard if isinstance(event, SinkFailed)]
+    assert [(event.sink, "no route" in event.reason) for event in failures] == [("Broken", True)]
+
+
+def test_a_bad_interval_is_refused():
+    with pytest.raises(ConfigError, match="interval"):
+        Memory(interval=0)
+
+
+def test_a_rollback_tells_its_learning_rate():
+    points = Points().of(RolledBack(1.0, 7, 3, "ram", 0.5, 32, 0.1))
+    assert [(point.name, point.value) for point in points] == [("r8/rollbacks", 1.0), ("r8/lr_multiplier", 0.5)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:UserWarning")
+def test_tensorboard_reads_back_what_was_reported(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    losses = train(TensorBoardSink(tmp_path))
+    (path,) = tmp_path.iterdir()
+    found = {}
+    for event in EventFileLoader(str(path)).Load():
+        for value in event.summary.value:
+            number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
+            found.setdefault(value.tag, []).append((event.step, number))
+    assert [value for _, value in found["train/loss"]] == pytest.approx(losses, rel=1e-6)
+    assert [step for step, _ in found["train/loss"]] == list(range(15))
+    assert {"train/lr", "r8/q1_loss", "eval/loss"} <= set(found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_reads_back_what_was_reported(tmp_path):
+    tracking = pytest.importorskip("mlflow.tracking")
+    pytest.importorskip("sqlalchemy")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    sink = MlflowSink(uri)
+    losses = train(sink, nan_at=12)
+    client = tracking.MlflowClient(uri)
+    history = client.get_metric_history(sink.run_id, "train/loss")
+    assert [metric.step for metric in history] == list(range(15))
+    assert [metric.value for metric in history] == pytest.approx(losses, rel=1e-6, nan_ok=True)
+    run = client.get_run(sink.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["r8.num_samples"] == "40"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline_keeps_every_step(tmp_path):
+    pytest.importorskip("wandb")
+    sink = WandbSink(mode="offline", dir=str(tmp_path), project="r8")
+    rows = []
+    log, sink._run.log = sink._run.log, lambda row: (rows.append(row), log(row))
+    losses = train(sink)
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(losses, rel=1e-6)
+    (file,) = tmp_path.rglob("*.wandb")
+    assert file.stat().st_size > 1000
