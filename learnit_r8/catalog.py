@@ -167,6 +167,11 @@ class LossCatalog:
         return _frozen((self._rows["correct"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
 
     @property
+    def attributed(self) -> bool:
+        """Whether losses were reported one a batch, so that all figures of samples are estimates."""
+        return self._attribution is not None
+
+    @property
     def num_seen(self) -> int:
         """Number of samples with at least one accepted report."""
         return self._num_seen
