@@ -210,10 +210,8 @@ def precision_table(seeds):
         found = {False: [], True: []}
         for seed, scalar in itertools.product(range(seeds), (False, True)):
             found[scalar].append(train(make_task(name, "balanced", 0.2, seed), seed, scalar=scalar).top)
-        per_sample, scalar = interval(found[False]), interval(found[True])
-        print(
-            f"{name:9} per sample {per_sample[0]:.3f} ±{per_sample[1]:.3f}   one a batch {scalar[0]:.3f} ±{scalar[1]:.3f}"
-        )
+        (sample, one), (batch, two) = interval(found[False]), interval(found[True])
+        print(f"{name:9} per sample {sample:.3f} ±{one:.3f}   one a batch {batch:.3f} ±{two:.3f}", flush=True)
 
 
 def strategy_table(names, seeds):
