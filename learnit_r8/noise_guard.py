@@ -39,7 +39,7 @@ START = 0.2
 
 _RATE, _UNTIL = 0.1, 0.5
 """Rate at which suspects are drawn, and the share of the budget after which it is zero."""
-_TRY, _OPEN = 0.8, 1.0
+_TRY, _OPEN = 0.9, 1.0
 """Suspects' mean loss, in untrained losses, from which a trial is made and the gate opens."""
 _CUT = (0.6, 1.0)
 """Range of the cut between suspects and the others, in untrained losses."""
@@ -127,6 +127,15 @@ class NoiseGuard:
         view = self._suspect.view()
         view.flags.writeable = False
         return view
+
+    def undecided(self, progress: float) -> bool:
+        """Whether every sample should be drawn alike for now: "cap" has yet to judge them.
+
+        A strategy that seeks high losses would teach the model the wrong labels before they can
+        be told from hard ones.
+        """
+        early = progress < START - 1e-9
+        return self.mode == "cap" and (early or self._stage in (Stage.TRIAL_1, Stage.TRIAL_2))
 
     def suspects(self, catalog: LossCatalog, k: int) -> Indices:
         """Return the k samples that look most wrong, worst first, flagged or not."""
@@ -233,7 +242,7 @@ class NoiseGuard:
         mean, variance = float(losses.mean()), 0.0 if catalog.attributed else float(losses.var())
         if self._classes is not None and mean < 4 * self._classes.entropy:
             return self._classes.entropy  # right for a model that was trained before, too
-        return max(mean - variance / 2, 0.6 * mean)
+        return max(mean - variance / 2, 0.75 * mean)
 
     def _scores(self, catalog: LossCatalog) -> Scores:
         """Return how wrong each sample looks, in units of the loss, float32 `[N]`."""

@@ -350,7 +350,8 @@ class R8Scheduler:
         table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, self._epoch, 1), excluded)
         if table is not None:
             self._bus.emit(events.QuadrantsRefreshed, self._global_step, self._epoch, *table.figures())
-        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded)
+        alike = self._guard.undecided(done / total)
+        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded, alike=alike)
         self._stage = Stage.RUNNING
         self._reported = self._accepted = 0
         self._loss_sum = 0.0
