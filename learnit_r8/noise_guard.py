@@ -45,6 +45,9 @@ _CUT = (0.6, 1.0)
 """Range of the cut between suspects and the others, in untrained losses."""
 _CANDIDATE = 0.6
 """Mean loss, in untrained losses, from which a sample takes part in the trial."""
+_SEEKING = 0.5
+"""Under a strategy that seeks high losses also samples above this share of the cut are left out,
+without being called suspects, and suspects at once for good: it finds every wrong one that is left."""
 _LOOK = 0.3
 """Weight of the held-out looks in a sample's score, beside its mean loss."""
 _MIN_GROUP = 20
@@ -102,18 +105,23 @@ class NoiseGuard:
         num_samples: Size N of the data set.
         groups: Class of each sample, int `[N]`: losses are then compared within classes, and
             classes of fewer than 20 samples are left alone.
+        seeking: The strategy draws samples of high loss more often than others.
 
     Attributes:
         untrained: Loss of a model that knows nothing; NaN until the first epoch has ended.
     """
 
-    def __init__(self, mode: str, num_samples: int, groups: NDArray[np.integer[Any]] | None = None) -> None:
+    def __init__(
+        self, mode: str, num_samples: int, groups: NDArray[np.integer[Any]] | None = None, *, seeking: bool = False
+    ) -> None:
         self.mode = mode
+        self._seeking = seeking
         self.num_samples = num_samples
         self.untrained = math.nan
         self._classes = None if groups is None else _Classes(groups)
         self._stage = Stage.WATCHING
         self._suspect = np.zeros(num_samples, np.bool_)
+        self._doubtful: Mask | None = None  # the suspects, and with `seeking` those that come near
         self._candidate: Mask | None = None
         self._phase: NDArray[np.uint8] | None = None
         self._held: NDArray[np.float16] | None = None
@@ -169,10 +177,11 @@ class NoiseGuard:
             mask = self._candidate & (self._phase % 2 == (self._stage is Stage.TRIAL_2))
         elif self._stage is Stage.OPEN:
             assert self._phase is not None
-            rate = _RATE if progress < _UNTIL else 0.0
+            rate = _RATE if progress < _UNTIL and not self._seeking else 0.0
             turns = self._phase.astype(np.float32) / 256 + np.float32(self._turn % 1)
             self._turn += rate
-            mask = self._suspect & (np.floor(turns + np.float32(rate)) == np.floor(turns))
+            doubtful = self._suspect if self._doubtful is None else self._doubtful
+            mask = doubtful & (np.floor(turns + np.float32(rate)) == np.floor(turns))
             if self._candidate is not None:  # the second half of the trial is looked at now
                 mask &= self._phase % 2 == 0
                 self._candidate = None
@@ -195,10 +204,16 @@ class NoiseGuard:
         if progress < START - 1e-9 or not self.untrained > 0:
             return None
         scores = self._scores(catalog)
-        found = self._split(scores, catalog.uses > 0)
-        decision, reason, figure = self._decide(catalog, found, scores)
+        judged = catalog.uses > 0
+        if self._classes is not None:
+            judged &= self._classes.large
+        cut = half_way(scores[judged], _CUT[0] * self.untrained, _CUT[1] * self.untrained)
+        found = self._above(cut, scores, judged)
+        decision, reason, figure = self._decide(catalog, found, scores, judged)
         if self._stage is not Stage.OPEN:
             found = np.zeros_like(found)
+        elif self._seeking:
+            self._doubtful = found | self._above(_SEEKING * cut, scores, judged)
         changed = bool(np.any(found != self._suspect))
         self._suspect = found
         if not changed and not decision:
@@ -253,16 +268,12 @@ class NoiseGuard:
             scores = np.where(np.isnan(self._held), scores, (1 - _LOOK) * scores + _LOOK * self._held)
         return scores
 
-    def _split(self, scores: Scores, seen: Mask) -> Mask:
-        """Return the samples above the cut, bool `[N]`."""
-        judged = seen if self._classes is None else seen & self._classes.large
-        cut = half_way(scores[judged], _CUT[0] * self.untrained, _CUT[1] * self.untrained)
+    def _above(self, cut: float, scores: Scores, judged: Mask) -> Mask:
+        """Return the samples above a cut, bool `[N]`; none where they are most of the data set."""
         found: Mask = (scores > cut) & judged
-        if np.count_nonzero(found) > _MOST * self.num_samples:
-            found[:] = False
-        return found
+        return found if np.count_nonzero(found) <= _MOST * self.num_samples else np.zeros_like(found)
 
-    def _decide(self, catalog: LossCatalog, found: Mask, scores: Scores) -> tuple[str, str, float]:
+    def _decide(self, catalog: LossCatalog, found: Mask, scores: Scores, judged: Mask) -> tuple[str, str, float]:
         """Move to the next stage; return the decision about the gate, why, and the figure."""
         if self._stage is Stage.TRIAL_1:
             self._stage = Stage.TRIAL_2
@@ -282,13 +293,9 @@ class NoiseGuard:
                 return "suspects named", f"their loss stays at {level:.2f} of the untrained one", level
             if self.mode == "cap" and level > _TRY:
                 self._stage = Stage.TRIAL_1
-                self._candidate = self._candidates(scores, catalog.uses > 0)
+                self._candidate = judged & (scores > _CANDIDATE * self.untrained)
                 return "noise trial", f"suspects' loss stays at {level:.2f} of the untrained one", level
         return "", "", math.nan
-
-    def _candidates(self, scores: Scores, seen: Mask) -> Mask:
-        chosen: Mask = seen & (scores > _CANDIDATE * self.untrained)
-        return chosen if self._classes is None else chosen & self._classes.large
 
     # State --------------------------------------------------------------------------------
 
@@ -300,6 +307,7 @@ class NoiseGuard:
             "stage": self._stage.value,
             "turn": self._turn,
             "suspect": _pack(self._suspect),
+            "doubtful": _pack(self._doubtful),
             "candidate": _pack(self._candidate),
             "excluded": _pack(self._excluded),
             "phase": None if self._phase is None else self._phase.copy(),
@@ -315,6 +323,7 @@ class NoiseGuard:
         self.untrained = math.nan if state["untrained"] is None else float(state["untrained"])
         self._stage, self._turn = Stage(state["stage"]), float(state["turn"])
         self._suspect, self._candidate = suspect, _unpack(state["candidate"], n)
+        self._doubtful = _unpack(state["doubtful"], n)
         self._excluded = _unpack(state["excluded"], n)
         self._phase = None if state["phase"] is None else np.array(state["phase"], np.uint8)
         self._held = None if state["held"] is None else np.array(state["held"], np.float16)

@@ -161,7 +161,8 @@ class R8Scheduler:
         self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
         self._desk = TicketDesk(config.lookahead)
         self._ranks = Ranks(args.rank, config.world_size, args.all_gather)
-        self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups)
+        seeking = not getattr(args.strategy, "covers", False)
+        self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
         self._saver = Saver(args, self._bus)
         evidence = config.log_dir or config.checkpoint_dir
         self._safety = SafetyNet(
