@@ -46,6 +46,7 @@ from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
 from learnit_r8.loop.signals import Interrupts
 from learnit_r8.loop.tickets import Ticket, TicketDesk
+from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus, JsonlSink
 from learnit_r8.strategies.base import Strategy
@@ -161,6 +162,8 @@ class R8Scheduler:
         self._catalog = LossCatalog(config.num_samples)
         self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
         self._desk = TicketDesk(config.lookahead)
+        seeking = not getattr(args.strategy, "covers", False)
+        self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
         self._saver = Saver(args, self._bus)
         evidence = config.log_dir or config.checkpoint_dir
         self._safety = SafetyNet(
@@ -231,6 +234,11 @@ class R8Scheduler:
     def strategy(self) -> Strategy:
         """What chooses the samples once they are cataloged."""
         return self._chooser.strategy
+
+    @property
+    def noise_guard(self) -> NoiseGuard:
+        """Which samples look wrong rather than hard."""
+        return self._guard
 
     # What integrations use ----------------------------------------------------------------
 
@@ -395,12 +403,14 @@ class R8Scheduler:
     # One epoch ----------------------------------------------------------------------------
 
     def _start_epoch(self) -> None:
-        excluded = self._safety.quarantine
+        done, total = self._budget.position(self._epoch, 0, 1)
+        rng = self._streams.at(Purpose.EXCLUSION, self._epoch)
+        excluded = either(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
         table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, self._epoch, 1), excluded)
         if table is not None:
             self._bus.emit(events.QuadrantsRefreshed, self._global_step, self._epoch, *table.figures())
-        done, total = self._budget.position(self._epoch, 0, 1)
-        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded)
+        alike = self._guard.undecided(done / total)
+        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded, alike=alike)
         self._stage = Stage.RUNNING
         self._reported = self._accepted = 0
         self._loss_sum = 0.0
@@ -415,8 +425,22 @@ class R8Scheduler:
         mean = self._loss_sum / self._accepted if self._accepted else float("nan")
         seconds = self._clock.monotonic() - self._epoch_started
         self._bus.emit(events.EpochEnded, self._global_step, self._epoch, mean, seconds, self._reported, completed)
+        self._guard_epoch()
         if self._stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
+
+    def _guard_epoch(self) -> None:
+        """Let the noise guard think again about who is wrong rather than hard."""
+        done, total = self._budget.position(self._epoch + 1, 0, 1)
+        found = self._guard.end_epoch(self._catalog, done / total)
+        if found is None:
+            return
+        step = self._global_step
+        if found.changed:
+            indices, losses = tuple(found.indices.tolist()), tuple(found.losses.tolist())
+            self._bus.emit(events.SuspectsNamed, step, indices, losses, found.count)
+        if found.decision:
+            self._bus.emit(events.StrategyDecided, step, found.decision, found.reason, found.figure)
 
     def _next_epoch(self) -> None:
         self._epoch += 1
@@ -639,6 +663,7 @@ class R8Scheduler:
             "chooser": self._chooser.state_dict(),
             "catalog": self._catalog.state_dict(),
             "safety": self._safety.state_dict(),
+            "guard": self._guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -661,6 +686,7 @@ class R8Scheduler:
         done, total = self._budget.position(self._epoch, 0, 1)
         self._chooser.load_state_dict(state["chooser"], self._epoch, self._global_step, done / total)
         self._safety.load_state_dict(state["safety"])
+        self._guard.load_state_dict(state["guard"])
         self._epoch_started = self._clock.monotonic()
         self._stop = None
         self._ended = self._begun = False
