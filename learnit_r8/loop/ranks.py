@@ -32,6 +32,14 @@ class Ranks:
         start = self.rank * share + min(self.rank, rest)
         return slice(start, start + share + (self.rank < rest))
 
+    def everyone(self, number: float) -> NDArray[np.float64]:
+        """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
+        mine = np.array([number], np.float64)
+        if self.world_size == 1:
+            return mine
+        assert self._all_gather is not None
+        return np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
+
     def gather(self, reported: Reported, size: int) -> Reported:
         """Return the report of the global batch; one rank's NaN is every rank's NaN.
 

@@ -307,6 +307,12 @@ class Recovery:
             self._source = "disk"
         return self._restore(Signal.RESTORE_FAILED, reason, discard=backup_id)
 
+    def restore_abandoned(self) -> None:
+        """Take note that the restore was interrupted: the model is what the caller left it at."""
+        self._attempts = 0
+        if self.phase is Phase.ROLLBACK:
+            self._move(Signal.UNRESTORABLE)
+
     @property
     def hold_steps(self) -> int:
         """Return for how many steps the last rollback holds the LR down."""
