@@ -52,8 +52,8 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "digits, batch 1": Recipe("digits", 1, 3, 0.005),
-    "digits, batch 1, numbers": Recipe("digits", 1, 3, 0.005, scalar=True, options={"strategy": "uniform"}),
+    "digits, batch 1": Recipe("digits", 1, 3, 0.002),
+    "digits, batch 1, numbers": Recipe("digits", 1, 3, 0.002, scalar=True, options={"strategy": "uniform"}),
     "digits, batch 8, interpolation": Recipe("digits", 8, 25, 0.02),
     "digits, batch 8, uniform, numbers": Recipe(
         "digits", 8, 25, 0.02, scalar=True, options={"strategy": "uniform", "scheduler_mode": "linear"}

@@ -112,6 +112,7 @@ class SafetyNet:
         self._next_backup = 0  # step; several ranks keep to it, their clocks differ
         self._scanned = 0.0  # seconds on scans up to the last backup
         self._step_began: float | None = None
+        self._step_counted = 0
         self._lr = -1.0  # of the last batch; negative before the first one
         self._load_error: Exception | None = None
 
@@ -152,8 +153,9 @@ class SafetyNet:
         if self._state_callback is None:
             return
         began = self._clock.monotonic()
-        if self._step_began is not None:
+        if self._step_began is not None and step > self._step_counted:  # asked twice at the end of an epoch
             self._pacer.stepped(began - self._step_began)
+        self._step_counted = step
         if self._recovery.backups_allowed and self._backup_due(step):
             self.keep(self._state_callback(), step)
             scanned = self._ring.stats.scan_seconds
@@ -195,7 +197,7 @@ class SafetyNet:
             skipped: The optimizer step was skipped.
             outdated: The batch was out when the model was restored: its loss may be of the model that is gone.
         """
-        score, values = float("nan"), reported.values
+        score, values, few = float("nan"), reported.values, False
         if skipped:
             verdict = Verdict.SKIPPED
         else:
@@ -209,7 +211,7 @@ class SafetyNet:
                 finite=reported.finite,
                 bulk=None if values is None or len(values) < _MIN_BATCH else lambda: bulk_mean(values),
             )
-            verdict, score = reading.verdict, reading.score
+            verdict, score, few = reading.verdict, reading.score, reading.few
         self._crash.note(step, verdict, reported.mean, indices)
         calm = verdict is Verdict.CALM
         if outdated and not calm:
@@ -229,7 +231,9 @@ class SafetyNet:
             for info in self._ring.healthy(step):
                 if info.status is BackupStatus.VERIFIED:
                     self._emit(events.BackupVerified, step, info.step)
-        return Judgement(verdict, score, action, reported.finite and action.kind in _GOES_ON)
+        # What a sick model makes of a batch says nothing of its samples, and outlives a rollback in the catalog.
+        tells = reported.finite and (few or verdict is not Verdict.SUSPECT)
+        return Judgement(verdict, score, action, tells and action.kind in _GOES_ON)
 
     def _can_restore(self, step: int) -> bool:
         if self._load is None:

@@ -4,7 +4,7 @@ Each loss is compared with the recent accepted ones by median and MAD, which a f
 move (Hampel 1974, "The influence curve and its role in robust estimation"):
 
     l' = loss - b (expected loss of the batch - expected loss of all)    composition-corrected
-    s  = max(1.4826 MAD, (q90 - m) / 1.2816, 0.02 |m|, 1e-3 L0)          m: median, L0: first level
+    s  = max(d, min((q90 - m) / 1.2816, 3 d), 0.02 |m|, 1e-3 L0)         d: 1.4826 MAD, m: median, L0: first level
     z  = (l' - m) / s                  a = (l' - m) / max(|m|, 2 s)      score and relative rise
 
 The 90% quantile is there because losses are skewed: in batches of one sample most are near zero and
@@ -46,6 +46,7 @@ from learnit_r8.types import Verdict
 
 _MAD_TO_STD = 1.4826  # of a normal distribution
 _NORMAL_Q90 = 1.2816  # standard deviations from the median to the 90% quantile
+_MOST_SKEW = 3.0  # times the MAD's: a loss that grows exponentially moves the quantile before it is flagged
 _RELATIVE_FLOOR = 0.02
 _LEVEL_FLOOR = 1e-3
 _TINY = 1e-30
@@ -55,7 +56,7 @@ _SOFT_MASK = (1 << _SOFT_SPAN) - 1
 _HARD_MASK = (1 << _HARD_SPAN) - 1
 _RATE_WEIGHT = 1 / 512
 _RATE_PRIOR = 5e-4
-_MEAN_WEIGHT, _MEAN_LIMIT = 1 / 128, 10.0  # of the mean loss; one loss counts for so many L0 at most
+_MEAN_WEIGHT, _MEAN_LIMIT = 1 / 64, 10.0  # of the mean loss; one loss counts for so many L0 at most
 _FEW = 8  # an outlier in this part of a batch or less says nothing of the weights
 
 
@@ -117,11 +118,13 @@ class Reading:
         verdict: CALM, SUSPECT, SPIKE, DRIFT or NONFINITE.
         score: z; NaN while the detector is not active.
         reason: One sentence; empty when calm.
+        few: SUSPECT only: the excess comes from a few samples of the batch, the others are as usual.
     """
 
     verdict: Verdict
     score: float
     reason: str = ""
+    few: bool = False
 
 
 class Detector:
@@ -183,7 +186,8 @@ class Detector:
         excess = expected_batch - expected_all
         known = math.isfinite(excess)
         corrected = self._composition.correct(loss, excess) if known else loss
-        corrected = min(max(corrected, -_HUGE), _HUGE)
+        # An easy batch whose loss is as usual is no fault: estimates may be wrong, above all after one.
+        corrected = min(max(min(corrected, loss), -_HUGE), _HUGE)
         shift = corrected - loss
         rest = None if bulk is None else lambda: bulk() + shift
         reading = self._judge(step, corrected, rest) if self.active else self._learn(step, corrected)
@@ -198,6 +202,8 @@ class Detector:
             step: Global step at which it happens.
             why: For the reader of the calling code; not kept.
         """
+        if not self.active:  # nothing to compare with yet: this is the schedule's warm-up
+            return
         self._relaxed_until = step + self.settings.regime_steps
         self._reset_best()
 
@@ -268,9 +274,10 @@ class Detector:
     def _judge(self, step: int, loss: float, rest: Callable[[], float] | None) -> Reading:
         settings = self.settings
         m = self._window.median()
+        spread = _MAD_TO_STD * self._window.deviation(m)
         s = max(
-            _MAD_TO_STD * self._window.deviation(m),
-            (self._window.quantile(0.9) - m) / _NORMAL_Q90,
+            spread,
+            min((self._window.quantile(0.9) - m) / _NORMAL_Q90, _MOST_SKEW * spread),
             _RELATIVE_FLOOR * abs(m),
             _LEVEL_FLOOR * self._first_level,
             _TINY,
@@ -290,7 +297,7 @@ class Detector:
         if soft and rest is not None and rest() - m <= max(settings.soft_score * s, settings.soft_rise * abs(m)) * ease:
             self._shift_flags(soft=False, hard=False)
             self._mark_suspect(step)
-            return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples")
+            return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples", few=True)
         self._shift_flags(soft, hard)
         self._recent.push(loss)
         drifting = self._follow_level(step, s, ease)
@@ -337,7 +344,7 @@ class Detector:
             settings.drift_rise * abs(self._best),
             settings.drift_score * self._best_scale,
             settings.drift_floor * self._first_level,
-            settings.drift_rise * self._best_mean,
+            settings.drift_rise * min(self._best_mean, self._mean),  # the mean falls behind the first steep fall
         )
         rise = level - self._best
         if rise <= 0.25 * margin:
