@@ -175,6 +175,7 @@ class R8Scheduler:
             self._bus.emit,
             self._ranks.clock,  # backups are paced by time, and all ranks have to take the same ones
             CrashRecorder(Path(evidence) if evidence else None, config.to_json(), lambda: tuple(self._bus.recent)),
+            self._ranks.everyone,
         )
         self._interrupts = Interrupts()
         self._ones = np.ones(config.batch_size, np.float32)
@@ -353,12 +354,14 @@ class R8Scheduler:
         started = self._clock.monotonic()
         if self._ranks.world_size > 1:
             reported = self._gather(reported, ticket.indices)
-        self._desk.close(ticket)
+        outdated = self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
         step = self._global_step
         rows = self._catalog.look_up(ticket.indices)
-        judgement = self._safety.judge(step, reported, rows.expected, ticket.indices, skipped=bool(skipped))
+        judgement = self._safety.judge(
+            step, reported, rows.expected, ticket.indices, skipped=bool(skipped), outdated=outdated
+        )
         if judgement.accepted:
             self._record(ticket, rows, reported)
         self._global_step += 1
@@ -380,6 +383,8 @@ class R8Scheduler:
         rolled_back = judgement.alarming and self._safety.react(
             step, self._epoch, judgement, reported.mean, rows.expected, ticket.indices
         )
+        if rolled_back:
+            self._desk.outdate()
         if self._reported == self._chooser.batches:
             self._end_epoch(completed=True)
         surprise = reported.mean - rows.expected

@@ -75,6 +75,14 @@ class Ranks:
         """Return this rank's part of a global batch: contiguous, sizes differ by one at most."""
         return _cut(size, self.rank, self.world_size)
 
+    def everyone(self, number: float) -> NDArray[np.float64]:
+        """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
+        mine = np.array([number], np.float64)
+        if self.world_size == 1:
+            return mine
+        assert self._all_gather is not None
+        return np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
+
     def gather(self, reported: Reported, indices: Indices, step: int, signal: int | None) -> Reported:
         """Return the report of the global batch; one rank's NaN is every rank's NaN.
 
