@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from learnit_r8 import R8Scheduler
 from learnit_r8.integrations.torch import R8BatchSampler, capture_state, follow_lr, restore_state
 
-SAMPLES, BATCH, LENGTH, EPOCHS = 1024, 16, 32, 2
+SAMPLES, BATCH, LENGTH, EPOCHS = 2048, 16, 32, 1
 
 
 class Seconds(NamedTuple):

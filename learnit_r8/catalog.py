@@ -339,7 +339,9 @@ class LossCatalog:
             self._resum()
             self._forget_journal()
 
-    def refresh_quadrants(self, rng: np.random.Generator, excluded: Mask | None = None) -> QuadrantTable | None:
+    def refresh_quadrants(
+        self, rng: np.random.Generator, excluded: Mask | None = None, edges: Losses | None = None
+    ) -> QuadrantTable | None:
         """Set new quartile edges and return the quadrants' figures; None while nothing was seen.
 
         The samples that may be drawn are split into four equal parts (their sizes differ by
@@ -349,6 +351,7 @@ class LossCatalog:
             rng: For the ties.
             excluded: True for samples that this epoch leaves out, bool `[N]`. They count for
                 no edge and get the quadrant that the edges give them.
+            edges: The three quartile edges, where they are known from elsewhere; ties stay together.
         """
         uses = self._rows["uses"]
         ranked = uses > 0 if excluded is None else (uses > 0) & ~excluded
@@ -358,11 +361,14 @@ class LossCatalog:
             return None
         moved = self._migration()
         last = np.cumsum(_quarter_sizes(len(losses))) - 1  # rank of each quadrant's highest loss
-        edges = np.partition(losses, np.maximum(last, 0))[np.maximum(last[:3], 0)]
+        given = edges is not None
+        if edges is None:
+            edges = np.partition(losses, np.maximum(last, 0))[np.maximum(last[:3], 0)]
         codes = (losses > edges[0]).view(np.uint8)
         codes += losses > edges[1]
         codes += losses > edges[2]
-        _split_ties(losses, codes, edges, last[:3] + 1, rng)
+        if not given:
+            _split_ties(losses, codes, edges, last[:3] + 1, rng)
         self._edges = edges
         if everything:
             self._rows["quadrant"] = codes

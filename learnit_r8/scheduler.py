@@ -34,7 +34,7 @@ from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.config import Config
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
-from learnit_r8.loop.arguments import check_arguments
+from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.chooser import Chooser
@@ -156,10 +156,10 @@ class R8Scheduler:
         config = args.config
         self._args, self._config, self._clock = args, config, args.clock
         self._bus = EventBus(args.sinks, args.clock)
-        self._ranks = Ranks(args.rank, config.world_size, args.all_gather, args.clock, config.order_hash())
+        self._ranks = self._make_ranks(args)
         self._budget = Budget(config, args.schedule, self._ranks.clock)
         self._streams = RandomStreams(config.seed)
-        self._catalog = LossCatalog(config.num_samples)
+        self._catalog = self._make_catalog(config.num_samples)
         self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
         self._desk = TicketDesk(config.lookahead)
         seeking = not getattr(args.strategy, "covers", False)
@@ -193,6 +193,14 @@ class R8Scheduler:
         self._logging = False
         self._dashboard: Sink | None = None
         self._resumed = self._begun = self._ended = self._closed = False
+
+    # `ShardedScheduler` has its own of these two.
+
+    def _make_ranks(self, args: Arguments) -> Ranks:
+        return Ranks(args.rank, args.config.world_size, args.all_gather, args.clock, args.config.order_hash())
+
+    def _make_catalog(self, num_samples: int) -> LossCatalog:
+        return LossCatalog(num_samples)
 
     # What users read ----------------------------------------------------------------------
 
@@ -352,7 +360,7 @@ class R8Scheduler:
         ticket = self._desk.find(batch)
         reported = read_losses(loss, len(ticket.batch.indices))
         started = self._clock.monotonic()
-        if self._ranks.world_size > 1:
+        if self._ranks.exchanges:
             reported = self._gather(reported, ticket.indices)
         outdated = self._desk.close(ticket)
         if self._search is not None:
@@ -395,10 +403,14 @@ class R8Scheduler:
     def _gather(self, reported: Reported, indices: NDArray[np.int64]) -> Reported:
         """Exchange this rank's report for everyone's, and hear of what stops the run."""
         reported = self._ranks.gather(reported, indices, self._global_step, self._interrupts.pending)
+        self._heed()
+        return reported
+
+    def _heed(self) -> None:
+        """Take over the signals and commands that any rank got."""
         if self._ranks.signal:  # else one that has come meanwhile waits for the next exchange
             self._interrupts.pending = self._ranks.signal
         self._stop = self._ranks.command or self._stop
-        return reported
 
     def log(self, **metrics: float) -> None:
         """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's."""
@@ -592,7 +604,7 @@ class R8Scheduler:
         Raises:
             CheckpointError: Nothing was saved; earlier checkpoints are as they were.
         """
-        if self._ranks.rank:
+        if not self._ranks.writes:
             return self._saver.store.directory
         return self._saver.save(self._global_step, self._finished_epoch, self.state_dict, "final" if is_final else "")
 
@@ -722,7 +734,7 @@ class R8Scheduler:
 
     def _save_if_possible(self) -> None:
         """Save; a failure is an event and a warning, and training goes on."""
-        if self._ranks.rank or self._config.checkpoint_dir is None:
+        if not self._ranks.writes or self._config.checkpoint_dir is None:
             return
         if self._search is not None and self._search.running:
             return

@@ -265,3 +265,81 @@ def test_a_gather_without_a_process_group_says_what_to_call():
     with pytest.raises(ProtocolError, match="init_process_group"):
         torch_all_gather(np.ones(1))
     assert rank_arguments() == {"rank": 0, "world_size": 1, "all_gather": None}
+
+
+# Shards ---------------------------------------------------------------------------------------
+
+
+class Shard:
+    """One rank's run over its shard; the loss of a sample is its own number, shrinking with use."""
+
+    def __init__(self, ranks: dict, folder=None, *, resume: bool = False, size: int = 500, **options) -> None:
+        from learnit_r8.integrations.sharded import ShardedScheduler
+
+        self.rank = ranks["rank"]
+        self.level = np.random.default_rng(self.rank).lognormal(self.rank / 3, 1, size)
+        self.restored: list[int] = []
+        callbacks = {"load_callback": self.load, "save_callback": lambda path: Path(path).write_text("")}
+        path = None if folder is None else folder / str(self.rank)
+        if resume:
+            self.scheduler = ShardedScheduler.resume_from_checkpoint(
+                path, **callbacks, state_callback=dict, **ranks, ui="off"
+            )
+        else:
+            options = {"num_epochs": 4, "backup_every": 5, "ui": "off", "checkpoint_dir": path} | options
+            self.scheduler = ShardedScheduler(size, 10, state_callback=dict, **callbacks, **ranks, **options)
+        self.results: list = []
+        self.seen: list[list[int]] = []
+
+    def load(self, source, from_ram: bool) -> None:
+        if from_ram:
+            self.restored.append(self.scheduler.global_step - 1)
+
+    def go(self, nan_at: int = -1, stop_at: int = -1):
+        for _ in self.scheduler.epoch_iterator():
+            for batch in self.scheduler.batch_iterator():
+                losses = self.level[batch.indices] * (0.5 + 0.5 * 0.998**batch.step)
+                if batch.step == nan_at:
+                    losses = losses * np.nan
+                self.seen.append(batch.indices.tolist())
+                self.results.append(self.scheduler.update_with_loss(losses))
+                if self.scheduler.global_step == stop_at:
+                    self.scheduler.save_checkpoint()
+                    return self
+        return self
+
+
+def test_shards_share_verdicts_rollbacks_and_the_quartiles_of_the_whole():
+    shards = on_threads(4, lambda ranks: Shard(ranks).go(nan_at=120 if ranks["rank"] == 2 else -1))
+    assert [shard.restored for shard in shards] == [[120]] * 4
+    for results in zip(*(shard.results for shard in shards), strict=True):
+        assert same([(r.loss, r.expected_loss, r.verdict) for r in results if np.isfinite(r.loss)])
+    assert all(shard.scheduler.global_step == 200 for shard in shards)
+    known = [shard.scheduler.catalog.expected_loss for shard in shards]
+    assert shards[0].scheduler.catalog.mean_expected == pytest.approx(np.concatenate(known).mean(), rel=0.01)
+    edges = shards[0].scheduler.catalog._edges
+    assert same([shard.scheduler.catalog._edges.tolist() for shard in shards])
+    share = np.searchsorted(np.sort(np.concatenate(known)), edges) / 2000
+    assert share == pytest.approx([0.25, 0.5, 0.75], abs=0.02)
+    assert not same([shard.seen for shard in shards])
+
+
+def test_a_sharded_run_is_resumed_by_the_same_number_of_ranks(tmp_path):
+    whole = on_threads(3, lambda ranks: Shard(ranks, tmp_path / "whole").go())
+    first = on_threads(3, lambda ranks: Shard(ranks, tmp_path / "half").go(stop_at=77))
+    second = on_threads(3, lambda ranks: Shard(ranks, tmp_path / "half", resume=True).go())
+    for one, head, tail in zip(whole, first, second, strict=True):
+        assert head.seen + tail.seen == one.seen
+
+
+def test_shards_of_different_sizes_are_refused():
+    from learnit_r8.errors import ConfigError
+
+    outcomes = on_threads(2, lambda ranks: Shard(ranks, size=500 + ranks["rank"]))
+    assert all(isinstance(outcome, ConfigError) and "501" in str(outcome) for outcome in outcomes)
+
+
+def test_one_shard_alone_runs_too():
+    shard = Shard(driver.one_rank() | {"clock": driver.Still()}).go(nan_at=50)
+    assert shard.restored == [50]
+    assert shard.scheduler.global_step == 200
