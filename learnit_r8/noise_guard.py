@@ -37,14 +37,21 @@ from learnit_r8.types import Indices, Losses, Mask
 START = 0.2
 """Share of the budget before which nobody is suspected: the losses do not tell yet."""
 
+START_ATTRIBUTED = 0.5
+"""The same where one loss a batch is reported: estimates of single samples take many epochs."""
+
 _RATE, _UNTIL = 0.1, 0.5
 """Rate at which suspects are drawn, and the share of the budget after which it is zero."""
 _TRY, _OPEN = 0.9, 1.0
 """Suspects' mean loss, in untrained losses, from which a trial is made and the gate opens."""
 _CUT = (0.6, 1.0)
 """Range of the cut between suspects and the others, in untrained losses."""
+_OPEN_ATTRIBUTED, _CUT_ATTRIBUTED = 0.5, (0.3, 1.0)
+"""The same for estimates from batch losses, which lie nearer together; there is no trial."""
 _CANDIDATE = 0.6
 """Mean loss, in untrained losses, from which a sample takes part in the trial."""
+_MIN_USES, _MIN_USES_GROUPED = 5, 3
+"""Times that samples were trained on, on average, before a trial: until then rare ones were hardly seen."""
 _SEEKING = 0.5
 """Under a strategy that seeks high losses also samples above this share of the cut are left out,
 without being called suspects, and suspects at once for good: it finds every wrong one that is left."""
@@ -170,13 +177,14 @@ class NoiseGuard:
         return self._excluded
 
     def _choose(self, progress: float, rng: np.random.Generator) -> Mask | None:
+        if self._stage in (Stage.WATCHING, Stage.SHUT):
+            return None
+        if self._phase is None:
+            self._phase = rng.integers(0, 256, self.num_samples, np.uint8)
         if self._stage in (Stage.TRIAL_1, Stage.TRIAL_2):
-            if self._phase is None:
-                self._phase = rng.integers(0, 256, self.num_samples, np.uint8)
             assert self._candidate is not None
             mask = self._candidate & (self._phase % 2 == (self._stage is Stage.TRIAL_2))
-        elif self._stage is Stage.OPEN:
-            assert self._phase is not None
+        else:
             rate = _RATE if progress < _UNTIL and not self._seeking else 0.0
             turns = self._phase.astype(np.float32) / 256 + np.float32(self._turn % 1)
             self._turn += rate
@@ -185,8 +193,6 @@ class NoiseGuard:
             if self._candidate is not None:  # the second half of the trial is looked at now
                 mask &= self._phase % 2 == 0
                 self._candidate = None
-        else:
-            return None
         return mask if mask.any() else None
 
     def end_epoch(self, catalog: LossCatalog, progress: float) -> GuardReport | None:
@@ -198,18 +204,20 @@ class NoiseGuard:
         """
         if self.mode == "off":
             return None
-        self._look(catalog)
+        if not catalog.attributed:
+            self._look(catalog)
         if math.isnan(self.untrained):
             self.untrained = self._untrained(catalog)
-        if progress < START - 1e-9 or not self.untrained > 0:
+        start, cuts = (START_ATTRIBUTED, _CUT_ATTRIBUTED) if catalog.attributed else (START, _CUT)
+        if progress < start - 1e-9 or not self.untrained > 0:
             return None
         scores = self._scores(catalog)
         judged = catalog.uses > 0
         if self._classes is not None:
             judged &= self._classes.large
-        cut = half_way(scores[judged], _CUT[0] * self.untrained, _CUT[1] * self.untrained)
+        cut = half_way(scores[judged], cuts[0] * self.untrained, cuts[1] * self.untrained)
         found = self._above(cut, scores, judged)
-        decision, reason, figure = self._decide(catalog, found, scores, judged)
+        decision, reason, figure = self._decide(catalog, progress, found, scores, judged)
         if self._stage is not Stage.OPEN:
             found = np.zeros_like(found)
         elif self._seeking:
@@ -233,10 +241,7 @@ class NoiseGuard:
         times = catalog.uses[ids].astype(np.int64) - uses
         seen = times > 0  # fewer uses than before: a rollback took some back
         ids, total, uses, times = ids[seen], total[seen], uses[seen], times[seen]
-        if catalog.attributed:
-            losses = catalog.expected_of(ids).astype(np.float64)
-        else:
-            losses = (catalog.mean_loss[ids] * (uses + times).astype(np.float64) - total) / times
+        losses = (catalog.mean_loss[ids] * (uses + times).astype(np.float64) - total) / times
         if self._held is None:
             self._held = np.full(self.num_samples, np.nan, np.float16)
         held = self._held[ids].astype(np.float64)
@@ -273,7 +278,9 @@ class NoiseGuard:
         found: Mask = (scores > cut) & judged
         return found if np.count_nonzero(found) <= _MOST * self.num_samples else np.zeros_like(found)
 
-    def _decide(self, catalog: LossCatalog, found: Mask, scores: Scores, judged: Mask) -> tuple[str, str, float]:
+    def _decide(
+        self, catalog: LossCatalog, progress: float, found: Mask, scores: Scores, judged: Mask
+    ) -> tuple[str, str, float]:
         """Move to the next stage; return the decision about the gate, why, and the figure."""
         if self._stage is Stage.TRIAL_1:
             self._stage = Stage.TRIAL_2
@@ -288,13 +295,16 @@ class NoiseGuard:
             return "noise guard shut", f"suspects were rare or hard: left out, they fell to {level:.2f}", level
         if self._stage is Stage.WATCHING and found.any():
             level = float(np.mean(catalog.expected_loss[found], dtype=np.float64)) / self.untrained
-            if self.mode == "report" and level > _OPEN:
+            why = f"suspects' loss stays at {level:.2f} of the untrained one"
+            if self.mode == "cap" and not catalog.attributed:
+                times = _MIN_USES if self._classes is None else _MIN_USES_GROUPED
+                if level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= times:
+                    self._stage = Stage.TRIAL_1
+                    self._candidate = judged & (scores > _CANDIDATE * self.untrained)
+                    return "noise trial", why, level
+            elif level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN):
                 self._stage = Stage.OPEN
-                return "suspects named", f"their loss stays at {level:.2f} of the untrained one", level
-            if self.mode == "cap" and level > _TRY:
-                self._stage = Stage.TRIAL_1
-                self._candidate = judged & (scores > _CANDIDATE * self.untrained)
-                return "noise trial", f"suspects' loss stays at {level:.2f} of the untrained one", level
+                return "noise guard open" if self.mode == "cap" else "suspects named", why, level
         return "", "", math.nan
 
     # State --------------------------------------------------------------------------------
