@@ -49,6 +49,7 @@ from learnit_r8.loop.tickets import Ticket, TicketDesk
 from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus, JsonlSink
+from learnit_r8.sinks.catalog_log import CatalogLog
 from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult
 
@@ -191,6 +192,7 @@ class R8Scheduler:
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._stop: Command | None = None
         self._logging = False
+        self._logged_at: int | None = None
         self._dashboard: Sink | None = None
         self._resumed = self._begun = self._ended = self._closed = False
 
@@ -443,6 +445,7 @@ class R8Scheduler:
         seconds = self._clock.monotonic() - self._epoch_started
         self._bus.emit(events.EpochEnded, self._global_step, self._epoch, mean, seconds, self._reported, completed)
         self._guard_epoch()
+        self._log_catalog()
         if self._stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
 
@@ -458,6 +461,17 @@ class R8Scheduler:
             self._bus.emit(events.SuspectsNamed, step, indices, losses, found.count)
         if found.decision:
             self._bus.emit(events.StrategyDecided, step, found.decision, found.reason, found.figure)
+
+    def _log_catalog(self) -> None:
+        """Write the figures of the samples beside the event log; they help nobody enough to end a run."""
+        if self._config.log_dir is None or self._ranks.rank != 0 or self._logged_at == self._global_step:
+            return
+        self._logged_at = self._global_step
+        try:
+            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, self._global_step)
+        except Exception as error:
+            message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
+            self._bus.emit(events.Notice, self._global_step, message, "warning")
 
     def _next_epoch(self) -> None:
         self._epoch += 1
@@ -786,6 +800,7 @@ class R8Scheduler:
         if self._begun and not self._ended:
             self._ended, self._begun = True, False
             self._budget.stop()
+            self._log_catalog()
             self._bus.emit(events.RunEnded, self._global_step, reason, self._budget.elapsed)
             if self._dashboard is not None:  # what the user prints from now on belongs on the normal screen
                 self._bus.remove(self._dashboard)
