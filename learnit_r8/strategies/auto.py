@@ -31,9 +31,9 @@ from learnit_r8.strategies.weighting import Floats, MixtureSampler, draw_stable,
 from learnit_r8.types import LossReport, Mask
 
 _UNTRAINED_BATCHES = 8
-_FAILS = 0.7
+_FAILS = 0.6
 """Held-out ratio from which a sample counts as unexplained."""
-_SEEK_FULLY, _SEEK_NOT = 0.06, 0.16
+_SEEK_FULLY, _SEEK_NOT = 0.1, 0.2
 """Mean held-out ratio of the hard samples below which they are sought fully, above which not at all."""
 _PROBED = 0.4
 """Share of the samples, those of highest mean loss, that probes are taken from."""
@@ -82,7 +82,8 @@ class Auto:
         arrays = self._arrays(request.num_samples)
         barred = np.zeros(request.num_samples, bool) if request.excluded is None else request.excluded
         arrays["away"] += arrays["away"] < 255
-        arrays["rank"] = _ranks(request.catalog.mean_loss, request.catalog.uses)
+        ranks = _ranks(request.catalog.mean_loss, request.catalog.uses)
+        np.copyto(arrays["rank"], ranks, where=arrays["away"] <= 1)  # an absent one's mean stays while others fall
         if request.progress >= _FIRST:
             self._decide(arrays, request.progress)
         hidden = self._probe(arrays, request, barred)
@@ -99,9 +100,11 @@ class Auto:
         if self._samples is None:
             self._samples = {
                 "away": np.zeros(count, np.uint8),  # epochs since it was drawn
-                "held": np.full(count, np.nan, np.float32),  # held-out ratio
-                "rank": np.zeros(count, np.float32),  # of the mean loss, 0 to 1, at the epoch's start
-                "rank_held": np.zeros(count, np.float32),  # the same when it was measured
+                "first": np.full(count, np.nan, np.float32),  # held-out ratio, the first time
+                "held": np.full(count, np.nan, np.float32),  # the last time
+                "rank": np.zeros(count, np.float32),  # of the mean loss, 0 to 1, after it was drawn last
+                "rank_first": np.zeros(count, np.float32),  # the same before the first measurement
+                "rank_held": np.zeros(count, np.float32),  # before the last one
                 "suspect": np.zeros(count, bool),
             }
         return self._samples
@@ -142,20 +145,24 @@ class Auto:
         measured = np.flatnonzero(~np.isnan(arrays["held"]))
         if len(measured) < _FEWEST:
             return
-        held, rank = arrays["held"][measured], arrays["rank_held"][measured]
         if self.avoid:
-            failed = held > _FAILS
-            cut = _stump(rank, failed)
-            suspect = arrays["rank"] >= cut
-            suspect[measured] = failed & (rank >= cut)
-            arrays["suspect"] = suspect
-        hard = held[~arrays["suspect"][measured] & (rank >= 1 - _PROBED)]
-        order = rank[~arrays["suspect"][measured] & (rank >= 1 - _PROBED)]
+            self._suspect(arrays, measured)
+        held, rank = arrays["held"][measured], arrays["rank_held"][measured]
+        fair = ~arrays["suspect"][measured] & (rank >= 1 - _PROBED)
+        hard, order = held[fair], rank[fair]
         if len(hard) < _FEWEST:
             return
         figure = float(hard[order >= np.median(order)].mean(dtype=np.float64))
         self._strength = float(np.clip((_SEEK_NOT - figure) / (_SEEK_NOT - _SEEK_FULLY), 0.0, 1.0))
         self._announce(int(arrays["suspect"].sum()), len(held), figure)
+
+    def _suspect(self, arrays: dict[str, NDArray[Any]], measured: NDArray[np.int64]) -> None:
+        """Mark the unexplained. First measurements count: later ones follow more training on the sample itself."""
+        rank = arrays["rank_first"][measured]
+        failed = arrays["first"][measured] > _FAILS
+        cut = _stump(rank, failed)
+        arrays["suspect"] = arrays["rank"] >= cut
+        arrays["suspect"][measured] = failed & (rank >= cut)
 
     def _announce(self, suspects: int, measured: int, figure: float) -> None:
         kind = "seek hard samples" if self._strength >= _TOLD_CHANGE else "uniform"
@@ -199,8 +206,12 @@ class Auto:
         away[report.indices] = 0
         if back.any():
             ids = report.indices[back]
-            self._samples["held"][ids] = report.losses[back] / self._reference
-            self._samples["rank_held"][ids] = self._samples["rank"][ids]
+            samples = self._samples
+            samples["held"][ids] = report.losses[back] / self._reference
+            first = np.isnan(samples["first"][ids])
+            samples["first"][ids[first]] = samples["held"][ids[first]]
+            samples["rank_first"][ids[first]] = samples["rank"][ids[first]]
+            samples["rank_held"][ids] = samples["rank"][ids]
 
     # State --------------------------------------------------------------------------------
 
