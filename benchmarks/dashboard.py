@@ -174,7 +174,7 @@ def calibrate(kind: str) -> int:
     import time
 
     block = bytes(1 << 17)
-    unit = {"hashing": lambda: hashlib.sha1(block).digest(), "python": lambda: sum(range(1000))}[kind]  # noqa: S324
+    unit = {"hashing": lambda: hashlib.sha1(block).digest(), "python": lambda: sum(range(1000))}[kind]
     began = time.perf_counter()
     for _ in range(500):
         unit()
