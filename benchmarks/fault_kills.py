@@ -172,9 +172,8 @@ def main() -> int:
     options = parser.parse_args()
     results = list(killed_runs(options.kills, options.seed))
     bad = [result for result in results if not result.survived]
-    print(
-        f"{len(results)} kills, {len(results) - len(bad)} resumed to the bit, {sum(r.steps_lost for r in results)} steps lost"
-    )
+    lost = sum(result.steps_lost for result in results)
+    print(f"{len(results)} kills, {len(results) - len(bad)} resumed to the bit, {lost} steps done twice")
     for result in bad[:5]:
         print(f"  {result.name}: {result.detail}")
     return 1 if bad else 0

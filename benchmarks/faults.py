@@ -12,6 +12,7 @@ the clean runs' included. The last class, false alarms on a million clean steps,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def kill_points(count: int, seed: int) -> Iterator[Result]:
         yield from _disk(lambda root, size=size: fault_fs.kill_everywhere(root, size))
 
 
-def io_faults(count: int, seed: int) -> Iterator[Result]:
+def io_faults(_count: int, _seed: int) -> Iterator[Result]:
     """Let one operation of a save fail, or all from one on."""
     kinds: list[tuple[str, bool]] = [("ENOSPC", False), ("EIO", False), ("short", False), ("lost", False)]
     kinds += [("ENOSPC", True), ("EROFS", True)]
@@ -112,10 +113,9 @@ def _fuzz_state(rng: np.random.Generator) -> Result:
     raw = bytearray(text)
     for _ in range(int(rng.integers(1, 4))):
         raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
-    try:
+    # Some changes make another valid state; hashes find those. Here nothing else may be raised.
+    with contextlib.suppress(CheckpointCorrupt):
         decode(bytes(raw), arrays)
-    except CheckpointCorrupt:
-        pass  # some changes make another valid state; hashes find those, here nothing else may happen
     return Result("fuzzed state", True)
 
 
@@ -129,7 +129,8 @@ def clean_trainings(count: int, seed: int) -> Iterator[Result]:
 
 CLASSES: dict[str, tuple[Callable[[int, int], Iterator[Result]], int, int]] = {
     # name: (driver of (count, seed), count in full, count with --quick)
-    "loss": (fault_training.loss_faults, 504, 56),
+    "loss": (fault_training.loss_faults, 504, 48),
+    "loss, slow rise": (fault_training.slow_loss_faults, 126, 14),
     "state": (fault_training.state_faults, 324, 36),
     "aliasing": (lambda count, seed: map(fault_training.aliasing, range(count)), 50, 5),
     "callbacks": (lambda count, seed: fault_training.callback_faults(count), 100, 10),
@@ -171,8 +172,10 @@ def main() -> int:
         print(row(name, results), flush=True)
         for result in [result for result in results if not result.survived][:12]:
             print(f"    {result.name}: {result.detail[:160]}")
-        slow = [r for r in results if not r.survived and not r.name.startswith(fault_training.SLOW_FAULTS)]
-        bad += len(slow) + sum(r.bytes_lost or 0 for r in results) + sum(r.false_rollbacks for r in results)
+        missed = sum(not result.survived for result in results)
+        # A slow rise may be in every backup before it shows: those misses are published, not hidden.
+        bad += 0 if name == "loss, slow rise" else missed
+        bad += sum(r.bytes_lost or 0 for r in results) + sum(r.false_rollbacks for r in results)
     return 1 if bad else 0
 
 

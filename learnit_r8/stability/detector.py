@@ -4,7 +4,7 @@ Each loss is compared with the recent accepted ones by median and MAD, which a f
 move (Hampel 1974, "The influence curve and its role in robust estimation"):
 
     l' = loss - b (expected loss of the batch - expected loss of all)    composition-corrected
-    s  = max(d, min((q90 - m) / 1.2816, 3 d), 0.02 |m|, 1e-3 L0)         d: 1.4826 MAD, m: median, L0: first level
+    s  = max(d, min((q90 - m) / 1.2816, 4 d), 0.02 |m|, 1e-3 L0)         d: 1.4826 MAD, m: median, L0: first level
     z  = (l' - m) / s                  a = (l' - m) / max(|m|, 2 s)      score and relative rise
 
 The 90% quantile is there because losses are skewed: in batches of one sample most are near zero and
@@ -27,7 +27,9 @@ stay out of the window. One flag proves nothing: a spike is 2 hard flags in 3 st
 What rises too slowly for the window, which follows it, is found as *drift*: the median of the last
 16 losses stays far above the best it has been, and above what it was before this rise began (256
 to 1024 steps ago), so that a loss that swings is left alone. The rise must exceed the best level and
-the mean of its time, which is far above the median where a few losses are all that matters. NaN and infinity are faults from the first step on.
+the mean of its time, which is far above the median where a few losses are all that matters.
+
+NaN and infinity are faults from the first step on.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from learnit_r8.types import Verdict
 
 _MAD_TO_STD = 1.4826  # of a normal distribution
 _NORMAL_Q90 = 1.2816  # standard deviations from the median to the 90% quantile
-_MOST_SKEW = 3.0  # times the MAD's: a loss that grows exponentially moves the quantile before it is flagged
+_MOST_SKEW = 4.0  # times the MAD's: a loss that grows exponentially moves the quantile before it is flagged
 _RELATIVE_FLOOR = 0.02
 _LEVEL_FLOOR = 1e-3
 _TINY = 1e-30

@@ -31,7 +31,6 @@ from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.stability.quarantine import Quarantine
 from learnit_r8.types import Verdict
 
-
 _PROMPT = 2
 """Calm losses after a rollback, at most, where the loss has changed its level for good."""
 
