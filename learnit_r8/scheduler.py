@@ -67,7 +67,7 @@ class Stage(StrEnum):
 
 _STATE_PARTS = (
     "config", "epoch", "stage", "reported", "accepted", "loss_sum", "global_step", "optimal_lr", "searched",
-    "budget", "tickets", "chooser", "catalog", "safety",
+    "budget", "tickets", "chooser", "catalog", "guard", "safety",
 )  # fmt: skip
 
 

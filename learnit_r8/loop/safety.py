@@ -59,11 +59,12 @@ class Judgement(NamedTuple):
 
     @property
     def alarming(self) -> bool:
-        """Whether anything but going on is called for."""
-        return self.action.kind not in _GOES_ON
+        """Whether the model may need to be restored."""
+        return self.verdict in _FAULTS
 
 
 _NO_FAULTS = (Verdict.CALM, Verdict.SUSPECT, Verdict.SKIPPED)
+_FAULTS = (Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE)
 _GOES_ON = (Kind.ACCEPT, Kind.HOLD, Kind.IGNORE)
 
 
@@ -204,7 +205,7 @@ class SafetyNet:
             skipped: The optimizer step was skipped.
             outdated: The batch was out when the model was restored: its loss may be of the model that is gone.
         """
-        score, values, few = float("nan"), reported.values, False
+        score, values = float("nan"), reported.values
         if skipped:
             verdict = Verdict.SKIPPED
         else:
@@ -218,7 +219,7 @@ class SafetyNet:
                 finite=reported.finite,
                 bulk=None if values is None or len(values) < _MIN_BATCH else lambda: bulk_mean(values),
             )
-            verdict, score, few = reading.verdict, reading.score, reading.few
+            verdict, score = reading.verdict, reading.score
         self._crash.note(step, verdict, reported.mean, indices)
         calm = verdict is Verdict.CALM
         if outdated and not calm:
@@ -238,9 +239,8 @@ class SafetyNet:
             for info in self._ring.healthy(step):
                 if info.status is BackupStatus.VERIFIED:
                     self._emit(events.BackupVerified, step, info.step)
-        # What a sick model makes of a batch says nothing of its samples, and outlives a rollback in the catalog.
-        tells = reported.finite and (few or verdict is not Verdict.SUSPECT)
-        return Judgement(verdict, score, action, tells and action.kind in _GOES_ON)
+        # A suspect loss counts too: it mostly is a harmless outlier, and a rollback takes it out of the catalog again.
+        return Judgement(verdict, score, action, reported.finite and action.kind in _GOES_ON)
 
     def _can_restore(self, step: int) -> bool:
         if self._load is None:
@@ -298,6 +298,8 @@ class SafetyNet:
         if action.kind is Kind.FAIL:
             self._emit(events.RollbackFailed, step, action.reason)
             self._crash.diverged(step, action.reason, self._recovery.failing_batches, self._load_error)
+        if action.kind is Kind.HOLD:
+            return False
         if action.kind is Kind.ACCEPT_LEVEL:
             self._detector.rebaseline()
             self._emit(events.Notice, step, f"a new level of the loss is accepted: {action.reason}", "warning")

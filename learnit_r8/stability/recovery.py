@@ -7,6 +7,7 @@ another action. A signal is the detector's verdict on a loss, or a fact found on
 * SETTLED: long enough calm (16 losses in WARMUP, 8 in SUSPECT, the LR's hold in PROBATION).
 * RESTORED, RESTORE_FAILED: what the caller told.
 * UNRESTORABLE: there is nothing to restore from, or nobody to restore it.
+* TOLERATED: the same, and the loss is finite: it is a warning, no reason to end a run that may recover.
 * LEVEL_HELD: the loss came back to the same finite level at once after two rollbacks, without
   growth; or it drifts and nothing is left to try.
 * EXHAUSTED: the budget is spent.
@@ -53,6 +54,7 @@ class Signal(StrEnum):
     RESTORED = "restored"
     RESTORE_FAILED = "restore failed"
     UNRESTORABLE = "nothing to restore"
+    TOLERATED = "nothing to restore (finite)"
     LEVEL_HELD = "level held"
     EXHAUSTED = "budget spent"
 
@@ -99,6 +101,7 @@ TABLE: dict[tuple[Phase, Verdict | Signal], _Move] = {
     (Phase.ROLLBACK, Signal.RESTORED): _Move(Kind.ACCEPT, Phase.PROBATION),
     (Phase.ROLLBACK, Signal.RESTORE_FAILED): _Move(Kind.RESTORE, Phase.ROLLBACK),
     (Phase.ROLLBACK, Signal.UNRESTORABLE): _Move(Kind.DROP, Phase.SUSPECT),
+    (Phase.ROLLBACK, Signal.TOLERATED): _Move(Kind.HOLD, Phase.SUSPECT),
     (Phase.ROLLBACK, Signal.LEVEL_HELD): _Move(Kind.ACCEPT_LEVEL, Phase.HEALTHY),
     (Phase.ROLLBACK, Signal.EXHAUSTED): _Move(Kind.FAIL, Phase.FAILED),
 }
@@ -197,7 +200,6 @@ class Recovery:
         self._reports = self._calm_run = self._uncounted = 0
         self._rollbacks: list[int] = []
         self._excesses: list[float] = []
-        self._uncounted_losses: list[float] = []
         self._level = math.nan
         self._used: list[int | None] | None = None  # backup id (None: a checkpoint) and step of the last rollback
         self._backup_uses = 0
@@ -367,7 +369,7 @@ class Recovery:
         self._quarantine.calm()
         self._calm_run += 1
         self._calm_since_rollback += 1
-        self._uncounted, self._uncounted_losses = 0, []
+        self._uncounted = 0
         if math.isfinite(loss):
             self._level = loss if math.isnan(self._level) else self._level + (loss - self._level) / 16
         settled = {
@@ -379,15 +381,14 @@ class Recovery:
 
     def _unrestorable(self, verdict: Verdict, loss: float) -> Action:
         self._uncounted += 1
-        if verdict is not Verdict.NONFINITE and math.isfinite(loss - self._level):
-            self._uncounted_losses = [*self._uncounted_losses, loss - self._level][-self.settings.uncounted :]
         limit = self.settings.uncounted
+        if verdict is not Verdict.NONFINITE:
+            if self._uncounted < limit:
+                return self._move(Signal.TOLERATED, "nothing to restore from")
+            self._uncounted = 0
+            return self._move(Signal.LEVEL_HELD, f"{limit} losses in a row stand out and nothing can be restored")
         if self._uncounted < limit:
             return self._move(Signal.UNRESTORABLE, "nothing to restore from; the update is not counted")
-        excesses, half = self._uncounted_losses, limit // 2
-        if len(excesses) == limit and np.median(excesses[half:]) <= 1.5 * np.median(excesses[:half]):
-            self._uncounted, self._uncounted_losses = 0, []
-            return self._move(Signal.LEVEL_HELD, f"{limit} losses in a row at a new level that does not grow")
         return self._give_up(f"{limit} faulty losses in a row and nothing to restore from")
 
     def _give_up(self, reason: str) -> Action:
@@ -437,7 +438,7 @@ class Recovery:
 
 
 _SAVED = (
-    "failing_batches", "_reports", "_calm_run", "_uncounted", "_rollbacks", "_excesses", "_uncounted_losses",
+    "failing_batches", "_reports", "_calm_run", "_uncounted", "_rollbacks", "_excesses",
     "_used", "_backup_uses", "_last_resort", "_source", "_skip", "_attempts", "_before_step", "_factor",
     "_peak", "_since", "_hold", "_triggers", "_calm_since_rollback", "_drifting", "_callback_failed",
 )  # fmt: skip
