@@ -57,7 +57,7 @@ def train_on_a_worker(config: dict[str, Any]) -> None:
                 losses.mean().backward()
                 optimizer.step()
                 scheduler.update_with_loss(losses)
-            train.report({"epoch": epoch, "loss": float(losses.mean())})
+            train.report({"epoch": epoch, "loss": losses.mean().item()})
 
 
 def main() -> None:

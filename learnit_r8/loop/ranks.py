@@ -167,8 +167,9 @@ class Ranks:
             parts = [_cut(size, rank, self.world_size) for rank in range(self.world_size)]
             return read_losses(float(losses @ [part.stop - part.start for part in parts]) / size, size)
         raise ProtocolError(
-            f"the ranks reported {[int(count) for count in counts]} losses (0: one number for all) for a global batch "
-            f"of {size} samples: report per-sample losses on every rank, or one number on every rank"
+            f"there came {len(losses)} losses for a global batch of {size} samples on {self.world_size} ranks, by rank "
+            f"{[int(count) for count in counts]} (0: one number for all of them): report per-sample losses on every "
+            "rank, or one number on every rank"
         )
 
 
