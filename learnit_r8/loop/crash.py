@@ -37,7 +37,9 @@ class CrashRecorder:
         """Remember one report."""
         self._steps.append((step, verdict, loss, indices))
 
-    def diverged(self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None) -> NoReturn:
+    def diverged(
+        self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None
+    ) -> NoReturn:
         """Write the bundle and raise TrainingDiverged, from the last error of the user's load_callback if any."""
         where: Path | None = None
         note = "nothing was written: there is no log_dir and no checkpoint_dir"
