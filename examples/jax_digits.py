@@ -1,6 +1,6 @@
 """JAX and optax on scikit-learn's digits, with backups that a rollback can go back to.
 
-    python -m pip install "learnit_r8[jax,example]" && python examples/jax_digits.py
+python -m pip install "learnit_r8[jax,example]" && python examples/jax_digits.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Keras on scikit-learn's digits, on any backend: the three changed lines are marked.
 
-    python -m pip install "learnit_r8[keras,jax,example]" && KERAS_BACKEND=jax python examples/keras_digits.py
+python -m pip install "learnit_r8[keras,jax,example]" && KERAS_BACKEND=jax python examples/keras_digits.py
 """
 
 from __future__ import annotations

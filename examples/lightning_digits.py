@@ -1,6 +1,6 @@
 """Lightning on scikit-learn's digits: the three changed lines are marked.
 
-    python -m pip install "learnit_r8[lightning,example]" && python examples/lightning_digits.py
+python -m pip install "learnit_r8[lightning,example]" && python examples/lightning_digits.py
 """
 
 from __future__ import annotations

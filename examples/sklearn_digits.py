@@ -1,6 +1,6 @@
 """scikit-learn's `partial_fit` on its digits: no framework needed.
 
-    python -m pip install "learnit_r8[example]" && python examples/sklearn_digits.py
+python -m pip install "learnit_r8[example]" && python examples/sklearn_digits.py
 """
 
 from __future__ import annotations

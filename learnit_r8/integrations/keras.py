@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -45,7 +46,7 @@ def capture_state(model: Any, *, copy: bool = True) -> State:
     """
     found = zip(_PARTS, _variables(model), strict=True)
     state = {part: [_to_numpy(variable, copy=copy) for variable in variables] for part, variables in found}
-    return state | {"generators": [state.numpy() for state in _torch_generators()]}
+    return state | {"generators": [array.copy() for array in _generators.get(model, _torch_generators())]}
 
 
 def restore_state(state: State, model: Any) -> None:
@@ -71,27 +72,31 @@ def restore_state(state: State, model: Any) -> None:
     for part in _PARTS:
         for variable, array in zip(live[part], state[part], strict=True):
             variable.assign(np.array(array))  # JAX would use the array's own memory
-    if len(state.get("generators", ())) == len(_torch_generators()):
-        _set_torch_generators(state.get("generators", []))
+    _generators[model] = [array.copy() for array in state.get("generators", [])]
 
 
-def _torch_generators() -> list[Any]:
-    """Return the states of torch's generators, from which Keras on torch draws its unseeded dropout."""
+# Keras on torch draws unseeded dropout from torch's global generators, and a loader draws from them
+# whenever a Keras epoch begins. So the state after one step is put back before the next.
+_generators: WeakKeyDictionary[Any, list[NDArray[Any]]] = WeakKeyDictionary()
+
+
+def _torch_generators() -> list[NDArray[Any]]:
     if keras.backend.backend() != "torch":
         return []
     import torch
 
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    return [state.numpy() for state in states]
 
 
 def _set_torch_generators(states: list[NDArray[Any]]) -> None:
-    if not states:
+    if keras.backend.backend() != "torch" or not states:
         return
     import torch
 
     first, *others = (torch.from_numpy(state.copy()) for state in states)
     torch.set_rng_state(first)
-    if others:
+    if others and torch.cuda.device_count() == len(others):
         torch.cuda.set_rng_state_all(others)
 
 
@@ -292,6 +297,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Set the learning rate."""
         self.model.optimizer.learning_rate = self._dataset.scheduler.lr_now()
+        _set_torch_generators(_generators.get(self.model, []))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Report the step's losses and draw the next batch."""
@@ -299,6 +305,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
             raise ConfigError(["this model's train_step does not call compute_loss: no loss can be read"])
         if hasattr(self.model, "jax_state_sync"):  # the JAX trainer keeps its variables to itself
             self.model.jax_state_sync()
+        _generators[self.model] = _torch_generators()
         values = _to_numpy(self._losses.values, copy=False)
         size = len(self._dataset.current.indices)
         self._dataset.report(values[:size] if self._losses.per_sample else float(values[-1]))
@@ -308,6 +315,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_end(self, logs: Any = None) -> None:
         """Release what the run held."""
         self._dataset.stop()
+        _generators.pop(self.model, None)
 
     def _capture(self) -> State:
         return capture_state(self.model, copy=False)
