@@ -167,6 +167,11 @@ class LossCatalog:
         return _frozen((self._rows["correct"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
 
     @property
+    def attributed(self) -> bool:
+        """Whether losses were reported one a batch, so that all figures of samples are estimates."""
+        return self._attribution is not None
+
+    @property
     def num_seen(self) -> int:
         """Number of samples with at least one accepted report."""
         return self._num_seen
@@ -210,18 +215,18 @@ class LossCatalog:
         return codes
 
     def suspects(self, k: int) -> Indices:
-        """Return the k samples whose loss stays high and does not fall, worst first.
+        """Return the k samples whose loss is high throughout, worst first: those most likely to be wrong.
 
-        Ranked by the lower of the mean of all reported losses and the current estimate: a
-        sample that was learned late has a high mean, one that is hard today a high estimate,
-        a wrong one has both.
+        Ranked by the mean of all reported losses: a network may learn a wrong label by heart in the
+        end, but it learns it last. With one loss a batch by the current estimate, which then
+        holds all that was reported; that takes many epochs (see `confidence`).
 
         Args:
             k: How many, 0 to N; fewer come back while fewer were seen.
         """
         if k < 0:
             raise ValueError(f"k must be >= 0, got {k}")
-        score = np.minimum(self._rows["mean"], self.expected_loss)
+        score = self._rows["mean"] if self._attribution is None else self._rows["estimate"]
         score = np.where(self._rows["uses"] > 0, score, -np.inf)
         k = min(int(k), self._num_seen)
         if k == 0:
@@ -334,7 +339,9 @@ class LossCatalog:
             self._resum()
             self._forget_journal()
 
-    def refresh_quadrants(self, rng: np.random.Generator, excluded: Mask | None = None) -> QuadrantTable | None:
+    def refresh_quadrants(
+        self, rng: np.random.Generator, excluded: Mask | None = None, edges: Losses | None = None
+    ) -> QuadrantTable | None:
         """Set new quartile edges and return the quadrants' figures; None while nothing was seen.
 
         The samples that may be drawn are split into four equal parts (their sizes differ by
@@ -344,6 +351,7 @@ class LossCatalog:
             rng: For the ties.
             excluded: True for samples that this epoch leaves out, bool `[N]`. They count for
                 no edge and get the quadrant that the edges give them.
+            edges: The three quartile edges, where they are known from elsewhere; ties stay together.
         """
         uses = self._rows["uses"]
         ranked = uses > 0 if excluded is None else (uses > 0) & ~excluded
@@ -353,11 +361,14 @@ class LossCatalog:
             return None
         moved = self._migration()
         last = np.cumsum(_quarter_sizes(len(losses))) - 1  # rank of each quadrant's highest loss
-        edges = np.partition(losses, np.maximum(last, 0))[np.maximum(last[:3], 0)]
+        given = edges is not None
+        if edges is None:
+            edges = np.partition(losses, np.maximum(last, 0))[np.maximum(last[:3], 0)]
         codes = (losses > edges[0]).view(np.uint8)
         codes += losses > edges[1]
         codes += losses > edges[2]
-        _split_ties(losses, codes, edges, last[:3] + 1, rng)
+        if not given:
+            _split_ties(losses, codes, edges, last[:3] + 1, rng)
         self._edges = edges
         if everything:
             self._rows["quadrant"] = codes

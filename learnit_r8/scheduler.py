@@ -34,7 +34,7 @@ from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.config import Config
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
-from learnit_r8.loop.arguments import check_arguments
+from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.chooser import Chooser
@@ -46,8 +46,10 @@ from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
 from learnit_r8.loop.signals import Interrupts
 from learnit_r8.loop.tickets import Ticket, TicketDesk
+from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus, JsonlSink
+from learnit_r8.sinks.catalog_log import CatalogLog
 from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult
 
@@ -155,12 +157,14 @@ class R8Scheduler:
         config = args.config
         self._args, self._config, self._clock = args, config, args.clock
         self._bus = EventBus(args.sinks, args.clock)
-        self._ranks = Ranks(args.rank, config.world_size, args.all_gather, args.clock, config.order_hash())
+        self._ranks = self._make_ranks(args)
         self._budget = Budget(config, args.schedule, self._ranks.clock)
         self._streams = RandomStreams(config.seed)
-        self._catalog = LossCatalog(config.num_samples)
+        self._catalog = self._make_catalog(config.num_samples)
         self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
         self._desk = TicketDesk(config.lookahead)
+        seeking = not getattr(args.strategy, "covers", False)
+        self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
         self._saver = Saver(args, self._bus)
         evidence = config.log_dir or config.checkpoint_dir
         self._safety = SafetyNet(
@@ -170,8 +174,9 @@ class R8Scheduler:
             self._saver.find_before,
             self._catalog,
             self._bus.emit,
-            args.clock,
+            self._ranks.clock,  # backups are paced by time, and all ranks have to take the same ones
             CrashRecorder(Path(evidence) if evidence else None, config.to_json(), lambda: tuple(self._bus.recent)),
+            self._ranks.everyone,
         )
         self._interrupts = Interrupts()
         self._ones = np.ones(config.batch_size, np.float32)
@@ -187,8 +192,17 @@ class R8Scheduler:
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._stop: Command | None = None
         self._logging = False
+        self._logged_at: int | None = None
         self._dashboard: Sink | None = None
         self._resumed = self._begun = self._ended = self._closed = False
+
+    # `ShardedScheduler` has its own of these two.
+
+    def _make_ranks(self, args: Arguments) -> Ranks:
+        return Ranks(args.rank, args.config.world_size, args.all_gather, args.clock, args.config.order_hash())
+
+    def _make_catalog(self, num_samples: int) -> LossCatalog:
+        return LossCatalog(num_samples)
 
     # What users read ----------------------------------------------------------------------
 
@@ -231,6 +245,11 @@ class R8Scheduler:
     def strategy(self) -> Strategy:
         """What chooses the samples once they are cataloged."""
         return self._chooser.strategy
+
+    @property
+    def noise_guard(self) -> NoiseGuard:
+        """Which samples look wrong rather than hard."""
+        return self._guard
 
     # What integrations use ----------------------------------------------------------------
 
@@ -343,14 +362,16 @@ class R8Scheduler:
         ticket = self._desk.find(batch)
         reported = read_losses(loss, len(ticket.batch.indices))
         started = self._clock.monotonic()
-        if self._ranks.world_size > 1:
+        if self._ranks.exchanges:
             reported = self._gather(reported, ticket.indices)
-        self._desk.close(ticket)
+        outdated = self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
         step = self._global_step
         rows = self._catalog.look_up(ticket.indices)
-        judgement = self._safety.judge(step, reported, rows.expected, ticket.indices, skipped=bool(skipped))
+        judgement = self._safety.judge(
+            step, reported, rows.expected, ticket.indices, skipped=bool(skipped), outdated=outdated
+        )
         if judgement.accepted:
             self._record(ticket, rows, reported)
         self._global_step += 1
@@ -372,6 +393,8 @@ class R8Scheduler:
         rolled_back = judgement.alarming and self._safety.react(
             step, self._epoch, judgement, reported.mean, rows.expected, ticket.indices
         )
+        if rolled_back:
+            self._desk.outdate()
         if self._reported == self._chooser.batches:
             self._end_epoch(completed=True)
         surprise = reported.mean - rows.expected
@@ -382,10 +405,14 @@ class R8Scheduler:
     def _gather(self, reported: Reported, indices: NDArray[np.int64]) -> Reported:
         """Exchange this rank's report for everyone's, and hear of what stops the run."""
         reported = self._ranks.gather(reported, indices, self._global_step, self._interrupts.pending)
+        self._heed()
+        return reported
+
+    def _heed(self) -> None:
+        """Take over the signals and commands that any rank got."""
         if self._ranks.signal:  # else one that has come meanwhile waits for the next exchange
             self._interrupts.pending = self._ranks.signal
         self._stop = self._ranks.command or self._stop
-        return reported
 
     def log(self, **metrics: float) -> None:
         """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's."""
@@ -395,12 +422,14 @@ class R8Scheduler:
     # One epoch ----------------------------------------------------------------------------
 
     def _start_epoch(self) -> None:
-        excluded = self._safety.quarantine
+        done, total = self._budget.position(self._epoch, 0, 1)
+        rng = self._streams.at(Purpose.EXCLUSION, self._epoch)
+        excluded = either(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
         table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, self._epoch, 1), excluded)
         if table is not None:
             self._bus.emit(events.QuadrantsRefreshed, self._global_step, self._epoch, *table.figures())
-        done, total = self._budget.position(self._epoch, 0, 1)
-        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded)
+        alike = self._guard.undecided(done / total)
+        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded, alike=alike)
         self._stage = Stage.RUNNING
         self._reported = self._accepted = 0
         self._loss_sum = 0.0
@@ -415,8 +444,34 @@ class R8Scheduler:
         mean = self._loss_sum / self._accepted if self._accepted else float("nan")
         seconds = self._clock.monotonic() - self._epoch_started
         self._bus.emit(events.EpochEnded, self._global_step, self._epoch, mean, seconds, self._reported, completed)
+        self._guard_epoch()
+        self._log_catalog()
         if self._stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
+
+    def _guard_epoch(self) -> None:
+        """Let the noise guard think again about who is wrong rather than hard."""
+        done, total = self._budget.position(self._epoch + 1, 0, 1)
+        found = self._guard.end_epoch(self._catalog, done / total)
+        if found is None:
+            return
+        step = self._global_step
+        if found.changed:
+            indices, losses = tuple(found.indices.tolist()), tuple(found.losses.tolist())
+            self._bus.emit(events.SuspectsNamed, step, indices, losses, found.count)
+        if found.decision:
+            self._bus.emit(events.StrategyDecided, step, found.decision, found.reason, found.figure)
+
+    def _log_catalog(self) -> None:
+        """Write the figures of the samples beside the event log; they help nobody enough to end a run."""
+        if self._config.log_dir is None or self._ranks.rank != 0 or self._logged_at == self._global_step:
+            return
+        self._logged_at = self._global_step
+        try:
+            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, self._global_step)
+        except Exception as error:
+            message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
+            self._bus.emit(events.Notice, self._global_step, message, "warning")
 
     def _next_epoch(self) -> None:
         self._epoch += 1
@@ -563,7 +618,7 @@ class R8Scheduler:
         Raises:
             CheckpointError: Nothing was saved; earlier checkpoints are as they were.
         """
-        if self._ranks.rank:
+        if not self._ranks.writes:
             return self._saver.store.directory
         return self._saver.save(self._global_step, self._finished_epoch, self.state_dict, "final" if is_final else "")
 
@@ -639,6 +694,7 @@ class R8Scheduler:
             "chooser": self._chooser.state_dict(),
             "catalog": self._catalog.state_dict(),
             "safety": self._safety.state_dict(),
+            "guard": self._guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -661,6 +717,7 @@ class R8Scheduler:
         done, total = self._budget.position(self._epoch, 0, 1)
         self._chooser.load_state_dict(state["chooser"], self._epoch, self._global_step, done / total)
         self._safety.load_state_dict(state["safety"])
+        self._guard.load_state_dict(state["guard"])
         self._epoch_started = self._clock.monotonic()
         self._stop = None
         self._ended = self._begun = False
@@ -691,7 +748,7 @@ class R8Scheduler:
 
     def _save_if_possible(self) -> None:
         """Save; a failure is an event and a warning, and training goes on."""
-        if self._ranks.rank or self._config.checkpoint_dir is None:
+        if not self._ranks.writes or self._config.checkpoint_dir is None:
             return
         if self._search is not None and self._search.running:
             return
@@ -733,7 +790,9 @@ class R8Scheduler:
         """Open the best display that there is; it is one sink among the others."""
         if self._dashboard is not None:
             self._bus.remove(self._dashboard)
-        self._dashboard = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._ranks.rank)
+            self._dashboard = None
+        if self._args.ui != "off":  # the environment's R8_UI may choose the display, not force one on a program
+            self._dashboard = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._ranks.rank)
         if self._dashboard is not None:
             self._bus.add(self._dashboard)
 
@@ -741,6 +800,7 @@ class R8Scheduler:
         if self._begun and not self._ended:
             self._ended, self._begun = True, False
             self._budget.stop()
+            self._log_catalog()
             self._bus.emit(events.RunEnded, self._global_step, reason, self._budget.elapsed)
             if self._dashboard is not None:  # what the user prints from now on belongs on the normal screen
                 self._bus.remove(self._dashboard)

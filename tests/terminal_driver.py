@@ -1,4 +1,4 @@
-"""A real pseudo-terminal with an emulated screen, for tests and pictures: spawn a script, feed keys, resize, read cells."""
+"""A real pseudo-terminal with an emulated screen: spawn a script, feed keys, resize, read cells."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import subprocess
 import sys
 import termios
 import time
+from typing import ClassVar
 
 import pyte
 
-# `stopped()` ends a script from outside; the training thread of the script is its main thread.
+# A test ends `train` and `wait_for_stop` by creating the stop file.
 PRELUDE = """
 import ctypes, os, signal, subprocess, sys, threading, time
 from learnit_r8.dashboard import open_dashboard
@@ -39,6 +40,27 @@ def wait_for_stop(seconds=30.0):
 """
 
 
+class Screen(pyte.Screen):
+    """pyte lacks SU and SD, which ncurses sends (within margins) when rows move as a whole."""
+
+    def scroll_up(self, count=1):
+        y, self.cursor.y = self.cursor.y, self.margins.bottom if self.margins else self.lines - 1
+        for _ in range(count or 1):
+            self.index()
+        self.cursor.y = y
+
+    def scroll_down(self, count=1):
+        y, self.cursor.y = self.cursor.y, self.margins.top if self.margins else 0
+        for _ in range(count or 1):
+            self.reverse_index()
+        self.cursor.y = y
+
+
+class Stream(pyte.ByteStream):
+    csi: ClassVar = {**pyte.ByteStream.csi, "S": "scroll_up", "T": "scroll_down"}
+    events = pyte.ByteStream.events | {"scroll_up", "scroll_down"}
+
+
 class Terminal:
     """Runs Python code on a pty of its own, as the leader of a new session.
 
@@ -52,8 +74,8 @@ class Terminal:
     def __init__(self, code, folder, size=(100, 30), env=None, argv=None, drain=True):
         self.folder = folder
         self.stop_file = folder / "stop"
-        self.screen = pyte.Screen(*size)
-        self.stream = pyte.ByteStream(self.screen)
+        self.screen = Screen(*size)
+        self.stream = Stream(self.screen)
         self.raw = b""
         self.drain = drain
         self.master, self.slave = os.openpty()
@@ -122,7 +144,7 @@ class Terminal:
         self.stop_file.touch()
 
     def wait(self, seconds=20.0):
-        """Wait for the end and for the guardian; return the exit status, minus the signal's number for a killed process."""
+        """Wait for the end and return the exit status: minus the signal's number for a killed process."""
         self.until(lambda: self.process.poll() is not None, seconds)
         while select.select([self.master], [], [], 0.05)[0] and self.drain:
             before = len(self.raw)
@@ -131,13 +153,19 @@ class Terminal:
                 break
         return self.process.returncode
 
+    def vanish(self):
+        """Hang up, as a closed window does."""
+        os.close(self.master)
+        os.close(self.slave)
+        self.master = self.slave = -1
+
     def close(self):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
         self.process.wait()
-        os.close(self.slave)
-        os.close(self.master)
+        for fd in {self.slave, self.master} - {-1}:
+            os.close(fd)
 
     def __enter__(self):
         return self

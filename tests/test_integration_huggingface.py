@@ -112,7 +112,9 @@ class Spy:
         return self.results[-1]
 
 
-@pytest.mark.parametrize(("kind", "accumulation", "workers"), [("class", 1, 0), ("class", 4, 2), ("lm", 1, 0), ("lm", 4, 2)])
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "workers"), [("class", 1, 0), ("class", 4, 2), ("lm", 1, 0), ("lm", 4, 2)]
+)
 def test_each_sample_gets_the_loss_that_the_model_has_for_it(hf, tmp_path, kind, accumulation, workers):
     scheduler = scheduler_for(num_epochs=1, initial_lr=1e-12)  # the weights stay as they are
     spy = Spy(scheduler)
@@ -237,7 +239,7 @@ def test_a_nan_rolls_back_model_and_optimizer_within_training(hf, tmp_path, accu
     def poisoned(logits, labels, config):
         losses = compute(logits, labels, config)
         bad = next(calls) in (9, 21, 22)
-        return losses._replace(values=losses.values * float("nan")) if bad else losses
+        return losses._replace(sums=losses.sums * float("nan")) if bad else losses
 
     def noted(state):
         restore(state)

@@ -42,6 +42,7 @@ PIPE = Surroundings(stdin_tty=False, stdout_tty=False, foreground=False)
         ("auto", {"foreground": False}, "log", "background"),
         ("auto", {"term_problem": "TERM is not set"}, "log", "TERM is not set"),
         ("auto", {"stdout_tty": False, "stdout_open": False}, "off", "standard output is not"),
+        ("auto", {"posix": False}, "off", "POSIX"),
         ("curses", {"ci": True, "pytest": True}, "curses", ""),
         ("rich", {}, "rich", ""),
         ("log", {}, "log", ""),
@@ -56,6 +57,7 @@ def test_the_rung_and_its_reason(ui, changes, name, reason):
 
 
 FLAGS = [
+    "posix",
     "stdin_tty",
     "stdout_tty",
     "stdout_open",
@@ -220,7 +222,7 @@ def frames(rate, seconds, fresh, cost=0.001, start=0.0):
     count, now = 0, start
     while now < start + seconds:
         if rate.due(now, fresh):
-            rate.drew(now, now + cost)
+            rate.drew(now, cost)
             count += 1
         now += 0.05
     return count
@@ -229,7 +231,8 @@ def frames(rate, seconds, fresh, cost=0.001, start=0.0):
 def test_the_frame_rate_follows_what_happens():
     assert frames(FrameRate(), 10, fresh=True) == 40
     assert frames(FrameRate(), 10, fresh=False) == 10
-    assert frames(FrameRate(), 10, fresh=True, cost=0.02) == 20
+    assert frames(FrameRate(), 10, fresh=True, cost=0.0025) == 20, "frames take half a percent of a core"
+    assert frames(FrameRate(), 10, fresh=True, cost=0.02) == 10
     pressed = FrameRate()
     pressed.key(0.0)
     assert frames(pressed, 2, fresh=False) == 20

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_readme_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
@@ -15,7 +15,7 @@ def test_readme_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     namespace = {}
     assert len(BLOCKS) >= 2
     for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102
+        exec(compile(block, "README.md", "exec"), namespace)
     assert (tmp_path / "checkpoints").is_dir()
 
 

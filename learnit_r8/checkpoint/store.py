@@ -28,7 +28,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,9 +218,16 @@ class CheckpointStore:
         """
         return self._first_whole(self.entries())
 
-    def older_than(self, step: int) -> LoadedCheckpoint | None:
-        """Return the checkpoint saved last among those of a step below `step`, as `newest` does."""
-        return self._first_whole([e for e in self.entries() if e.manifest and e.manifest.step < step])
+    def older_than(self, step: int, *, names: Container[str] | None = None, skip: int = 0) -> LoadedCheckpoint | None:
+        """Return the checkpoint saved last among those of a step below `step`, as `newest` does.
+
+        Args:
+            step: Global step.
+            names: Directory names that count; None for all.
+            skip: How many of the newest not to return.
+        """
+        older = [e for e in self.entries() if e.manifest and e.manifest.step < step]
+        return self._first_whole([e for e in older if names is None or e.path.name in names][skip:])
 
     def entries(self) -> list[Entry]:
         """Return what is in the directory, saved last first; those without a readable manifest come first of all."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from learnit_r8.clock import Clock
 
 if TYPE_CHECKING:
     from learnit_r8.dashboard.sink import Dashboard
 
 __all__ = ["open_dashboard"]
+
+_CLOCK = Clock()
 
 
 def open_dashboard(
@@ -21,7 +24,7 @@ def open_dashboard(
     log_dir: str | Path | None = None,
     rank: int = 0,
     environment: Mapping[str, str] | None = None,
-    clock: Callable[[], float] = time.time,  # noqa: TID251 - a screen shows the time of day
+    clock: Callable[[], float] = _CLOCK.wall,
 ) -> Dashboard | None:
     """Open the best dashboard that this process can show; None when that is none.
 
@@ -50,7 +53,7 @@ def open_dashboard(
         return None
     from learnit_r8.dashboard.sink import Dashboard
 
+    # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does.
+    reason = "" if wanted == "auto" and rung.name == "log" else rung.reason
     console = None if log_dir is None else Path(log_dir) / "console.log"
-    return Dashboard(
-        rung.name, around, reason=rung.reason, readonly=readonly, console=console, environment=env, clock=clock
-    )
+    return Dashboard(rung.name, around, reason=reason, readonly=readonly, console=console, environment=env, clock=clock)

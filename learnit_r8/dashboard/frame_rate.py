@@ -6,11 +6,13 @@ NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 """Seconds between frames: usually, for `KEY_SECONDS` after a key, and when no event came."""
 KEY_SECONDS = 2.0
 DEAR = 0.010
-"""A frame that takes longer than this (seconds) halves the rate."""
+"""A frame that takes longer than this (seconds) halves every rate."""
+BUDGET = 0.005
+"""Share of one core that frames may take at the usual rate: a pure Python loop waits for all of it (the GIL)."""
 
 
 class FrameRate:
-    """Decides when the next frame is due. All times are seconds of one monotonic clock."""
+    """Decides when the next frame is due. `now` is seconds of one monotonic clock, a cost is CPU seconds."""
 
     def __init__(self) -> None:
         self.cost = 0.0
@@ -21,7 +23,11 @@ class FrameRate:
     @property
     def period(self) -> float:
         """Seconds between frames at the usual rate and the present cost."""
-        return NORMAL * (2 if self.cost > DEAR else 1)
+        return max(NORMAL * self._slowed, min(self.cost / BUDGET, IDLE))
+
+    @property
+    def _slowed(self) -> int:
+        return 2 if self.cost > DEAR else 1
 
     def key(self, now: float) -> None:
         """A key was pressed: draw at once, and quickly for a while."""
@@ -34,19 +40,23 @@ class FrameRate:
 
     def due(self, now: float, fresh: bool) -> bool:
         """Return whether to draw now; `fresh` says that something changed since the last frame."""
-        if self._urgent:
-            return True
-        slowed = 2 if self.cost > DEAR else 1
-        usual = AFTER_KEY if now - self._last_key < KEY_SECONDS else NORMAL if fresh else IDLE
-        return now - self._last >= usual * slowed * 0.98
+        return self._urgent or now - self._last >= self._interval(now, fresh) * 0.98
 
-    def drew(self, started: float, ended: float) -> None:
+    def drew(self, now: float, cost: float) -> None:
         """A frame was drawn."""
-        self._last = started
+        self._last = now
         self._urgent = False
-        # Half of the newest: one frame that was interrupted by the training thread should not count as dear.
-        self.cost = (self.cost + (ended - started)) / 2 if self.cost else ended - started
+        # One frame that met a garbage collection or a new size should not count as the usual cost.
+        self.cost = (self.cost + cost) / 2 if self.cost else cost
 
     def wait(self, now: float) -> float:
         """Return how long to sleep; the window's size is polled at least every `NORMAL` seconds."""
-        return AFTER_KEY if now - self._last_key < KEY_SECONDS else NORMAL
+        return AFTER_KEY if self._playing(now) else NORMAL
+
+    def _interval(self, now: float, fresh: bool) -> float:
+        if self._playing(now):
+            return AFTER_KEY * self._slowed
+        return self.period if fresh else max(IDLE * self._slowed, self.period)
+
+    def _playing(self, now: float) -> bool:
+        return now - self._last_key < KEY_SECONDS

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import os
-import pdb
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 Suspend = Callable[[], AbstractContextManager[None]]
+"""Makes a context manager that gives the terminal to the user."""
 
 
 class TalkHooks:
@@ -52,6 +51,8 @@ class TalkHooks:
             # When a foreign debugger lets go cannot be known: it gets the terminal for good.
             self._close()
             return self._breakpoint(*args, **kwargs)
+        from learnit_r8.dashboard.debugger import ScreenPdb
+
         frame = sys._getframe().f_back
         ScreenPdb(self._suspend).set_trace(frame)
         return None
@@ -59,35 +60,3 @@ class TalkHooks:
     def _report(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._close()
         self._except(kind, error, trace)
-
-
-class ScreenPdb(pdb.Pdb):
-    """The debugger, which takes the terminal when it stops and gives it back on `continue` and `quit`."""
-
-    def __init__(self, suspend: Suspend) -> None:
-        super().__init__()
-        self._suspend = suspend
-        self._stack = contextlib.ExitStack()
-        self._talking = False
-
-    def interaction(self, frame: FrameType | None, traceback: TracebackType | None) -> None:
-        """Talk to the user; overrides `pdb.Pdb.interaction`."""
-        if not self._talking:
-            self._talking = True
-            self._stack.enter_context(self._suspend())
-        super().interaction(frame, traceback)
-
-    def set_continue(self) -> None:
-        """Run on; overrides `bdb.Bdb.set_continue`."""
-        super().set_continue()
-        self._give_back()
-
-    def set_quit(self) -> None:
-        """Stop debugging; overrides `bdb.Bdb.set_quit`."""
-        super().set_quit()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        if self._talking:
-            self._talking = False
-            self._stack.close()

@@ -7,6 +7,7 @@ that it needs holds; the reason names the first one that failed on the rung abov
 from __future__ import annotations
 
 import importlib.util
+import locale
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ class Surroundings:
     """What decides the rung.
 
     Attributes:
+        posix: The system has POSIX terminals.
         stdin_tty: Standard input is a terminal.
         stdout_tty: Standard output is a terminal.
         stdout_open: Standard output can be written to.
@@ -39,6 +41,7 @@ class Surroundings:
         has_rich: The rich package is installed.
     """
 
+    posix: bool = True
     stdin_tty: bool = True
     stdout_tty: bool = True
     stdout_open: bool = True
@@ -62,7 +65,10 @@ class Rung:
     reason: str = ""
 
 
+_ASCII_TERMS = ("linux", "vt", "ansi", "dumb", "cons25", "sun")
+_POSIX = ("posix", "the dashboard needs a POSIX system")
 _DRAWABLE = (
+    _POSIX,
     ("stdout_tty", "standard output is not a terminal"),
     ("foreground", "the process runs in the background"),
 )
@@ -74,8 +80,11 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("main_thread", "the dashboard was opened outside the main thread"),
     ),
     "rich": (*_DRAWABLE, ("has_rich", "the rich package is missing")),
-    "notebook": (("notebook", "there is no notebook"),),
-    "log": (("stdout_open", "standard output is closed"),),
+    "notebook": (_POSIX, ("notebook", "there is no notebook")),
+    "log": (
+        _POSIX,
+        ("stdout_open", "standard output is closed"),
+    ),
     "off": (),
 }
 _BELOW: dict[str, tuple[str, ...]] = {
@@ -147,25 +156,53 @@ def _problem(name: str, around: Surroundings) -> str:
 
 def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
     """Return the facts about this process, its streams and its terminal."""
-    from learnit_r8.dashboard import terminal
-
     term = env.get("TERM", "")
     stdout_tty = _is_tty(sys.stdout) and _is_tty(sys.__stdout__)
     return Surroundings(
+        posix=os.name == "posix",
         stdin_tty=_is_tty(sys.stdin),
         stdout_tty=stdout_tty,
         stdout_open=sys.stdout is not None and not getattr(sys.stdout, "closed", False),
         term=term,
-        term_problem=terminal.term_problem(term) if stdout_tty else "",
-        foreground=stdout_tty and terminal.in_foreground(),
+        term_problem=_term_problem(term) if stdout_tty else "",
+        foreground=stdout_tty and _in_foreground(),
         main_thread=threading.current_thread() is threading.main_thread(),
         notebook=_in_notebook(),
         ci=env.get("CI", "").lower() not in {"", "0", "false"},
         pytest="PYTEST_CURRENT_TEST" in env,
         rank=rank,
-        has_curses=terminal.can_redirect(),
+        has_curses=_has_curses(),
         has_rich=importlib.util.find_spec("rich") is not None,
     )
+
+
+def default_glyphs(env: Mapping[str, str]) -> str:
+    """Return the best set of chart glyphs that this terminal is likely to have."""
+    encoding = locale.getpreferredencoding(False).lower().replace("-", "")
+    return "ascii" if encoding != "utf8" or env.get("TERM", "").startswith(_ASCII_TERMS) else "braille"
+
+
+def _has_curses() -> bool:
+    if importlib.util.find_spec("_curses") is None:
+        return False
+    from learnit_r8.dashboard import terminal
+
+    return terminal.can_redirect()
+
+
+def _term_problem(term: str) -> str:
+    if importlib.util.find_spec("_curses") is None:
+        return f"TERM={term!r} cannot move its cursor" if term in {"", "dumb", "unknown"} else ""
+    from learnit_r8.dashboard import terminal
+
+    return terminal.term_problem(term)
+
+
+def _in_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(1) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def _is_tty(stream: Any) -> bool:

@@ -97,6 +97,10 @@ class LogLines(Face):
         with contextlib.suppress(TerminalGone):
             self._out.pump(0.2)
 
+    def release(self, gone: bool = False) -> None:
+        """Close the outlet."""
+        self._out.close()
+
 
 class Outlet:
     """Writes text to a stream without ever waiting for its reader.

@@ -32,7 +32,7 @@ def _loss(model: DashboardModel) -> list[Piece]:
     arrow, style = ("▲", Style.WARN) if model.loss > ema else ("▼", Style.GOOD)
     if not math.isfinite(model.loss):
         arrow, style = "×", Style.BAD
-    rest = _fields(f" ema {f.number(ema, 6)}", f"min {f.number(best)}")
+    rest = _fields(f" ema {f.number(ema, 6)}", f"min {f.brief(best)}")
     return _row("loss", (f.number(model.loss, 8), Style.BOLD), (f" {arrow}", style), rest)
 
 

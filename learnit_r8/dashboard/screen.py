@@ -17,9 +17,10 @@ from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.guardian import Guardian, stty_form
 from learnit_r8.dashboard.keyboard import KeyDecoder
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
+from learnit_r8.dashboard.ladder import default_glyphs
 from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.render import render
-from learnit_r8.dashboard.terminal import canvas, default_glyphs
+from learnit_r8.dashboard.render import render, scroll_limit
+from learnit_r8.dashboard.terminal import canvas
 from learnit_r8.dashboard.tty import Tty
 from learnit_r8.events import Event
 from learnit_r8.types import Command
@@ -59,6 +60,7 @@ class Screen(Face):
         self._keys = KeyDecoder()
         self._rate = FrameRate()
         self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
+        self._lines: list[str] = []
         self._still: DashboardModel | None = None
         self._shown = False
         self._last_tick = time.monotonic()
@@ -68,7 +70,7 @@ class Screen(Face):
         with contextlib.ExitStack() as undo:
             self._tty = Tty()
             undo.callback(self._tty.close)
-            self._canvas = canvas(environment)
+            self._canvas = canvas(environment, self._tty.size())
             self._capture = Capture(console)
             undo.callback(self._capture.close)
             self._tail = ConsoleTail(self._capture.path, self._capture.start)
@@ -124,13 +126,13 @@ class Screen(Face):
         self._shown = True
 
     def _draw(self, model: DashboardModel, now: float) -> None:
-        began = time.monotonic()
+        began = time.thread_time()
         if model.paused != self._view.paused:
             self._view = replace(self._view, paused=model.paused)
-        lines = self._tail.poll()
+        lines = self._lines = self._tail.poll()
         view = replace(
             self._view,
-            hz=1 / self._rate.period,
+            hz=round(1 / self._rate.period, 1),
             frame_seconds=self._rate.cost,
             console_title=f"{self._capture.path}  {self._tail.count} lines",
         )
@@ -138,8 +140,7 @@ class Screen(Face):
         # Lets the training thread in if it waits for the GIL: it should not wait for a whole frame.
         time.sleep(0)
         data = self._canvas.draw(grid)
-        # CPU time of this thread would be truer, but it hides what the training thread feels: the GIL being held.
-        self._rate.drew(began, time.monotonic())
+        self._rate.drew(time.monotonic(), time.thread_time() - began)
         self._tty.send(data)
         self._news = False
 
@@ -155,7 +156,7 @@ class Screen(Face):
 
     def _press(self, name: str, model: DashboardModel) -> None:
         before = self._view
-        self._view, wish = handle_key(before, name)
+        self._view, wish = handle_key(before, name, scroll_limit(self._still or model, before, self._lines))
         if self._view.frozen != before.frozen:
             self._still = model.copy() if self._view.frozen else None
         if wish is Action.DETACH:
@@ -175,10 +176,8 @@ class Screen(Face):
     def leave(self) -> None:
         """Leave the alternate screen and put the modes back."""
         farewell = self._canvas.finish()
-        if not self._shown:
-            return
-        self._shown = False
-        if not self._tty.in_foreground():
+        shown, self._shown = self._shown, False
+        if not shown or not self._tty.in_foreground():
             return
         self._tty.unstop()
         try:
@@ -207,14 +206,14 @@ class Screen(Face):
     def emergency(self) -> None:
         """Restore screen and modes by hand; the stuck thread may not touch the terminal any more."""
         self._tty.muted = True
+        self._capture.release()
+        self._guardian.dismiss()
+        # The terminal's descriptor stays open: its number must not be given to a file of the user's.
         if self._shown and self._tty.in_foreground():
             self._tty.unstop()
             with contextlib.suppress(OSError):
                 os.write(self._tty.fd, self._canvas.reset_bytes)
             self._tty.set_modes(self._tty.saved)
-        # The terminal's descriptor stays open: its number must not be given to a file of the user's.
-        self._capture.release()
-        self._guardian.dismiss()
 
     def forget(self) -> None:
         """Close the child's copies."""

@@ -15,18 +15,20 @@ import atexit
 import contextlib
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from learnit_r8.dashboard.faces import Detach, Face
 from learnit_r8.dashboard.hooks import TalkHooks
-from learnit_r8.dashboard.ladder import Surroundings, below
+from learnit_r8.dashboard.ladder import Surroundings, below, default_glyphs
 from learnit_r8.dashboard.log_lines import LogLines, Outlet
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.summary import summary_text
@@ -88,9 +90,10 @@ class Dashboard:
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
+        self._console_used: Path | None = None
         self._face: Face | None = None
         self._take_rung(name)
-        if reason and self.name not in {"log", "off"}:
+        if reason:
             self._notice(f"{self.name} dashboard: {reason}", "info")
         self._hooks = TalkHooks(self.suspended, self.close)
         _open.add(self)
@@ -149,10 +152,11 @@ class Dashboard:
                 with contextlib.suppress(Exception):
                     face.emergency() if stuck else face.release()
         if not stuck:
-            self._take_events()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
-            self._summarise(face)
+            with contextlib.suppress(Exception):
+                self._take_events()
+                self._summarise()
 
     def __enter__(self) -> Dashboard:
         return self
@@ -171,7 +175,7 @@ class Dashboard:
                 self._serve()
             except Detach:
                 self._drop_face()
-                self._say("r8: view closed, training goes on; a line every 30 s follows")
+                self._say(["r8: view closed, training goes on; a line every 30 s follows"])
                 self._take_rung("log", quiet=True)
             except TerminalGone as error:
                 self._fall("off", error)
@@ -183,8 +187,11 @@ class Dashboard:
     def _serve(self) -> None:
         while True:
             face, stopping = self._face, self._stopping
-            if self._hold.is_set() and not stopping:
+            if self._hold.is_set():
                 self._wait_out(face)
+                stopping = self._stopping
+                if stopping:
+                    return
             fresh = self._take_events()
             delay = 1.0 if face is None else face.tick(self.model, fresh, self._clock())
             if stopping:
@@ -202,13 +209,12 @@ class Dashboard:
     def _take_events(self) -> list[Event]:
         """Move what has been recorded into the model, at most one queue's worth."""
         taken: list[Event] = []
-        with contextlib.suppress(IndexError):
-            for number in range(QUEUE):
-                event = self._queue.popleft()
-                self.model.consume(event)
-                taken.append(event)
-                if number % _SLICE == _SLICE - 1:
-                    select.select((), (), (), 0)  # releases the GIL, as time.sleep(0) does, without a clock
+        for number in range(min(QUEUE, len(self._queue))):
+            event = self._queue.popleft()
+            taken.append(event)
+            self.model.consume(event)
+            if number % _SLICE == _SLICE - 1:
+                time.sleep(0)
         return taken
 
     def _sleep(self, seconds: float, inputs: tuple[int, ...]) -> None:
@@ -261,15 +267,17 @@ class Dashboard:
         if name == "rich":
             from learnit_r8.dashboard.rich_live import RichLive
 
-            return RichLive()
+            return RichLive("ascii" if default_glyphs(self._environment) == "ascii" else "blocks")
         from learnit_r8.dashboard.screen import Screen
 
-        return Screen(self._environment, self.commands, self._console, self._readonly, now)
+        screen = Screen(self._environment, self.commands, self._console, self._readonly, now)
+        self._console_used = screen.console_path
+        return screen
 
     def _notice(self, message: str, level: str) -> None:
         self._queue.append(Notice(self._clock(), self.model.step, message, level))
 
-    def _say(self, *lines: str) -> None:
+    def _say(self, lines: Sequence[str]) -> None:
         out = Outlet()
         for line in lines:
             out.line(line)
@@ -277,13 +285,18 @@ class Dashboard:
             out.pump(0.25)
         out.close()
 
-    def _summarise(self, face: Face | None) -> None:
-        if self.name == "off" and not self.fault:
-            return
-        with contextlib.suppress(Exception):
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            self._say(*summary_text(self.model).splitlines())
+    def _summarise(self) -> None:
+        sys.stdout.flush()
+        self._say(self._summary(sys.stdout.isatty()))
+
+    def _summary(self, on_terminal: bool) -> list[str]:
+        glyphs, width = "ascii", 80
+        if on_terminal:
+            glyphs = default_glyphs(self._environment)
+            width = min(100, shutil.get_terminal_size().columns)
+        lines = summary_text(self.model, width, glyphs).splitlines()
+        path = self._console_used
+        return [*lines, f"  console     {path}"] if path is not None and path.exists() else lines
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):

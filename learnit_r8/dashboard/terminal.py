@@ -42,7 +42,6 @@ _ATTRIBUTES: dict[Style, int] = {
     Style.REVERSE: curses.A_REVERSE,
 }
 _REPLACED_BY_INITSCR = ("SIGINT", "SIGTERM", "SIGTSTP", "SIGWINCH")
-_ASCII_TERMS = ("linux", "vt", "ansi", "dumb", "cons25", "sun")
 
 
 class Canvas:
@@ -51,20 +50,26 @@ class Canvas:
     curses can be started once in a process, so there is one of these, from `canvas()`.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], size: tuple[int, int]) -> None:
         self._fd = _anonymous_file()
-        self._window = _initscr(self._fd)
+        self._window = _initscr(self._fd, size)
         self._styles = _start_colours("NO_COLOR" in environment and environment["NO_COLOR"] != "")
         self._shown: list[list[tuple[int, str, Style]]] = []
         self._pid = os.getpid()
         self._size = (0, 0)
+        self._ahead = b""
         self.reset_bytes = b"".join(_capability(name) for name in ("sgr0", "cnorm", "rmcup"))
         with contextlib.suppress(curses.error):
             curses.noecho()
         with contextlib.suppress(curses.error):
             curses.curs_set(0)
+        # The cursor is hidden: it need not travel back after every frame.
+        self._window.leaveok(True)
         # ncurses would otherwise break off a refresh when it sees a key waiting.
         curses.typeahead(-1)
+        # Entering the screen sets margins for `size`; a first grid of another size has to come after that.
+        self._window.refresh()
+        self._ahead = self._take()
 
     @property
     def mine(self) -> bool:
@@ -90,7 +95,8 @@ class Canvas:
             self._shown[y : y + 1] = [runs]
         with contextlib.suppress(curses.error):
             self._window.refresh()
-        return self._take()
+        ahead, self._ahead = self._ahead, b""
+        return ahead + self._take()
 
     def finish(self) -> bytes:
         """Return the bytes that leave the screen; the next `draw` enters it again."""
@@ -104,6 +110,9 @@ class Canvas:
         curses.resizeterm(height, width)
         self._window.erase()
         self._size = (width, height)
+        # ncurses believes that a resize resets the scrolling margins. They home the cursor, so the repaint must follow.
+        region = curses.tigetstr("csr")
+        self._ahead += curses.tparm(region, 0, height - 1) if region else b""
         self.repaint()
 
     def _put(self, y: int, x: int, text: str, attribute: int) -> None:
@@ -131,10 +140,15 @@ class Canvas:
 _canvas: list[Canvas] = []
 
 
-def canvas(environment: Mapping[str, str]) -> Canvas:
-    """Return the process's canvas, started by the first call, which must come from the main thread."""
+def canvas(environment: Mapping[str, str], size: tuple[int, int]) -> Canvas:
+    """Return the process's canvas, started by the first call, which must come from the main thread.
+
+    Args:
+        environment: For NO_COLOR.
+        size: Columns and rows of the terminal.
+    """
     if not _canvas:
-        _canvas.append(Canvas(environment))
+        _canvas.append(Canvas(environment, size))
     return _canvas[0]
 
 
@@ -149,22 +163,6 @@ def term_problem(term: str) -> str:
     except (curses.error, OSError, ValueError) as error:
         return f"TERM={term} is unknown ({error})"
     return "" if addressable else f"TERM={term} cannot move its cursor"
-
-
-def default_glyphs(environment: Mapping[str, str]) -> str:
-    """Return the best set of chart glyphs that this terminal is likely to have."""
-    encoding = locale.getpreferredencoding(False).lower().replace("-", "")
-    if encoding != "utf8" or environment.get("TERM", "").startswith(_ASCII_TERMS):
-        return "ascii"
-    return "braille"
-
-
-def in_foreground() -> bool:
-    """Return whether this process belongs to the foreground group of the terminal on descriptor 1."""
-    try:
-        return os.tcgetpgrp(1) == os.getpgrp()
-    except OSError:
-        return False
 
 
 def can_redirect() -> bool:
@@ -192,7 +190,7 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _initscr(fd: int) -> curses.window:
+def _initscr(fd: int, size: tuple[int, int]) -> curses.window:
     library = ctypes.CDLL(None)
     library.fdopen.restype = ctypes.c_void_p
     stream = library.fdopen(fd, b"w")
@@ -203,11 +201,16 @@ def _initscr(fd: int) -> curses.window:
         locale.setlocale(locale.LC_CTYPE, "")
     pointer = _c_stdout(library)
     before = pointer.value
+    told = {name: os.environ.get(name) for name in ("COLUMNS", "LINES")}
+    # A file has no size: without these, ncurses would set scrolling margins for 24 rows.
+    os.environ.update(COLUMNS=str(size[0]), LINES=str(size[1]))
     pointer.value = stream
     try:
         return curses.initscr()
     finally:
         pointer.value = before
+        for name, value in told.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
         for number, handler in handlers.items():
             if handler is not None:  # None: installed by C code, which ncurses leaves alone
                 signal.signal(number, handler)

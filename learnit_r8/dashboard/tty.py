@@ -53,11 +53,15 @@ class Tty:
         return (columns, rows) if rows and columns else (80, 24)
 
     def in_foreground(self) -> bool:
-        """Return whether this process may draw: it belongs to the terminal's foreground group."""
+        """Return whether this process may draw: it belongs to the terminal's foreground group.
+
+        Raises:
+            TerminalGone: The terminal hung up, or is no longer this session's.
+        """
         try:
             return os.tcgetpgrp(self.fd) == os.getpgrp()
-        except OSError:
-            return False
+        except OSError as error:
+            raise TerminalGone(str(error)) from error
 
     def set_modes(self, modes: list[Any]) -> None:
         """Set terminal modes at once, without waiting for output to drain."""

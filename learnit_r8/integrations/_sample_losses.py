@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 IGNORED = -100
 
@@ -21,12 +22,17 @@ class SampleLosses(NamedTuple):
     """Losses of one micro-batch.
 
     Attributes:
-        values: Mean loss of each sample over its labels, `[B]`, with grad.
-        items: How many labels that mean is over, `[B]`: 1 for a class, the unmasked tokens of a sequence.
+        sums: Loss of each sample, added up over its labels, `[B]`, with grad.
+        items: How many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
     """
 
-    values: Tensor
+    sums: Tensor
     items: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """Mean loss of each sample, `[B]`, without grad; 0 where all labels are masked."""
+        return self.sums.detach() / self.items.clamp(min=1)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -43,7 +49,7 @@ def causal_lm(logits: Tensor, labels: Tensor, _config: Any) -> SampleLosses:
     flat = logits.float().reshape(-1, logits.shape[-1])
     tokens = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
     items = targets.ne(IGNORED).sum(dim=1)
-    return SampleLosses(tokens.view(targets.shape).sum(dim=1) / items.clamp(min=1), items)
+    return SampleLosses(tokens.view(targets.shape).sum(dim=1), items)
 
 
 def sequence_classification(logits: Tensor, labels: Tensor, config: Any) -> SampleLosses:
@@ -63,12 +69,12 @@ def sequence_classification(logits: Tensor, labels: Tensor, config: Any) -> Samp
         losses = functional.cross_entropy(
             logits.view(-1, config.num_labels), labels, ignore_index=IGNORED, reduction="none"
         )
-        return SampleLosses(losses, labels.ne(IGNORED).long())
+        return SampleLosses(losses, labels.ne(IGNORED).int())
     function: Callable[..., Tensor] = functional.mse_loss
     if config.problem_type == "multi_label_classification":
         function = functional.binary_cross_entropy_with_logits
     rows = function(logits.view(len(labels), -1), labels.view(len(labels), -1).to(logits.dtype), reduction="none")
-    return SampleLosses(rows.mean(dim=1), torch.full_like(labels.view(len(labels), -1)[:, 0], rows.shape[1]).long())
+    return SampleLosses(rows.sum(dim=1), torch.full((len(rows),), rows.shape[1], device=rows.device))
 
 
 BY_LOSS_TYPE: dict[str, Callable[[Tensor, Tensor, Any], SampleLosses]] = {
@@ -81,4 +87,7 @@ BY_LOSS_TYPE: dict[str, Callable[[Tensor, Tensor, Any], SampleLosses]] = {
 def loss_function(model: Any) -> Callable[[Tensor, Tensor, Any], SampleLosses] | None:
     """Return the function for a model's loss type; None for types that are not known."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps
-    return BY_LOSS_TYPE.get(getattr(inner, "loss_type", None) or "")
+    loss_type = getattr(inner, "loss_type", None)
+    if loss_type is None and type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        loss_type = "ForCausalLM"  # GPT2LMHeadModel and others are named without it
+    return BY_LOSS_TYPE.get(loss_type or "")

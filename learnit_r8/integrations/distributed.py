@@ -8,7 +8,7 @@ and nccl, under torchrun, Accelerate and Ray Train.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from learnit_r8.types import Indices, LossReport
 
 __all__ = ["FromRank0", "make_all_gather", "rank_arguments", "torch_all_gather"]
 
+_NOT_INITIALIZED = (
+    "torch.distributed is not initialized: call torch.distributed.init_process_group() first, in every process"
+)
 _LENGTH = 8  # bytes in front of a rank's data, its size
 
 
@@ -36,7 +39,8 @@ class _Gather:
     """Gathers ragged arrays in one collective, as long as they fit the buffer of the last call."""
 
     def __init__(self, group: Any) -> None:
-        self._group = group
+        # Weak: a group that outlives destroy_process_group() aborts the interpreter's exit.
+        self._ref = weakref.ref(group)
         self._world = dist.get_world_size(group)
         self._device = _device(group)
         self._resize(4096)
@@ -47,7 +51,15 @@ class _Gather:
         self._everyone = list(everyone.chunk(self._world))
         self._joined = everyone
 
+    @property
+    def group(self) -> Any:
+        """The process group, or None when it was destroyed."""
+        return self._ref()
+
     def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
+        group = self.group
+        if group is None:
+            raise ProtocolError(_NOT_INITIALIZED)
         data = np.ascontiguousarray(array).reshape(-1)
         raw = data.view(np.uint8)
         while True:
@@ -55,7 +67,7 @@ class _Gather:
             capacity = len(buffer) - _LENGTH
             buffer[:_LENGTH].view(np.int64)[0] = len(raw)
             buffer[_LENGTH : _LENGTH + len(raw)] = raw[:capacity]
-            dist.all_gather(self._everyone, self._mine.to(self._device), group=self._group)
+            dist.all_gather(self._everyone, self._mine.to(self._device), group=group)
             rows = self._joined.cpu().numpy().reshape(self._world, -1)
             sizes = rows[:, :_LENGTH].copy().view(np.int64)[:, 0]
             if sizes.max() <= capacity:
@@ -65,20 +77,18 @@ class _Gather:
             self._resize(1 << int(sizes.max() - 1).bit_length())
 
 
-def make_all_gather(group: Any = None) -> Callable[[NDArray[Any]], NDArray[Any]]:
+def make_all_gather(group: Any = None) -> _Gather:
     """Return `all_gather` over a process group (None: all processes).
 
     Raises:
         ProtocolError: torch.distributed is not initialized.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise ProtocolError(
-            "torch.distributed is not initialized: call torch.distributed.init_process_group() first, in every process"
-        )
+        raise ProtocolError(_NOT_INITIALIZED)
     return _Gather(group if group is not None else dist.group.WORLD)
 
 
-_default: list[Any] = [None, None]  # the group that it belongs to: buffers must not outlive a group
+_default: list[_Gather] = []  # of the present default group
 
 
 def torch_all_gather(array: NDArray[Any]) -> NDArray[Any]:
@@ -90,16 +100,15 @@ def torch_all_gather(array: NDArray[Any]) -> NDArray[Any]:
     Raises:
         ProtocolError: torch.distributed is not initialized.
     """
-    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    if group is None or _default[0] is not group:
-        _default[:] = [group, make_all_gather()]
-    return _default[1](array)  # type: ignore[no-any-return]
+    if not _default or _default[0].group is None or _default[0].group is not dist.group.WORLD:
+        _default[:] = [make_all_gather()]
+    return _default[0](array)
 
 
 def rank_arguments() -> dict[str, Any]:
-    """Return `rank`, `world_size` and `all_gather` for `R8Scheduler`; nothing for a single process."""
+    """Return `rank`, `world_size` and `all_gather` of this process, for `R8Scheduler` or `resume_from_checkpoint`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return {}
+        return {"rank": 0, "world_size": 1, "all_gather": None}
     return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "all_gather": torch_all_gather}
 
 

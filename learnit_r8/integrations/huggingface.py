@@ -131,15 +131,15 @@ class SampleLossMixin:
         steps = trainer.current_gradient_accumulation_steps if self._stepping else 1
         if self._sample_loss_func is not None:
             values = self._sample_loss_func(outputs, labels)
-            return self._weighted(values).mean() / steps
+            return self._weighted(values, values.detach()).mean() / steps
         if labels is None or self._head_losses is None:
             raise ProtocolError(
                 "the batch has no labels, so no loss per sample can be computed: let the data collator give "
                 "'labels', or give the trainer a sample_loss_func(outputs, labels)"
             )
-        config = trainer.accelerator.unwrap_model(trainer.model).config
+        config = trainer.model.config
         losses = self._head_losses(logits_of(outputs), labels, config)
-        total = (self._weighted(losses.values) * losses.items).sum()
+        total = self._weighted(losses.sums, losses.means).sum()
         items = losses.items.sum() if num_items_in_batch is None else num_items_in_batch
         loss: Tensor = total / (items if torch.is_tensor(items) else max(items, 1))
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
@@ -147,12 +147,13 @@ class SampleLossMixin:
             loss = loss + config.router_aux_loss_coef * auxiliary / steps
         return loss
 
-    def _weighted(self, values: Tensor) -> Tensor:
+    def _weighted(self, losses: Tensor, reported: Tensor) -> Tensor:
+        """Return the losses times their importance weights, and keep what is to be reported."""
         if not self._stepping:
-            return values
-        weights = self._weights(values)
-        self._pending.append(values.detach())
-        return values if weights is None else values * weights
+            return losses
+        weights = self._weights(losses)
+        self._pending.append(reported)
+        return losses if weights is None else losses * weights
 
     def _report_pending(self) -> None:
         skipped = bool(self.accelerator.optimizer_step_was_skipped)  # type: ignore[attr-defined]
@@ -161,7 +162,7 @@ class SampleLossMixin:
             self._report(losses, skipped=skipped)
 
 
-class _Callback(TrainerCallback):  # type: ignore[misc]
+class _Callback(TrainerCallback):
     """Carries the Trainer's events to the trainer's own methods."""
 
     def __init__(self, trainer: Any) -> None:
@@ -334,11 +335,11 @@ class R8Mixin(SampleLossMixin):
                 self._epochs.close()  # signal handlers are put back, also after an exception
 
 
-class R8Trainer(R8Mixin, Trainer):  # type: ignore[misc]
+class R8Trainer(R8Mixin, Trainer):
     """`transformers.Trainer` with an R8Scheduler; see `R8Mixin` for the arguments."""
 
 
-class SRSTrainer(SampleLossMixin, Trainer):  # type: ignore[misc]
+class SRSTrainer(SampleLossMixin, Trainer):
     """`transformers.Trainer` that draws its batches from a `SpacedRepetitionSampler`.
 
     All else is the Trainer's: learning rate, number of epochs (passes over the sampler). The

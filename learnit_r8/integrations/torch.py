@@ -15,13 +15,16 @@ from __future__ import annotations
 from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr, set_lr
 from learnit_r8.integrations._sampler import R8BatchSampler
 from learnit_r8.integrations._state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
+from learnit_r8.integrations.importance import ImportanceWeightedSFTLoss, importance_weights
 
 __all__ = [
+    "ImportanceWeightedSFTLoss",
     "LearningRateHook",
     "R8BatchSampler",
     "arrays_from_tensors",
     "capture_state",
     "follow_lr",
+    "importance_weights",
     "restore_state",
     "set_lr",
     "tensors_from_arrays",

@@ -53,7 +53,9 @@ class Chooser:
     def _active(self) -> Strategy:
         return self._cataloger if self._cataloging else self.strategy
 
-    def start_epoch(self, epoch: int, step: int, progress: float, excluded: Mask | None) -> None:
+    def start_epoch(
+        self, epoch: int, step: int, progress: float, excluded: Mask | None, *, alike: bool = False
+    ) -> None:
         """Let the strategy plan an epoch.
 
         Args:
@@ -61,8 +63,10 @@ class Chooser:
             step: Global step.
             progress: Share of the budget that is spent.
             excluded: Samples to leave out, or None.
+            alike: Draw every sample equally often: go on cataloging, unless the strategy does that itself.
         """
-        self._cataloging = epoch == 0 and getattr(self.strategy, "catalogs", True)
+        first = epoch == 0 and getattr(self.strategy, "catalogs", True)
+        self._cataloging = first or (alike and not getattr(self.strategy, "covers", False))
         self._excluded = excluded
         self.drawn = 0
         request = self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN)

@@ -41,6 +41,8 @@ class CrashRecorder:
         self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None
     ) -> NoReturn:
         """Write the bundle and raise TrainingDiverged, from the last error of the user's load_callback if any."""
+        if cause is not None:
+            reason = f"{reason}; load_callback failed: {type(cause).__name__}: {cause}"
         where: Path | None = None
         note = "nothing was written: there is no log_dir and no checkpoint_dir"
         if self._folder is not None:

@@ -48,6 +48,8 @@ class Ranks:
         clock: The time that all ranks agree on.
         asked: A command that a sink of this rank gave; `command` on all ranks after the next report.
         command: The command that a rank was given, or None.
+        writes: Whether this rank writes checkpoints.
+        exchanges: Whether reports are exchanged.
         signal: The signal that a rank got, or 0.
     """
 
@@ -64,6 +66,8 @@ class Ranks:
         self.asked: Command | None = None
         self.command: Command | None = None
         self.signal = 0
+        self.writes = rank == 0
+        self.exchanges = world_size > 1
         self._all_gather = all_gather
         self._local = clock
         self._created = clock.monotonic()
@@ -74,6 +78,14 @@ class Ranks:
     def cut(self, size: int) -> slice:
         """Return this rank's part of a global batch: contiguous, sizes differ by one at most."""
         return _cut(size, self.rank, self.world_size)
+
+    def everyone(self, number: float) -> NDArray[np.float64]:
+        """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
+        mine = np.array([number], np.float64)
+        if self.world_size == 1:
+            return mine
+        assert self._all_gather is not None
+        return np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
 
     def gather(self, reported: Reported, indices: Indices, step: int, signal: int | None) -> Reported:
         """Return the report of the global batch; one rank's NaN is every rank's NaN.
@@ -87,11 +99,30 @@ class Ranks:
         Raises:
             ProtocolError: The ranks' plans differ, or some reported per sample and others one number.
         """
-        assert self._all_gather is not None
-        self._hash = zlib.crc32(indices.tobytes(), zlib.crc32(str(step).encode(), self._hash))
         values = np.array([reported.mean]) if reported.values is None else reported.values
+        count = 0 if reported.values is None else len(values)
+        counts, losses = self.exchange(values, count, indices.tobytes(), step, signal)
+        return self._join(counts, losses, len(indices))
+
+    def exchange(
+        self, values: NDArray[Any], count: int, plan: bytes, step: int, signal: int | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return every rank's `count`, `[world]`, and all ranks' values, joined.
+
+        Args:
+            values: This rank's numbers.
+            count: How many they are; 0 for a single number that stands for all samples.
+            plan: Bytes that have to be equal on all ranks.
+            step: Global step.
+            signal: A signal that this process got.
+
+        Raises:
+            ProtocolError: The ranks' plans differ.
+        """
+        assert self._all_gather is not None
+        self._hash = zlib.crc32(plan, zlib.crc32(str(step).encode(), self._hash))
         header = np.empty(_HEADER)
-        header[_COUNT] = 0 if reported.values is None else len(values)
+        header[_COUNT] = count
         header[_HASH] = self._hash
         header[_SECONDS] = self._local.monotonic() - self._created
         header[_SIGNAL] = signal or 0
@@ -102,7 +133,7 @@ class Ranks:
         self._shared.now = float(headers[0, _SECONDS])
         self.signal = int(headers[:, _SIGNAL].max())
         self.command, self.asked = _COMMANDS[int(headers[:, _COMMAND].max())], None
-        return self._join(headers[:, _COUNT], losses, len(indices))
+        return headers[:, _COUNT], losses
 
     def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the ranks' headers, `[world, header]`, and what follows them, joined."""

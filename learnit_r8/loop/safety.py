@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from learnit_r8 import events
 from learnit_r8.catalog import LossCatalog
@@ -21,7 +22,7 @@ from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported
 from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, BackupStatus
-from learnit_r8.stability.detector import Detector
+from learnit_r8.stability.detector import Detector, bulk_mean
 from learnit_r8.stability.recovery import Action, Kind, Recovery
 from learnit_r8.types import Indices, Mask, Verdict
 
@@ -29,8 +30,16 @@ Emit = Callable[..., None]
 FindOnDisk = Callable[[int, int], tuple[int, Path] | None]
 """(before step, how many to pass over) -> (step, model path) of a checkpoint, or None."""
 
+Everyone = Callable[[float], NDArray[np.float64]]
+
 LR_RISE = 1.5
 """A learning rate that grows by this factor in a step may well move the loss: the detector is told."""
+
+_MIN_BATCH = 4
+"""Samples in a batch that can tell a few bad ones from a bad model."""
+
+_MOST = 0.9
+"""Share of the samples that must have been seen for their expected losses to be compared with the others'."""
 
 
 class Judgement(NamedTuple):
@@ -54,6 +63,7 @@ class Judgement(NamedTuple):
         return self.action.kind not in _GOES_ON
 
 
+_NO_FAULTS = (Verdict.CALM, Verdict.SUSPECT, Verdict.SKIPPED)
 _GOES_ON = (Kind.ACCEPT, Kind.HOLD, Kind.IGNORE)
 
 
@@ -69,6 +79,8 @@ class SafetyNet:
         emit: `(event class, step, *fields)`.
         clock: Measures steps, backups and restores.
         crash: Writes down what is known when training has diverged.
+        everyone: `(number) -> that number of every rank`. Ranks must take the same backups and go back
+            to the same step, or each would go on with another model.
     """
 
     def __init__(
@@ -81,31 +93,37 @@ class SafetyNet:
         emit: Emit,
         clock: Clock,
         crash: CrashRecorder,
+        everyone: Everyone,
     ) -> None:
         self._load = load
-        self._state_callback = state_callback
-        self._automatic = backup_every is not None
+        self._paced = backup_every is not None
+        self._state_callback = state_callback if self._paced and load is not None else None
         self._find_on_disk = find_on_disk
         self._catalog = catalog
         self._emit = emit
         self._clock = clock
         self._crash = crash
+        self._everyone = everyone
+        self._several = len(everyone(0.0)) > 1
         self._detector = Detector()
         self._recovery = Recovery(catalog.num_samples)
         self._ring = BackupRing(clock=clock.monotonic)
         self._pacer = BackupPacer(backup_every=backup_every or 1)
         self._detector_then: dict[int, dict[str, Any]] = {}  # by backup id: the detector when it was taken
-        self._spent = 0.0  # seconds on copies and scans up to the last backup
+        self._next_backup = 0  # step; several ranks keep to it, their clocks differ
+        self._scanned = 0.0  # seconds on scans up to the last backup
         self._step_began: float | None = None
-        self._lr = 0.0
+        self._step_counted = 0
+        self._lr = -1.0  # of the last batch; negative before the first one
         self._load_error: Exception | None = None
 
     # What the loop asks ---------------------------------------------------------------------
 
     def attach(self, state_callback: Callable[[], Any], load: LoadCallback) -> None:
-        """Take the callbacks that were not given at construction."""
-        self._state_callback = self._state_callback or state_callback
-        self._load = self._load or load
+        """Take callbacks where none were given at construction; of two pairs, halves would not fit."""
+        if self._load is None:
+            self._load = load
+            self._state_callback = state_callback if self._paced else None
 
     @property
     def quarantine(self) -> Mask | None:
@@ -127,7 +145,7 @@ class SafetyNet:
 
     def saw_lr(self, step: int, lr: float) -> None:
         """Take note of a batch's learning rate."""
-        if lr >= LR_RISE * self._lr and self._lr > 0.0:
+        if lr > 0.0 and lr >= LR_RISE * self._lr >= 0.0:
             self._detector.announce(step, "the learning rate rises")
         self._lr = lr
 
@@ -139,18 +157,25 @@ class SafetyNet:
 
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
-        if self._state_callback is None or self._load is None or not self._automatic:
+        if self._state_callback is None:
             return
-        now = self._clock.monotonic()
-        if self._step_began is not None:
-            self._pacer.stepped(now - self._step_began)
-        if self._recovery.backups_allowed and (not self._ring.backups or self._pacer.due):
+        began = self._clock.monotonic()
+        if self._step_began is not None and step > self._step_counted:  # asked twice at the end of an epoch
+            self._pacer.stepped(began - self._step_began)
+        self._step_counted = step
+        if self._recovery.backups_allowed and self._backup_due(step):
             self.keep(self._state_callback(), step)
-            stats = self._ring.stats
-            self._pacer.took(stats.copy_seconds + stats.scan_seconds - self._spent)
-            self._spent = stats.copy_seconds + stats.scan_seconds
-            now = self._clock.monotonic()
-        self._step_began = now
+            scanned = self._ring.stats.scan_seconds
+            self._pacer.took(self._clock.monotonic() - began + scanned - self._scanned)
+            self._scanned = scanned
+            self._next_backup = step + int(self._everyone(self._pacer.interval).max())
+            began = self._clock.monotonic()
+        self._step_began = began
+
+    def _backup_due(self, step: int) -> bool:
+        if self._several:
+            return step >= self._next_backup
+        return not self._ring.backups or self._pacer.due
 
     def keep(self, state: Any, step: int) -> None:
         """Copy a state of the user's model into the ring, unless the model is suspect right now."""
@@ -166,42 +191,88 @@ class SafetyNet:
 
     # Judgement ------------------------------------------------------------------------------
 
-    def judge(self, step: int, reported: Reported, expected: float, indices: Indices, *, skipped: bool) -> Judgement:
-        """Say what a report is and what it calls for."""
-        score = float("nan")
+    def judge(
+        self, step: int, reported: Reported, expected: float, indices: Indices, *, skipped: bool, outdated: bool = False
+    ) -> Judgement:
+        """Say what a report is and what it calls for.
+
+        Args:
+            step: Global step.
+            reported: The loss, of all ranks.
+            expected: The catalog's estimate for the batch.
+            indices: Sample ids of the batch.
+            skipped: The optimizer step was skipped.
+            outdated: The batch was out when the model was restored: its loss may be of the model that is gone.
+        """
+        score, values, few = float("nan"), reported.values, False
         if skipped:
             verdict = Verdict.SKIPPED
         else:
-            complete = self._catalog.num_seen == self._catalog.num_samples
+            # Not all: a sample that is always NaN is never seen.
+            complete = self._catalog.num_seen >= _MOST * self._catalog.num_samples
             reading = self._detector.observe(
                 step,
                 reported.mean,
                 expected_batch=expected if complete else score,
                 expected_all=self._catalog.mean_expected if complete else score,
                 finite=reported.finite,
+                bulk=None if values is None or len(values) < _MIN_BATCH else lambda: bulk_mean(values),
             )
-            verdict, score = reading.verdict, reading.score
+            verdict, score, few = reading.verdict, reading.score, reading.few
         self._crash.note(step, verdict, reported.mean, indices)
         calm = verdict is Verdict.CALM
+        if outdated and not calm:
+            self._detector.reset_after_rollback()
+            return Judgement(verdict, score, Action(Kind.IGNORE), accepted=False)
+        fault = verdict not in _NO_FAULTS
         action = self._recovery.react(
             step,
             verdict,
-            can_restore=not calm and self._can_restore(step),
+            can_restore=fault and self._can_restore(step),
             batch_indices=() if calm else indices,
             loss=reported.mean,
             sample_losses=reported.values,
-            first_suspect_step=self._detector.first_suspect_step,
+            first_suspect_step=self._suspect_since(verdict),
         )
         if calm:
             for info in self._ring.healthy(step):
                 if info.status is BackupStatus.VERIFIED:
                     self._emit(events.BackupVerified, step, info.step)
-        return Judgement(verdict, score, action, reported.finite and action.kind in _GOES_ON)
+        # What a sick model makes of a batch says nothing of its samples, and outlives a rollback in the catalog.
+        tells = reported.finite and (few or verdict is not Verdict.SUSPECT)
+        return Judgement(verdict, score, action, tells and action.kind in _GOES_ON)
 
     def _can_restore(self, step: int) -> bool:
         if self._load is None:
             return False
-        return bool(self._ring.backups) or self._find_on_disk(step + 1, 0) is not None
+        return bool(self._ring.backups) or self._on_disk(step + 1, 0) is not None
+
+    def _suspect_since(self, verdict: Verdict) -> int | None:
+        """Return the step before which the model was sound."""
+        since = self._detector.first_suspect_step
+        if verdict is not Verdict.DRIFT or since is None or self._in_ram(since) or self._on_disk(since, 0):
+            return since
+        # A drift may have begun before the oldest backup: going back to that is better than giving up.
+        proved = [info.step for info in self._ring.backups if info.status is BackupStatus.VERIFIED]
+        return min(proved) + 1 if proved else since
+
+    def _in_ram(self, before: int | None) -> BackupInfo | None:
+        """Return the newest backup of an earlier step that every rank has."""
+        while True:
+            mine = self._ring.find(before)
+            steps = self._everyone(-1.0 if mine is None else mine.step)
+            lowest = int(steps.min())
+            if lowest < 0 or steps.min() == steps.max():
+                return None if lowest < 0 else mine
+            if before == lowest + 1:  # an unproved first backup is found whatever is asked for
+                return None
+            before = lowest + 1
+
+    def _on_disk(self, before: int, passed_over: int) -> tuple[int, Path] | None:
+        """Return a checkpoint's step and model if every rank has one of that step."""
+        found = self._find_on_disk(before, passed_over)
+        steps = self._everyone(-1.0 if found is None else found[0])
+        return found if steps.min() == steps.max() else None
 
     # Recovery -------------------------------------------------------------------------------
 
@@ -214,12 +285,16 @@ class SafetyNet:
         batch = tuple(ids.tolist())
         self._emit(events.SpikeSeen, step, epoch, judgement.verdict.value, loss, expected, judgement.score, batch)
         action = judgement.action
-        while action.kind is Kind.RESTORE:
-            self._prepare(step, action)
-            restored = self._from_ram(step, action) if action.source == "ram" else self._from_disk(step, action)
-            if restored is None:
-                return True
-            action = restored
+        try:
+            while action.kind is Kind.RESTORE:
+                self._prepare(step, action)
+                restored = self._from_ram(step, action) if action.source == "ram" else self._from_disk(step, action)
+                if restored is None:
+                    return True
+                action = restored
+        except BaseException:  # Ctrl-C in load_callback: the model may be half restored, the run must not be
+            self._recovery.restore_abandoned()
+            raise
         if action.kind is Kind.FAIL:
             self._emit(events.RollbackFailed, step, action.reason)
             self._crash.diverged(step, action.reason, self._recovery.failing_batches, self._load_error)
@@ -240,22 +315,29 @@ class SafetyNet:
 
     def _from_ram(self, step: int, action: Action) -> Action | None:
         """Restore from the ring; None when it worked, else what to do next."""
-        if self._ring.find(action.before_step) is None:
+        found = self._in_ram(action.before_step)
+        if found is None:
             return self._recovery.restore_failed(step, "no backup in RAM is good", empty=True)
         began = self._clock.monotonic()
-        info, state = self._ring.restore(action.before_step)
+        info, state = self._ring.restore(None if found.initial else found.step + 1)
         failure = self._try_load(state, from_ram=True)
         if failure:
             return self._recovery.restore_failed(step, failure, backup_id=info.id)
-        self._recovery.rolled_back(step, info.step, info.id, last_resort=_unproven(info))
+        self._recovery.rolled_back(step, info.step, info.id, last_resort=self._last_resort(info))
         self._detector.reset_after_rollback(self._detector_then.get(info.id))
         self._after_rollback(step, info.step, "ram", began)
         return None
 
+    def _last_resort(self, info: BackupInfo) -> bool:
+        """Whether a second fault soon after would find nothing else: then the backup is not to blame at once."""
+        return self._on_disk(info.step, 0) is None and not any(
+            other.status is BackupStatus.VERIFIED and other.step < info.step for other in self._ring.backups
+        )
+
     def _from_disk(self, step: int, action: Action) -> Action | None:
-        found = self._find_on_disk(step + 1 if action.before_step is None else action.before_step, action.skip)
+        found = self._on_disk(step + 1 if action.before_step is None else action.before_step, action.skip)
         if found is None:
-            return self._recovery.restore_failed(step, "no checkpoint is left", empty=True)
+            return self._recovery.restore_failed(step, "there is no checkpoint", empty=True)
         began = self._clock.monotonic()
         to_step, path = found
         failure = self._try_load(str(path), from_ram=False)
@@ -269,16 +351,20 @@ class SafetyNet:
     def _try_load(self, source: Any, *, from_ram: bool) -> str:
         """Let the user's function restore the model; return what went wrong, or ""."""
         assert self._load is not None
+        failure = ""
         try:
             self._load(source, from_ram=from_ram)
         except Exception as error:
             self._load_error = error
-            return f"load_callback failed: {type(error).__name__}: {error}"
+            failure = f"load_callback failed: {type(error).__name__}: {error}"
+        if self._everyone(bool(failure)).any():
+            return failure or "load_callback failed on another rank"
         return ""
 
     def _after_rollback(self, step: int, to_step: int, source: str, began: float) -> None:
         self._catalog.rewind(to_step)
         self._ring.discard_after(to_step)
+        self._next_backup = 0
         seconds = self._clock.monotonic() - began
         multiplier, hold = self._recovery.lr_multiplier(step + 1), self._recovery.hold_steps
         self._emit(events.RolledBack, step, to_step, source, multiplier, hold, seconds)
@@ -319,8 +405,4 @@ class SafetyNet:
         self._lr = float(state["lr"])
         self._ring = BackupRing(clock=self._clock.monotonic)
         self._detector_then.clear()
-        self._step_began = None
-
-
-def _unproven(info: BackupInfo) -> bool:
-    return info.initial and info.status is not BackupStatus.VERIFIED
+        self._next_backup, self._scanned, self._step_began = 0, 0.0, None

@@ -31,6 +31,7 @@ class Saver:
         self._bus = bus
         self._saved_step = -1
         self._saved_epoch = -1
+        self._own: set[str] = set()  # the directory may hold another run's checkpoints too
         self._store: CheckpointStore | None = None
 
     @property
@@ -86,6 +87,7 @@ class Saver:
             # A failing disk is asked again at the next cadence, not at every step.
             self._saved_step = step
             self._saved_epoch = -1 if finished_epoch is None else finished_epoch
+        self._own.add(saved.path.name)
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
         for problem in saved.problems:
             self._bus.emit(events.Notice, step, problem, "warning")
@@ -109,17 +111,15 @@ class Saver:
             step: Checkpoints of this step and later ones do not count.
             passed_over: How many of the newest not to return.
         """
-        if self._saved_step < 0 or self._args.config.checkpoint_dir is None:
+        if not self._own or self._args.save is None:
             return None
-        found = self.store.older_than(step)
-        for _ in range(passed_over):
-            if found is None:
-                break
-            found = self.store.older_than(found.step)
+        found = self.store.older_than(step, names=self._own, skip=passed_over)
         return None if found is None else (found.step, found.model_path)
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
         self._saved_step = loaded.step
         self._saved_epoch = -1 if finished_epoch is None else finished_epoch
+        path, directory = loaded.path.resolve(), self._args.config.checkpoint_dir
+        self._own = {path.name} if directory and path.parent == Path(directory).resolve() else set()
         self._bus.emit(events.CheckpointLoaded, loaded.step, str(loaded.path))

@@ -44,6 +44,7 @@ class TicketDesk:
         self._next_id = 0
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
+        self._outdated: set[int] = set()
 
     @property
     def open(self) -> int:
@@ -79,6 +80,7 @@ class TicketDesk:
     def issue(self, ticket: Ticket) -> Batch:
         """Hand a ticket out."""
         self._open[ticket.batch.id] = ticket
+        self._outdated.discard(ticket.batch.id)
         return ticket.batch
 
     def reissue(self) -> Ticket | None:
@@ -123,9 +125,14 @@ class TicketDesk:
             raise ProtocolError(f"batch id {batch.id} (step {batch.step}) is not open: it is another scheduler's")
         return ticket
 
-    def close(self, ticket: Ticket) -> None:
-        """Remove a reported ticket."""
+    def outdate(self) -> None:
+        """Mark the open tickets: the model was restored, they may have been trained on the one that is gone."""
+        self._outdated = set(self._open)
+
+    def close(self, ticket: Ticket) -> bool:
+        """Remove a reported ticket; return whether it was out when the model was restored."""
         del self._open[ticket.batch.id]
+        return ticket.batch.id in self._outdated
 
     def state_dict(self) -> dict[str, Any]:
         """Return all unreported batches, in order; they are issued again after a restore."""

@@ -55,6 +55,6 @@ def read_events(path: str | Path) -> Iterator[Event]:
                 return
             try:
                 event = from_json(json.loads(line))
-            except (ValueError, TypeError, AttributeError):  # no JSON, no event that we know, no object at all
+            except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or no event of ours
                 continue
             yield event

@@ -4,8 +4,11 @@ Each loss is compared with the recent accepted ones by median and MAD, which a f
 move (Hampel 1974, "The influence curve and its role in robust estimation"):
 
     l' = loss - b (expected loss of the batch - expected loss of all)    composition-corrected
-    s  = max(1.4826 MAD, 0.02 |m|, 1e-3 L0)                              m: median, L0: first level
+    s  = max(d, min((q90 - m) / 1.2816, 3 d), 0.02 |m|, 1e-3 L0)         d: 1.4826 MAD, m: median, L0: first level
     z  = (l' - m) / s                  a = (l' - m) / max(|m|, 2 s)      score and relative rise
+
+The 90% quantile is there because losses are skewed: in batches of one sample most are near zero and
+some are near the first loss, where the MAD sees next to no spread.
 
 `b`, the share of the expected excess that really shows in the losses, is a running regression slope
 within [0, 1] (see `windows.Composition`).
@@ -17,25 +20,33 @@ stay out of the window. One flag proves nothing: a spike is 2 hard flags in 3 st
 * a loss is flagged only where it rises above the second highest harmless outlier of the last 1024
   steps (one that was not followed by a fault within 8 steps);
 * where flags were harmless before, as many are asked for as independent ones at the observed rate
-  would reach with a probability of at most 2.5e-6 a step.
+  would reach with a probability of at most 2.5e-6 a step;
+* where the losses of the samples are known, an outlier that comes from an eighth of the batch or
+  less is suspect, but no proof: weights that are broken are so for all samples.
 
 What rises too slowly for the window, which follows it, is found as *drift*: the median of the last
 16 losses stays far above the best it has been, and above what it was before this rise began (256
-to 1024 steps ago), so that a loss that swings is left alone. NaN and infinity are faults from the first step on.
+to 1024 steps ago), so that a loss that swings is left alone. The rise must exceed the best level and
+the mean of its time, which is far above the median where a few losses are all that matters. NaN and infinity are faults from the first step on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from learnit_r8.errors import ConfigError
-from learnit_r8.stability.windows import Composition, HARMLESS_AFTER, HarmlessOutliers, PastHighs, SortedWindow
+from learnit_r8.stability.windows import HARMLESS_AFTER, Composition, HarmlessOutliers, PastHighs, SortedWindow
 from learnit_r8.types import Verdict
 
 _MAD_TO_STD = 1.4826  # of a normal distribution
+_NORMAL_Q90 = 1.2816  # standard deviations from the median to the 90% quantile
+_MOST_SKEW = 3.0  # times the MAD's: a loss that grows exponentially moves the quantile before it is flagged
 _RELATIVE_FLOOR = 0.02
 _LEVEL_FLOOR = 1e-3
 _TINY = 1e-30
@@ -45,6 +56,8 @@ _SOFT_MASK = (1 << _SOFT_SPAN) - 1
 _HARD_MASK = (1 << _HARD_SPAN) - 1
 _RATE_WEIGHT = 1 / 512
 _RATE_PRIOR = 5e-4
+_MEAN_WEIGHT, _MEAN_LIMIT = 1 / 64, 10.0  # of the mean loss; one loss counts for so many L0 at most
+_FEW = 8  # an outlier in this part of a batch or less says nothing of the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +118,13 @@ class Reading:
         verdict: CALM, SUSPECT, SPIKE, DRIFT or NONFINITE.
         score: z; NaN while the detector is not active.
         reason: One sentence; empty when calm.
+        few: SUSPECT only: the excess comes from a few samples of the batch, the others are as usual.
     """
 
     verdict: Verdict
     score: float
     reason: str = ""
+    few: bool = False
 
 
 class Detector:
@@ -131,11 +146,11 @@ class Detector:
         self._highs = PastHighs()
         self._composition = Composition()
         self._outliers = HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
-        self._first = self._first_level = math.nan
+        self._first = self._first_level = self._mean = math.nan
         self._relaxed_until = -1
         self._soft_bits = self._hard_bits = 0
         self._soft_rate = self._hard_rate = _RATE_PRIOR
-        self._best, self._best_scale = math.inf, 0.0
+        self._best, self._best_scale, self._best_mean = math.inf, 0.0, 0.0
         self._drift_onset = self._high_steps = 0
 
     @property
@@ -151,6 +166,7 @@ class Detector:
         expected_batch: float = math.nan,
         expected_all: float = math.nan,
         finite: bool = True,
+        bulk: Callable[[], float] | None = None,
     ) -> Reading:
         """Read the loss reported for one step.
 
@@ -161,6 +177,8 @@ class Detector:
                 not to be trusted yet.
             expected_all: The same for the whole data set.
             finite: False where a single sample's loss was not finite.
+            bulk: Returns the mean loss without the batch's few highest ones (see `bulk_mean`); asked
+                only about an outlier. None where the samples' losses are not known.
         """
         if not finite or not math.isfinite(loss):
             self._mark_suspect(step)
@@ -168,8 +186,11 @@ class Detector:
         excess = expected_batch - expected_all
         known = math.isfinite(excess)
         corrected = self._composition.correct(loss, excess) if known else loss
-        corrected = min(max(corrected, -_HUGE), _HUGE)
-        reading = self._judge(step, corrected) if self.active else self._learn(step, corrected)
+        # An easy batch whose loss is as usual is no fault: estimates may be wrong, above all after one.
+        corrected = min(max(min(corrected, loss), -_HUGE), _HUGE)
+        shift = corrected - loss
+        rest = None if bulk is None else lambda: bulk() + shift
+        reading = self._judge(step, corrected, rest) if self.active else self._learn(step, corrected)
         if known and reading.verdict is Verdict.CALM and abs(excess) < 1e75:
             self._composition.learn(loss, excess)
         return reading
@@ -181,6 +202,8 @@ class Detector:
             step: Global step at which it happens.
             why: For the reader of the calling code; not kept.
         """
+        if not self.active:  # nothing to compare with yet: this is the schedule's warm-up
+            return
         self._relaxed_until = step + self.settings.regime_steps
         self._reset_best()
 
@@ -200,7 +223,9 @@ class Detector:
                 only losses that were accepted.
         """
         if state is not None:
+            announced = self._relaxed_until
             self.load_state_dict(state)
+            self._relaxed_until = max(announced, self._relaxed_until)  # the learning rate does not go back
         self._recent.fill(())
         self._clear_flags()
 
@@ -243,13 +268,19 @@ class Detector:
         if self.active and math.isnan(self._first_level):
             median = self._window.median()
             self._first_level = max(abs(median), self._window.deviation(median), _TINY)
+            self._mean = median
         return Reading(Verdict.CALM, math.nan)
 
-    def _judge(self, step: int, loss: float) -> Reading:
+    def _judge(self, step: int, loss: float, rest: Callable[[], float] | None) -> Reading:
         settings = self.settings
         m = self._window.median()
+        spread = _MAD_TO_STD * self._window.deviation(m)
         s = max(
-            _MAD_TO_STD * self._window.deviation(m), _RELATIVE_FLOOR * abs(m), _LEVEL_FLOOR * self._first_level, _TINY
+            spread,
+            min((self._window.quantile(0.9) - m) / _NORMAL_Q90, _MOST_SKEW * spread),
+            _RELATIVE_FLOOR * abs(m),
+            _LEVEL_FLOOR * self._first_level,
+            _TINY,
         )
         rise = loss - m
         z = rise / s
@@ -261,7 +292,12 @@ class Detector:
         outlier = z > settings.soft_score * ease and a > settings.soft_rise * ease
         soft = outlier and rise > self._outliers.envelope
         self._outliers.shift(rise if outlier else 0.0)
+        self._mean += _MEAN_WEIGHT * (min(loss, abs(m) + _MEAN_LIMIT * self._first_level) - self._mean)
         hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
+        if soft and rest is not None and rest() - m <= max(settings.soft_score * s, settings.soft_rise * abs(m)) * ease:
+            self._shift_flags(soft=False, hard=False)
+            self._mark_suspect(step)
+            return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples", few=True)
         self._shift_flags(soft, hard)
         self._recent.push(loss)
         drifting = self._follow_level(step, s, ease)
@@ -303,11 +339,12 @@ class Detector:
         level = self._recent.median()
         self._highs.push(level)
         if level < self._best:
-            self._best, self._best_scale = level, s
+            self._best, self._best_scale, self._best_mean = level, s, self._mean
         margin = ease * max(
             settings.drift_rise * abs(self._best),
             settings.drift_score * self._best_scale,
             settings.drift_floor * self._first_level,
+            settings.drift_rise * min(self._best_mean, self._mean),  # the mean falls behind the first steep fall
         )
         rise = level - self._best
         if rise <= 0.25 * margin:
@@ -325,7 +362,7 @@ class Detector:
         self.first_suspect_step = None
 
     def _reset_best(self) -> None:
-        self._best, self._best_scale = math.inf, 0.0
+        self._best, self._best_scale, self._best_mean = math.inf, 0.0, 0.0
         self._drift_onset = self._high_steps = 0
 
 
@@ -334,6 +371,7 @@ _SCALARS: dict[str, Any] = {
     "first_suspect_step": None,
     "_first": math.nan,
     "_first_level": math.nan,
+    "_mean": math.nan,
     "_relaxed_until": -1,
     "_soft_bits": 0,
     "_hard_bits": 0,
@@ -341,9 +379,20 @@ _SCALARS: dict[str, Any] = {
     "_hard_rate": _RATE_PRIOR,
     "_best": math.inf,
     "_best_scale": 0.0,
+    "_best_mean": 0.0,
     "_drift_onset": 0,
     "_high_steps": 0,
 }
+
+
+def bulk_mean(losses: NDArray[Any]) -> float:
+    """Return the mean of a batch's losses without the highest eighth of them (at least one).
+
+    Args:
+        losses: One finite loss per sample, shape `[n]`, n >= 4.
+    """
+    kept = len(losses) - max(1, len(losses) // _FEW)
+    return float(np.partition(losses, kept - 1)[:kept].mean(dtype=np.float64))
 
 
 def _limits(span: int, least: int, chance: float) -> tuple[tuple[int, float], ...]:

@@ -7,7 +7,8 @@ another action. A signal is the detector's verdict on a loss, or a fact found on
 * SETTLED: long enough calm (16 losses in WARMUP, 8 in SUSPECT, the LR's hold in PROBATION).
 * RESTORED, RESTORE_FAILED: what the caller told.
 * UNRESTORABLE: there is nothing to restore from, or nobody to restore it.
-* LEVEL_HELD: the loss came back to the same finite level after two rollbacks, without growth.
+* LEVEL_HELD: the loss came back to the same finite level at once after two rollbacks, without
+  growth; or it drifts and nothing is left to try.
 * EXHAUSTED: the budget is spent.
 
 ROLLBACK is left within the step in which it is entered. After a rollback the LR is multiplied by
@@ -29,6 +30,10 @@ from numpy.typing import NDArray
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.stability.quarantine import Quarantine
 from learnit_r8.types import Verdict
+
+
+_PROMPT = 2
+"""Calm losses after a rollback, at most, where the loss has changed its level for good."""
 
 
 class Phase(StrEnum):
@@ -170,6 +175,9 @@ class Action:
     quarantine: tuple[int, ...] = ()
 
 
+_PLAIN = {kind: Action(kind) for kind in Kind}  # what nearly every step gets
+
+
 class Recovery:
     """The state machine of `TABLE` with its counters.
 
@@ -198,7 +206,8 @@ class Recovery:
         self._source, self._skip, self._attempts = "ram", 0, 0
         self._before_step: int | None = None
         self._factor = self._peak = 1.0
-        self._since = self._hold = self._triggers = 0
+        self._since = self._hold = self._triggers = self._calm_since_rollback = 0
+        self._drifting = self._callback_failed = False
 
     @property
     def backups_allowed(self) -> bool:
@@ -248,7 +257,10 @@ class Recovery:
             self._excesses = []
         if not can_restore:
             return self._unrestorable(verdict, loss)
+        self._drifting, self._callback_failed = verdict is Verdict.DRIFT, False
         excess = loss - self._level
+        if self._calm_since_rollback > _PROMPT:
+            self._excesses = []  # it took time to come back: it grows, however high it stood when it was noticed
         if verdict is not Verdict.NONFINITE and self._level_held(excess):
             self._excesses = []
             return self._move(Signal.LEVEL_HELD, "the loss came back to the same level after two rollbacks")
@@ -283,6 +295,7 @@ class Recovery:
             self._triggers, self._peak = 0, self._peak / 2
         self._since = step + 1 if resumes_at is None else resumes_at
         self._hold = max(self.settings.min_hold, 2 * (step - to_step))
+        self._calm_since_rollback = 0
 
     def restore_failed(self, step: int, reason: str, *, backup_id: int | None = None, empty: bool = False) -> Action:
         """Take note that the restore failed and say what to try next.
@@ -295,6 +308,7 @@ class Recovery:
             backup_id: Id of the RAM backup that was tried.
             empty: The action's source held nothing that could be tried.
         """
+        self._callback_failed |= not empty
         if not empty and self._attempts == 0:
             self._attempts = 1
             return self._restore(Signal.RESTORE_FAILED, f"{reason}; once more with a fresh copy")
@@ -306,6 +320,12 @@ class Recovery:
         elif empty:
             self._source = "disk"
         return self._restore(Signal.RESTORE_FAILED, reason, discard=backup_id)
+
+    def restore_abandoned(self) -> None:
+        """Take note that the restore was interrupted: the model is what the caller left it at."""
+        self._attempts = 0
+        if self.phase is Phase.ROLLBACK:
+            self._move(Signal.UNRESTORABLE)
 
     @property
     def hold_steps(self) -> int:
@@ -341,12 +361,13 @@ class Recovery:
         if move is None:
             raise ProtocolError(f"{signal} cannot happen in phase {self.phase}: report how the restore went first")
         self.phase = move.phase
-        return Action(move.kind, reason, **details)
+        return Action(move.kind, reason, **details) if reason or details else _PLAIN[move.kind]
 
     def _calm(self, step: int, loss: float) -> Action:
         action = self._move(Verdict.CALM)
         self._quarantine.calm()
         self._calm_run += 1
+        self._calm_since_rollback += 1
         self._uncounted, self._uncounted_losses = 0, []
         if math.isfinite(loss):
             self._level = loss if math.isnan(self._level) else self._level + (loss - self._level) / 16
@@ -371,6 +392,8 @@ class Recovery:
         return self._give_up(f"{limit} faulty losses in a row and nothing to restore from")
 
     def _give_up(self, reason: str) -> Action:
+        if self._drifting and not self._callback_failed:
+            return self._move(Signal.LEVEL_HELD, f"the drift comes back and cannot be undone: {reason}")
         ids = self.failing_batches[-1] if self.failing_batches else []
         shown = f"{ids[:32]}" + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
         return self._move(Signal.EXHAUSTED, f"{reason}; the last batch held the samples {shown}")
@@ -417,5 +440,5 @@ class Recovery:
 _SAVED = (
     "failing_batches", "_reports", "_calm_run", "_uncounted", "_rollbacks", "_excesses", "_uncounted_losses",
     "_used", "_backup_uses", "_last_resort", "_source", "_skip", "_attempts", "_before_step", "_factor",
-    "_peak", "_since", "_hold", "_triggers",
+    "_peak", "_since", "_hold", "_triggers", "_calm_since_rollback", "_drifting", "_callback_failed",
 )  # fmt: skip

@@ -43,6 +43,10 @@ class SortedWindow:
         values, half = self.values, len(self.values) // 2
         return values[half] if len(values) % 2 else 0.5 * (values[half - 1] + values[half])
 
+    def quantile(self, share: float) -> float:
+        """Return the value that this share of the others are below, not interpolated."""
+        return self.values[int(share * (len(self.values) - 1))]
+
     def deviation(self, centre: float) -> float:
         """Return the median distance from the centre, the upper one of an even number.
 
@@ -80,8 +84,7 @@ class Composition:
         """Return the loss without the part that the batch's composition explains."""
         if self.variance <= 0.0:
             return loss - excess
-        count = min(self.count, _SLOPE_MEMORY)
-        slope = (count * self.covariance / self.variance + 2.0) / (count + 2.0)
+        slope = (self.count * self.covariance / self.variance + 2.0) / (self.count + 2.0)
         return loss - min(1.0, max(0.0, slope)) * excess
 
     def learn(self, loss: float, excess: float) -> None:

@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+from learnit_r8.strategies.adaptive import Adaptive, AdaptiveBatchSampler
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make, names, register
+from learnit_r8.strategies.curriculum import Curriculum, CurriculumStrategy
+from learnit_r8.strategies.curriculum_scheduler import CurriculumScheduler
+from learnit_r8.strategies.infobatch import InfoBatch
+from learnit_r8.strategies.prioritized import Prioritized
 from learnit_r8.strategies.quadrant import Quadrant
+from learnit_r8.strategies.reward import RewardWeighted, RewardWeightedSampler
+from learnit_r8.strategies.spaced import ExponentialMovingStats, SpacedRepetition, SpacedRepetitionSampler
 from learnit_r8.strategies.uniform import Uniform
 
-__all__ = ["BatchRequest", "Draw", "Quadrant", "Strategy", "Uniform", "make", "names", "register"]
+__all__ = [
+    "Adaptive",
+    "AdaptiveBatchSampler",
+    "BatchRequest",
+    "Curriculum",
+    "CurriculumScheduler",
+    "CurriculumStrategy",
+    "Draw",
+    "ExponentialMovingStats",
+    "InfoBatch",
+    "Prioritized",
+    "Quadrant",
+    "RewardWeighted",
+    "RewardWeightedSampler",
+    "SpacedRepetition",
+    "SpacedRepetitionSampler",
+    "Strategy",
+    "Uniform",
+    "make",
+    "names",
+    "register",
+]

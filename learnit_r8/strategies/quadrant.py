@@ -30,9 +30,10 @@ class Quadrant(PlannedStrategy):
 
     def draw(self, request: BatchRequest) -> Indices:
         """Return the plan's next batch; on probation the stable samples come first."""
-        mean = request.catalog.mean_expected
-        if self._target_loss and self._plan is not None and not request.stable_only and not math.isnan(mean):
-            self._plan.steer(request.size, request.catalog.expected_of, mean, 0.1 * abs(mean))
+        if self._target_loss and self._plan is not None and not request.stable_only:
+            mean = request.catalog.mean_expected
+            if not math.isnan(mean):
+                self._plan.steer(request.size, request.catalog.expected_of, mean, 0.1 * abs(mean))
         return super().draw(request)
 
     def queues(self, request: BatchRequest) -> list[NDArray[np.uint32]]:

@@ -1,0 +1,189 @@
+"""`r8 watch | report | plot | demo | suspects | crash | doctor`: one function a command, its room loaded when it runs.
+
+Exit status: 0 done, 1 the doctor found something wrong, 2 a mistake in the command (one sentence says what to do),
+130 interrupted, 141 whoever read the output left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from learnit_r8._version import __version__
+from learnit_r8.clock import Clock
+from learnit_r8.errors import R8Error
+
+MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141
+_RUN_HELP = "the folder that the run got as log_dir"
+_SPEEDS = (0.01, 1000.0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one sentence, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status.
+
+    Args:
+        arguments: Those after the program's name; `sys.argv` when None.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_LEFT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (R8Error, OSError) as error:
+        print(f"r8 {options.command}: {_sentence(error)}", file=sys.stderr)
+        return MISTAKE
+    return int(status)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="r8", description="Look at runs of learnit::r8.")
+    parser.add_argument("--version", action="version", version=f"learnit_r8 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("watch", _watch, "show runs that train elsewhere, live, without touching them")
+    sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=f"{_RUN_HELP}; the first is shown, others overlaid")
+    once = sub.add_mutually_exclusive_group()
+    once.add_argument("--once", action="store_true", help="print one frame as text")
+    once.add_argument("--json", action="store_true", help="print the numbers")
+    sub.add_argument("--size", type=_size, metavar="WxH", help="size of the frame for --once, as 120x35")
+
+    sub = command("demo", _demo, "show a synthetic run with spikes, rollbacks and checkpoints")
+    sub.add_argument("--ui", default="auto", help="auto, curses, rich or log")
+    sub.add_argument(
+        "--speed", type=_number(*_SPEEDS), default=5.0, help="times faster than its own clock (%(default)g)"
+    )
+    sub.add_argument("--epochs", type=_whole(1), default=10, help="epochs of 400 steps of 50 ms (%(default)d)")
+    sub.add_argument("--seed", type=_whole(0), default=0)
+    sub.add_argument("--log-dir", type=Path, help="also write the event log there, for r8 watch")
+
+    sub = command("suspects", _suspects, "list the samples whose loss stays high: wrong labels, mostly")
+    sub.add_argument("folder", metavar="RUN_DIR", help=_RUN_HELP)
+    sub.add_argument("--top", type=_whole(1), default=50, help="how many (%(default)d)")
+    sub.add_argument("--csv", action="store_true", help="comma-separated, all digits")
+
+    sub = command("crash", _crash, "print the evidence that a diverged run left")
+    sub.add_argument("path", metavar="PATH", help="the bundle's folder, its crash.json, or the run's folder")
+    sub.add_argument("--all", action="store_true", help="all steps, ids and settings")
+
+    command("doctor", _doctor, "check the installation, the terminal, the folders, and a run of one second")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and 0 < int(width) <= 500 and 0 < int(height) <= 300):
+        raise argparse.ArgumentTypeError(f"give columns x rows up to 500x300, as 120x35, not {text!r}")
+    return int(width), int(height)
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"give a whole number >= {low}, not {text!r}")
+        return int(text)
+
+    return convert
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"give a number from {low:g} to {high:g}, not {text!r}")
+        return value
+
+    return convert
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from learnit_r8.watch import WatchedRun, find_run
+    from learnit_r8.watch.screen import frame, show
+
+    runs = [WatchedRun(find_run(folder)) for folder in options.runs]
+    clock = Clock()
+    if not (options.once or options.json):
+        show(runs, os.environ, clock.wall)
+        return 0
+    for run in runs:
+        run.read_all()
+    now = clock.wall()
+    if options.json:
+        numbers = [run.to_json(now) for run in runs]
+        print(json.dumps(numbers if len(numbers) > 1 else numbers[0], allow_nan=False, indent=1))
+    else:
+        width, height = options.size or shutil.get_terminal_size((120, 35))
+        print(_printable(frame(runs, width, height, now, os.environ)))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from learnit_r8.watch.demo import play
+
+    play(options.ui, options.speed, options.epochs, options.seed, options.log_dir, os.environ, Clock())
+    return 0
+
+
+def _suspects(options: argparse.Namespace) -> int:
+    from learnit_r8.report.suspects import as_csv, as_text, suspects
+    from learnit_r8.watch import find_run
+
+    found = suspects(find_run(options.folder), options.top)
+    print(as_csv(found) if options.csv else as_text(found))
+    return 0
+
+
+def _crash(options: argparse.Namespace) -> int:
+    from learnit_r8.report.crash import crash_text
+
+    print(_printable(crash_text(options.path, everything=options.all)))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from learnit_r8.report.doctor import as_text, examine
+
+    topic, wrong = "", 0
+    for finding in examine(Path.cwd(), os.environ, Clock()):
+        print(as_text(finding, topic), flush=True)
+        topic = finding.topic
+        wrong += finding.good is False
+    print(f"\n{'All is well.' if not wrong else f'{wrong} marked with ! need a look.'}")
+    return 1 if wrong else 0
+
+
+def _printable(text: str) -> str:
+    """Return text that standard output can take: a pipe in the C locale is ASCII."""
+    encoding = sys.stdout.encoding or "ascii"
+    return text.encode(encoding, "replace").decode(encoding)

@@ -1,0 +1,191 @@
+"""Data sets beyond one machine's memory: every rank owns a shard, and what it knows of its samples stays there.
+
+    scheduler = ShardedScheduler(len(my_shard), batch_size_of_a_rank, num_epochs=3, **rank_arguments())
+
+Sample ids are those of the rank's own shard. What R8Scheduler derives from the whole data set comes
+from sums: with each report the ranks exchange 11 numbers, from which all get the same verdict on
+the global mean loss, and so the same rollbacks and learning rates. Once an epoch they exchange
+1,024 quantiles of their losses, whose union gives the quartile edges of the whole (within 0.1% of
+the samples). Every batch is balanced over these quartiles as far as the shard has samples in them.
+
+Differences from a replicated plan: samples never change their rank, the shards have to be of one
+size, a run is resumed on the same number of ranks, losses are reported per sample, every rank
+writes its own checkpoints (give each its own `checkpoint_dir`), and ties at a quartile edge are not
+split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.catalog import LossCatalog, QuadrantTable, Rows
+from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.loop.arguments import Arguments
+from learnit_r8.loop.losses import Reported
+from learnit_r8.loop.ranks import Ranks
+from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.types import Indices, Losses, Mask
+
+__all__ = ["ShardedScheduler"]
+
+Gather = Callable[[NDArray[Any]], NDArray[Any]]
+
+QUANTILES = 1024
+_SKETCHED = 1 << 18
+"""At most so many of a shard's losses are sorted for its quantiles; 64 shards then stand for 16 million."""
+
+
+class ShardedCatalog(LossCatalog):
+    """One shard's catalog, which answers for the whole data set where a mean is asked for.
+
+    Args:
+        num_samples: Size of the shard.
+        all_gather: As for `R8Scheduler`.
+    """
+
+    def __init__(self, num_samples: int, all_gather: Gather) -> None:
+        super().__init__(num_samples)
+        self._gather = all_gather
+        self._expected = math.nan
+        self._mean = math.nan
+        self._complete = False
+
+    def sums(self, rows: Rows) -> tuple[float, float, float]:
+        """Return (expected loss of a batch's samples, sum over the shard, samples seen); 0 while unknown."""
+        expected = 0.0 if math.isnan(rows.expected) else rows.expected * len(rows.indices)
+        return expected, self._sum, float(self._num_seen)
+
+    def agree(self, expected: float, mean: float, *, complete: bool) -> None:
+        """Take what all ranks have found together."""
+        self._expected, self._mean, self._complete = expected, mean, complete
+
+    def look_up(self, indices: Indices) -> Rows:
+        """Return the rows of this rank's batch, and the expected loss of the global one."""
+        return super().look_up(indices)._replace(expected=self._expected)
+
+    def look_up_here(self, indices: Indices) -> Rows:
+        """Return the rows of this rank's batch, and its own expected loss."""
+        return super().look_up(indices)
+
+    @property
+    def mean_expected(self) -> float:
+        """Mean of the expected loss over all ranks' samples that were seen."""
+        return self._mean
+
+    @property
+    def num_seen(self) -> int:
+        """Number of this shard's samples with a report; one less while another shard is not complete."""
+        return min(self._num_seen, self.num_samples - (not self._complete))
+
+    def refresh_quadrants(
+        self, rng: np.random.Generator, excluded: Mask | None = None, edges: Losses | None = None
+    ) -> QuadrantTable | None:
+        """Set the quartile edges of the whole data set; see `LossCatalog.refresh_quadrants`."""
+        losses = self._rows["estimate"][self._rows["uses"] > 0]
+        if len(losses) > _SKETCHED:
+            losses = losses[rng.integers(0, len(losses), _SKETCHED)]
+        mine = np.empty(0)
+        if len(losses):
+            losses = np.sort(losses)
+            mine = losses[(np.arange(QUANTILES) * len(losses) + len(losses) // 2) // QUANTILES].astype(np.float64)
+        everyone = np.sort(np.asarray(self._gather(mine), np.float64))
+        if not len(everyone):
+            return None
+        quartiles = everyone[np.arange(1, 4) * len(everyone) // 4 - 1].astype(np.float32)
+        return super().refresh_quadrants(rng, excluded, quartiles)
+
+
+class ShardedRanks(Ranks):
+    """Ranks with batches, and checkpoints, of their own."""
+
+    def __init__(self, rank: int, world_size: int, all_gather: Gather, args: Arguments) -> None:
+        plan = f"{args.config.num_samples} {args.config.batch_size} {args.config.strategy}"
+        super().__init__(rank, world_size, all_gather, args.clock, plan)
+        self.writes = self.exchanges = True
+
+    def cut(self, size: int) -> slice:
+        """Return all of the batch: it is this rank's own."""
+        return slice(0, size)
+
+
+class ShardedScheduler(R8Scheduler):
+    """`R8Scheduler` over one rank's shard, in step with the other ranks.
+
+    Args:
+        num_samples: Size of this rank's shard, the same on all ranks.
+        batch_size: Samples a step of this rank.
+        rank: From 0.
+        world_size: Number of ranks.
+        all_gather: See `learnit_r8.integrations.distributed`.
+        seed: The same on all ranks; each draws its own random numbers.
+        **options: As for `R8Scheduler`.
+
+    Raises:
+        ConfigError: Bad arguments, or shards of different sizes.
+    """
+
+    _catalog: ShardedCatalog
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        all_gather: Gather | None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self._shard = (rank, world_size, all_gather or np.asarray)
+        if isinstance(seed, int):
+            seed = seed % (1 << 64) | (rank + 1) << 64  # the same again where a checkpoint's seed is given
+        super().__init__(num_samples, batch_size, seed=seed, **options)
+        sizes = np.asarray(self._shard[2](np.array([num_samples, batch_size], np.float64))).reshape(-1, 2)
+        if len(sizes) != world_size or (sizes != sizes[0]).any():
+            raise ConfigError(
+                [f"shards and batches must be of one size on all ranks, got {sizes.astype(int).tolist()}"]
+            )
+
+    @classmethod
+    def resume_from_checkpoint(cls, *args: Any, **new_goals: Any) -> ShardedScheduler:
+        """As `R8Scheduler.resume_from_checkpoint`; give `rank`, `world_size` and `all_gather` again."""
+        return super().resume_from_checkpoint(*args, **new_goals)
+
+    def _make_ranks(self, args: Arguments) -> Ranks:
+        return ShardedRanks(*self._shard, args)
+
+    def _make_catalog(self, num_samples: int) -> LossCatalog:
+        return ShardedCatalog(num_samples, self._shard[2])
+
+    def _gather(self, reported: Reported, indices: NDArray[np.int64]) -> Reported:
+        if reported.values is None:
+            raise ProtocolError("a sharded run needs one loss per sample: report the array, not its mean")
+        rows = self._catalog.look_up_here(indices)
+        size = len(indices)
+        mine = np.array([reported.mean * size, size, not reported.finite, *self._catalog.sums(rows)])
+        _, everyone = self._ranks.exchange(mine, len(mine), b"", self._global_step, self._interrupts.pending)
+        self._heed()
+        total, count, bad, expected, known, seen = everyone.reshape(-1, len(mine)).sum(axis=0)
+        complete = bool((everyone.reshape(-1, len(mine))[:, 5] == self._catalog.num_samples).all())
+        self._catalog.agree(expected / count, known / seen if seen else math.nan, complete=complete)
+        return Reported(reported.values, float(total / count), not bad)
+
+    def _start_epoch(self) -> None:
+        super()._start_epoch()
+        self._agree_on_batches()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As `R8Scheduler.load_state_dict`, on all ranks together."""
+        super().load_state_dict(state)
+        self._agree_on_batches()
+
+    def _agree_on_batches(self) -> None:
+        # Samples in quarantine, or left out by a strategy, differ by shard; the number of steps must not.
+        batches = np.asarray(self._shard[2](np.array([self._chooser.batches], np.float64)))
+        self._chooser.batches = int(batches.min())

@@ -1,0 +1,422 @@
+"""Which samples are wrong rather than hard, from their losses alone.
+
+A network that has learned the rule of a data set contradicts a wrong label with confidence: the
+label's loss is then above that of a model that knows nothing, while a sample that is merely hard,
+or rare, falls below it once it or its kin were trained on. So every loss is measured in units of
+the untrained model's loss (ln K for K balanced classes), and two questions are asked:
+
+* **Who?** The mean of all losses reported so far splits the samples into two groups; the cut lies
+  half-way between their medians (within `_CUT` times the untrained loss).
+* **Wrong or rare?** The gate. Suspects whose latest losses have fallen below `_TRY` times the
+  untrained loss are being learned, and nothing happens. Otherwise a trial: for two epochs half of
+  the candidates are left out in turn. A loss reported right after that is a held-out one; only
+  where the suspects' mean held-out loss is above the untrained loss does the gate open.
+
+Behind the gate ("cap") a suspect is drawn in every tenth epoch, in rotation, and each return is a
+further held-out look: what has fallen is released. From the middle of the budget on suspects stay
+out: a tenth of the rate until the end still lets a network memorise much of what is wrong.
+
+The published relatives train two networks (DivideMix, Li et al. 2020) or weigh the loss (Arazo et
+al. 2019, "Unsupervised label noise modeling and loss correction"); here only draws change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.catalog import LossCatalog
+from learnit_r8.types import Indices, Losses, Mask
+
+START = 0.2
+"""Share of the budget before which nobody is suspected: the losses do not tell yet."""
+
+START_ATTRIBUTED = 0.5
+"""The same where one loss a batch is reported: estimates of single samples take many epochs."""
+
+_RATE, _UNTIL = 0.1, 0.5
+"""Rate at which suspects are drawn, and the share of the budget after which it is zero."""
+_TRY, _OPEN = 0.9, 1.0
+"""Suspects' mean loss, in untrained losses, from which a trial is made and the gate opens."""
+_CUT = (0.6, 1.0)
+"""Range of the cut between suspects and the others, in untrained losses."""
+_OPEN_ATTRIBUTED, _CUT_ATTRIBUTED = 0.5, (0.3, 1.0)
+"""The same for estimates from batch losses, which lie nearer together; there is no trial."""
+_CANDIDATE = 0.6
+"""Mean loss, in untrained losses, from which a sample takes part in the trial."""
+_MIN_USES, _MIN_USES_GROUPED = 5, 3
+"""Times that samples were trained on, on average, before a trial: until then rare ones were hardly seen."""
+_SEEKING = 0.5
+"""Under a strategy that seeks high losses also samples above this share of the cut are left out,
+without being called suspects, and suspects at once for good: it finds every wrong one that is left."""
+_LOOK = 0.3
+"""Weight of the held-out looks in a sample's score, beside its mean loss."""
+_MIN_GROUP = 20
+"""A class with fewer samples has too few kin to tell by; the guard leaves it alone."""
+_MOST = 0.5
+"""More suspects than this share of the data set are none."""
+_FIRST_STEPS = 8
+"""Steps whose losses count as the untrained model's."""
+_NAMED = 100
+"""Suspects that a report lists."""
+
+Scores = NDArray[np.float32]
+
+
+class Stage(StrEnum):
+    """Where the guard stands."""
+
+    WATCHING = "watching"
+    TRIAL_1 = "trial, first half"
+    TRIAL_2 = "trial, second half"
+    OPEN = "open"
+    SHUT = "shut"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GuardReport:
+    """What a refit found.
+
+    Attributes:
+        indices: Suspects, worst first, int64; the first hundred of them.
+        losses: Their scores, float32.
+        count: How many there are.
+        changed: The set of suspects is another than after the last refit.
+        decision: What was decided about the gate, or "" when it stays as it was.
+        reason: Why.
+        figure: The suspects' loss in untrained losses that decided it.
+    """
+
+    indices: Indices
+    losses: Losses
+    count: int
+    changed: bool
+    decision: str
+    reason: str
+    figure: float
+
+
+class NoiseGuard:
+    """Names wrong samples and keeps them out of epochs.
+
+    It owns 4 bytes a sample from the trial on, one before it.
+
+    Args:
+        mode: "off"; "report": name suspects, change nothing; "cap": also leave them out.
+        num_samples: Size N of the data set.
+        groups: Class of each sample, int `[N]`: losses are then compared within classes, and
+            classes of fewer than 20 samples are left alone.
+        seeking: The strategy draws samples of high loss more often than others.
+
+    Attributes:
+        untrained: Loss of a model that knows nothing; NaN until the first epoch has ended.
+    """
+
+    def __init__(
+        self, mode: str, num_samples: int, groups: NDArray[np.integer[Any]] | None = None, *, seeking: bool = False
+    ) -> None:
+        self.mode = mode
+        self._seeking = seeking
+        self.num_samples = num_samples
+        self.untrained = math.nan
+        self._classes = None if groups is None else _Classes(groups)
+        self._stage = Stage.WATCHING
+        self._suspect = np.zeros(num_samples, np.bool_)
+        self._doubtful: Mask | None = None  # the suspects, and with `seeking` those that come near
+        self._candidate: Mask | None = None
+        self._phase: NDArray[np.uint8] | None = None
+        self._held: NDArray[np.float16] | None = None
+        self._turn = 0.0
+        self._excluded: Mask | None = None
+        self._returned: tuple[Indices, NDArray[np.float64], NDArray[np.uint32]] | None = None
+
+    @property
+    def flagged(self) -> Mask:
+        """The current suspects, bool `[N]`, read-only."""
+        view = self._suspect.view()
+        view.flags.writeable = False
+        return view
+
+    def undecided(self, progress: float) -> bool:
+        """Whether every sample should be drawn alike for now: "cap" has yet to judge them.
+
+        A strategy that seeks high losses would teach the model the wrong labels before they can
+        be told from hard ones.
+        """
+        early = progress < START - 1e-9
+        return self.mode == "cap" and (early or self._stage in (Stage.TRIAL_1, Stage.TRIAL_2))
+
+    def suspects(self, catalog: LossCatalog, k: int) -> Indices:
+        """Return the k samples that look most wrong, worst first, flagged or not."""
+        return _largest(np.where(catalog.uses > 0, self._scores(catalog), -np.inf), min(k, catalog.num_seen))
+
+    # The loop calls these -----------------------------------------------------------------
+
+    def start_epoch(self, catalog: LossCatalog, progress: float, rng: np.random.Generator) -> Mask | None:
+        """Return the samples to leave out of this epoch, bool `[N]`, or None.
+
+        Args:
+            catalog: The losses so far.
+            progress: Share of the budget that is spent.
+            rng: For this epoch's random choices.
+        """
+        if self.mode != "cap":
+            return None
+        before, self._excluded = self._excluded, self._choose(progress, rng)
+        self._returned = None
+        if before is not None:
+            ids = np.flatnonzero(before if self._excluded is None else before & ~self._excluded)
+            uses = catalog.uses[ids]
+            self._returned = ids, catalog.mean_loss[ids].astype(np.float64) * uses, uses
+        return self._excluded
+
+    def _choose(self, progress: float, rng: np.random.Generator) -> Mask | None:
+        if self._stage in (Stage.WATCHING, Stage.SHUT):
+            return None
+        if self._phase is None:
+            self._phase = rng.integers(0, 256, self.num_samples, np.uint8)
+        if self._stage in (Stage.TRIAL_1, Stage.TRIAL_2):
+            assert self._candidate is not None
+            mask = self._candidate & (self._phase % 2 == (self._stage is Stage.TRIAL_2))
+        else:
+            rate = _RATE if progress < _UNTIL and not self._seeking else 0.0
+            turns = self._phase.astype(np.float32) / 256 + np.float32(self._turn % 1)
+            self._turn += rate
+            doubtful = self._suspect if self._doubtful is None else self._doubtful
+            mask = doubtful & (np.floor(turns + np.float32(rate)) == np.floor(turns))
+            if self._candidate is not None:  # the second half of the trial is looked at now
+                mask &= self._phase % 2 == 0
+                self._candidate = None
+        return mask if mask.any() else None
+
+    def end_epoch(self, catalog: LossCatalog, progress: float) -> GuardReport | None:
+        """Take an epoch's losses and think again; None while there is nothing to say.
+
+        Args:
+            catalog: The losses so far.
+            progress: Share of the budget that is spent.
+        """
+        if self.mode == "off":
+            return None
+        if not catalog.attributed:
+            self._look(catalog)
+        if math.isnan(self.untrained):
+            self.untrained = self._untrained(catalog)
+        start, cuts = (START_ATTRIBUTED, _CUT_ATTRIBUTED) if catalog.attributed else (START, _CUT)
+        if progress < start - 1e-9 or not self.untrained > 0:
+            return None
+        scores = self._scores(catalog)
+        judged = catalog.uses > 0
+        if self._classes is not None:
+            judged &= self._classes.large
+        cut = half_way(scores[judged], cuts[0] * self.untrained, cuts[1] * self.untrained)
+        found = self._above(cut, scores, judged)
+        decision, reason, figure = self._decide(catalog, progress, found, scores, judged)
+        if self._stage is not Stage.OPEN:
+            found = np.zeros_like(found)
+        elif self._seeking:
+            self._doubtful = found | self._above(_SEEKING * cut, scores, judged)
+        changed = bool(np.any(found != self._suspect))
+        self._suspect = found
+        if not changed and not decision:
+            return None
+        count = int(np.count_nonzero(found))
+        worst = _largest(np.where(found, scores, -np.inf), min(count, _NAMED))
+        return GuardReport(worst, scores[worst], count, changed, decision, reason, figure)
+
+    # How it decides -----------------------------------------------------------------------
+
+    def _look(self, catalog: LossCatalog) -> None:
+        """Note the losses of samples that came back after being left out: they are held-out ones."""
+        if self._returned is None:
+            return
+        ids, total, uses = self._returned
+        self._returned = None
+        times = catalog.uses[ids].astype(np.int64) - uses
+        seen = times > 0  # fewer uses than before: a rollback took some back
+        ids, total, uses, times = ids[seen], total[seen], uses[seen], times[seen]
+        losses = (catalog.mean_loss[ids] * (uses + times).astype(np.float64) - total) / times
+        if self._held is None:
+            self._held = np.full(self.num_samples, np.nan, np.float16)
+        held = self._held[ids].astype(np.float64)
+        mixed = np.where(np.isnan(held), losses, (held + losses) / 2)
+        self._held[ids] = np.clip(mixed, -6e4, 6e4).astype(np.float16)
+
+    def _untrained(self, catalog: LossCatalog) -> float:
+        """Return the loss of a model that knows nothing, or NaN while nothing was seen.
+
+        That is the entropy of the classes where they are known. Else the mean loss of the first
+        steps, less what an initialisation with large outputs adds to it: for logits ~ N(0, s^2) the
+        loss has mean about ln K + s^2 / 2 and variance about s^2.
+        """
+        first = (catalog.uses == 1) & (catalog.last_seen < _FIRST_STEPS)
+        if not first.any():
+            return math.nan
+        losses = catalog.mean_loss[first].astype(np.float64)
+        mean, variance = float(losses.mean()), 0.0 if catalog.attributed else float(losses.var())
+        if self._classes is not None and mean < 4 * self._classes.entropy:
+            return self._classes.entropy  # right for a model that was trained before, too
+        return max(mean - variance / 2, 0.75 * mean)
+
+    def _scores(self, catalog: LossCatalog) -> Scores:
+        """Return how wrong each sample looks, in units of the loss, float32 `[N]`."""
+        scores = np.array(catalog.expected_loss if catalog.attributed else catalog.mean_loss, np.float32)
+        if self._classes is not None:
+            scores -= self._classes.excess(scores)
+        if self._held is not None:
+            scores = np.where(np.isnan(self._held), scores, (1 - _LOOK) * scores + _LOOK * self._held)
+        return scores
+
+    def _above(self, cut: float, scores: Scores, judged: Mask) -> Mask:
+        """Return the samples above a cut, bool `[N]`; none where they are most of the data set."""
+        found: Mask = (scores > cut) & judged
+        return found if np.count_nonzero(found) <= _MOST * self.num_samples else np.zeros_like(found)
+
+    def _decide(
+        self, catalog: LossCatalog, progress: float, found: Mask, scores: Scores, judged: Mask
+    ) -> tuple[str, str, float]:
+        """Move to the next stage; return the decision about the gate, why, and the figure."""
+        if self._stage is Stage.TRIAL_1:
+            self._stage = Stage.TRIAL_2
+            return "", "", math.nan
+        looked = found if self._held is None else found & ~np.isnan(self._held)
+        if self._stage is Stage.TRIAL_2:
+            losses = np.empty(0) if self._held is None else self._held[looked].astype(np.float64)
+            level = float(np.mean(losses)) / self.untrained if len(losses) else 0.0
+            self._stage = Stage.OPEN if level > _OPEN else Stage.SHUT
+            if self._stage is Stage.OPEN:
+                return "noise guard open", f"left out, suspects have {level:.2f} of the untrained loss", level
+            return "noise guard shut", f"suspects were rare or hard: left out, they fell to {level:.2f}", level
+        if self._stage is Stage.WATCHING and found.any():
+            level = float(np.mean(catalog.expected_loss[found], dtype=np.float64)) / self.untrained
+            why = f"suspects' loss stays at {level:.2f} of the untrained one"
+            if self.mode == "cap" and not catalog.attributed:
+                times = _MIN_USES if self._classes is None else _MIN_USES_GROUPED
+                if level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= times:
+                    self._stage = Stage.TRIAL_1
+                    self._candidate = judged & (scores > _CANDIDATE * self.untrained)
+                    return "noise trial", why, level
+            elif level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN):
+                self._stage = Stage.OPEN
+                return "noise guard open" if self.mode == "cap" else "suspects named", why, level
+        return "", "", math.nan
+
+    # State --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything; arrays and JSON scalars."""
+        ids, total, uses = self._returned or (None, None, None)
+        return {
+            "untrained": None if math.isnan(self.untrained) else self.untrained,
+            "stage": self._stage.value,
+            "turn": self._turn,
+            "suspect": _pack(self._suspect),
+            "doubtful": _pack(self._doubtful),
+            "candidate": _pack(self._candidate),
+            "excluded": _pack(self._excluded),
+            "phase": None if self._phase is None else self._phase.copy(),
+            "held": None if self._held is None else self._held.copy(),
+            "returned": None if ids is None else {"ids": ids, "total": total, "uses": uses},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        n = self.num_samples
+        suspect = _unpack(state["suspect"], n)
+        assert suspect is not None
+        self.untrained = math.nan if state["untrained"] is None else float(state["untrained"])
+        self._stage, self._turn = Stage(state["stage"]), float(state["turn"])
+        self._suspect, self._candidate = suspect, _unpack(state["candidate"], n)
+        self._doubtful = _unpack(state["doubtful"], n)
+        self._excluded = _unpack(state["excluded"], n)
+        self._phase = None if state["phase"] is None else np.array(state["phase"], np.uint8)
+        self._held = None if state["held"] is None else np.array(state["held"], np.float16)
+        back = state["returned"]
+        self._returned = (
+            None
+            if back is None
+            else (
+                np.array(back["ids"], np.int64),
+                np.array(back["total"], np.float64),
+                np.array(back["uses"], np.uint32),
+            )
+        )
+
+
+class _Classes:
+    """Samples by class.
+
+    Args:
+        groups: Class of each sample, `[N]`.
+    """
+
+    def __init__(self, groups: NDArray[np.integer[Any]]) -> None:
+        _, self._of = np.unique(groups, return_inverse=True)
+        counts = np.bincount(self._of)
+        self._ends = np.cumsum(counts)
+        self._middles = self._ends - counts + counts // 2
+        self.large: Mask = (counts >= _MIN_GROUP)[self._of]
+        shares = counts / len(self._of)
+        self.entropy = -float(np.sum(shares * np.log(shares)))
+
+    def excess(self, losses: Scores) -> Scores:
+        """Return by how much the median loss of each sample's class exceeds the median class's, `[N]`."""
+        medians = losses[np.lexsort((losses, self._of))][self._middles]
+        excess: Scores = np.maximum(medians - np.median(medians), 0).astype(np.float32)
+        return excess[self._of]
+
+
+def half_way(losses: Scores, low: float, high: float) -> float:
+    """Return the cut half-way between the medians of the losses below and above it.
+
+    Medians, not the means of 2-means clustering: the wrong samples' losses have a long tail that
+    would draw the cut up.
+
+    Args:
+        losses: Shape `[n]`.
+        low: The cut is at least this.
+        high: And at most this, where the search starts.
+    """
+    ordered = np.sort(losses[:: 1 + len(losses) // _SORTED])
+    cut = high
+    for _ in range(50):
+        below = int(np.searchsorted(ordered, cut, "right"))
+        if below in (0, len(ordered)):
+            break
+        middle = (float(ordered[below // 2]) + float(ordered[(below + len(ordered)) // 2])) / 2
+        before, cut = cut, min(max(middle, low), high)
+        if cut == before:
+            break
+    return cut
+
+
+_SORTED = 1 << 20
+"""The cut is found on about this many samples at most."""
+
+
+def either(one: Mask | None, other: Mask | None) -> Mask | None:
+    """Return the samples that one of two masks leaves out, or None where neither leaves out any."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
+def _largest(scores: Scores, k: int) -> Indices:
+    if k <= 0:
+        return np.empty(0, np.int64)
+    worst = np.argpartition(scores, -k)[-k:]
+    return worst[np.argsort(-scores[worst], kind="stable")]
+
+
+def _pack(mask: Mask | None) -> NDArray[np.uint8] | None:
+    return None if mask is None else np.packbits(mask)
+
+
+def _unpack(bits: Any, count: int) -> Mask | None:
+    return None if bits is None else np.unpackbits(np.asarray(bits, np.uint8), count=count).astype(np.bool_)

@@ -1,0 +1,420 @@
+"""Replay by spaced repetition: what was recalled well waits longer, what is unusual comes sooner."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from learnit_r8.errors import CheckpointError, ConfigError
+from learnit_r8.replay.diversity import EmbeddingSpread
+from learnit_r8.replay.storage import as_array
+from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.types import Indices
+
+Filter = Callable[[Any, NDArray[np.float32], float], bool]
+
+_EASIEST, _HARDEST, _FIRST = 2.5, 1.3, 2.0
+_EASIER, _HARDER = 0.1, -0.2
+_BOOST = 1.0
+"""Added to the diversity of an experience that is flagged divergent: as much as the spread of all."""
+_EVICTIONS = ("fifo", "mastered", "reservoir")
+_COLUMNS = {
+    "serial": np.int64,  # number of the add; tells an item from its slot's next tenant
+    "variance": np.float64,
+    "interval": np.float64,
+    "easiness": np.float64,
+    "last_review": np.float64,
+    "boost": np.float64,
+    "recalls": np.int64,
+    "recall_mean": np.float64,
+    "recall_squares": np.float64,  # sum of squared deviations from the mean (Welford 1962)
+    "spare": np.float64,  # diversity at the last review if mastered, else infinity: the smallest goes first
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayItem:
+    """One experience as it stood when it was handed out. `item["easiness"]` works too.
+
+    Attributes:
+        experience: What was added.
+        embedding: float32, shape `[d]`.
+        variance: Variance of its rewards.
+        interval: Steps between two reviews.
+        easiness: 1.3 (hard) to 2.5 (easy).
+        last_review: Step of the last review; 0 before the first.
+        serial: Its number among all that were ever added.
+        slot: Where the buffer keeps it.
+    """
+
+    experience: Any
+    embedding: NDArray[np.float32]
+    variance: float
+    interval: float
+    easiness: float
+    last_review: float
+    serial: int
+    slot: int
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__slots__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+class HybridSRLReplayBuffer:
+    """Experiences on a review schedule, shortened for those that differ from the rest.
+
+    An experience is due when `step >= last_review + interval`; harder ones come first. Its
+    diversity is `beta * variance + (1 - beta) * d`, d being its embedding's distance to the
+    centroid over the spread of the distances (see `EmbeddingSpread`). After a replay:
+
+    * recall score >= mastery_threshold: easiness = min(easiness + 0.1, 2.5),
+      base = interval * multiplier * (easiness - 1);
+    * else: easiness = max(easiness - 0.2, 1.3), base = 1;
+    * interval = base / (1 + alpha * diversity).
+
+    The diversity bonus is that of exploratory iteration (arXiv 2509.04575). `eviction`,
+    `epsilon`, `uncertainty`, `filters`, `clusters` and `asynchronous` go beyond the published
+    buffer; at their defaults it behaves as published.
+
+    Args:
+        capacity: Number of experiences held, at least 1.
+        mastery_threshold: Recall score from which a replay counts as a success.
+        initial_interval: Interval of a new experience, in steps, above 0.
+        multiplier: Growth of intervals, above 0.
+        alpha: How much diversity shortens intervals, at least 0.
+        beta: Share of the variance in the diversity, 0 to 1.
+        eviction: "fifo": a full buffer drops the oldest. "mastered": it drops, of those that
+            were recalled well the last time, the least diverse; the oldest where there is none.
+            "reservoir": a new experience takes a random one's place, ever less often, so that
+            all that were ever added are as likely to be held (Vitter 1985, algorithm R).
+        epsilon: Probability that a new experience is flagged divergent, which adds 1 to its
+            diversity until its first review.
+        seed: Of that flag and of the clusters.
+        uncertainty: A score must pass the threshold by this many standard deviations of the
+            experience's scores so far, so that a noisy recall takes more to count as mastery.
+        filters: Called as `filter(experience, embedding, variance)`; one False refuses it.
+        clusters: Number of k-means clusters: beyond `cluster_above` experiences d is the
+            distance to the nearest cluster's centre. Needs scikit-learn.
+        cluster_above: See `clusters`.
+        asynchronous: `update_after_replay` returns at once and a thread does the work;
+            sampling never waits for it. Order of effects is then a matter of timing: `flush`
+            waits for all.
+
+    Raises:
+        ConfigError: Lists every bad argument.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        mastery_threshold: float = 0.9,
+        initial_interval: float = 1.0,
+        multiplier: float = 1.5,
+        alpha: float = 1.0,
+        beta: float = 0.5,
+        eviction: str = "fifo",
+        epsilon: float = 0.0,
+        seed: int = 0,
+        *,
+        uncertainty: float = 0.0,
+        filters: Sequence[Filter] = (),
+        clusters: int | None = None,
+        cluster_above: int = 50_000,
+        asynchronous: bool = False,
+    ) -> None:
+        ints = {"capacity": (capacity, 1), "seed": (seed, 0), "cluster_above": (cluster_above, 0)}
+        ints |= {} if clusters is None else {"clusters": (clusters, 2)}
+        limits = {
+            "mastery_threshold": (mastery_threshold, -math.inf, math.inf),
+            "initial_interval": (initial_interval, 0.0, math.inf),
+            "multiplier": (multiplier, 0.0, math.inf),
+            "alpha": (alpha, 0.0, math.inf),
+            "beta": (beta, 0.0, 1.0),
+            "epsilon": (epsilon, 0.0, 1.0),
+            "uncertainty": (uncertainty, 0.0, math.inf),
+        }
+        problems = _problems(ints, limits)
+        if eviction not in _EVICTIONS:
+            problems.append(f"eviction must be one of {_EVICTIONS}, got {eviction!r}")
+        if problems:
+            raise ConfigError(problems)
+        self.capacity, self.mastery_threshold, self.initial_interval = (
+            int(capacity),
+            mastery_threshold,
+            initial_interval,
+        )
+        self.multiplier, self.alpha, self.beta, self.uncertainty = multiplier, alpha, beta, uncertainty
+        self.eviction, self.epsilon, self.seed = eviction, epsilon, int(seed)
+        self.refused = 0
+        """Number of experiences that a filter refused."""
+        self._filters = tuple(filters)
+        self._streams = RandomStreams(self.seed)
+        self._spread = EmbeddingSpread(self.capacity, clusters, cluster_above, self.seed)
+        self._columns = {name: np.zeros(self.capacity, dtype) for name, dtype in _COLUMNS.items()}
+        self._experiences: list[Any] = []
+        self._added = 0
+        self._lock = threading.Lock()
+        self._worker = ThreadPoolExecutor(1, "replay-updates") if asynchronous else None
+        self._jobs: list[Future[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._experiences)
+
+    def add(
+        self,
+        experience: Any,
+        embedding: Any,
+        variance: float = 0.0,
+        *,
+        step: float = 0.0,
+        divergent: bool | None = None,
+    ) -> bool:
+        """Add one experience, dropping another where the buffer is full.
+
+        Args:
+            experience: Anything.
+            embedding: List, array or tensor, shape `[d]`; d is that of the first.
+            variance: Variance of its rewards, at least 0.
+            step: Counts as its last review. At 0 it is due at once.
+            divergent: Flag it as divergent or not; None leaves that to chance (`epsilon`).
+
+        Returns:
+            False where a filter refused it, or the reservoir passed it over.
+
+        Raises:
+            ValueError: Bad embedding or variance. Nothing is changed.
+        """
+        vector = self._spread.checked(embedding)
+        variance = float(variance)
+        if not 0.0 <= variance < math.inf:
+            raise ValueError(f"variance must be finite and at least 0, got {variance!r}")
+        if not all(keep(experience, vector, variance) for keep in self._filters):
+            self.refused += 1
+            return False
+        with self._lock:
+            rng = self._streams.at(Purpose.BATCH, 0, self._added)
+            if divergent is None:
+                divergent = bool(self.epsilon and rng.random() < self.epsilon)
+            full = len(self) == self.capacity
+            slot = self._slot_to_drop(rng) if full else len(self)
+            self._added += 1
+            if slot is None:
+                return False
+            if full:
+                self._experiences[slot] = experience
+            else:
+                self._experiences.append(experience)
+            values = {"serial": self._added - 1, "variance": variance, "interval": self.initial_interval}
+            values |= {"easiness": _FIRST, "last_review": step, "boost": _BOOST * divergent, "spare": math.inf}
+            for name, column in self._columns.items():
+                column[slot] = values.get(name, 0)
+            self._spread.put(slot, vector, replaces=full, used=len(self))
+        return True
+
+    def compute_diversity(self, item: Any) -> float:
+        """Return the diversity, boost apart, of an item or of anything with `["embedding"]` and `["variance"]`."""
+        vector = self._spread.checked(item["embedding"])
+        distance = float(self._spread.relative(len(self), vector)[0])
+        return self.beta * float(item["variance"]) + (1.0 - self.beta) * distance
+
+    def diversities(self, slots: Indices | None = None) -> NDArray[np.float64]:
+        """Return the diversity of all experiences by slot, or of some, boosts included."""
+        which: Any = slice(len(self)) if slots is None else slots
+        distances = self._spread.relative(len(self), slots)
+        columns = self._columns
+        result: NDArray[np.float64] = (
+            self.beta * columns["variance"][which] + (1.0 - self.beta) * distances + columns["boost"][which]
+        )
+        return result
+
+    def get_due_samples(self, current_step: float, batch_size: int) -> list[ReplayItem]:
+        """Return up to `batch_size` experiences that are due, lowest easiness first.
+
+        Among equals that which has been due longest comes first, then the oldest. (In the
+        published buffer it is the oldest, so that while nothing is mastered the same few are
+        replayed for ever.)
+
+        Raises:
+            ValueError: `batch_size` is not a positive int, or `current_step` is NaN.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+        if math.isnan(current_step):
+            raise ValueError("current_step must be a number, got NaN")
+        with self._lock:
+            used, columns = len(self), self._columns
+            due_at = columns["last_review"][:used] + columns["interval"][:used]
+            due = np.flatnonzero(due_at <= current_step)
+            keys = columns["serial"][due], due_at[due], columns["easiness"][due]
+            if batch_size < len(due):
+                chosen = np.arange(len(due))
+                taken = [chosen[:0]]
+                for key in reversed(keys):
+                    # Sorting all would take ten times as long as finding who lies below the border.
+                    places = batch_size - sum(map(len, taken))
+                    border = np.partition(key[chosen], places - 1)[places - 1]
+                    taken.append(chosen[key[chosen] < border])
+                    chosen = chosen[key[chosen] == border]
+                    if sum(map(len, taken)) + len(chosen) == batch_size:
+                        break
+                chosen = np.concatenate([*taken, chosen])
+                due, keys = due[chosen], (keys[0][chosen], keys[1][chosen], keys[2][chosen])
+            return [self._item(slot) for slot in due[np.lexsort(keys)].tolist()]
+
+    def update_after_replay(self, items: Sequence[Any], recall_scores: ArrayLike, current_step: float) -> None:
+        """Reschedule experiences after they were replayed.
+
+        Items that have been dropped in the meantime are skipped.
+
+        Args:
+            items: What `get_due_samples` returned.
+            recall_scores: How well each was recalled, usually 0 to 1.
+            current_step: Becomes their last review.
+
+        Raises:
+            ValueError: Not one finite score per item, or a step that is not finite. Nothing is changed.
+        """
+        scores = np.asarray(as_array(recall_scores, lambda tensor: tensor.double()), dtype=np.float64).reshape(-1)
+        if len(items) != len(scores):
+            raise ValueError(f"need one recall score per item, got {len(items)} items and {len(scores)} scores")
+        if not (np.isfinite(scores).all() and math.isfinite(current_step)):
+            raise ValueError(f"recall scores and step must be finite, got {scores} at step {current_step}")
+        slots = np.array([item["slot"] for item in items], dtype=np.int64)
+        serials = np.array([item["serial"] for item in items], dtype=np.int64)
+        if self._worker is None:
+            self._apply(slots, serials, scores, float(current_step))
+            return
+        job = self._worker.submit(self._apply, slots, serials, scores, float(current_step))
+        with self._lock:
+            self._jobs = [*(old for old in self._jobs if not old.done() or old.exception()), job]
+
+    def flush(self) -> None:
+        """Wait until every asynchronous update has taken effect; raise what one of them raised."""
+        with self._lock:
+            jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
+
+    def close(self) -> None:
+        """Finish asynchronous updates and end their thread. Any number of times."""
+        self.flush()
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything but the experiences themselves, which are listed as they are."""
+        self.flush()
+        with self._lock:
+            used = len(self)
+            return {
+                "capacity": self.capacity,
+                "seed": self.seed,
+                "added": self._added,
+                "refused": self.refused,
+                "columns": {name: column[:used].copy() for name, column in self._columns.items()},
+                "spread": self._spread.state_dict(used),
+                "experiences": list(self._experiences),
+            }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            CheckpointError: The state is of a buffer of another capacity.
+        """
+        if state["capacity"] != self.capacity:
+            raise CheckpointError(f"the state is of capacity {state['capacity']}, this buffer has {self.capacity}")
+        self.flush()
+        with self._lock:
+            self._experiences = list(state["experiences"])
+            for name, column in self._columns.items():
+                column[: len(self)] = state["columns"][name]
+            self._spread.load_state_dict(state["spread"])
+            self.seed, self._added, self.refused = int(state["seed"]), int(state["added"]), int(state["refused"])
+            self._streams = RandomStreams(self.seed)
+
+    def _apply(self, slots: Indices, serials: Indices, scores: NDArray[np.float64], step: float) -> None:
+        known = np.flatnonzero((slots >= 0) & (slots < len(self)))
+        slots, serials, scores = slots[known], serials[known], scores[known]
+        # The distances, which take long, are worked out before the lock is taken.
+        diversity = self.diversities(slots)
+        left = np.arange(len(slots))
+        while left.size:
+            # An item that comes twice is rescheduled twice, in order.
+            first = np.unique(slots[left], return_index=True)[1]
+            now, left = left[first], np.delete(left, first)
+            with self._lock:
+                now = now[self._columns["serial"][slots[now]] == serials[now]]
+                self._reschedule(slots[now], scores[now], diversity[now], step)
+
+    def _reschedule(
+        self, slots: Indices, scores: NDArray[np.float64], diversity: NDArray[np.float64], step: float
+    ) -> None:
+        columns = self._columns
+        mastered = scores >= self.mastery_threshold + self.uncertainty * self._score_deviation(slots, scores)
+        easiness = columns["easiness"][slots] + np.where(mastered, _EASIER, _HARDER)
+        easiness = np.clip(easiness, _HARDEST, _EASIEST)
+        base = np.where(mastered, columns["interval"][slots] * self.multiplier * (easiness - 1.0), 1.0)
+        columns["easiness"][slots] = easiness
+        columns["interval"][slots] = base / (1.0 + self.alpha * diversity)
+        columns["last_review"][slots] = step
+        columns["boost"][slots] = 0.0
+        columns["spare"][slots] = np.where(mastered, diversity, math.inf)
+
+    def _score_deviation(self, slots: Indices, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Take the scores into their running statistics; return the standard deviations, 0 for a first score."""
+        columns = self._columns
+        recalls = columns["recalls"][slots] + 1
+        away = scores - columns["recall_mean"][slots]
+        mean = columns["recall_mean"][slots] + away / recalls
+        squares = columns["recall_squares"][slots] + away * (scores - mean)
+        columns["recalls"][slots], columns["recall_mean"][slots] = recalls, mean
+        columns["recall_squares"][slots] = squares
+        deviation: NDArray[np.float64] = np.sqrt(squares / np.maximum(recalls - 1, 1))
+        return deviation
+
+    def _slot_to_drop(self, rng: np.random.Generator) -> int | None:
+        if self.eviction == "fifo":
+            return self._added % self.capacity
+        if self.eviction == "reservoir":
+            slot = int(rng.integers(self._added + 1))
+            return slot if slot < self.capacity else None
+        slot = int(self._columns["spare"].argmin())
+        if self._columns["spare"][slot] < math.inf:
+            return slot
+        return int(self._columns["serial"].argmin())
+
+    def _item(self, slot: int) -> ReplayItem:
+        numbers = {name: self._columns[name][slot].item() for name in ("variance", "interval", "easiness")}
+        return ReplayItem(
+            self._experiences[slot],
+            self._spread.embeddings[slot].copy(),
+            **numbers,
+            last_review=float(self._columns["last_review"][slot]),
+            serial=int(self._columns["serial"][slot]),
+            slot=slot,
+        )
+
+
+def _problems(ints: dict[str, tuple[Any, int]], limits: dict[str, tuple[Any, float, float]]) -> list[str]:
+    problems = [
+        f"{name} must be an int of at least {low}, got {value!r}"
+        for name, (value, low) in ints.items()
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low
+    ]
+    for name, (value, low, high) in limits.items():
+        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        positive = name in ("initial_interval", "multiplier")
+        if not (number and math.isfinite(value) and low <= value <= high and not (positive and value == 0)):
+            allowed = "above 0" if positive else f"in {low:g} .. {high:g}"
+            problems.append(f"{name} must be a finite number {allowed}, got {value!r}")
+    return problems

@@ -1,0 +1,195 @@
+"""`r8 doctor`: what is installed, what this terminal can show, where files can go, and whether a run works."""
+
+from __future__ import annotations
+
+import locale
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from learnit_r8._version import __version__
+from learnit_r8.clock import Clock
+from learnit_r8.dashboard import formats as f
+from learnit_r8.dashboard.ladder import choose, default_glyphs, look, wanted_ui
+from learnit_r8.events import LossReported, RunEnded
+from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.sinks.tail import EVENTS_FILE, EventTail
+
+RUN_SECONDS = 1.0
+LITTLE_SPACE = 1 << 30
+_PACKAGES = {
+    "numpy": "needed",
+    "rich": "needed",
+    "bokeh": "for r8 report",
+    "matplotlib": "for r8 plot --png",
+    "numba": "faster weighted draws",
+    "torch": "",
+    "transformers": "",
+    "lightning": "",
+    "keras": "",
+    "jax": "",
+}
+
+
+class Finding(NamedTuple):
+    """One line. `good` is None for a plain fact, False for what would make a run fail or poorer."""
+
+    topic: str
+    name: str
+    text: str
+    good: bool | None = None
+
+
+def examine(folder: Path, environment: Mapping[str, str], clock: Clock) -> Iterator[Finding]:
+    """Yield findings as they are made; the run at the end takes a second.
+
+    Args:
+        folder: Where a run would be started, for its checkpoints and logs.
+        environment: `os.environ`.
+        clock: Source of time.
+    """
+    yield from _versions()
+    yield from _terminal(environment)
+    yield from _places(folder)
+    yield from _run(clock)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", "learnit_r8", __version__)
+    yield Finding("versions", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name, purpose in _PACKAGES.items():
+        try:
+            yield Finding("versions", name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            if purpose:
+                good = False if purpose == "needed" else None
+                yield Finding("versions", name, f"not installed ({purpose}): pip install {name}", good)
+
+
+def _terminal(environment: Mapping[str, str]) -> Iterator[Finding]:
+    around = look(environment)
+    streams = {"input": around.stdin_tty, "output": around.stdout_tty}
+    kinds = ", ".join(f"{name} {'is a terminal' if tty else 'is no terminal'}" for name, tty in streams.items())
+    yield Finding("terminal", "streams", kinds)
+    columns, rows = shutil.get_terminal_size()
+    room = "charts need 60x16" if columns < 60 or rows < 16 else "room for charts"
+    yield Finding("terminal", "size", f"{columns}x{rows}, {room}" if around.stdout_tty else "no screen")
+    yield Finding("terminal", "TERM", f"{around.term or 'not set'}" + _after(", ", around.term_problem))
+    encoding = locale.getpreferredencoding(False)
+    yield Finding("terminal", "characters", f"{default_glyphs(environment)} charts, encoding {encoding}")
+    asked = wanted_ui("auto", environment)
+    rung = choose(asked, around)
+    why = f", because {rung.reason}" if rung.reason else ""
+    setting = f" (R8_UI={asked})" if asked != "auto" else ""
+    yield Finding("terminal", "dashboard", f'a run with ui="auto" shows "{rung.name}"{why}{setting}', True)
+
+
+def _after(separator: str, text: str) -> str:
+    return separator + text if text else ""
+
+
+def _places(folder: Path) -> Iterator[Finding]:
+    places = {"runs and checkpoints": folder, "temporary files": Path(tempfile.gettempdir())}
+    for name, place in places.items():
+        problem = _cannot_write(place)
+        if problem:
+            text = f"{place}: {problem}; give R8Scheduler another checkpoint_dir and log_dir"
+            yield Finding("directories", name, text, False)
+            continue
+        free = shutil.disk_usage(place).free
+        short = free < LITTLE_SPACE
+        text = f"{place.resolve()}, {f.size(free)} free" + (": little for checkpoints" if short else "")
+        yield Finding("directories", name, text, not short)
+
+
+def _cannot_write(place: Path) -> str:
+    try:
+        fd, name = tempfile.mkstemp(prefix=".r8-doctor-", dir=place)
+        os.close(fd)
+        os.unlink(name)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
+
+
+def _run(clock: Clock) -> Iterator[Finding]:
+    """Train for a second, break the model once, save, resume; say what of it held."""
+    with tempfile.TemporaryDirectory(prefix="r8-doctor-") as name:
+        try:
+            yield from _findings_of_run(Path(name), clock)
+        except Exception as error:  # whatever it is, it is what the doctor was asked for
+            yield Finding("a run of one second", "failed", f"{type(error).__name__}: {error}", False)
+
+
+def _findings_of_run(folder: Path, clock: Clock) -> Iterator[Finding]:
+    topic = "a run of one second"
+    weights = {"w": np.zeros(8, np.float32)}
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(512, 8)).astype(np.float32)
+    targets = inputs @ rng.normal(size=8).astype(np.float32)
+
+    def load(source: Any) -> None:
+        if isinstance(source, dict):
+            weights["w"] = source["w"]
+        else:
+            weights["w"] = np.load(source, allow_pickle=False)
+
+    def save(filepath: str) -> None:
+        with open(filepath, "wb") as file:
+            np.save(file, weights["w"])
+
+    rolled_back = 0
+    with R8Scheduler(
+        len(inputs), 32, train_duration_seconds=RUN_SECONDS, ui="off", log_dir=folder / "log", clock=clock,
+        checkpoint_dir=folder / "checkpoints", save_callback=save, load_callback=load, state_callback=lambda: weights,
+    ) as scheduler:  # fmt: skip
+        for _ in scheduler.epoch_iterator():
+            for indices, lr in scheduler.batch_iterator():
+                error = inputs[indices] @ weights["w"] - targets[indices]
+                weights["w"] = weights["w"] - lr * (error[:, None] * inputs[indices]).mean(0)
+                if scheduler.global_step == 100:
+                    weights["w"] = weights["w"] * np.nan
+                rolled_back += scheduler.update_with_loss(error * error).rolled_back
+        steps = scheduler.global_step
+        checkpoint = scheduler.save_checkpoint(is_final=True)
+        loss = float(scheduler.catalog.expected_loss.mean())
+    yield Finding(topic, "training", f"{f.steps(steps)} steps, loss {f.brief(loss)}", steps > 0)
+    back = "a model of NaN was rolled back" if rolled_back else "a model of NaN was not rolled back"
+    yield Finding(topic, "rollback", back if steps > 101 else "too few steps for it", steps <= 101 or rolled_back > 0)
+    with R8Scheduler.resume_from_checkpoint(
+        checkpoint, save, load, ui="off", clock=clock, train_duration_seconds=2 * RUN_SECONDS
+    ) as resumed:
+        text = f"saved and read back at step {f.steps(resumed.global_step)}"
+        yield Finding(topic, "checkpoint", text, resumed.global_step == steps)
+    events = _all_events(folder / "log" / EVENTS_FILE)
+    reports = [event for event in events if isinstance(event, LossReported)]
+    ended = any(isinstance(event, RunEnded) for event in events)
+    yield Finding(topic, "event log", f"{f.steps(len(events))} events", ended and len(reports) == steps)
+    if reports:
+        cost = sorted(report.r8_seconds for report in reports)[len(reports) // 2]
+        yield Finding(topic, "cost", f"the scheduler takes {1e6 * cost:.0f} µs of a step (median)")
+
+
+def _all_events(path: Path) -> list[Any]:
+    tail = EventTail(path)
+    events = tail.poll()
+    while tail.behind:
+        events += tail.poll()
+    return events
+
+
+def as_text(finding: Finding, topic_before: str) -> str:
+    """Return a finding as a line, with its topic above it where that is new."""
+    mark = {None: " ", True: "+", False: "!"}[finding.good]
+    head = "" if finding.topic == topic_before else f"{'' if not topic_before else chr(10)}{finding.topic}\n"
+    line = f"{head}{mark} {finding.name:<21} {finding.text}"
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return line.encode(encoding, "replace").decode(encoding)

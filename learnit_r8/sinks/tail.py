@@ -1,0 +1,83 @@
+"""A run's event log read while it grows, or all at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from learnit_r8.events import Event, LossReported, from_json
+
+EVENTS_FILE = "events.jsonl"
+CONSOLE_FILE = "console.log"
+CHUNK = 4 << 20
+"""Bytes that one `poll` reads at most: about 16 000 events, a tenth of a second."""
+
+
+class EventTail:
+    """The events that were appended since the last call.
+
+    Args:
+        path: The log. It may appear later, grow, and be replaced by a new one.
+
+    Attributes:
+        behind: The last `poll` stopped before the end of the file.
+        restarted: The file has become shorter: the last `poll` returned the first events of a new one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.behind = self.restarted = False
+        self._offset = 0
+        self._partial = b""
+
+    def poll(self, limit: int = CHUNK) -> list[Event]:
+        """Return the events of the next `limit` bytes; a line that is not complete yet is held back.
+
+        Unknown events (of a newer version) and lines broken by a crash are passed over.
+
+        Raises:
+            OSError: The file exists and cannot be read.
+        """
+        self.behind = self.restarted = False
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, 2)
+                if size < self._offset:
+                    self._offset, self._partial, self.restarted = 0, b"", True
+                file.seek(self._offset)
+                data = file.read(limit)
+        except FileNotFoundError:
+            return []
+        self._offset += len(data)
+        self.behind = self._offset < size
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        return [event for event in map(parse_line, lines) if event is not None]
+
+
+def parse_line(line: bytes) -> Event | None:
+    """Return the event of one line, None where it holds none that this version knows."""
+    try:
+        data = json.loads(line)
+        if data["event"] == "LossReported":  # nearly every line: spelled out it costs half
+            return _loss_reported(data)
+        return from_json(data)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return None
+
+
+def _loss_reported(data: Mapping[str, Any]) -> LossReported:
+    return LossReported(
+        float(data["time"]),
+        data["step"],
+        data["epoch"],
+        float(data["loss"]),
+        float(data["expected_loss"]),
+        float(data["lr"]),
+        data["verdict"],
+        float(data["score"]),
+        data["size"],
+        float(data["step_seconds"]),
+        float(data["r8_seconds"]),
+    )

@@ -1,0 +1,117 @@
+"""Adaptive sampling in the manner of AdaBoost: weights grow where losses stay above the batch's mean.
+
+`w_i <- momentum w_i + (1 - momentum) w_i exp(learning_rate (l_i - mean) / std)`, mean and
+standard deviation over the reported batch (Freund & Schapire 1997 reweight by an exponential
+of the error; momentum damps it). Only ratios of weights matter, so they are never normalised
+over the whole data set: an update touches the batch alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from learnit_r8.config import Problems
+from learnit_r8.strategies.base import BatchRequest, register
+from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_losses, fill_unseen, reported
+from learnit_r8.types import LossReport
+
+_LARGEST_EXPONENT = 20.0
+_RANGE = 1e3
+"""Weights stay within this factor of 1. Without a limit one stubborn sample ends up with nearly all of
+the weight: it is in every batch anyway, and all others would be drawn uniformly."""
+
+
+def reweigh(weights: Floats, losses: Floats, learning_rate: float, momentum: float) -> Floats:
+    """Return the weights of some samples after their losses were seen, both float64 `[n]`."""
+    deviation = losses - losses.sum() / len(losses)
+    spread = math.sqrt(deviation @ deviation / len(losses))
+    if spread > 0:
+        deviation /= spread
+    exponent = np.minimum(learning_rate * deviation, _LARGEST_EXPONENT)
+    boosted = weights * (momentum + (1 - momentum) * np.exp(exponent))
+    return np.asarray(np.maximum(np.minimum(boosted, _RANGE), 1 / _RANGE))
+
+
+def _check(problems: Problems, learning_rate: float, momentum: float) -> tuple[float, float]:
+    return problems.real("learning_rate", learning_rate, 0.0), problems.real("momentum", momentum, 0.0, 1.0)
+
+
+@register("adaptive")
+class Adaptive(WeightedStrategy):
+    """Draws by weights that are boosted where losses stay high, and corrects the bias.
+
+    Args:
+        learning_rate: Strength of the boost.
+        momentum: Share of a weight that stays as it is.
+    """
+
+    def __init__(self, learning_rate: float = 0.1, momentum: float = 0.9) -> None:
+        problems = Problems()
+        self.learning_rate, self.momentum = _check(problems, learning_rate, momentum)
+        problems.raise_if_any()
+        super().__init__()
+
+    def epoch_weights(self, request: BatchRequest) -> Floats:
+        """Return the weights so far; at first, those after one look at all catalogued losses."""
+        if self._sampler is not None:
+            return self._sampler.weights
+        losses, uses = request.catalog.expected_loss, request.catalog.uses
+        weights = np.ones(request.num_samples)
+        seen = np.flatnonzero(uses)
+        if len(seen):
+            weights[seen] = reweigh(weights[seen], losses[seen].astype(np.float64), self.learning_rate, self.momentum)
+        return fill_unseen(weights, uses, 1.0)
+
+    def observe(self, report: LossReport) -> None:
+        """Boost or relax the batch's samples."""
+        if self._sampler is not None:
+            before = self._sampler.weights[report.indices]
+            self._sampler.set(report.indices, reweigh(before, reported(report), self.learning_rate, self.momentum))
+
+
+class AdaptiveBatchSampler(WeightedSampler):
+    """The same without a scheduler.
+
+    Args:
+        dataset_size: Number of samples.
+        learning_rate: Strength of the boost.
+        momentum: Share of a weight that stays as it is.
+        seed: Any non-negative int; global random states are never touched.
+
+    Raises:
+        ConfigError: An argument is out of range; all of them are listed.
+    """
+
+    def __init__(self, dataset_size: int, learning_rate: float = 0.1, momentum: float = 0.9, seed: int = 0) -> None:
+        problems = Problems()
+        size = problems.integer("dataset_size", dataset_size, 1)
+        self.learning_rate, self.momentum = _check(problems, learning_rate, momentum)
+        problems.integer("seed", seed, 0)
+        problems.raise_if_any()
+        super().__init__(np.ones(size), seed)
+
+    def update_weights(self, indices: ArrayLike, losses: ArrayLike) -> None:
+        """Boost or relax samples by their losses; where one is named twice the last counts.
+
+        Args:
+            indices: Sample ids, shape `[n]`.
+            losses: Their losses, array or tensor of shape `[n]`.
+
+        Raises:
+            ValueError: Shapes differ, an id is outside the data set, or a loss is not finite.
+                Nothing is changed.
+        """
+        ids = np.array(indices, dtype=np.int64).reshape(-1)
+        values = as_losses(losses).reshape(-1)
+        if len(ids) != len(values):
+            raise ValueError(f"need one loss per index, got {len(ids)} indices and {len(values)} losses")
+        if not len(ids):
+            return
+        if ids.min() < 0 or ids.max() >= len(self):
+            raise ValueError(f"indices must be in 0 .. {len(self) - 1}, got {ids.min()} .. {ids.max()}")
+        if not np.isfinite(values).all():
+            raise ValueError("losses must be finite: leave out the samples whose loss is not")
+        self._sampler.set(ids, reweigh(self._sampler.weights[ids], values, self.learning_rate, self.momentum))

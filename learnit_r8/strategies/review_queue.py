@@ -1,0 +1,339 @@
+"""What to repeat when: the queue that both faces of spaced repetition share.
+
+A sample is in one of three places:
+
+    unseen --take--> waiting(due step) --step >= due--> due pool --take--> waiting ...
+
+* A draw makes a sample wait for `patience` steps. A report of its loss reschedules it; without
+  one it simply becomes due again, so nothing that was drawn is ever lost.
+* The due pool yields the hardest samples (highest average loss) first, through a `MaxTree`.
+* Waiting samples stand in a calendar, due step -> ids. Entries are not removed when a sample
+  is rescheduled: an entry counts only while the sample's own due step still is the entry's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.config import Problems
+from learnit_r8.strategies.max_tree import MaxTree
+from learnit_r8.types import Indices, Mask
+
+_UNSEEN = -2
+_DUE = -1
+_FURTHEST = 2**62
+_EMA = 0.3
+"""Weight of a new loss in a sample's average."""
+
+_Z_EDGES = np.array([-2.0, -1.0, 1.0, 2.0])
+_Z_FACTORS = np.array([4.0, 2.0, 1.0, 0.5, 0.25])
+
+
+class ExponentialMovingStats:
+    """Exponentially weighted mean and standard deviation of a stream of numbers.
+
+    Finch 2009, "Incremental calculation of weighted mean and variance"; several numbers at once
+    count as one observation of weight `alpha` that is spread over them.
+
+    Args:
+        alpha: Weight of a new observation, above 0 and at most 1.
+
+    Raises:
+        ConfigError: `alpha` is out of range.
+    """
+
+    def __init__(self, alpha: float = 0.1) -> None:
+        problems = Problems()
+        self.alpha = problems.real("alpha", alpha, 0.0, 1.0, open_low=True)
+        problems.raise_if_any()
+        self.count = 0
+        self._mean = 0.0
+        self._variance = 0.0
+
+    def update(self, x: Any) -> None:
+        """Take a number, or an array of them; what is not finite is left out."""
+        values = np.asarray(x, np.float64).reshape(-1)
+        values = values[np.isfinite(values)]
+        if not len(values):
+            return
+        weight = self.alpha if self.count else 1.0
+        off = values - self._mean
+        shift = weight * float(off.sum()) / len(off)
+        self._variance = (1 - weight) * self._variance + weight * float(off @ off) / len(off) - shift * shift
+        self._variance = max(self._variance, 0.0)
+        self._mean += shift
+        self.count += 1
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean; 0 before the first number."""
+        return self._mean
+
+    @property
+    def std(self) -> float:
+        """Weighted standard deviation; 0 before the second observation, unless it was an array."""
+        return math.sqrt(self._variance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return JSON data."""
+        return {"alpha": self.alpha, "count": self.count, "mean": self._mean, "variance": self._variance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.alpha, self.count = float(state["alpha"]), int(state["count"])
+        self._mean, self._variance = float(state["mean"]), float(state["variance"])
+
+
+@dataclass(frozen=True, slots=True)
+class Spacing:
+    """How reviews are spaced.
+
+    Attributes:
+        spacing_steps: Steps of a review interval of 1.
+        min_backlog_ratio: Least share of a batch that unseen samples get, while any are left.
+        growth_rate: Factor of the interval after a success.
+        max_interval: Its upper limit.
+        success_threshold_std: A loss below mean + this many standard deviations is a success.
+        patience: Steps after which a drawn sample without a report is due again.
+    """
+
+    spacing_steps: float = 0
+    min_backlog_ratio: float = 0.1
+    growth_rate: float = 1.2
+    max_interval: float = 100
+    success_threshold_std: float = 0.5
+    patience: int = 32
+
+    @classmethod
+    def checked(cls, problems: Problems, **values: Any) -> Spacing:
+        """Return the checked values; what is wrong is added to `problems`."""
+        return cls(
+            spacing_steps=problems.real("spacing_steps", values["spacing_steps"], 0.0, 1e9),
+            min_backlog_ratio=problems.real("min_backlog_ratio", values["min_backlog_ratio"], 0.0, 1.0),
+            growth_rate=problems.real("growth_rate", values["growth_rate"], 1.0, 1e6),
+            max_interval=problems.real("max_interval", values["max_interval"], 1.0, 1e6),
+            success_threshold_std=problems.real("success_threshold_std", values["success_threshold_std"], -math.inf),
+            patience=problems.integer("patience", values["patience"], 1),
+        )
+
+
+class ReviewQueue:
+    """Unseen, due and waiting samples.
+
+    Args:
+        num_samples: Number of samples.
+        spacing: How reviews are spaced.
+        stats: Running statistics of all losses; this queue updates them.
+        rng: For the order of the unseen samples.
+        excluded: True for samples that must not be drawn, bool `[N]`.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        spacing: Spacing,
+        stats: ExponentialMovingStats,
+        rng: np.random.Generator,
+        excluded: Mask | None = None,
+    ) -> None:
+        self.spacing = spacing
+        self.stats = stats
+        self.difficulty = np.zeros(num_samples, np.float32)
+        """Average loss of each sample; 0 before its first report."""
+        self.interval = np.zeros(num_samples, np.float32)
+        """Review interval of each sample; 0 before its first report."""
+        self._due = np.full(num_samples, _UNSEEN, np.int64)
+        order = np.arange(num_samples, dtype=np.uint32)
+        rng.shuffle(order)
+        self._unseen = order
+        self.exclude(excluded)
+
+    def exclude(self, excluded: Mask | None) -> None:
+        """Draw these no more (None: draw all again), and sort the others into their places; O(N)."""
+        self.excluded = excluded
+        allowed = np.ones(len(self._due), bool) if excluded is None else ~excluded
+        self._place(allowed)
+
+    def _place(self, allowed: Mask) -> None:
+        self._unseen = self._unseen[self._due[self._unseen] == _UNSEEN]
+        order = self._unseen[allowed[self._unseen]]
+        self._backlog, self._next = order, 0
+        self._num_backlog = len(order)
+        self._pool = MaxTree(len(self._due))
+        self._pool.fill(np.where((self._due == _DUE) & allowed, self.difficulty, -np.inf).astype(np.float32))
+        self._calendar: dict[int, list[Indices]] = {}
+        self._days: list[int] = []
+        waiting = np.flatnonzero((self._due >= 0) & allowed)
+        self._enter(waiting, self._due[waiting])
+
+    # Drawing ------------------------------------------------------------------------------
+
+    def take(self, size: int, step: int) -> Indices:
+        """Return the batch of a step: different samples, as many as there are up to `size`.
+
+        First the unseen samples' share, then due ones, the hardest first; what is left of the
+        batch goes to more unseen samples, then to those that are due soonest.
+        """
+        self._release(step)
+        share = min(math.ceil(self.spacing.min_backlog_ratio * size - 1e-9), self._num_backlog)
+        due = self._pool.top(size - share)
+        new = self._take_backlog(size - len(due))
+        batch = np.concatenate([new, due])
+        if len(batch) < size:
+            batch = np.concatenate([batch, self._soonest(size - len(batch))])
+        if len(due):
+            self._pool.remove(due)
+        self._schedule(batch, np.full(len(batch), step + self.spacing.patience))
+        return batch
+
+    def _release(self, step: int) -> None:
+        """Move what is due to the pool."""
+        while self._days and self._days[0] <= step:
+            ids = self._valid(heapq.heappop(self._days))
+            if len(ids):
+                self._due[ids] = _DUE
+                self._pool.insert(ids, self.difficulty[ids])
+
+    def _valid(self, day: int) -> Indices:
+        """Take a day's entries out of the calendar; return those that still count."""
+        entries = self._calendar.pop(day)
+        ids = entries[0] if len(entries) == 1 else np.concatenate(entries)
+        ids = np.asarray(ids[self._due[ids] == day])
+        if self.excluded is not None:
+            ids = ids[~self.excluded[ids]]
+        return ids
+
+    def _take_backlog(self, count: int) -> Indices:
+        count = min(count, self._num_backlog)
+        parts: list[NDArray[np.uint32]] = [np.empty(0, np.uint32)]
+        missing = count
+        while missing:
+            part = self._backlog[self._next : self._next + missing]
+            self._next += len(part)
+            part = part[self._due[part] == _UNSEEN]  # others were reported without being drawn here
+            parts.append(part)
+            missing -= len(part)
+        self._num_backlog -= count
+        return np.concatenate(parts).astype(np.int64)
+
+    def _soonest(self, count: int) -> Indices:
+        """Take waiting samples, the soonest due first; of one day the hardest."""
+        parts = []
+        while count and self._days:
+            day = heapq.heappop(self._days)
+            ids = self._valid(day)
+            ids.sort()
+            if (ids[1:] == ids[:-1]).any():
+                ids = np.unique(ids)
+            if len(ids) > count:
+                ids = ids[np.argsort(-self.difficulty[ids], kind="stable")]
+                self._enter(ids[count:], np.full(len(ids) - count, day))
+                ids = ids[:count]
+            parts.append(ids)
+            count -= len(ids)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    # Reporting ----------------------------------------------------------------------------
+
+    def report(self, ids: Indices, losses: NDArray[np.float64], step: int) -> None:
+        """Take losses of some samples and reschedule these; a loss that is not finite is due at once."""
+        finite = np.isfinite(losses)
+        if not finite.all():
+            self.forget(ids[~finite], step)
+            ids, losses = ids[finite], losses[finite]
+            if not len(ids):
+                return
+        first = not self.stats.count
+        if first:  # nothing to compare with but itself
+            self.stats.update(losses)
+        mean, std = self.stats.mean, self.stats.std
+        known = self.interval[ids] > 0
+        old = self.difficulty[ids]
+        self.difficulty[ids] = np.where(known, old + _EMA * (losses - old), losses)
+        spacing = self.spacing
+        success = losses < mean + spacing.success_threshold_std * std
+        grown = np.minimum(np.maximum(self.interval[ids], 1.0) * spacing.growth_rate, spacing.max_interval)
+        interval = np.where(success, grown, 1.0)
+        self.interval[ids] = interval
+        deviation = (losses - mean) / std if std > 0 else np.zeros(len(losses))
+        wait = spacing.spacing_steps * interval * _Z_FACTORS[np.searchsorted(_Z_EDGES, deviation, side="left")]
+        self.reschedule(ids, step + np.ceil(wait).astype(np.int64))
+        if not first:
+            self.stats.update(losses)
+
+    def forget(self, ids: Indices, step: int) -> None:
+        """These were drawn but will not be reported: they are due at once."""
+        self.reschedule(ids, np.full(len(ids), step))
+
+    def reschedule(self, ids: Indices, due: Indices) -> None:
+        """Set when samples are due, wherever they are now."""
+        before = self._due[ids]
+        pooled = ids[before == _DUE]
+        if len(pooled):
+            self._pool.remove(pooled)
+        new = ids[before == _UNSEEN]
+        if len(new):
+            new = np.unique(new)
+            self._num_backlog -= len(new) if self.excluded is None else int((~self.excluded[new]).sum())
+        self._schedule(ids, due)
+
+    def _schedule(self, ids: Indices, due: Indices) -> None:
+        self._due[ids] = due
+        self._enter(ids, due)
+
+    def _enter(self, ids: Indices, due: Indices) -> None:
+        if not len(ids):
+            return
+        if (due == due[0]).all():
+            self._note(int(due[0]), ids)
+            return
+        order = np.argsort(due, kind="stable")
+        ids, due = ids[order], due[order]
+        edges = [0, *(np.flatnonzero(due[1:] != due[:-1]) + 1).tolist(), len(ids)]
+        for start, end in pairwise(edges):
+            self._note(int(due[start]), ids[start:end])
+
+    def _note(self, day: int, ids: Indices) -> None:
+        if day in self._calendar:
+            self._calendar[day].append(ids)
+        else:
+            self._calendar[day] = [ids]
+            heapq.heappush(self._days, day)
+
+    # State --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that later batches depend on: JSON values and arrays."""
+        unseen = self._unseen[self._due[self._unseen] == _UNSEEN]
+        return {
+            "difficulty": self.difficulty.copy(),
+            "interval": self.interval.copy(),
+            "due": self._due.copy(),
+            "unseen": unseen,
+            "excluded": None if self.excluded is None else np.packbits(self.excluded),
+            "stats": self.stats.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: The state belongs to a data set of another size.
+        """
+        size = len(self._due)
+        if len(state["due"]) != size:
+            raise ValueError(f"the state has {len(state['due'])} samples, this queue {size}")
+        self.difficulty = np.array(state["difficulty"], np.float32)
+        self.interval = np.array(state["interval"], np.float32)
+        self._due = np.array(state["due"], np.int64)
+        self._unseen = np.array(state["unseen"], np.uint32)
+        self.stats.load_state_dict(state["stats"])
+        packed = state["excluded"]
+        self.exclude(None if packed is None else np.unpackbits(packed, count=size).astype(bool))

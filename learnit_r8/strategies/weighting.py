@@ -1,0 +1,353 @@
+"""From scores to draws: one sampler and one bias correction for every weighted strategy.
+
+A weighted strategy gives each sample a weight `w_i >= 0`, hence a preference `p_i = w_i / sum w`.
+Three rules make of it a batch whose inclusion probabilities are known exactly:
+
+1. Draws come from the defensive mixture `q_i = (1 - s) p_i + s / n` (Hesterberg 1995, "Weighted
+   average importance sampling and defensive mixture distributions") over the n samples that may
+   be drawn. The share s is at least 0.2, so no importance weight `1 / (n q_i)` exceeds 5. The
+   tree holds `w_i + floor`; the floor is set anew, in O(n), only when s has left [0.2, 0.25].
+2. A batch of B is a systematic sample (Madow 1949) of the samples in random order (Hartley & Rao
+   1962): B points one B-th of the total apart hit no sample twice and hit sample i with
+   probability `B q_i`, exactly. Drawing one after another has neither property.
+3. Where `B q_i > 1`, sample i is in every batch and the others share the rest of it; its
+   probability is reported as `1 / B`.
+
+The offset of the points moves by the golden ratio from batch to batch, the sequence of lowest
+discrepancy, so that over an epoch each sample is drawn about as often as it should be: with
+equal weights an epoch is nearly a permutation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from learnit_r8.errors import ConfigError
+from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.strategies.base import BatchRequest, Draw
+from learnit_r8.sum_tree import SumTree
+from learnit_r8.types import Indices, LossReport, Mask
+
+Floats = NDArray[np.float64]
+
+UNIFORM_SHARE = 0.2
+"""Least share of uniform draws in the mixture."""
+MAX_WEIGHT = 1 / UNIFORM_SHARE
+"""No importance weight is larger."""
+_FRESH_SHARE = 0.22
+_HIGHEST_SHARE = 0.25
+_GOLDEN = (5**0.5 - 1) / 2
+_ALMOST_ONE = 1 - 1e-9
+_BATCHES_BEHIND = 4
+
+
+class MixtureSampler:
+    """Draws distinct samples from a defensive mixture over changing weights.
+
+    A draw and an update of B weights cost O(B log N).
+
+    Args:
+        num_samples: Number of samples. All weights start at 1.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.weights: Floats = np.ones(num_samples)
+        self._order = np.arange(num_samples, dtype=np.uint32)
+        self._slots = np.arange(num_samples, dtype=np.int64)
+        self._tree = SumTree(num_samples)
+        self._floor = 0.0
+        self._phase = 0.0
+        self._behind: list[Indices] = []  # samples whose weights the tree does not have yet
+        self._steps = np.arange(0.0)
+        self._fill()
+
+    def restart(self, weights: Floats, rng: np.random.Generator, excluded: Mask | None = None) -> None:
+        """Take new weights and put the samples in a new random order; O(N).
+
+        Args:
+            weights: Finite and not negative, float64 `[N]`.
+            rng: For order and phase.
+            excluded: True for samples that are never drawn, bool `[N]`.
+        """
+        self.weights = weights
+        order = np.arange(len(weights), dtype=np.uint32)
+        self._order = order if excluded is None else order[~excluded]
+        rng.shuffle(self._order)
+        self._phase = float(rng.random())
+        self._place()
+        self._fill()
+
+    def set(self, indices: Indices, weights: Floats) -> None:
+        """Change the weights of some samples; where one is named twice the last counts.
+
+        The tree follows a few batches at a time, which halves the cost of an update; at most a
+        16th of the samples are behind. Reported probabilities are those of the tree.
+        """
+        self.weights[indices] = weights
+        self._behind.append(indices)
+        count = len(self._behind)
+        if count >= _BATCHES_BEHIND or 16 * count * len(indices) >= len(self._order):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        indices = np.concatenate(self._behind)
+        self._behind.clear()
+        slots = self._slots.take(indices)
+        if slots.min(initial=0) < 0:  # excluded since it was drawn
+            indices, slots = indices[slots >= 0], slots[slots >= 0]
+        self._tree.set(slots, self.weights.take(indices) + self._floor)
+        base = self._floor * len(self._order)
+        total = self._tree.total
+        if base < UNIFORM_SHARE * total or (base > _HIGHEST_SHARE * total and base < _ALMOST_ONE * total):
+            self._fill()
+
+    def draw(self, size: int) -> Draw:
+        """Return `size` different samples (all of them where there are fewer)."""
+        count = len(self._order)
+        size = min(size, count)
+        phase, self._phase = self._phase, (self._phase + _GOLDEN) % 1.0
+        if size == count:
+            return _finish(self._order.astype(np.int64), np.full(count, 1 / max(count, 1)), count)
+        slots = self._tree.draw(self._points(size, phase))
+        values = self._tree.weights(slots)
+        if values.max() * size > self._tree.total * _ALMOST_ONE:
+            slots, probabilities = self._draw_capped(size, phase)
+        else:
+            probabilities = values / self._tree.total
+        return _finish(self._order.take(slots).astype(np.int64), probabilities, count)
+
+    def _draw_capped(self, size: int, phase: float) -> tuple[Indices, Floats]:
+        """Draw where some samples are so heavy that they belong in every batch.
+
+        Such a sample is wider than the distance between two points, so every draw finds it:
+        which ones are set aside does not depend on the phase.
+        """
+        aside: list[tuple[Indices, Floats]] = []
+        left = size
+        try:
+            while left:
+                slots = self._tree.draw(self._points(left, phase))
+                values = self._tree.weights(slots)
+                heavy = values * left > self._tree.total * _ALMOST_ONE
+                if not heavy.any():
+                    certain = [found for found, _ in aside]
+                    probabilities = np.full(size, 1 / size)
+                    probabilities[size - left :] = values / self._tree.total * (left / size)
+                    return np.concatenate([*certain, slots]), probabilities
+                found = np.unique(slots[heavy])
+                aside.append((found, self._tree.weights(found)))
+                self._tree.set(found, 0.0)
+                left -= len(found)
+            return np.concatenate([found for found, _ in aside]), np.full(size, 1 / size)
+        finally:
+            for found, values in aside:
+                self._tree.set(found, values)
+
+    def _points(self, size: int, phase: float) -> Floats:
+        if len(self._steps) != size:
+            self._steps = np.arange(float(size))
+        return (self._steps + phase) / size
+
+    def _place(self) -> None:
+        self._slots = np.full(len(self.weights), -1, np.int64)
+        self._slots[self._order] = np.arange(len(self._order))
+
+    def _fill(self) -> None:
+        """Set the floor for the current weights and build the tree; O(N)."""
+        values = np.zeros(len(self.weights))
+        live = values[: len(self._order)]
+        live[:] = self.weights[self._order]
+        mean = float(live.mean()) if len(live) else 0.0
+        self._floor = mean * _FRESH_SHARE / (1 - _FRESH_SHARE) if mean > 0 else 1.0
+        live += self._floor
+        self._tree.fill(values)
+        self._behind.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything that later draws depend on."""
+        return {
+            "weights": self.weights.copy(),
+            "order": self._order.copy(),
+            "floor": self._floor,
+            "phase": self._phase,
+            "tree": self._tree.weights()[: len(self._order)],
+            "behind": [indices.copy() for indices in self._behind],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> MixtureSampler:
+        """Return a sampler that goes on where `state_dict` was called."""
+        sampler = cls(len(state["weights"]))
+        sampler.weights = np.array(state["weights"], np.float64)
+        sampler._order = np.array(state["order"], np.uint32)
+        sampler._floor = float(state["floor"])
+        sampler._phase = float(state["phase"])
+        sampler._place()
+        values = np.zeros(len(sampler.weights))
+        values[: len(sampler._order)] = state["tree"]
+        sampler._tree.fill(values)
+        sampler._behind = [np.array(indices, np.int64) for indices in state["behind"]]
+        return sampler
+
+
+def _finish(indices: Indices, probabilities: Floats, count: int) -> Draw:
+    return Draw(indices, probabilities, np.minimum(1.0 / (count * probabilities), MAX_WEIGHT))
+
+
+class WeightedStrategy:
+    """Base of strategies that draw by weight. Subclasses define `epoch_weights`."""
+
+    def __init__(self) -> None:
+        self._sampler: MixtureSampler | None = None
+
+    def epoch_weights(self, request: BatchRequest) -> Floats:
+        """Return the weight of each sample at an epoch's start, float64 `[N]`."""
+        raise TypeError(f"{type(self).__name__} does not define epoch_weights(request)")
+
+    def start_epoch(self, request: BatchRequest) -> None:
+        """Take the weights from the catalog and a new random order."""
+        weights = self.epoch_weights(request)
+        if self._sampler is None:
+            self._sampler = MixtureSampler(request.num_samples)
+        self._sampler.restart(weights, request.rng, request.excluded)
+
+    def draw(self, request: BatchRequest) -> Draw:
+        """Return a batch from the mixture; samples of low loss where only stable ones are wanted."""
+        if self._sampler is None:
+            self.start_epoch(request)
+        assert self._sampler is not None
+        if request.stable_only:
+            return Draw(draw_stable(request))
+        return self._sampler.draw(request.size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights and the order of the epoch."""
+        return {"sampler": None if self._sampler is None else self._sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        saved = state["sampler"]
+        self._sampler = None if saved is None else MixtureSampler.from_state(saved)
+
+
+class WeightedSampler:
+    """Base of the stand-alone samplers: a mixture sampler with its own randomness.
+
+    Args:
+        weights: Of each sample, float64 `[N]`.
+        seed: Any non-negative int.
+    """
+
+    def __init__(self, weights: Floats, seed: int) -> None:
+        self._streams = RandomStreams(seed)
+        self._round = 0
+        self._drawn = 0
+        self._sampler = MixtureSampler(len(weights))
+        self._sampler.restart(weights, self._streams.at(Purpose.PLAN, 0))
+
+    def __len__(self) -> int:
+        return len(self._sampler.weights)
+
+    @property
+    def weights(self) -> Floats:
+        """Preference of each sample before the mixture with uniform, read-only, adds up to 1."""
+        total = self._sampler.weights.sum()
+        shares = self._sampler.weights / total if total > 0 else np.full(len(self), 1 / len(self))
+        shares.flags.writeable = False
+        return shares
+
+    def sample(self, n: int | None = None, *, batch_size: int | None = None) -> tuple[Indices, NDArray[np.float32]]:
+        """Draw a batch of different samples.
+
+        Args:
+            n: How many, at least 1; all come back, once each, when there are fewer.
+            batch_size: Another name for `n`.
+
+        Returns:
+            Sample ids, int64 `[n]`, and importance weights `1 / (N q)`, float32 `[n]`: mean
+            about 1, at most 5.
+
+        Raises:
+            ConfigError: `n` is missing, given twice or below 1.
+        """
+        size = n if batch_size is None else batch_size
+        if size is None or (n is not None and batch_size is not None) or size < 1:
+            raise ConfigError([f"sample needs n >= 1 (or batch_size), got n={n!r}, batch_size={batch_size!r}"])
+        if self._drawn >= len(self):
+            self._round += 1
+            self._drawn = 0
+            self._sampler.restart(self._sampler.weights, self._streams.at(Purpose.PLAN, self._round))
+        draw = self._sampler.draw(int(size))
+        self._drawn += len(draw.indices)
+        assert draw.weights is not None
+        return draw.indices.astype(np.int64, copy=False), draw.weights.astype(np.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that later draws depend on: JSON scalars and arrays."""
+        return {"round": self._round, "drawn": self._drawn, "sampler": self._sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: The state belongs to a data set of another size.
+        """
+        saved = len(state["sampler"]["weights"])
+        if saved != len(self):
+            raise ValueError(f"the state has {saved} samples, this sampler {len(self)}")
+        self._sampler = MixtureSampler.from_state(state["sampler"])
+        self._round, self._drawn = int(state["round"]), int(state["drawn"])
+
+
+def draw_stable(request: BatchRequest) -> Indices:
+    """Return samples of low loss: of four times as many uniform ones the lowest quarter.
+
+    That keeps to the lower part of the losses without a pass over all of them.
+    """
+    count = request.num_samples
+    pool = request.rng.choice(count, min(count, 4 * request.size), replace=False, shuffle=False)
+    if request.excluded is not None:
+        pool = pool[~request.excluded[pool]]
+        if len(pool) < request.size:
+            pool = np.flatnonzero(~request.excluded)
+    losses = np.where(request.catalog.uses[pool] > 0, request.catalog.expected_loss[pool], np.inf)
+    if len(pool) > request.size:
+        pool = pool[np.argpartition(losses, request.size - 1)[: request.size]]
+    return pool.astype(np.int64, copy=False)
+
+
+def fill_unseen(losses: ArrayLike, uses: NDArray[np.uint32], default: float) -> Floats:
+    """Return losses as float64 with the highest known one (`default`: none is known) where `uses` is 0."""
+    filled = np.array(losses, np.float64)
+    seen = uses > 0
+    if not seen.all():
+        filled[~seen] = filled[seen].max() if seen.any() else default
+    return filled
+
+
+def reported(report: LossReport) -> Floats:
+    """Return the report's per-sample losses as float64."""
+    return report.losses.astype(np.float64)
+
+
+def as_losses(values: Any) -> Floats:
+    """Return numbers, an array or a tensor (of any device, with grad) as a float64 array.
+
+    Raises:
+        TypeError: Not numbers.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.double().numpy() if hasattr(values, "double") else values
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"losses must be numbers, an array or a tensor, got {type(values).__name__}: {error}"
+        ) from error
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"losses must be numbers, an array or a tensor, got {type(values).__name__} of {array.dtype}")
+    return array.astype(np.float64)

@@ -1,0 +1,373 @@
+"""Weighted draws over a fixed number of slots: O(log N) to draw, O(log N) to change.
+
+The tree is wide and flat: each node holds the running sums of its 16 children, and the last
+level, at most 1024 sums, is one array that is searched directly. At a million slots that
+is three nodes and one search, few enough numpy calls to compete with compiled trees.
+
+Two rules make the arithmetic exact enough to forget about:
+
+* A changed slot's node is summed anew from its children, never by adding a difference, so
+  rounding errors do not pile up however many updates there have been.
+* Within a node, the remainder that is searched for is kept below the node's own total, and
+  sums only grow where a weight is positive, so a slot of weight zero is never drawn.
+
+With numba present the same operations run compiled, in the same order, so both paths give
+the same sums and the same draws to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from learnit_r8.errors import ConfigError
+
+Indices = NDArray[np.int64]
+Weights = NDArray[np.float64]
+
+_SHIFT = 4
+_FAN_OUT = 1 << _SHIFT
+"""Of 16, 32, 64 and 128 the fastest for numpy: most of the time goes into copying nodes."""
+_LAST_LEVEL = 1024
+MAX_WEIGHT = 1e280
+"""Far enough below the largest float64 for every sum to stay finite."""
+_COMPILE_FROM = 4096
+"""Smaller trees are fast enough, and importing numba costs half a second."""
+
+
+class SumTree:
+    """Non-negative weights of `size` slots, and draws in proportion to them.
+
+    All weights start at zero. The whole state is `weights()`; `fill` restores it.
+
+    Args:
+        size: Number of slots, at least 1.
+        fast: True: compiled with numba. False: numpy. None: numba where it is installed and
+            the tree is large enough to repay its import. Draws do not depend on it.
+
+    Raises:
+        ConfigError: `size` is not a positive int, or `fast=True` without numba.
+    """
+
+    def __init__(self, size: int, *, fast: bool | None = None) -> None:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise ConfigError([f"size must be an int of at least 1, got {size!r}"])
+        self.size = int(size)
+        self._widths = _node_counts(self.size)
+        self._starts = np.concatenate([[0], np.cumsum(self._widths)]).astype(np.int64) * _FAN_OUT
+        slots = int(self._starts[-1])
+        # Children's values and their running sums within the node, all levels end to end.
+        self._values = np.zeros(slots)
+        self._sums = np.zeros(slots)
+        self._last_values = np.zeros(self._widths[-1])
+        self._last_sums = np.zeros(self._widths[-1])
+        self._levels = [
+            (self._values[start:stop].reshape(-1, _FAN_OUT), self._sums[start:stop].reshape(-1, _FAN_OUT))
+            for start, stop in zip(self._starts[:-1], self._starts[1:], strict=True)
+        ]
+        self._parents = [children.reshape(-1) for children, _ in self._levels[1:]] + [self._last_values]
+        self._arrays = (self._values, self._sums, self._starts, self._last_values, self._last_sums)
+        self.view = self._values[: self.size]
+        """The weights themselves, read-only: `view[slots]` is the quickest way to look some up."""
+        self.view.flags.writeable = False
+        self._kernels = _choose_kernels(self.size, fast)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def total(self) -> float:
+        """Sum of all weights."""
+        return float(self._last_sums[-1])
+
+    @property
+    def compiled(self) -> bool:
+        """Whether numba does the work."""
+        return self._kernels is not None
+
+    def weights(self, indices: ArrayLike | None = None) -> Weights:
+        """Return the weights of these slots, or a copy of all, float64.
+
+        Raises:
+            IndexError: A slot is outside `0 .. size - 1`.
+        """
+        if indices is None:
+            return self.view.copy()
+        return self._values[self._checked_indices(indices)]
+
+    def set(self, indices: ArrayLike, weights: ArrayLike) -> None:
+        """Give slots new weights; where a slot is named twice the last one counts.
+
+        Args:
+            indices: Integers, shape `[n]`.
+            weights: Shape `[n]` or one number for all, each in `0 .. MAX_WEIGHT`.
+
+        Raises:
+            IndexError: A slot is outside `0 .. size - 1`.
+            ValueError: A weight is negative, NaN or too large, or the shapes differ.
+                The tree is unchanged.
+        """
+        if self._kernels is not None and self._kernels.write_plain(self._arrays, indices, weights, self.size):
+            return
+        slots = self._checked_indices(indices)
+        values = _checked_weights(weights)
+        if values.shape != slots.shape:
+            if values.ndim:
+                raise ValueError(f"need one weight per index: {slots.shape} indices, {values.shape} weights")
+            values = np.full(slots.shape, values)
+        if slots.size:
+            self._write(slots, values)
+
+    def fill(self, weights: ArrayLike) -> None:
+        """Replace all weights: shape `[size]`, or one number for every slot.
+
+        Raises:
+            ValueError: As for `set`; the tree is unchanged.
+        """
+        values = _checked_weights(weights)
+        if values.ndim and values.shape != (self.size,):
+            raise ValueError(f"fill needs {self.size} weights or one number, got shape {values.shape}")
+        self._values[: self.size] = values
+        for level, (children, sums) in enumerate(self._levels):
+            np.add.accumulate(children, axis=1, out=sums)
+            self._parents[level][: len(sums)] = sums[:, -1]
+        np.add.accumulate(self._last_values, out=self._last_sums)
+
+    def draw(self, u: Weights) -> Indices:
+        """Return the slots at which the running sum of all weights passes `u * total`.
+
+        Args:
+            u: Uniform numbers in [0, 1), float64, shape `[n]`. Sorted numbers, such as a
+                stratified draw's, are the kindest to the cache.
+
+        Returns:
+            int64, shape `[n]`; never a slot of weight zero.
+
+        Raises:
+            ValueError: All weights are zero.
+        """
+        if not self._last_sums[-1] > 0.0:
+            raise ValueError("nothing to draw: every weight is zero")
+        u = np.ascontiguousarray(u, dtype=np.float64)
+        if self._kernels is not None:
+            slots = np.empty(len(u), dtype=np.int64)
+            self._kernels.draw(self._sums, self._starts, self._last_sums, u, slots)
+            return slots
+        remainder = np.minimum(u * self._last_sums[-1], np.nextafter(self._last_sums[-1], 0.0))
+        nodes: Indices = self._last_sums.searchsorted(remainder, side="right").astype(np.int64, copy=False)
+        remainder -= np.where(nodes > 0, self._last_sums[nodes - 1], 0.0)
+        rows = np.arange(len(nodes))
+        for level in range(len(self._levels) - 1, -1, -1):
+            sums = self._levels[level][1].take(nodes, axis=0)
+            np.minimum(remainder, np.nextafter(sums[:, -1], 0.0), out=remainder)
+            child = (sums > remainder[:, None]).argmax(axis=1)
+            nodes = (nodes << _SHIFT) + child
+            if level:
+                remainder -= np.where(child > 0, sums[rows, child - 1], 0.0)
+        return nodes
+
+    def draw_distinct(self, rng: np.random.Generator, n: int) -> Indices:
+        """Draw `n` different slots, one after another, each in proportion to what is left.
+
+        This is successive sampling: drawing with replacement and ignoring repeats has the
+        same law, and is how it is done, so a draw costs O(n log N); where a few slots hold
+        nearly all the weight they are set aside (and put back) once found.
+
+        The first slot of the result has P(i) = p_i = w_i / total, exactly. The chance of
+        being anywhere among the n has no closed form; it is close to
+        `1 - exp(-t p_i)` with t such that the chances add up to n (Rosén 1972), thus near
+        `n p_i` while `n p_i` is small and less for the heaviest. Order is that of drawing:
+        do not take the first few for a random subset.
+
+        Args:
+            rng: Source of the draws.
+            n: How many; fewer come back where fewer slots have a positive weight.
+
+        Returns:
+            Different slots, int64, shape `[<= n]`.
+        """
+        found = np.empty(0, dtype=np.int64)
+        if n <= 0 or not self.total > 0.0:
+            return found
+        aside: list[tuple[Indices, Weights]] = []
+        try:
+            for _ in range(6):
+                short = n - len(found)
+                more = _first_occurrences(self.draw(rng.random(short + short // 8 + 4)))[:short]
+                aside.append((more, self._values[more]))
+                found = np.concatenate([found, more])
+                if len(found) == n:
+                    return found
+                self._write(more, np.zeros(len(more)))
+                if not self.total > 0.0:
+                    return found
+            rest = self._draw_rest(rng, n - len(found))
+            return np.concatenate([found, rest])
+        finally:
+            for slots, values in aside:
+                self._write(slots, values)
+
+    def _draw_rest(self, rng: np.random.Generator, n: int) -> Indices:
+        """Draw from what is left in O(N): exponential clocks ring in the same law (Efraimidis, Spirakis 2006)."""
+        left = np.flatnonzero(self._values[: self.size])
+        clocks = rng.standard_exponential(len(left)) / (self._values[left] / self.total)
+        first = np.argpartition(clocks, n - 1)[:n] if n < len(left) else np.arange(len(left))
+        return left[first[np.argsort(clocks[first])]]
+
+    def _write(self, slots: Indices, values: Weights) -> None:
+        if self._kernels is not None:
+            self._kernels.write(*self._arrays, slots, values, self.size)
+            return
+        self._values[slots] = values
+        nodes = slots
+        for level, (children, sums) in enumerate(self._levels):
+            nodes = nodes >> _SHIFT
+            rows = children.take(nodes, axis=0)
+            np.add.accumulate(rows, axis=1, out=rows)
+            sums[nodes] = rows
+            self._parents[level][nodes] = rows[:, -1]
+        np.add.accumulate(self._last_values, out=self._last_sums)
+
+    def _checked_indices(self, indices: ArrayLike) -> Indices:
+        slots = np.asarray(indices)
+        if slots.dtype.kind not in "iu" and slots.size:
+            raise IndexError(f"indices must be integers, got dtype {slots.dtype}")
+        slots = np.ascontiguousarray(slots, dtype=np.int64).reshape(-1)
+        # Negative numbers read as unsigned are huge: one comparison checks both ends.
+        if slots.size and slots.view(np.uint64).max() >= self.size:
+            bad = slots[(slots < 0) | (slots >= self.size)]
+            raise IndexError(
+                f"indices must be in 0 .. {self.size - 1}, got {bad[0]} ({len(bad)} of {len(slots)} outside)"
+            )
+        return slots
+
+
+def _node_counts(size: int) -> list[int]:
+    """Return the number of nodes of each level, leaves first; the last is at most `_LAST_LEVEL`."""
+    counts = [(size + _FAN_OUT - 1) >> _SHIFT]
+    while counts[-1] > _LAST_LEVEL:
+        counts.append((counts[-1] + _FAN_OUT - 1) >> _SHIFT)
+    return counts
+
+
+_MAX_BITS = np.array(MAX_WEIGHT).view(np.uint64)
+
+
+def _checked_weights(weights: ArrayLike) -> Weights:
+    values = np.asarray(np.asarray(weights, dtype=np.float64) + 0.0)  # a copy, without negative zeros
+    # As unsigned integers, negative numbers, NaN and infinity all lie above every allowed weight.
+    if values.size and values.view(np.uint64).max() > _MAX_BITS:
+        bad = np.atleast_1d(values)
+        bad = bad[~((bad >= 0.0) & (bad <= MAX_WEIGHT))]
+        raise ValueError(f"weights must be in 0 .. {MAX_WEIGHT:g}, got {bad[0]} ({bad.size} of {values.size} outside)")
+    return values
+
+
+def _first_occurrences(slots: Indices) -> Indices:
+    _, first = np.unique(slots, return_index=True)
+    first.sort()
+    return slots[first]
+
+
+def _write_kernel(
+    values: Any, sums: Any, starts: Any, last_values: Any, last_sums: Any, slots: Any, weights: Any, size: int
+) -> bool:
+    """Check, then write: False, with nothing changed, where a slot or a weight is not allowed."""
+    for k in range(len(slots)):
+        if not (0 <= slots[k] < size and 0.0 <= weights[k] <= MAX_WEIGHT):
+            return False
+    for k in range(len(slots)):
+        values[slots[k]] = weights[k] + 0.0
+    levels = len(starts) - 1
+    for level in range(levels):
+        before = -1
+        for k in range(len(slots)):
+            node = slots[k] >> (_SHIFT * (level + 1))
+            if node == before:
+                continue
+            before = node
+            first = starts[level] + (node << _SHIFT)
+            running = 0.0
+            for child in range(first, first + _FAN_OUT):
+                running += values[child]
+                sums[child] = running
+            if level + 1 < levels:
+                values[starts[level + 1] + node] = running
+            else:
+                last_values[node] = running
+    running = 0.0
+    for node in range(len(last_values)):
+        running += last_values[node]
+        last_sums[node] = running
+    return True
+
+
+def _draw_kernel(sums: Any, starts: Any, last_sums: Any, u: Any, slots: Any) -> None:
+    total = last_sums[-1]
+    below_total = np.nextafter(total, 0.0)
+    for k in range(len(u)):
+        remainder = min(u[k] * total, below_total)
+        node, high = 0, len(last_sums)
+        while node < high:
+            middle = (node + high) >> 1
+            if last_sums[middle] <= remainder:
+                node = middle + 1
+            else:
+                high = middle
+        if node > 0:
+            remainder -= last_sums[node - 1]
+        for level in range(len(starts) - 2, -1, -1):
+            first = starts[level] + (node << _SHIFT)
+            remainder = min(remainder, np.nextafter(sums[first + _FAN_OUT - 1], 0.0))
+            child = 0
+            while sums[first + child] <= remainder:
+                child += 1
+            if child > 0:
+                remainder -= sums[first + child - 1]
+            node = (node << _SHIFT) + child
+        slots[k] = node
+
+
+class _Kernels(NamedTuple):
+    write: Callable[..., bool]
+    draw: Callable[..., None]
+
+    def write_plain(self, arrays: tuple[Any, ...], slots: Any, weights: Any, size: int) -> bool:
+        """Write what needs no conversion; False where it does, or where something is wrong with it."""
+        for given, dtype in ((slots, np.int64), (weights, np.float64)):
+            if not (isinstance(given, np.ndarray) and given.dtype == dtype and given.ndim == 1):
+                return False
+            if not given.flags.c_contiguous:
+                return False
+        return len(slots) == len(weights) and self.write(*arrays, slots, weights, size)
+
+
+def _choose_kernels(size: int, fast: bool | None) -> _Kernels | None:
+    if fast is False or (fast is None and size < _COMPILE_FROM):
+        return None
+    kernels = _compiled()
+    if kernels is None and fast:
+        raise ConfigError(['fast=True needs numba: pip install "learnit_r8[fast]", or leave fast at None'])
+    return kernels
+
+
+@functools.cache
+def _compiled() -> _Kernels | None:
+    try:
+        njit = importlib.import_module("numba").njit
+    except ImportError:
+        return None
+    array, ints = "float64[::1]", "int64[::1]"
+    write = f"boolean({array}, {array}, {ints}, {array}, {array}, {ints}, {array}, int64)"
+    draw = f"void({array}, {ints}, {array}, {array}, {ints})"
+    try:
+        return _Kernels(
+            njit(write, cache=True, nogil=True)(_write_kernel), njit(draw, cache=True, nogil=True)(_draw_kernel)
+        )
+    except RuntimeError:  # no folder to cache in
+        return _Kernels(njit(write, nogil=True)(_write_kernel), njit(draw, nogil=True)(_draw_kernel))

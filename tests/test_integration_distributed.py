@@ -1,0 +1,345 @@
+"""Several real processes over gloo: one plan, one verdict, one end."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from learnit_r8 import ProtocolError, R8Scheduler
+
+DRIVER = Path(__file__).with_name("distributed_driver.py")
+_spec = importlib.util.spec_from_file_location("distributed_driver", DRIVER)
+driver = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(driver)
+
+
+def launch(folder: Path, world: int, *scenarios: str, dies: bool = False) -> None:
+    """Run scenarios one after another on `world` processes."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(DRIVER), str(folder), str(rank), str(world), *scenarios],
+            cwd=DRIVER.parent.parent,
+            env={"PYTHONPATH": str(DRIVER.parent.parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    codes = [process.returncode for process in ranks]
+    if dies:
+        assert -9 in codes
+    else:
+        assert codes == [0] * world, "\n".join(errors)
+
+
+def results(folder: Path, world: int, scenario: str) -> list[dict]:
+    return [json.loads((folder / f"{scenario}-{world}-{rank}.json").read_text()) for rank in range(world)]
+
+
+def merged(ranks: list[dict]) -> list[list[int]]:
+    """The global batches: every rank's slices, joined."""
+    return [list(itertools.chain(*slices)) for slices in zip(*(rank["seen"] for rank in ranks), strict=True)]
+
+
+def same(values: list) -> bool:
+    return all(value == values[0] for value in values)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    names = ("ragged", "plain", "half", "mismatch", "rank0", "budget", "interrupted", "stopped")
+    launch(folder, 2, *names)
+    return folder, {name: results(folder, 2, name) for name in names}
+
+
+def test_ragged_arrays_of_any_size_are_gathered(two):
+    assert [rank["equal"] for rank in two[1]["ragged"]] == [[True] * 4] * 2
+
+
+def test_two_ranks_hold_one_plan_for_a_thousand_steps(two):
+    ranks = two[1]["plain"]
+    assert ranks[0]["steps"] == 1000
+    assert same([rank["hash"] for rank in ranks])
+    epochs = np.array(merged(ranks)).reshape(10, -1)
+    assert (np.sort(epochs, axis=1) == np.arange(800)).all()
+
+
+def test_one_ranks_nan_rolls_all_ranks_back(two):
+    ranks = two[1]["plain"]
+    assert [rank["rolled_back"] for rank in ranks] == [[333]] * 2
+    assert same([rank["weights"] for rank in ranks])
+    assert np.isfinite(np.frombuffer(bytes.fromhex(ranks[0]["weights"]))).all()
+
+
+def test_two_ranks_do_what_one_rank_does(two, tmp_path):
+    alone = driver.Training(tmp_path, driver.one_rank())
+    alone.go(nan_at=333)
+    assert merged(two[1]["plain"]) == alone.seen
+    assert two[1]["plain"][0]["weights"] == alone.weights.tobytes().hex()
+
+
+def test_a_run_of_two_ranks_is_resumed_on_one(two, tmp_path):
+    folder, scenarios = two
+    whole = driver.Training(tmp_path, driver.one_rank())
+    whole.go()
+    tail = driver.Training(folder / "half", driver.one_rank(), resume=True)
+    tail.go()
+    assert merged(scenarios["half"]) + tail.seen == whole.seen
+    assert tail.weights.tobytes() == whole.weights.tobytes()
+
+
+def test_ranks_with_different_plans_are_told_both_hashes(two):
+    errors = [rank["error"] for rank in two[1]["mismatch"]]
+    assert errors[0] == errors[1]
+    assert "step 0: rank 0 has hash" in errors[0]
+    assert "rank 1 has" in errors[0]
+
+
+def test_rank_0_draws_for_all_when_the_strategy_would_not_agree(two):
+    ranks = two[1]["rank0"]
+    assert ranks[0]["steps"] == 100
+    assert same([rank["hash"] for rank in ranks])
+    assert all(len(set(batch)) == 8 for batch in merged(ranks))
+
+
+@pytest.mark.parametrize("scenario", ["budget", "interrupted", "stopped"])
+def test_all_ranks_end_at_the_same_step(two, scenario):
+    ranks = two[1][scenario]
+    assert same([rank["steps"] for rank in ranks])
+    assert 0 < ranks[0]["steps"] < 1000
+    if scenario == "interrupted":
+        assert [rank.get("interrupted") for rank in ranks] == [True] * 2
+
+
+@pytest.mark.slow
+def test_four_ranks_hold_one_plan_for_a_thousand_steps(tmp_path):
+    launch(tmp_path, 4, "plain", "ragged")
+    ranks = results(tmp_path, 4, "plain")
+    alone = driver.Training(tmp_path / "alone", driver.one_rank())
+    alone.go(nan_at=333)
+    assert same([rank["hash"] for rank in ranks])
+    assert [rank["rolled_back"] for rank in ranks] == [[333]] * 4
+    assert merged(ranks) == alone.seen
+    assert {rank["weights"] for rank in ranks} == {alone.weights.tobytes().hex()}
+    assert all(rank["equal"] == [True] * 4 for rank in results(tmp_path, 4, "ragged"))
+
+
+@pytest.mark.slow
+def test_two_ranks_then_one_then_four_equal_the_uninterrupted_run(tmp_path):
+    whole = driver.Training(tmp_path / "whole", driver.one_rank())
+    whole.go()
+    launch(tmp_path, 2, "half")
+    middle = driver.Training(tmp_path / "half", driver.one_rank(), resume=True)
+    middle.go(stop_at=700)
+    launch(tmp_path, 4, "resumed")
+    tail = results(tmp_path, 4, "resumed")
+    assert merged(results(tmp_path, 2, "half")) + middle.seen + merged(tail) == whole.seen
+    assert {rank["weights"] for rank in tail} == {whole.weights.tobytes().hex()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_nothing_else(tmp_path, world):
+    launch(tmp_path, world, "killed", dies=True)
+    launch(tmp_path, world, "restarted")
+    ranks = results(tmp_path, world, "restarted")
+    whole = driver.Training(tmp_path / "whole", driver.one_rank())
+    whole.go()
+    assert ranks[0]["first"] == 250
+    assert merged(ranks) == whole.seen[250:]
+    assert {rank["weights"] for rank in ranks} == {whole.weights.tobytes().hex()}
+
+
+# Without processes: threads that exchange arrays ------------------------------------------
+
+
+class Exchange:
+    """all_gather between threads."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier, self.slots = threading.Barrier(world), [None] * world
+
+    def of(self, rank: int):
+        def gather(array):
+            self.slots[rank] = np.array(array)
+            self.barrier.wait(30)
+            everyone = np.concatenate(self.slots)
+            self.barrier.wait(30)
+            return everyone
+
+        return gather
+
+
+def on_threads(world: int, function) -> list:
+    exchange, outcomes = Exchange(world), [None] * world
+
+    def body(rank: int) -> None:
+        try:
+            outcomes[rank] = function({"rank": rank, "world_size": world, "all_gather": exchange.of(rank)})
+        except Exception as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_one_number_a_rank_is_averaged_by_the_slices_sizes(world):
+    def body(ranks):
+        scheduler = R8Scheduler(7 * 4, 7, num_epochs=1, checkpoint_dir=None, ui="off", **ranks)
+        return [
+            scheduler.update_with_loss(float(batch.indices.mean())).loss for batch in scheduler.batch_iterator()
+        ], np.array([])
+
+    def whole(ranks):
+        scheduler = R8Scheduler(7 * 4, 7, num_epochs=1, checkpoint_dir=None, ui="off")
+        return [batch.indices.mean() for batch in drained(scheduler)]
+
+    outcomes = on_threads(world, body)
+    for losses, _ in outcomes:
+        assert losses == pytest.approx(whole(None))
+
+
+def drained(scheduler):
+    for batch in scheduler.batch_iterator():
+        yield batch
+        scheduler.update_with_loss(1.0)
+
+
+def test_ranks_that_report_in_different_ways_are_told_so():
+    def body(ranks):
+        scheduler = R8Scheduler(8, 4, num_epochs=1, checkpoint_dir=None, ui="off", **ranks)
+        batch = next(scheduler.batch_iterator())
+        scheduler.update_with_loss(1.0 if ranks["rank"] else np.ones(len(batch.indices)))
+
+    outcomes = on_threads(2, body)
+    assert all(isinstance(outcome, ProtocolError) and "[2, 0]" in str(outcome) for outcome in outcomes)
+
+
+def test_an_all_gather_that_does_not_gather_is_named():
+    scheduler = R8Scheduler(
+        8, 4, num_epochs=1, checkpoint_dir=None, ui="off", rank=0, world_size=2, all_gather=lambda array: array
+    )
+    next(scheduler.batch_iterator())
+    with pytest.raises(ProtocolError, match="1 reports of 2"):
+        scheduler.update_with_loss([1.0, 2.0])
+
+
+def test_only_rank_0_writes_checkpoints(tmp_path):
+    def body(ranks):
+        folder = tmp_path / str(ranks["rank"])
+        scheduler = R8Scheduler(8, 4, num_epochs=2, checkpoint_dir=folder, checkpoint_every=1, ui="off", **ranks)
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                scheduler.update_with_loss(np.ones(len(batch.indices)))
+        return scheduler.save_checkpoint()
+
+    paths = on_threads(2, body)
+    assert paths[0].parent == tmp_path / "0"
+    assert paths[1] == tmp_path / "1"
+    assert not (tmp_path / "1").exists()
+
+
+def test_a_gather_without_a_process_group_says_what_to_call():
+    from learnit_r8.integrations.distributed import rank_arguments, torch_all_gather
+
+    with pytest.raises(ProtocolError, match="init_process_group"):
+        torch_all_gather(np.ones(1))
+    assert rank_arguments() == {"rank": 0, "world_size": 1, "all_gather": None}
+
+
+# Shards ---------------------------------------------------------------------------------------
+
+
+class Shard:
+    """One rank's run over its shard; the loss of a sample is its own number, shrinking with use."""
+
+    def __init__(self, ranks: dict, folder=None, *, resume: bool = False, size: int = 500, **options) -> None:
+        from learnit_r8.integrations.sharded import ShardedScheduler
+
+        self.rank = ranks["rank"]
+        self.level = np.random.default_rng(self.rank).lognormal(self.rank / 3, 1, size)
+        self.restored: list[int] = []
+        callbacks = {"load_callback": self.load, "save_callback": lambda path: Path(path).write_text("")}
+        path = None if folder is None else folder / str(self.rank)
+        if resume:
+            self.scheduler = ShardedScheduler.resume_from_checkpoint(
+                path, **callbacks, state_callback=dict, **ranks, ui="off"
+            )
+        else:
+            options = {"num_epochs": 4, "backup_every": 5, "ui": "off", "checkpoint_dir": path} | options
+            self.scheduler = ShardedScheduler(size, 10, state_callback=dict, **callbacks, **ranks, **options)
+        self.results: list = []
+        self.seen: list[list[int]] = []
+
+    def load(self, source, from_ram: bool) -> None:
+        if from_ram:
+            self.restored.append(self.scheduler.global_step - 1)
+
+    def go(self, nan_at: int = -1, stop_at: int = -1):
+        for _ in self.scheduler.epoch_iterator():
+            for batch in self.scheduler.batch_iterator():
+                losses = self.level[batch.indices] * (0.5 + 0.5 * 0.998**batch.step)
+                if batch.step == nan_at:
+                    losses = losses * np.nan
+                self.seen.append(batch.indices.tolist())
+                self.results.append(self.scheduler.update_with_loss(losses))
+                if self.scheduler.global_step == stop_at:
+                    self.scheduler.save_checkpoint()
+                    return self
+        return self
+
+
+def test_shards_share_verdicts_rollbacks_and_the_quartiles_of_the_whole():
+    shards = on_threads(4, lambda ranks: Shard(ranks).go(nan_at=120 if ranks["rank"] == 2 else -1))
+    assert [shard.restored for shard in shards] == [[120]] * 4
+    for results in zip(*(shard.results for shard in shards), strict=True):
+        assert same([(r.loss, r.expected_loss, r.verdict) for r in results if np.isfinite(r.loss)])
+    assert all(shard.scheduler.global_step == 200 for shard in shards)
+    known = [shard.scheduler.catalog.expected_loss for shard in shards]
+    assert shards[0].scheduler.catalog.mean_expected == pytest.approx(np.concatenate(known).mean(), rel=0.01)
+    edges = shards[0].scheduler.catalog._edges
+    assert same([shard.scheduler.catalog._edges.tolist() for shard in shards])
+    share = np.searchsorted(np.sort(np.concatenate(known)), edges) / 2000
+    assert share == pytest.approx([0.25, 0.5, 0.75], abs=0.02)
+    assert not same([shard.seen for shard in shards])
+
+
+def test_a_sharded_run_is_resumed_by_the_same_number_of_ranks(tmp_path):
+    whole = on_threads(3, lambda ranks: Shard(ranks, tmp_path / "whole").go())
+    first = on_threads(3, lambda ranks: Shard(ranks, tmp_path / "half").go(stop_at=77))
+    second = on_threads(3, lambda ranks: Shard(ranks, tmp_path / "half", resume=True).go())
+    for one, head, tail in zip(whole, first, second, strict=True):
+        assert head.seen + tail.seen == one.seen
+
+
+def test_shards_of_different_sizes_are_refused():
+    from learnit_r8.errors import ConfigError
+
+    outcomes = on_threads(2, lambda ranks: Shard(ranks, size=500 + ranks["rank"]))
+    assert all(isinstance(outcome, ConfigError) and "501" in str(outcome) for outcome in outcomes)
+
+
+def test_one_shard_alone_runs_too():
+    shard = Shard(driver.one_rank() | {"clock": driver.Still()}).go(nan_at=50)
+    assert shard.restored == [50]
+    assert shard.scheduler.global_step == 200

@@ -1,0 +1,44 @@
+"""The examples for PyTorch, Hugging Face and several ranks run from start to end, and are short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("pytorch_loop", "huggingface", "ddp", "ray_train")
+
+
+def run(*command):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_fits_on_a_page(name):
+    lines = (ROOT / "examples" / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= 80
+
+
+@pytest.mark.slow
+def test_the_pytorch_loop_survives_a_nan_under_prefetching_workers():
+    output = run(sys.executable, "examples/pytorch_loop.py", "--workers", "2", "--nan")
+    assert "step 176: loss nan, the model was restored" in output
+    assert float(output.split("accuracy ")[1].split()[0]) > 0.9
+
+
+@pytest.mark.slow
+def test_the_hugging_face_trainer_resumes_from_its_checkpoint():
+    assert "after 256 steps" in run(sys.executable, "examples/huggingface.py", "--resume")
+
+
+@pytest.mark.slow
+def test_two_ranks_and_one_train_the_same_number_of_steps():
+    one = run(sys.executable, "examples/ddp.py")
+    two = run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/ddp.py")
+    assert "after 264 steps" in one
+    assert "after 264 steps" in two

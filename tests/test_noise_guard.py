@@ -1,0 +1,261 @@
+"""The noise guard: who is suspected, when, and that nothing else is touched."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.mixture import GaussianMixture
+
+from learnit_r8 import R8Scheduler
+from learnit_r8.catalog import LossCatalog
+from learnit_r8.checkpoint import state_codec
+from learnit_r8.events import StrategyDecided, SuspectsNamed
+from learnit_r8.noise_guard import NoiseGuard, either, half_way
+from learnit_r8.strategies import names
+
+N, EPOCHS = 240, 15
+CHANCE = 2.3
+
+
+class Learner:
+    """Losses as a network's: right samples are learned; wrong ones contradict it more the more it knows.
+
+    A rare sample is learned in proportion to how often its kin were trained on; a wrong one is
+    learned by heart, slowly, by being trained on.
+    """
+
+    def __init__(self, kinds, seed=0):
+        self.kinds = np.asarray(kinds)
+        self.seen = np.zeros(len(self.kinds))
+        self.rng = np.random.default_rng(seed)
+        self.steps = 0
+
+    def train(self, indices):
+        self.steps += 1
+        knows = 1 - np.exp(-self.seen[self.kinds == "right"].mean() / 2)
+        rare = self.seen[self.kinds == "rare"].mean() if (self.kinds == "rare").any() else 0
+        loss = {
+            "right": CHANCE * (1 - knows) + 0.05,
+            "rare": CHANCE * (1 + knows) * np.exp(-rare / 4),
+            "wrong": CHANCE * (1 + knows),
+        }
+        base = np.array([loss[kind] for kind in self.kinds[indices]])
+        base *= np.where(self.kinds[indices] == "wrong", np.exp(-self.seen[indices] / 40), 1)
+        self.seen[indices] += 1
+        return (base * np.exp(0.2 * self.rng.standard_normal(len(indices)))).astype(np.float32)
+
+
+class Heard:
+    """A sink that keeps what the guard says."""
+
+    def __init__(self):
+        self.events = []
+
+    def record(self, event):
+        if isinstance(event, (SuspectsNamed, StrategyDecided)):
+            self.events.append(event)
+
+
+def kinds_of(wrong=0, rare=0, n=N):
+    kinds = np.array(["right"] * n, dtype=object)
+    order = np.random.default_rng(1).permutation(n)
+    kinds[order[:wrong]] = "wrong"
+    kinds[order[wrong : wrong + rare]] = "rare"
+    return kinds
+
+
+def train(kinds, scalar=False, **arguments):
+    """Run a learner to its end; return the scheduler, what was heard, and each epoch's draws."""
+    arguments = {"num_epochs": EPOCHS, "noise_guard": "cap", "strategy": "uniform"} | arguments
+    learner, heard, drawn = Learner(kinds), Heard(), []
+    run = R8Scheduler(len(kinds), 16, **arguments, checkpoint_dir=None, ui="off", sinks=[heard])
+    for _ in run.epoch_iterator():
+        drawn.append([])
+        for batch in run.batch_iterator():
+            losses = learner.train(batch.indices)
+            run.update_with_loss(float(losses.mean()) if scalar else losses)
+            drawn[-1].append(batch.indices)
+    return run, heard, [np.concatenate(batches) for batches in drawn]
+
+
+def test_wrong_samples_are_flagged_named_and_kept_out_of_the_second_half():
+    kinds = kinds_of(wrong=48)
+    run, heard, drawn = train(kinds)
+    wrong = kinds == "wrong"
+    assert np.array_equal(run.noise_guard.flagged, wrong)
+    named = [event for event in heard.events if isinstance(event, SuspectsNamed)]
+    assert named[-1].count == 48
+    assert set(named[-1].indices) == set(np.flatnonzero(wrong))
+    assert list(named[-1].losses) == sorted(named[-1].losses, reverse=True)
+    decisions = [event.decision for event in heard.events if isinstance(event, StrategyDecided)]
+    assert decisions == ["noise trial", "noise guard open"]
+    for epoch in drawn[8:]:
+        assert not wrong[epoch].any()
+        assert np.array_equal(np.sort(epoch), np.flatnonzero(~wrong))
+
+
+def test_nobody_is_suspected_before_a_fifth_of_the_budget():
+    kinds = kinds_of(wrong=48)
+    for mode in ("report", "cap"):
+        run, heard, drawn = train(kinds, noise_guard=mode, num_epochs=40)
+        assert heard.events
+        assert heard.events[0].step >= 0.2 * 40 * run.steps_per_epoch
+        assert all(len(epoch) == N for epoch in drawn[:8])
+
+
+def test_report_names_suspects_and_changes_nothing():
+    kinds = kinds_of(wrong=48)
+    run, heard, drawn = train(kinds, noise_guard="report")
+    assert run.noise_guard.flagged[kinds == "wrong"].mean() > 0.9
+    assert any(isinstance(event, SuspectsNamed) for event in heard.events)
+    _, nothing, silent = train(kinds, noise_guard="off")
+    assert not nothing.events
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, silent, strict=True))
+
+
+def test_clean_data_is_left_alone():
+    run, heard, drawn = train(kinds_of())
+    assert not run.noise_guard.flagged.any()
+    assert not heard.events
+    assert all(len(epoch) == N for epoch in drawn)
+
+
+def test_the_trial_acquits_samples_that_their_kin_teach():
+    kinds = kinds_of(rare=40)
+    run, heard, drawn = train(kinds, num_epochs=25)
+    assert not run.noise_guard.flagged.any()
+    decisions = [event.decision for event in heard.events if isinstance(event, StrategyDecided)]
+    assert decisions in ([], ["noise trial", "noise guard shut"])
+    assert all(len(epoch) == N for epoch in drawn[9:])
+
+
+def test_with_groups_a_hard_class_is_not_suspected_and_a_small_one_not_judged():
+    kinds = kinds_of(wrong=24, rare=40)
+    groups = np.arange(N) % 3
+    groups[kinds == "rare"] = 3
+    groups[np.flatnonzero(kinds == "wrong")[:5]] = 4  # a class of five
+    run, _, _ = train(kinds, groups=groups)
+    flagged = run.noise_guard.flagged
+    assert flagged[kinds == "rare"].mean() < 0.1
+    assert not flagged[groups == 4].any()
+    assert flagged[(kinds == "wrong") & (groups < 3)].all()
+
+
+def test_with_one_loss_a_batch_suspects_are_left_out_from_the_middle_on():
+    kinds = kinds_of(wrong=48)
+    _, heard, drawn = train(kinds, scalar=True, num_epochs=40)
+    wrong = kinds == "wrong"
+    assert all(len(epoch) == N for epoch in drawn[:20])
+    assert heard.events
+    assert np.mean([wrong[epoch].mean() for epoch in drawn[30:]]) < 0.1
+
+
+@pytest.mark.parametrize("strategy", names())
+def test_every_strategy_draws_wrong_samples_at_most_half_as_often_as_uniform(strategy):
+    kinds = kinds_of(wrong=48)
+    run, _, drawn = train(kinds, strategy=strategy, num_epochs=30)
+    share = (kinds[np.concatenate(drawn)] == "wrong").mean()
+    assert share <= 0.1
+    assert run.noise_guard.flagged.sum() == pytest.approx(48, abs=6)
+
+
+def test_suspects_take_turns_while_they_are_drawn_at_a_tenth_of_the_rate():
+    guard, catalog = NoiseGuard("cap", 1000), LossCatalog(1000)
+    everyone = np.arange(1000)
+    wrong = everyone < 200
+    masks = []
+    for epoch in range(60):
+        mask = guard.start_epoch(catalog, epoch / 60, np.random.default_rng(epoch))
+        drawn = everyone if mask is None else everyone[~mask]
+        losses = np.where(wrong[drawn], 5.0, 2.3 if epoch == 0 else 0.1).astype(np.float32)
+        catalog.record(catalog.look_up(drawn), losses, epoch)
+        guard.end_epoch(catalog, (epoch + 1) / 60)
+        masks.append(np.zeros(1000, bool) if mask is None else mask)
+    first = next(e for e, mask in enumerate(masks) if mask.any())
+    assert first == 12
+    guarded = np.array(masks)[first + 3 : 30]  # behind trial and gate, before the middle
+    assert not guarded[:, ~wrong].any()
+    drawn = (~guarded[:10, wrong]).sum(0)
+    assert drawn.min() == drawn.max() == 1
+    assert np.array(masks)[30:, wrong].all()
+
+
+@pytest.mark.parametrize("cut", [5, 50, 61, 77, 90, 110, 140, 200])
+@pytest.mark.parametrize("strategy", ["uniform", "prioritized"])
+def test_a_resumed_run_leaves_out_the_same_samples(cut, strategy):
+    kinds = kinds_of(wrong=48)
+    arguments = {"num_epochs": EPOCHS, "noise_guard": "cap", "strategy": strategy, "checkpoint_dir": None, "ui": "off"}
+
+    def steps(run, learner, stop=10**9):
+        drawn = []
+        for _ in run.epoch_iterator():
+            for batch in run.batch_iterator():
+                run.update_with_loss(learner.train(batch.indices))
+                drawn.append(batch.indices.tolist())
+                if run.global_step == stop:
+                    return drawn
+        return drawn
+
+    whole = steps(R8Scheduler(N, 16, **arguments), Learner(kinds))
+    learner = Learner(kinds)
+    run = R8Scheduler(N, 16, **arguments)
+    head = steps(run, learner, cut)
+    text, segments = state_codec.encode(run.state_dict())
+    state = state_codec.decode(text, np.frombuffer(bytearray(b"".join(part.tobytes() for part in segments)), np.uint8))
+    resumed = R8Scheduler(N, 16, **arguments)
+    resumed.load_state_dict(state)
+    assert head + steps(resumed, learner) == whole
+    assert resumed.noise_guard.state_dict()["stage"] == "open"
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=80),
+    st.floats(0.01, 10),
+    st.floats(1, 3),
+)
+def test_the_cut_stays_in_its_range_and_does_not_depend_on_order(losses, low, factor):
+    values = np.array(losses, np.float32)
+    cut = half_way(values, low, low * factor)
+    assert low <= cut <= low * factor
+    assert half_way(values[::-1].copy(), low, low * factor) == cut
+
+
+def test_the_cut_agrees_with_a_gaussian_mixture_where_the_groups_are_apart():
+    rng = np.random.default_rng(0)
+    for share in (0.1, 0.2, 0.4):
+        wrong = rng.random(4000) < share
+        losses = np.where(wrong, rng.normal(3.0, 0.4, 4000), rng.normal(0.5, 0.2, 4000)).astype(np.float32)
+        found = losses > half_way(losses, 0.6 * CHANCE, CHANCE)
+        mixture = GaussianMixture(2, random_state=0).fit(losses[:, None])
+        upper = mixture.predict(losses[:, None]) == mixture.means_[:, 0].argmax()
+        assert np.mean(found != upper) < 0.005
+        assert abs(found.mean() - wrong.mean()) < 0.005
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 12), st.sampled_from(["ones", "nan", "negative", "huge"]))
+def test_odd_sizes_and_losses_never_stop_an_epoch(num_samples, batch_size, num_epochs, kind):
+    value = {"ones": 1.0, "nan": np.nan, "negative": -3.0, "huge": 1e14}[kind]
+    rng = np.random.default_rng(num_samples)
+    with R8Scheduler(
+        num_samples,
+        batch_size,
+        num_epochs=num_epochs,
+        noise_guard="cap",
+        groups=np.arange(num_samples) % 3,
+        checkpoint_dir=None,
+        ui="off",
+    ) as run:
+        for _ in run.epoch_iterator():
+            for batch in run.batch_iterator():
+                losses = np.where(rng.random(len(batch.indices)) < 0.1, value, rng.exponential(1.0))
+                run.update_with_loss(losses, skipped=True)
+        assert run.global_step >= num_epochs
+
+
+def test_masks_are_joined():
+    a, b = np.array([True, False, False]), np.array([False, False, True])
+    assert either(None, None) is None
+    assert either(a, None) is a
+    assert either(None, b) is b
+    assert either(a, b).tolist() == [True, False, True]

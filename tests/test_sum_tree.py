@@ -1,0 +1,198 @@
+"""The sum tree against a plain array of weights and its cumulative sum."""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from learnit_r8 import sum_tree
+from learnit_r8.errors import ConfigError
+from learnit_r8.sum_tree import MAX_WEIGHT, SumTree
+
+PATHS = [False, True]
+WEIGHTS = st.one_of(st.just(0.0), st.floats(0.0, 10.0), st.floats(0.0, MAX_WEIGHT), st.floats(0.0, 1e-300))
+"""Zero, everyday, and every magnitude that the tree takes, subnormal ones included."""
+
+
+@st.composite
+def histories(draw):
+    size = draw(st.sampled_from([1, 2, 15, 16, 17, 255, 300, 70_000]))
+    update = st.lists(st.tuples(st.integers(0, size - 1), WEIGHTS), max_size=20)
+    return size, draw(st.lists(update, min_size=1, max_size=6)), draw(st.integers(0, 2**32))
+
+
+@pytest.mark.parametrize("fast", PATHS)
+@settings(deadline=None, max_examples=60)
+@given(histories())
+def test_weights_and_total_follow_any_history_with_the_last_duplicate_winning(fast, history):
+    size, updates, seed = history
+    tree, expected = SumTree(size, fast=fast), np.zeros(size)
+    for update in updates:
+        for slot, weight in update:
+            expected[slot] = weight
+        tree.set(np.array([slot for slot, _ in update], dtype=np.int64), np.array([weight for _, weight in update]))
+    np.testing.assert_array_equal(tree.weights(), expected)
+    assert tree.total == pytest.approx(math.fsum(expected), rel=1e-12, abs=0.0)
+    refilled = SumTree(size, fast=fast)
+    refilled.fill(tree.weights())
+    assert refilled.total == tree.total
+    if tree.total:
+        u = np.random.default_rng(seed).random(64)
+        u[:2] = 0.0, np.nextafter(1.0, 0.0)
+        slots = tree.draw(u)
+        assert (expected[slots] > 0.0).all()
+        np.testing.assert_array_equal(refilled.draw(u), slots)
+
+
+@settings(deadline=None, max_examples=60)
+@given(histories())
+def test_numpy_and_numba_agree_to_the_last_bit(history):
+    size, updates, seed = history
+    plain, compiled = SumTree(size, fast=False), SumTree(size, fast=True)
+    assert not plain.compiled
+    assert compiled.compiled
+    u = np.random.default_rng(seed).random(50)
+    for update in updates:
+        slots, weights = np.array([s for s, _ in update], dtype=np.int64), np.array([w for _, w in update])
+        plain.set(slots, weights)
+        compiled.set(slots, weights)
+        assert plain.total == compiled.total
+        if plain.total:
+            np.testing.assert_array_equal(plain.draw(u), compiled.draw(u))
+
+
+@pytest.mark.parametrize("size", [1, 16, 1000, 100_000])
+def test_a_draw_is_the_place_of_u_in_the_cumulative_sum(size):
+    rng = np.random.default_rng(size)
+    weights = rng.integers(0, 5, size).astype(float) + (np.arange(size) == 0)
+    tree, u = SumTree(size), rng.random(5000)
+    tree.fill(weights)
+    # Small integers add up without rounding, so both must agree everywhere.
+    expected = np.searchsorted(np.cumsum(weights), u * weights.sum(), side="right")
+    np.testing.assert_array_equal(tree.draw(u), expected)
+
+
+@pytest.mark.parametrize("fast", PATHS)
+def test_draw_frequencies_match_after_a_million_updates_with_duplicates(fast):
+    rng = np.random.default_rng(7)
+    size, batch = 5000, 1000
+    tree, expected = SumTree(size, fast=fast), np.zeros(size)
+    for _ in range(1000):
+        slots, weights = rng.integers(0, size, batch), rng.pareto(1.5, batch)
+        tree.set(slots, weights)
+        expected[slots] = weights
+    counts = np.bincount(tree.draw(rng.random(1_000_000)), minlength=size)
+    p_value = stats.chisquare(counts, 1e6 * expected / expected.sum()).pvalue
+    assert p_value > 1e-3
+    assert abs(tree.total / math.fsum(expected) - 1.0) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("slots", "weights", "error", "words"),
+    [
+        ([0, 10], [1.0, 1.0], IndexError, r"0 \.\. 9, got 10"),
+        ([-1], [1.0], IndexError, "got -1"),
+        ([0.5], [1.0], IndexError, "integers"),
+        ([True, False], [1.0, 1.0], IndexError, "integers"),
+        ([0], [-1.0], ValueError, "got -1.0"),
+        ([0], [np.nan], ValueError, "got nan"),
+        ([0], [np.inf], ValueError, "got inf"),
+        ([0, 1], [1.0], ValueError, "one weight per index"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(slots, weights, error, words):
+    tree = SumTree(10)
+    tree.fill(2.0)
+    with pytest.raises(error, match=words):
+        tree.set(slots, weights)
+    assert tree.total == 20.0
+    np.testing.assert_array_equal(tree.weights(), np.full(10, 2.0))
+
+
+def test_bad_sizes_and_an_all_zero_tree_are_refused():
+    for size in (0, -1, 2.5, True, None):
+        with pytest.raises(ConfigError, match="size"):
+            SumTree(size)
+    with pytest.raises(ValueError, match="every weight is zero"):
+        SumTree(3).draw(np.array([0.5]))
+    with pytest.raises(ValueError, match="fill needs 3"):
+        SumTree(3).fill([1.0, 2.0])
+
+
+@pytest.mark.parametrize("fast", PATHS)
+def test_indices_weights_and_draws_of_other_dtypes_and_strides_are_taken(fast):
+    tree, plain = SumTree(100, fast=fast), SumTree(100, fast=fast)
+    tree.set(np.arange(200, dtype=np.uint8)[:200:2][:50], np.arange(50, dtype=np.float32))
+    plain.set(np.arange(0, 100, 2), np.arange(50.0))
+    np.testing.assert_array_equal(tree.weights(), plain.weights())
+    u = np.linspace(0.0, 0.99, 40)
+    np.testing.assert_array_equal(tree.draw(u[::3]), plain.draw(u[::3].copy()))
+    assert len(tree.draw(u[:0])) == 0
+
+
+def test_empty_updates_and_scalar_weights_are_fine():
+    tree = SumTree(5)
+    tree.set([], [])
+    assert tree.total == 0.0
+    tree.set([1, 3], 0.5)
+    np.testing.assert_array_equal(tree.weights([3, 0]), [0.5, 0.0])
+    assert len(tree) == 5
+
+
+def test_distinct_draws_follow_successive_sampling_exactly():
+    weights = np.array([5.0, 1.0, 0.0, 2.0, 0.5])
+    tree, rng = SumTree(5), np.random.default_rng(3)
+    tree.fill(weights)
+    draws = 60_000
+    seen = {}
+    for _ in range(draws):
+        order = tuple(tree.draw_distinct(rng, 3).tolist())
+        seen[order] = seen.get(order, 0) + 1
+    orders = list(itertools.permutations([0, 1, 3, 4], 3))
+    p = []
+    for order in orders:
+        left, chance = weights.sum(), 1.0
+        for slot in order:
+            chance *= weights[slot] / left
+            left -= weights[slot]
+        p.append(chance)
+    assert set(seen) <= set(orders)
+    assert stats.chisquare([seen.get(order, 0) for order in orders], draws * np.array(p)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("fast", PATHS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])
+def test_distinct_draws_never_repeat_and_leave_the_tree_as_it_was(fast, scale):
+    rng = np.random.default_rng(11)
+    tree = SumTree(2000, fast=fast)
+    weights = np.exp(scale * rng.standard_normal(2000))
+    weights[::3] = 0.0
+    tree.fill(weights)
+    total, u = tree.total, rng.random(100)
+    before = tree.draw(u)
+    for n in (0, 1, 7, 500, 1333, 1999, 5000):
+        slots = tree.draw_distinct(rng, n)
+        assert len(slots) == min(n, int((weights > 0).sum()))
+        assert len(np.unique(slots)) == len(slots)
+        assert (weights[slots] > 0).all()
+    assert tree.total == total
+    np.testing.assert_array_equal(tree.draw(u), before)
+    np.testing.assert_array_equal(tree.weights(), weights)
+
+
+def test_without_numba_large_trees_use_numpy_and_fast_true_says_what_to_install(monkeypatch):
+    sum_tree._compiled.cache_clear()
+    monkeypatch.setitem(sys.modules, "numba", None)
+    try:
+        assert not SumTree(100_000).compiled
+        with pytest.raises(ConfigError, match="numba"):
+            SumTree(10, fast=True)
+    finally:
+        sum_tree._compiled.cache_clear()
+    monkeypatch.undo()
+    assert SumTree(100_000).compiled
