@@ -21,94 +21,25 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.integrations._keras_state import (
+    State,
+    capture_state,
+    restore_state,
+    set_torch_generators,
+    to_numpy,
+    torch_generators,
+    training_generators,
+)
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.types import Batch
 
 __all__ = ["R8Callback", "R8Dataset", "capture_state", "restore_state"]
-
-_PARTS = ("trainable", "non_trainable", "optimizer")
-State = dict[str, list[NDArray[Any]]]
-
-
-def capture_state(model: Any, *, copy: bool = True) -> State:
-    """Return all that training changes, as numpy arrays: weights, optimizer, seeds and generators of random layers.
-
-    Args:
-        model: A built and compiled model.
-        copy: False may return views of the model's own memory.
-    """
-    found = zip(_PARTS, _variables(model), strict=True)
-    state = {part: [_to_numpy(variable, copy=copy) for variable in variables] for part, variables in found}
-    return state | {"generators": [array.copy() for array in _generators.get(model, _torch_generators())]}
-
-
-def restore_state(state: State, model: Any) -> None:
-    """Bring back what `capture_state` returned; `state` can be used again.
-
-    Args:
-        state: The captured state.
-        model: A built and compiled model of the same architecture and optimizer.
-
-    Raises:
-        ConfigError: The state is of another model; nothing has changed then.
-    """
-    live = dict(zip(_PARTS, _variables(model), strict=True))
-    shapes = {part: [tuple(variable.shape) for variable in live[part]] for part in _PARTS}
-    given = {part: [array.shape for array in state[part]] for part in _PARTS}
-    problems = [
-        f"{part}: the state has shapes {given[part]}, the model {shapes[part]}"
-        for part in _PARTS
-        if given[part] != shapes[part]
-    ]
-    if problems:
-        raise ConfigError(problems)
-    for part in _PARTS:
-        for variable, array in zip(live[part], state[part], strict=True):
-            variable.assign(np.array(array))  # JAX would use the array's own memory
-    _generators[model] = [array.copy() for array in state.get("generators", [])]
-
-
-# Keras on torch draws unseeded dropout from torch's global generators, and a loader draws from them
-# whenever a Keras epoch begins. So the state after one step is put back before the next.
-_generators: WeakKeyDictionary[Any, list[NDArray[Any]]] = WeakKeyDictionary()
-
-
-def _torch_generators() -> list[NDArray[Any]]:
-    if keras.backend.backend() != "torch":
-        return []
-    import torch
-
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
-    return [state.numpy() for state in states]
-
-
-def _set_torch_generators(states: list[NDArray[Any]]) -> None:
-    if keras.backend.backend() != "torch" or not states:
-        return
-    import torch
-
-    first, *others = (torch.from_numpy(state.copy()) for state in states)
-    torch.set_rng_state(first)
-    if others and torch.cuda.device_count() == len(others):
-        torch.cuda.set_rng_state_all(others)
-
-
-def _variables(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    return model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
-
-
-def _to_numpy(variable: Any, *, copy: bool) -> NDArray[Any]:
-    array = np.asarray(keras.ops.convert_to_numpy(variable.value))
-    return array.copy() if copy else array
 
 
 class _Planned(NamedTuple):
@@ -297,7 +228,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Set the learning rate."""
         self.model.optimizer.learning_rate = self._dataset.scheduler.lr_now()
-        _set_torch_generators(_generators.get(self.model, []))
+        set_torch_generators(training_generators.get(self.model, []))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Report the step's losses and draw the next batch."""
@@ -305,8 +236,8 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
             raise ConfigError(["this model's train_step does not call compute_loss: no loss can be read"])
         if hasattr(self.model, "jax_state_sync"):  # the JAX trainer keeps its variables to itself
             self.model.jax_state_sync()
-        _generators[self.model] = _torch_generators()
-        values = _to_numpy(self._losses.values, copy=False)
+        training_generators[self.model] = torch_generators()
+        values = to_numpy(self._losses.values, copy=False)
         size = len(self._dataset.current.indices)
         self._dataset.report(values[:size] if self._losses.per_sample else float(values[-1]))
         if not self._dataset.draw():
@@ -315,7 +246,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_end(self, logs: Any = None) -> None:
         """Release what the run held."""
         self._dataset.stop()
-        _generators.pop(self.model, None)
+        training_generators.pop(self.model, None)
 
     def _capture(self) -> State:
         return capture_state(self.model, copy=False)

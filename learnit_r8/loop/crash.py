@@ -37,9 +37,7 @@ class CrashRecorder:
         """Remember one report."""
         self._steps.append((step, verdict, loss, indices))
 
-    def diverged(
-        self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None
-    ) -> NoReturn:
+    def diverged(self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None) -> NoReturn:
         """Write the bundle and raise TrainingDiverged, from the last error of the user's load_callback if any."""
         if cause is not None:
             reason = f"{reason}; load_callback failed: {type(cause).__name__}: {cause}"
