@@ -430,6 +430,8 @@ class R8Scheduler:
             self._bus.emit(events.QuadrantsRefreshed, self._global_step, self._epoch, *table.figures())
         alike = self._guard.undecided(done / total)
         self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded, alike=alike)
+        for decision, reason, figure in self._chooser.pop_decisions():
+            self._bus.emit(events.StrategyDecided, self._global_step, decision, reason, figure)
         self._stage = Stage.RUNNING
         self._reported = self._accepted = 0
         self._loss_sum = 0.0

@@ -135,6 +135,11 @@ class Chooser:
         if self._observe is not None:
             self._observe(report)
 
+    def pop_decisions(self) -> list[tuple[str, str, float]]:
+        """Return (decision, reason, figure) of what the strategy decided since the last call."""
+        pop = getattr(self.strategy, "pop_decisions", None)
+        return [] if pop is None else pop()
+
     def forget(self, indices: Indices) -> None:
         """Tell the strategy that these were drawn and will not be reported."""
         forget = getattr(self._active, "forget", None)

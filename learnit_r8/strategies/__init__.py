@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from learnit_r8.strategies.adaptive import Adaptive, AdaptiveBatchSampler
+from learnit_r8.strategies.auto import Auto
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make, names, register
 from learnit_r8.strategies.curriculum import Curriculum, CurriculumStrategy
 from learnit_r8.strategies.curriculum_scheduler import CurriculumScheduler
@@ -16,6 +17,7 @@ from learnit_r8.strategies.uniform import Uniform
 __all__ = [
     "Adaptive",
     "AdaptiveBatchSampler",
+    "Auto",
     "BatchRequest",
     "Curriculum",
     "CurriculumScheduler",
