@@ -88,5 +88,5 @@ def _variables(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
 
 def to_numpy(variable: Any, *, copy: bool) -> NDArray[Any]:
     """Return a variable's value."""
-    array = np.asarray(keras.ops.convertto_numpy(variable.value))
+    array = np.asarray(keras.ops.convert_to_numpy(variable.value))
     return array.copy() if copy else array
