@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 
@@ -134,10 +135,8 @@ def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None):
         accumulate_grad_batches=accumulate,
         callbacks=[callback, *more],
     )
-    try:
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(model, datamodule=Data(workers), ckpt_path=ckpt, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        pass
     return trainer
 
 
@@ -287,7 +286,7 @@ def make():
 if __name__ == "__main__":
     callback, model = R8Callback(make), Model()
     pl.Trainer(max_epochs=-1, accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False,
-               enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]).fit(model, datamodule=Data())
+               enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]).fit(model, Data())
     weights = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
     np.savez(f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.npz", uses=callback.scheduler.catalog.uses,
              weights=weights, seen=model.seen)

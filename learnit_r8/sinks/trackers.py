@@ -208,13 +208,14 @@ class TensorBoardSink(TrackerSink):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._make = lambda: EventFileWriter(str(log_dir))
+        self._make: Any = EventFileWriter
+        self._log_dir = str(log_dir)
         self._writer: Any = None
 
     def write(self, points: list[Point]) -> None:
         """Write one record per step and time."""
         if self._writer is None:
-            self._writer = self._make()
+            self._writer = self._make(self._log_dir)
         for (step, time), group in _grouped(points).items():
             values = [self._summary.Value(tag=point.name, simple_value=point.value) for point in group]
             self._writer.add_event(self._event(wall_time=time, step=step, summary=self._summary(value=values)))

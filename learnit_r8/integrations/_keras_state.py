@@ -1,0 +1,92 @@
+"""A Keras model's training state as numpy arrays, on any backend."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.errors import ConfigError
+
+_PARTS = ("trainable", "non_trainable", "optimizer")
+State = dict[str, list[NDArray[Any]]]
+
+
+def capture_state(model: Any, *, copy: bool = True) -> State:
+    """Return all that training changes, as numpy arrays: weights, optimizer, seeds and generators of random layers.
+
+    Args:
+        model: A built and compiled model.
+        copy: False may return views of the model's own memory.
+    """
+    found = zip(_PARTS, _variables(model), strict=True)
+    state = {part: [to_numpy(variable, copy=copy) for variable in variables] for part, variables in found}
+    return state | {"generators": [array.copy() for array in training_generators.get(model, torch_generators())]}
+
+
+def restore_state(state: State, model: Any) -> None:
+    """Bring back what `capture_state` returned; `state` can be used again.
+
+    Args:
+        state: The captured state.
+        model: A built and compiled model of the same architecture and optimizer.
+
+    Raises:
+        ConfigError: The state is of another model; nothing has changed then.
+    """
+    live = dict(zip(_PARTS, _variables(model), strict=True))
+    shapes = {part: [tuple(variable.shape) for variable in live[part]] for part in _PARTS}
+    given = {part: [array.shape for array in state[part]] for part in _PARTS}
+    problems = [
+        f"{part}: the state has shapes {given[part]}, the model {shapes[part]}"
+        for part in _PARTS
+        if given[part] != shapes[part]
+    ]
+    if problems:
+        raise ConfigError(problems)
+    for part in _PARTS:
+        for variable, array in zip(live[part], state[part], strict=True):
+            variable.assign(np.array(array))  # JAX would use the array's own memory
+    training_generators[model] = [array.copy() for array in state.get("generators", [])]
+
+
+# Keras on torch draws unseeded dropout from torch's global generators, and a loader draws from them
+# whenever a Keras epoch begins. So the state after one step is put back before the next.
+training_generators: WeakKeyDictionary[Any, list[NDArray[Any]]] = WeakKeyDictionary()
+
+
+def torch_generators() -> list[NDArray[Any]]:
+    """Return the states of torch's global generators; nothing on other backends."""
+    if keras.backend.backend() != "torch":
+        return []
+    import torch
+
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    return [state.numpy() for state in states]
+
+
+def set_torch_generators(states: list[NDArray[Any]]) -> None:
+    """Put back what `torch_generators` returned."""
+    if keras.backend.backend() != "torch" or not states:
+        return
+    import torch
+
+    first, *others = (torch.from_numpy(state.copy()) for state in states)
+    torch.set_rng_state(first)
+    if others and torch.cuda.device_count() == len(others):
+        torch.cuda.set_rng_state_all(others)
+
+
+def _variables(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
+
+
+def to_numpy(variable: Any, *, copy: bool) -> NDArray[Any]:
+    """Return a variable's value."""
+    array = np.asarray(keras.ops.convert_to_numpy(variable.value))
+    return array.copy() if copy else array

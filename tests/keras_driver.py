@@ -1,0 +1,205 @@
+"""Runs Keras on one backend and prints what happened, as JSON; started by test_integration_keras.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+warnings.simplefilter("ignore")
+import keras  # noqa: E402
+
+from learnit_r8 import R8Scheduler  # noqa: E402
+from learnit_r8.errors import R8Error  # noqa: E402
+from learnit_r8.events import RolledBack  # noqa: E402
+from learnit_r8.integrations.keras import R8Callback, R8Dataset, capture_state, restore_state  # noqa: E402
+
+SAMPLES, BATCH = 100, 8  # the last batch is shorter
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(SAMPLES, 4)).astype(np.float32)
+    return x, (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 1).astype(np.int32)
+
+
+def model_for(seed: int, **compiled):
+    keras.utils.set_random_seed(seed)
+    layers = [keras.layers.Dense(16, activation="relu"), keras.layers.Dropout(0.1), keras.layers.Dense(3)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=loss, metrics=["accuracy"], **compiled)
+    return model
+
+
+def scheduler_for(**options) -> R8Scheduler:
+    options = {"num_epochs": 3, "initial_lr": 0.02, "checkpoint_dir": None, "ui": "off", "backup_every": 4} | options
+    return R8Scheduler(SAMPLES, BATCH, **options)
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.events = []
+
+    def record(self, event) -> None:
+        self.events.append(event)
+
+
+class Spy(R8Callback):
+    """Remembers what was trained on, backups as they were taken, and the model after each rollback."""
+
+    def __init__(self, dataset, stop_at=None) -> None:
+        super().__init__(dataset)
+        self.seen, self.rates, self.taken, self.restored, self.kept = [], [], {}, [], []
+        self.stop_at, self.state = stop_at, None
+
+    def on_train_batch_begin(self, batch, logs=None) -> None:
+        super().on_train_batch_begin(batch, logs)
+        self.seen.append(self._dataset.current.indices.tolist())
+        self.rates.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        super().on_train_batch_end(batch, logs)
+        if len(self.seen) == self.stop_at:
+            self.state = capture_state(self.model), self._dataset.scheduler.state_dict()
+            raise KeyboardInterrupt
+
+    def _capture(self):
+        state = super()._capture()
+        self.taken[self._dataset.scheduler.global_step] = fingerprint(state)
+        return state
+
+    def _restore(self, state) -> None:
+        super()._restore(state)
+        self.restored.append(fingerprint(capture_state(self.model)))
+        self.kept.append((state, fingerprint(state)))
+
+
+def fingerprint(state) -> list[bytes]:
+    return [array.tobytes() for part in state.values() for array in part]
+
+
+def fit(model, dataset, stop_at=None, **options) -> Spy:
+    spy = Spy(dataset, stop_at)
+    try:
+        model.fit(dataset, shuffle=False, epochs=1000, verbose=0, callbacks=[spy], **options)
+    except KeyboardInterrupt:
+        dataset.stop()
+    return spy
+
+
+def resume(workers: int) -> dict:
+    x, y = data()
+    whole, scheduler = model_for(0), scheduler_for()
+    seen = fit(whole, R8Dataset(scheduler, x, y, workers=workers)).seen
+    first = fit(model_for(0), R8Dataset(scheduler_for(), x, y, workers=workers), stop_at=19)
+    second, again = model_for(9), scheduler_for()
+    weights, state = first.state
+    restore_state(weights, second)
+    again.load_state_dict(state)
+    rest = fit(second, R8Dataset(again, x, y, workers=workers))
+    return {
+        "ids": first.seen + rest.seen == seen,
+        "weights": fingerprint(capture_state(second)) == fingerprint(capture_state(whole)),
+        "steps": scheduler.global_step,
+        "uses": sorted(set(scheduler.catalog.uses.tolist())),
+        "peak": max(rest.rates + first.rates),
+    }
+
+
+def losses(workers: int = 1) -> float:
+    """Return the largest difference between reported losses and those computed one by one."""
+    x, y = data()
+    model, scheduler = model_for(0), scheduler_for(num_epochs=1, initial_lr=1e-12, min_lr=1e-12)
+    model.layers[1].rate = 0.0
+    fit(model, R8Dataset(scheduler, x, y, workers=workers))
+    logits = keras.ops.convert_to_numpy(model(x)).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(SAMPLES), y]
+    return float(np.abs(scheduler.catalog.expected_loss - expected).max())
+
+
+def faults(seed: int) -> dict:
+    x, y = data()
+    at = set(np.random.default_rng(seed).integers(20, 40, 3).cumsum().tolist())
+    calls = iter(range(10_000))
+
+    def load(indices):
+        number = next(calls) - 1 if started else -1
+        return (x[indices] * np.float32("nan") if number in at else x[indices]), y[indices]
+
+    started = True
+    listener = Listener()
+    scheduler = scheduler_for(num_epochs=12, sinks=[listener])
+    model = model_for(0)
+    spy = fit(model, R8Dataset(scheduler, load))
+    targets = [event.to_step for event in listener.events if isinstance(event, RolledBack)]
+    return {
+        "finite": all(np.isfinite(array).all() for part in capture_state(model).values() for array in part),
+        "rollbacks": len(targets),
+        "equal": spy.restored == [spy.taken[step] for step in targets],
+        "unchanged": all(fingerprint(state) == before for state, before in spy.kept),
+        "steps": scheduler.global_step,
+    }
+
+
+def refusals() -> list[str]:
+    x, y = data()
+    found = []
+
+    def attempt(function) -> None:
+        try:
+            function()
+        except (R8Error, ValueError) as error:  # Keras itself refuses some on some backends
+            found.append(str(error))
+
+    def start(model, **options) -> None:
+        dataset = R8Dataset(scheduler_for(), x, y)
+        model.fit(dataset, epochs=1, verbose=0, callbacks=[R8Callback(dataset)], **{"shuffle": False} | options)
+
+    attempt(lambda: R8Dataset(scheduler_for(), x[:5], y))
+    attempt(lambda: R8Callback(x))
+    attempt(lambda: start(model_for(0), shuffle=True))
+    decayed = model_for(0)
+    decayed.compile(
+        keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 100)), "sparse_categorical_crossentropy"
+    )
+    attempt(lambda: start(decayed))
+    several = model_for(0)
+    several.steps_per_execution = 4
+    attempt(lambda: start(several))
+    spent = scheduler_for()
+    dataset = R8Dataset(spent, x, y)
+    model = model_for(0)
+    fit(model, dataset)
+    attempt(lambda: fit(model, dataset))
+    return found
+
+
+def saved() -> bool:
+    """Save the model after training and load it: the callback leaves nothing in the file."""
+    x, y = data()
+    model = model_for(0)
+    fit(model, R8Dataset(scheduler_for(num_epochs=1), x, y), validation_data=(x, y))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        model.save(path)
+        loaded = keras.saving.load_model(path)
+    return bool(np.array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0)))
+
+
+if __name__ == "__main__":
+    wanted = {
+        "resume": lambda: [resume(1)],
+        "resume-threads": lambda: [resume(3)],
+        "losses": lambda: [losses(1), losses(3)],
+        "faults": lambda: [faults(0)],
+        "many-faults": lambda: [faults(seed) for seed in range(1, 6)],
+        "refusals": refusals,
+        "saved": saved,
+    }
+    print(json.dumps({name: wanted[name]() for name in sys.argv[1:]}))
