@@ -224,7 +224,11 @@ class NoiseGuard:
         decision, reason, figure = self._decide(catalog, progress, found, scores, judged)
         if self._stage is not Stage.OPEN:
             found = np.zeros_like(found)
-        elif self._seeking:
+        elif catalog.attributed and self.mode == "cap":
+            # Left out, suspects are not heard of again, and all estimates move with the level of the rest.
+            both = found | self._suspect
+            found = both if np.count_nonzero(both) <= _MOST * self.num_samples else self._suspect
+        if self._stage is Stage.OPEN and self._seeking:
             self._doubtful = found | self._above(_SEEKING * cut, scores, judged)
         changed = bool(np.any(found != self._suspect))
         self._suspect = found
