@@ -8,9 +8,11 @@ the untrained model's loss (ln K for K balanced classes), and two questions are 
 * **Who?** The mean of all losses reported so far splits the samples into two groups; the cut lies
   half-way between their medians (within `_CUT` times the untrained loss).
 * **Wrong or rare?** The gate. Suspects whose latest losses have fallen below `_TRY` times the
-  untrained loss are being learned, and nothing happens. Otherwise a trial: for two epochs half of
-  the candidates are left out in turn. A loss reported right after that is a held-out one; only
-  where the suspects' mean held-out loss is above the untrained loss does the gate open.
+  untrained loss are being learned, and nothing happens. Where there are more of them than the loss
+  of the others allows (`_agrees`), the model has not got round to a region of the data, and the
+  gate is shut. Otherwise a trial: for two epochs half of the candidates are left out in turn. A loss
+  reported right after that is a held-out one; only where the suspects' mean held-out loss is above
+  the untrained loss does the gate open.
 
 Behind the gate ("cap") a suspect is drawn in every tenth epoch, in rotation, and each return is a
 further held-out look: what has fallen is released. From the middle of the budget on suspects stay
@@ -48,6 +50,8 @@ _CUT = (0.6, 1.0)
 """Range of the cut between suspects and the others, in untrained losses."""
 _OPEN_ATTRIBUTED, _CUT_ATTRIBUTED = 0.5, (0.3, 1.0)
 """The same for estimates from batch losses, which lie nearer together; there is no trial."""
+_AGREE = 1.1
+"""The share of wrong labels that the others' loss implies, over the share of suspects, from which they agree."""
 _CANDIDATE = 0.6
 """Mean loss, in untrained losses, from which a sample takes part in the trial."""
 _MIN_USES, _MIN_USES_GROUPED = 5, 3
@@ -220,7 +224,11 @@ class NoiseGuard:
         decision, reason, figure = self._decide(catalog, progress, found, scores, judged)
         if self._stage is not Stage.OPEN:
             found = np.zeros_like(found)
-        elif self._seeking:
+        elif catalog.attributed and self.mode == "cap":
+            # Left out, suspects are not heard of again, and all estimates move with the level of the rest.
+            both = found | self._suspect
+            found = both if np.count_nonzero(both) <= _MOST * self.num_samples else self._suspect
+        if self._stage is Stage.OPEN and self._seeking:
             self._doubtful = found | self._above(_SEEKING * cut, scores, judged)
         changed = bool(np.any(found != self._suspect))
         self._suspect = found
@@ -296,16 +304,37 @@ class NoiseGuard:
         if self._stage is Stage.WATCHING and found.any():
             level = float(np.mean(catalog.expected_loss[found], dtype=np.float64)) / self.untrained
             why = f"suspects' loss stays at {level:.2f} of the untrained one"
-            if self.mode == "cap" and not catalog.attributed:
+            if catalog.attributed or self.mode == "report":
+                ripe = level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN)
+            else:
                 times = _MIN_USES if self._classes is None else _MIN_USES_GROUPED
-                if level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= times:
-                    self._stage = Stage.TRIAL_1
-                    self._candidate = judged & (scores > _CANDIDATE * self.untrained)
-                    return "noise trial", why, level
-            elif level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN):
+                ripe = level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= times
+            if not ripe:
+                return "", "", math.nan
+            if not catalog.attributed and not self._agrees(catalog, judged):
+                self._stage = Stage.SHUT
+                return "noise guard shut", "more suspects than the loss of the others allows", level
+            if catalog.attributed or self.mode == "report":
                 self._stage = Stage.OPEN
                 return "noise guard open" if self.mode == "cap" else "suspects named", why, level
+            self._stage = Stage.TRIAL_1
+            self._candidate = judged & (scores > _CANDIDATE * self.untrained)
+            return "noise trial", why, level
         return "", "", math.nan
+
+    def _agrees(self, catalog: LossCatalog, judged: Mask) -> bool:
+        """Whether there are as many suspects as the loss of the others allows.
+
+        While a share s of the labels is wrong, whichever, a model gives right ones a probability of
+        1 - s at best, a loss of -ln(1 - s): until it learns by heart. Where the others' loss is lower
+        than the number of suspects implies, the suspects lie together: a part of the data that was
+        not learned yet. Judged by the latest losses, and for cross-entropies in nats only.
+        """
+        losses = np.array(catalog.expected_loss[judged], np.float32)
+        cut = half_way(losses, _CUT[0] * self.untrained, _CUT[1] * self.untrained)
+        share = float(np.mean(losses > cut))
+        implied = -math.expm1(-float(np.median(losses[losses <= cut]))) if share < 1 else 0.0
+        return implied >= _AGREE * share
 
     # State --------------------------------------------------------------------------------
 

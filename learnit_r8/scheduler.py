@@ -104,7 +104,8 @@ class R8Scheduler:
         ui: "auto", "curses", "rich", "log" or "off".
         sinks: Further listeners with `record(event)`.
         log_dir: Where the event log of the run goes, for `r8 watch`.
-        noise_guard: "off", "report" suspects, or "cap": draw them at a tenth of the rate.
+        noise_guard: "off", "report" suspects, or "cap": draw them at a tenth of the rate, and from
+            the middle of the budget not at all.
         groups: Class of each sample, int `[N]`, for the noise guard and the report.
         seed: Decides every random draw.
         drop_last: Leave out an epoch's last, shorter batch.

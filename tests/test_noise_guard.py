@@ -167,7 +167,7 @@ def test_suspects_take_turns_while_they_are_drawn_at_a_tenth_of_the_rate():
     for epoch in range(60):
         mask = guard.start_epoch(catalog, epoch / 60, np.random.default_rng(epoch))
         drawn = everyone if mask is None else everyone[~mask]
-        losses = np.where(wrong[drawn], 5.0, 2.3 if epoch == 0 else 0.1).astype(np.float32)
+        losses = np.where(wrong[drawn], 5.0, 2.3 if epoch == 0 else 0.3).astype(np.float32)
         catalog.record(catalog.look_up(drawn), losses, epoch)
         guard.end_epoch(catalog, (epoch + 1) / 60)
         masks.append(np.zeros(1000, bool) if mask is None else mask)
@@ -178,6 +178,18 @@ def test_suspects_take_turns_while_they_are_drawn_at_a_tenth_of_the_rate():
     drawn = (~guarded[:10, wrong]).sum(0)
     assert drawn.min() == drawn.max() == 1
     assert np.array(masks)[30:, wrong].all()
+
+
+def test_suspects_are_not_believed_where_the_others_are_learned_too_well_for_so_many_wrong_labels():
+    """With a fifth of the labels wrong, right ones keep a loss of -ln(.8) = .22: a region is not learned yet."""
+    for others, believed in ((0.3, True), (0.05, False)):
+        guard, catalog = NoiseGuard("report", 1000), LossCatalog(1000)
+        ids = np.arange(1000)
+        for epoch in range(30):
+            losses = np.where(ids < 200, 5.0, 2.3 if epoch == 0 else others).astype(np.float32)
+            catalog.record(catalog.look_up(ids), losses, epoch)
+            guard.end_epoch(catalog, (epoch + 1) / 30)
+        assert guard.flagged.sum() == (200 if believed else 0)
 
 
 @pytest.mark.parametrize("cut", [5, 50, 61, 77, 90, 110, 140, 200])
