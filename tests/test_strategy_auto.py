@@ -71,7 +71,7 @@ def test_hard_samples_that_are_learnable_are_drawn_more_often():
     kinds = Kinds(hard=0.2, wrong=0.0)
     decisions, late = run(kinds)
     assert decisions[-1].decision == "seek hard samples"
-    assert late[kinds.hard].mean() > 1.3 * late[~kinds.hard].mean()
+    assert late[kinds.hard].mean() > 1.2 * late[~kinds.hard].mean()
 
 
 def test_unexplained_samples_are_drawn_less_and_are_not_sought():
@@ -116,7 +116,7 @@ def test_losses_that_say_nothing_leave_it_uniform(loss):
                 scheduler.update_with_loss(np.full(len(batch.indices), loss))
         uses = scheduler.catalog.uses
     assert uses.sum() == 500
-    assert uses.min() >= 7
+    assert uses.min() >= 5
 
 
 @pytest.mark.parametrize("cut", [3, 45, 100, 211])
