@@ -1,6 +1,6 @@
 """What each strategy learns from the same number of sample gradients, against uniform.
 
-`python -m benchmarks.learning [--quick] [--seeds N] [--tasks A,B] [--arms A,B] [--out FILE]`
+`python -m benchmarks.learning [--quick] [--seeds N] [--tasks A,B] [--arms A,B] [--minutes M] [--out FILE]`
 
 Every run goes through `R8Scheduler`: same split, wrong labels, initial weights and peak learning rate for one seed,
 the learning rate decays fully over the budget. Cells are differences to uniform with the same number of sample
@@ -17,8 +17,9 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,26 @@ class Arm:
     share: float = 1.0
     guard: str = "off"
     groups: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def make(self) -> Any:
+        from learnit_r8.strategies import make
+
+        return type(make(self.strategy))(**dict(self.options)) if self.options else self.strategy
 
 
 def all_arms() -> dict[str, Arm]:
-    """Return uniform, every registered strategy, and shorter runs of uniform and auto."""
+    """Return uniform, every registered strategy, the halves of auto, and shorter runs."""
     from learnit_r8.strategies import names
 
     arms = [Arm("uniform", "uniform")]
     arms += [Arm(name, name) for name in names() if name != "uniform"]
-    arms.append(Arm("uniform 60%", "uniform", LOW))
-    if "auto" in names():
-        arms += [Arm("auto 60%", "auto", LOW)]
+    arms += [
+        Arm("always seek", "prioritized", options=(("alpha", 0.8), ("beta", 0.0), ("beta_end", 0.0))),
+        Arm("auto, seek only", "auto", options=(("avoid", False),)),
+        Arm("auto 60%", "auto", LOW),
+        Arm("uniform 60%", "uniform", LOW),
+    ]
     return {arm.name: arm for arm in arms}
 
 
@@ -62,7 +72,7 @@ def train(task: Any, arm: Arm, seed: int, epochs: int | None = None) -> dict[str
     decisions = Decisions()
     with R8Scheduler(
         len(task.targets), BATCH, num_epochs=epochs or max(1, round(task.epochs * arm.share)),
-        initial_lr=task.peak_lr, strategy=arm.strategy, noise_guard=arm.guard,
+        initial_lr=task.peak_lr, strategy=arm.make(), noise_guard=arm.guard,
         groups=task.groups if arm.groups else None, seed=seed, use_curses=False, checkpoint_dir=None,
         backup_every=None, sinks=[decisions],
     ) as scheduler:  # fmt: skip
@@ -163,21 +173,36 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def measure(tasks: Sequence[str], arms: Sequence[Arm], seeds: int, processes: int = 2) -> dict[str, Any]:
-    """Train everything and return the figures of each task."""
+def measure(
+    tasks: Sequence[str], arms: Sequence[Arm], seeds: int, processes: int = 2, minutes: float = float("inf")
+) -> dict[str, Any]:
+    """Train everything, seed after seed, and return each task's figures over the seeds that were done in time."""
     from benchmarks.tasks import make_task
 
-    jobs = [(task, seed, tuple(arms)) for task in tasks for seed in range(seeds)]
+    jobs = [(task, seed, tuple(arms)) for seed in range(seeds) for task in tasks]
+    done = []
+    for result in _results(jobs, processes, time.monotonic() + 60 * minutes):
+        done.append(result)
+        print(f"\r{len(done)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     runs: dict[str, dict[str, list[Any]]] = {task: {arm.name: [] for arm in arms} for task in tasks}
-    if processes > 1:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            done = pool.map(run_seed, jobs, chunksize=1)
-    else:
-        done = [run_seed(job) for job in jobs]
-    for task, _, result in done:
+    for task, _, result in done[: len(done) // len(tasks) * len(tasks)]:
         for arm, run in result.items():
             runs[task][arm].append(run)
     return {task: summarise(runs[task], loss=make_task(task, 0).loss) for task in tasks}
+
+
+def _results(jobs: Sequence[Any], processes: int, deadline: float) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    if processes == 1:
+        yield from map(run_seed, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        results = pool.imap(run_seed, jobs)
+        try:
+            for _ in jobs:
+                yield results.next(max(0.0, deadline - time.monotonic()) if deadline < float("inf") else None)
+        except multiprocessing.TimeoutError:
+            return
 
 
 def print_table(figures: dict[str, Any], key: str) -> None:
@@ -217,6 +242,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--tasks", type=lambda text: text.split(","))
     parser.add_argument("--arms", type=lambda text: text.split(","))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="report the seeds done by then")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tasks = options.tasks or (["digits", "digits 20%", "longtail", "separated"] if options.quick else TUNED + UNSEEN)
@@ -224,7 +251,8 @@ def main() -> None:
     chosen = list(arms.values()) if options.arms is None else [arms[name] for name in ["uniform", *options.arms]]
     seeds = options.seeds or (3 if options.quick else 10)
     begin = time.monotonic()
-    figures = measure(tasks, chosen, seeds)
+    figures = measure(tasks, chosen, seeds, options.processes, options.minutes)
+    seeds = len(figures[tasks[0]]["uniform"]["scores"])
     print(f"Against uniform with the same number of sample gradients, {seeds} seeds, mean and 95% interval\n")
     print_table(figures, "against matched uniform")
     print("\nAgainst uniform with the full budget, whatever the strategy drew\n")

@@ -304,15 +304,15 @@ def _text() -> tuple[Array, int]:
 
 def _characters(name: str, rng: np.random.Generator, wrong: float) -> Task:
     text, known = _text()
-    starts = rng.permutation(len(text) // WINDOW - 2)[:3000] * WINDOW
+    starts = rng.permutation(len(text) // WINDOW - 2)[:2000] * WINDOW
     samples = text[starts[:, None] + np.arange(CONTEXT + WINDOW)]
-    ours = samples[:2000].copy()
-    flipped = np.zeros(2000, bool)
-    flipped[rng.choice(2000, round(wrong * 2000), replace=False)] = True
+    ours = samples[:1500].copy()
+    flipped = np.zeros(1500, bool)
+    flipped[rng.choice(1500, round(wrong * 1500), replace=False)] = True
     ours[flipped] = rng.choice(text, ours[flipped].shape)
     return Task(
-        name, ours, np.zeros(2000, np.int64), samples[2000:], np.zeros(1000, np.int64), None, flipped, loss=True,
-        epochs=10, peak_lr=0.1, network=lambda task, seed: CharacterModel(task, seed, known, 96),
+        name, ours, np.zeros(1500, np.int64), samples[1500:], np.zeros(500, np.int64), None, flipped, loss=True,
+        epochs=8, peak_lr=0.1, network=lambda task, seed: CharacterModel(task, seed, known, 96),
     )  # fmt: skip
 
 

@@ -31,19 +31,19 @@ from learnit_r8.strategies.weighting import Floats, MixtureSampler, draw_stable,
 from learnit_r8.types import LossReport, Mask
 
 _UNTRAINED_BATCHES = 8
-_FAILS = 0.6
-"""Held-out ratio from which a sample counts as unexplained."""
-_SEEK_FULLY, _SEEK_NOT = 0.1, 0.2
+_FAILS = 0.5
+"""Where between the median loss (0) and the untrained loss (1) an unexplained sample's held-out loss begins."""
+_SEEK_FULLY, _SEEK_NOT = 0.1, 0.18
 """Mean held-out ratio of the hard samples below which they are sought fully, above which not at all."""
 _PROBED = 0.4
 """Share of the samples, those of highest mean loss, that probes are taken from."""
-_PROBE = 0.25
+_PROBE = 0.15
 """Share of these that is left out at a time."""
-_FIRST, _LAST = 0.1, 0.6
+_FIRST, _LAST = 0.1, 0.4
 """Share of the budget at which probes begin and end."""
 _AVOIDED = 0.05
 """Rate at which suspects are drawn."""
-_LEAST_MAJORITY = 3
+_LEAST_MAJORITY = 6
 """Failures above the cut, less passes, that make suspects."""
 _FEWEST = 4
 """Measured samples that allow a decision to seek."""
@@ -70,6 +70,7 @@ class Auto:
         self._untrained: list[float] = []
         self._per_sample = True
         self._samples: dict[str, NDArray[Any]] | None = None
+        self._level = 0.0  # median loss over the untrained one, at the epoch's start
         self._strength = 0.0
         self._told: tuple[str, float] | None = None
         self._decisions: list[tuple[str, str, float]] = []
@@ -84,8 +85,10 @@ class Auto:
         arrays["away"] += arrays["away"] < 255
         ranks = _ranks(request.catalog.mean_loss, request.catalog.uses)
         np.copyto(arrays["rank"], ranks, where=arrays["away"] <= 1)  # an absent one's mean stays while others fall
+        if self._reference > 0:
+            self._level = float(np.median(request.catalog.expected_loss)) / self._reference
         if request.progress >= _FIRST:
-            self._decide(arrays, request.progress)
+            self._decide(arrays)
         hidden = self._probe(arrays, request, barred)
         suspect = arrays["suspect"]
         hidden |= suspect & (request.rng.random(request.num_samples) >= _AVOIDED)
@@ -100,8 +103,8 @@ class Auto:
         if self._samples is None:
             self._samples = {
                 "away": np.zeros(count, np.uint8),  # epochs since it was drawn
-                "first": np.full(count, np.nan, np.float32),  # held-out ratio, the first time
-                "held": np.full(count, np.nan, np.float32),  # the last time
+                "held": np.full(count, np.nan, np.float32),  # held-out ratio, the last time
+                "failed": np.zeros(count, bool),  # it was unexplained, the first time
                 "rank": np.zeros(count, np.float32),  # of the mean loss, 0 to 1, after it was drawn last
                 "rank_first": np.zeros(count, np.float32),  # the same before the first measurement
                 "rank_held": np.zeros(count, np.float32),  # before the last one
@@ -137,7 +140,7 @@ class Auto:
 
     # Decisions ----------------------------------------------------------------------------
 
-    def _decide(self, arrays: dict[str, NDArray[Any]], progress: float) -> None:
+    def _decide(self, arrays: dict[str, NDArray[Any]]) -> None:
         if not self._measuring:
             reason = "the untrained loss is not above 0" if self._per_sample else "one loss per sample is needed"
             self._tell("uniform", reason, self._reference)
@@ -159,10 +162,12 @@ class Auto:
     def _suspect(self, arrays: dict[str, NDArray[Any]], measured: NDArray[np.int64]) -> None:
         """Mark the unexplained. First measurements count: later ones follow more training on the sample itself."""
         rank = arrays["rank_first"][measured]
-        failed = arrays["first"][measured] > _FAILS
+        failed = arrays["failed"][measured]
         cut = _stump(rank, failed)
-        arrays["suspect"] = arrays["rank"] >= cut
-        arrays["suspect"][measured] = failed & (rank >= cut)
+        suspect = arrays["rank"] >= cut
+        suspect[measured] = failed & (rank >= cut)
+        # Where most is unexplained, the model is to blame.
+        arrays["suspect"] = suspect & (2 * np.count_nonzero(suspect) <= len(suspect))
 
     def _announce(self, suspects: int, measured: int, figure: float) -> None:
         kind = "seek hard samples" if self._strength >= _TOLD_CHANGE else "uniform"
@@ -207,9 +212,10 @@ class Auto:
         if back.any():
             ids = report.indices[back]
             samples = self._samples
-            samples["held"][ids] = report.losses[back] / self._reference
-            first = np.isnan(samples["first"][ids])
-            samples["first"][ids[first]] = samples["held"][ids[first]]
+            ratios = report.losses[back] / self._reference
+            first = np.isnan(samples["held"][ids])
+            samples["held"][ids] = ratios
+            samples["failed"][ids[first]] = ratios[first] > self._level + _FAILS * (1 - self._level)
             samples["rank_first"][ids[first]] = samples["rank"][ids[first]]
             samples["rank_held"][ids] = samples["rank"][ids]
 
@@ -221,6 +227,7 @@ class Auto:
             "untrained": list(self._untrained),
             "per_sample": self._per_sample,
             "samples": None if self._samples is None else {key: array.copy() for key, array in self._samples.items()},
+            "level": self._level,
             "strength": self._strength,
             "told": None if self._told is None else list(self._told),
             "decisions": [list(decision) for decision in self._decisions],
@@ -233,6 +240,7 @@ class Auto:
         self._untrained = [float(loss) for loss in state["untrained"]]
         self._per_sample = bool(state["per_sample"])
         self._samples = None if samples is None else {key: np.array(array) for key, array in samples.items()}
+        self._level = float(state["level"])
         self._strength = float(state["strength"])
         self._told = None if state["told"] is None else (str(state["told"][0]), float(state["told"][1]))
         self._decisions = [(str(what), str(why), float(figure)) for what, why, figure in state["decisions"]]
