@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, NumeralTickFormatter, Range1d
-from bokeh.palettes import RdYlBu11
 from bokeh.plotting import figure
 from bokeh.transform import linear_cmap
 
@@ -26,6 +25,8 @@ from learnit_r8.sinks.catalog_log import MAX_SAMPLES
 COLOURS = ("#3f83d0", "#e07b2c", "#35a06a", "#b65fc0", "#c9a227", "#2aa3a8", "#d0567a", "#8a7a5c")
 """One a run, in their order; used again from the start when there are more."""
 _RED, _GREEN, _GREY = "#d8434e", "#35a06a", "#8a8f98"
+_CORRECTNESS = ("#d8434e", "#e07b2c", "#dfa637", "#b9b45a", "#79b08e", "#4f9ac0", "#3f83d0")
+"""Never below ln 2 to always."""
 _TOOLS = "xpan,xwheel_zoom,box_zoom,reset,save"
 _MARKS_KEPT = 2000
 _IDS_SHOWN = 12
@@ -280,7 +281,7 @@ def data_map(run: RunData, most: int = MAX_SAMPLES) -> Figure | None:
     fig = _figure("mean loss", 420, x_axis_label="variability (standard deviation)", **scale)
     fig.tools = [tool for tool in fig.tools if "X" not in type(tool).__name__]
     fig.add_tools("pan", "wheel_zoom")
-    shade = linear_cmap("correct", RdYlBu11[::-1], 0, 1)
+    shade = linear_cmap("correct", _CORRECTNESS, 0, 1)
     size = 3 if len(columns["id"]) > 20_000 else 5
     source = ColumnDataSource(columns)
     points = fig.scatter("x", "y", source=source, size=size, color=shade, alpha=0.65, line_color=None)

@@ -8,7 +8,7 @@
     const colour = (name) => style.getPropertyValue(name).trim();
     const [text, dim, line, grid] = ["--text", "--dim", "--line", "--grid"].map(colour);
     for (const fig of figures()) {
-      fig.setv({ background_fill_color: null, border_fill_color: null, outline_line_color: line });
+      fig.setv({ background_fill_color: null, border_fill_color: null, border_line_color: null, outline_line_color: line });
       for (const part of [...fig.below, ...fig.left]) {
         part.setv({
           axis_label_text_color: text, major_label_text_color: dim, axis_line_color: line,

@@ -242,12 +242,12 @@ def _spikes_table(run: RunData, number: int) -> str:
     return more + _table(f"spikes{number}", f"{run.name}-spikes.csv", columns, body)
 
 
-_TEXT_COLUMNS = frozenset({"time", "what", "samples of the batch"})
+_TEXT_COLUMNS = {"time": "word", "what": "word", "samples of the batch": "text", "flagged": "word"}
 
 
 def _table(name: str, file: str, columns: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
     """Return a sortable table with a button that saves it as CSV; numbers keep all digits there."""
-    kinds = [' class="text"' if column in _TEXT_COLUMNS else "" for column in columns]
+    kinds = [f' class="{_TEXT_COLUMNS[column]}"' if column in _TEXT_COLUMNS else "" for column in columns]
     head = "".join(
         f'<th scope="col" aria-sort="none"{kind}><button type="button">{escape(column)}</button></th>'
         for column, kind in zip(columns, kinds, strict=True)
@@ -287,12 +287,12 @@ def _time_bars(run: RunData, number: int) -> str:
 def _settings(run: RunData, number: int, count: int, charts: _Charts) -> Iterable[str]:
     del number, count, charts
     items = "".join(
-        f'<tr><th class="text">{escape(str(name))}</th><td class="text">{escape(str(value))}</td></tr>'
+        f'<tr><th class="word">{escape(str(name))}</th><td class="text">{escape(str(value))}</td></tr>'
         for name, value in run.config.items()
     )
     yield _card("Configuration", f'<div class="scroll" tabindex="0"><table>{items}</table></div>' if items else "")
     lines = "".join(
-        f'<tr><td>{f.of_day(line.time, None)}</td><td>{line.step}</td><td class="text">{escape(line.kind)}</td>'
+        f'<tr><td>{f.of_day(line.time, None)}</td><td>{line.step}</td><td class="word">{escape(line.kind)}</td>'
         f'<td class="text">{escape(line.text)}</td></tr>'
         for line in run.journal()
     )
