@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from learnit_r8._version import __version__
 from learnit_r8.clock import Clock
-from learnit_r8.errors import R8Error
+from learnit_r8.errors import ConfigError, R8Error
 
 MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141
 _RUN_HELP = "the folder that the run got as log_dir"
@@ -75,6 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     once.add_argument("--once", action="store_true", help="print one frame as text")
     once.add_argument("--json", action="store_true", help="print the numbers")
     sub.add_argument("--size", type=_size, metavar="WxH", help="size of the frame for --once, as 120x35")
+
+    sub = command("report", _report, "write a run's report, or several runs side by side, as one HTML file")
+    sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=_RUN_HELP)
+    sub.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the file (%(default)s)")
+
+    sub = command("plot", _plot, "draw loss and learning rate as a picture, or write them as CSV")
+    sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=_RUN_HELP)
+    kind = sub.add_mutually_exclusive_group()
+    kind.add_argument("--png", action="store_true", help="a picture (the default)")
+    kind.add_argument("--csv", action="store_true", help="a table of one run: min, max, mean, smoothed loss, rate")
+    sub.add_argument("-o", "--output", type=Path, help="the file (plot.png; a table goes to standard output)")
 
     sub = command("demo", _demo, "show a synthetic run with spikes, rollbacks and checkpoints")
     sub.add_argument("--ui", default="auto", help="auto, curses, rich or log")
@@ -146,6 +157,50 @@ def _watch(options: argparse.Namespace) -> int:
         width, height = options.size or shutil.get_terminal_size((120, 35))
         print(_printable(frame(runs, width, height, now, os.environ)))
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from learnit_r8.report.run_data import load_run
+    from learnit_r8.watch import find_run
+
+    try:
+        from learnit_r8.report.page import write_report
+    except ImportError as error:
+        raise ConfigError([f'r8 report needs {error.name}: pip install "learnit_r8[report]"']) from error
+    _check_folder(options.output)
+    write_report([load_run(find_run(folder)) for folder in options.runs], options.output)
+    print(f"{options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from learnit_r8.report.plot import as_csv, write_png
+    from learnit_r8.report.run_data import load_run
+    from learnit_r8.watch import find_run
+
+    if options.csv and len(options.runs) > 1:
+        raise ConfigError(["--csv writes one run: give one RUN_DIR"])
+    output = options.output or (None if options.csv else Path("plot.png"))
+    if output is not None:
+        _check_folder(output)
+    runs = [load_run(find_run(folder)) for folder in options.runs]
+    if output is None:
+        print(as_csv(runs[0]))
+        return 0
+    if options.csv:
+        output.write_text(as_csv(runs[0]) + "\n", encoding="utf-8")
+    else:
+        write_png(runs, output)
+    print(output)
+    return 0
+
+
+def _check_folder(output: Path) -> None:
+    """Find out before the work, not after it, that there is no place for its result."""
+    if output.is_dir():
+        raise ConfigError([f"{output} is a folder: give a file with -o"])
+    if not output.parent.is_dir():
+        raise ConfigError([f"there is no folder {output.parent}: make it, or give another file with -o"])
 
 
 def _demo(options: argparse.Namespace) -> int:

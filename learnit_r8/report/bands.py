@@ -1,0 +1,92 @@
+"""Long series as few points that still show every extreme."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+BINS = 1500
+"""Bins of a chart: more than the pixels of its width, so that no spike hides beside another."""
+DECAY = 0.98
+"""Decay of the smoothed line, the dashboard's default."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Band:
+    """Consecutive points, binned. Arrays are float64 `[bins]`; NaN where a bin has no finite value.
+
+    Attributes:
+        first: First x of each bin.
+        last: Last x of each bin.
+        low: Smallest finite value.
+        high: Largest finite value.
+        mean: Mean of the finite values.
+        smooth: The moving average after the bin's last point.
+    """
+
+    first: Floats
+    last: Floats
+    low: Floats
+    high: Floats
+    mean: Floats
+    smooth: Floats
+
+    @property
+    def middle(self) -> Floats:
+        """Where on the x axis a bin is drawn."""
+        return (self.first + self.last) / 2
+
+
+def band(x: Floats, y: Floats, bins: int = BINS, decay: float = DECAY) -> Band:
+    """Bin a series by its order: minimum, maximum, mean and moving average of each bin.
+
+    Args:
+        x: Positions, `[n]`.
+        y: Values, `[n]`; not finite ones belong to no extreme, mean or average.
+        bins: At most so many bins; a series that is not longer keeps every point.
+        decay: Of the moving average over all points.
+    """
+    size = len(x)
+    if size == 0:
+        empty = np.empty(0)
+        return Band(empty, empty, empty, empty, empty, empty)
+    count = min(bins, size)
+    starts = np.arange(count) * size // count
+    ends = np.append(starts[1:], size) - 1
+    finite = np.isfinite(y)
+    counts = np.add.reduceat(finite.astype(np.int64), starts)
+    low = np.minimum.reduceat(np.where(finite, y, np.inf), starts)
+    high = np.maximum.reduceat(np.where(finite, y, -np.inf), starts)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = np.add.reduceat(np.where(finite, y, 0.0), starts) / np.maximum(counts, 1)
+    empty_bins = counts == 0
+    for values in (low, high, mean):
+        values[empty_bins] = np.nan
+    return Band(x[starts], x[ends], low, high, mean, _smooth(y, decay)[ends])
+
+
+def _smooth(y: Floats, decay: float) -> Floats:
+    """Return the debiased moving average (Kingma and Ba 2015, section 3) after each point."""
+    out = np.empty(len(y))
+    average, weight, gain = 0.0, 0.0, 1.0 - decay
+    shown = math.nan
+    for i, value in enumerate(y.tolist()):
+        if math.isfinite(value):
+            average += gain * (value - average)
+            weight += gain * (1.0 - weight)
+            shown = average / weight
+        out[i] = shown
+    return out
+
+
+def wants_log(values: Floats) -> bool:
+    """Return whether a log scale shows a positive series better: it spans more than a factor of 20."""
+    finite = values[np.isfinite(values)]
+    if not len(finite) or finite.min() <= 0:
+        return False
+    low, high = np.percentile(finite, (1, 99))
+    return bool(high > 20 * low)

@@ -1,0 +1,94 @@
+"use strict";
+// Gives the charts the page's colours, makes tables sort and charts answer to keys. No network, no eval.
+(() => {
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+
+  const paint = () => {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const [text, dim, line, grid] = ["--text", "--dim", "--line", "--grid"].map(colour);
+    for (const fig of figures()) {
+      fig.setv({ background_fill_color: null, border_fill_color: null, border_line_color: null, outline_line_color: line });
+      for (const part of [...fig.below, ...fig.left]) {
+        part.setv({
+          axis_label_text_color: text, major_label_text_color: dim, axis_line_color: line,
+          major_tick_line_color: line, minor_tick_line_color: null,
+        });
+      }
+      for (const part of fig.center) {
+        if (part.type === "Grid") part.setv({ grid_line_color: grid });
+        if (part.type === "Legend") {
+          part.setv({
+            label_text_color: text, background_fill_color: colour("--panel"), background_fill_alpha: 0.8,
+            border_line_color: line, inactive_fill_color: colour("--page"),
+          });
+        }
+      }
+    }
+  };
+
+  const figures = () => Bokeh.documents.flatMap((doc) => doc.roots()).filter((root) => root.type === "Figure");
+
+  const byName = (name) => figures().find((fig) => fig.name === name);
+
+  // Keys of a chart in focus: arrows move, + and - zoom about the middle, 0 shows all.
+  const keys = (event) => {
+    const chart = event.currentTarget, fig = byName(chart.dataset.chart);
+    if (!fig || event.ctrlKey || event.metaKey || event.altKey) return;
+    const range = fig.x_range, { start, end } = range, width = end - start, middle = (start + end) / 2;
+    chart.whole ??= [start, end];
+    const log = fig.x_scale.type === "LogScale";
+    const moves = {
+      ArrowLeft: [start - width / 8, end - width / 8], ArrowRight: [start + width / 8, end + width / 8],
+      "+": [middle - width / 4, middle + width / 4], "=": [middle - width / 4, middle + width / 4],
+      "-": [middle - width, middle + width], 0: chart.whole,
+    };
+    const move = moves[event.key];
+    if (!move || log || event.target !== chart) return;
+    event.preventDefault();
+    range.setv({ start: move[0], end: move[1] });
+  };
+
+  const sort = (button) => {
+    const head = button.closest("th"), table = head.closest("table"), place = head.cellIndex;
+    const down = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+    for (const other of table.tHead.rows[0].cells) {
+      if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
+    }
+    head.setAttribute("aria-sort", down === 1 ? "ascending" : "descending");
+    const value = (row) => {
+      const cell = row.cells[place], text = cell.dataset.value ?? cell.textContent, number = Number(text);
+      return text === "" ? -Infinity : Number.isNaN(number) ? text : number;
+    };
+    const compare = (a, b) => (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1);
+    const body = table.tBodies[0];
+    const rows = [...body.rows].map((row) => [value(row), row]);
+    rows.sort((a, b) => down * compare(a[0], b[0]));
+    body.append(...rows.map(([, row]) => row));
+  };
+
+  const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+
+  const save = (button) => {
+    const rows = [...document.getElementById(button.dataset.table).rows];
+    const lines = rows.map((row) => [...row.cells].map((cell) => quoted(cell.dataset.value ?? cell.textContent)).join(","));
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" }));
+    link.download = button.dataset.file;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+
+  addEventListener("DOMContentLoaded", () => {
+    for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sort(button));
+    for (const button of document.querySelectorAll(".csv")) button.addEventListener("click", () => save(button));
+    for (const chart of document.querySelectorAll(".chart")) chart.addEventListener("keydown", keys);
+    const wait = setInterval(() => {
+      if (figures().length < document.querySelectorAll(".chart").length) return;
+      clearInterval(wait);
+      paint();
+      dark.addEventListener("change", paint);
+      document.documentElement.dataset.ready = "yes";
+    }, 20);
+  });
+})();

@@ -1,0 +1,140 @@
+"""Everything that a report tells of one run, read from its folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from learnit_r8 import events as e
+from learnit_r8.dashboard.capture import ConsoleTail
+from learnit_r8.dashboard.journal import Entry, entry
+from learnit_r8.errors import ConfigError
+from learnit_r8.report.bands import Floats
+from learnit_r8.report.events_table import EventsTable, read_table
+from learnit_r8.sinks.catalog_log import CatalogSnapshot, read_catalog
+from learnit_r8.sinks.tail import CONSOLE_FILE, EVENTS_FILE
+
+CONSOLE_LINES = 200
+JOURNAL_LINES = 500
+_CONSOLE_BYTES = 1 << 19
+_Kind = TypeVar("_Kind", bound=e.Event)
+_ROUTINE = (e.BackupTaken, e.BackupVerified, e.MetricLogged, e.EpochStarted, e.QuadrantsRefreshed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunData:
+    """One run.
+
+    Attributes:
+        folder: Where it was read from.
+        name: What it calls itself.
+        table: Its log.
+        metrics: The user's own numbers: name -> steps and values, float64 `[n]` each.
+        catalog: The samples' figures; None where the run wrote none, or a damaged file.
+        console: The last lines that it printed.
+        problem: What could not be read, as a sentence; empty when all could.
+    """
+
+    folder: Path
+    name: str
+    table: EventsTable
+    metrics: dict[str, tuple[Floats, Floats]]
+    catalog: CatalogSnapshot | None
+    console: list[str]
+    problem: str
+
+    def of(self, kind: type[_Kind]) -> list[_Kind]:
+        """Return the events of one kind, in the order of the log."""
+        return [event for event in self.table.others if type(event) is kind]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration that the last process started with."""
+        started = self.of(e.RunStarted)
+        return started[-1].config if started else {}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all processes together, from each one's start to its last event."""
+        return sum(end - start for start, end in self._spans())
+
+    def _spans(self) -> Iterator[tuple[float, float]]:
+        starts = [event.time for event in self.of(e.RunStarted)]
+        for i, start in enumerate(starts):
+            until = starts[i + 1] if i + 1 < len(starts) else math.inf
+            times = self.table.columns["time"]
+            last = float(times[times < until].max(initial=start))
+            others = [event.time for event in self.table.others if start <= event.time < until]
+            yield start, max([last, *others])
+
+    @property
+    def state(self) -> str:
+        """Why the run ended, or that it has not."""
+        ended = self.of(e.RunEnded)
+        later = bool(ended) and any(event.time > ended[-1].time for event in self.of(e.RunStarted))
+        return ended[-1].reason if ended and not later else "not ended"
+
+    def time_spent(self) -> dict[str, float]:
+        """Return where the time went, in seconds; what no event accounts for stands last."""
+        columns = self.table.columns
+        spent = {
+            "your training step": float(np.nansum(columns["step_seconds"])),
+            "scheduler": float(np.nansum(columns["r8_seconds"])),
+            "backups in RAM": sum(event.seconds for event in self.of(e.BackupTaken)),
+            "checkpoints": sum(event.seconds for event in self.of(e.CheckpointSaved)),
+            "rollbacks": sum(event.seconds for event in self.of(e.RolledBack)),
+        }
+        rest = self.seconds - sum(spent.values())
+        return {**spent, "between steps (validation, loading)": max(0.0, rest)}
+
+    def journal(self) -> list[Entry]:
+        """Return the last notable events as lines, newest first."""
+        notable = [event for event in self.table.others if not isinstance(event, _ROUTINE)]
+        lines = [entry(event) for event in notable[-JOURNAL_LINES:]]
+        return [line for line in reversed(lines) if line is not None]
+
+    def flagged(self) -> frozenset[int]:
+        """Return the samples that the noise guard named last."""
+        named = self.of(e.SuspectsNamed)
+        return frozenset(named[-1].indices) if named else frozenset()
+
+
+def load_run(folder: Path) -> RunData:
+    """Read a run.
+
+    Raises:
+        ConfigError: The log holds no reported loss.
+    """
+    table = read_table(folder / EVENTS_FILE)
+    if not len(table):
+        raise ConfigError([f"{folder} has no reported loss yet: let it train for a step, then ask again"])
+    catalog, problem = None, ""
+    try:
+        catalog = read_catalog(folder)
+    except ValueError as error:
+        problem = str(error)
+    started = [event for event in table.others if isinstance(event, e.RunStarted)]
+    name = started[-1].run if started else folder.resolve().name
+    return RunData(folder, name, table, _metrics(table.others), catalog, _console(folder / CONSOLE_FILE), problem)
+
+
+def _metrics(events: list[e.Event]) -> dict[str, tuple[Floats, Floats]]:
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for event in events:
+        if isinstance(event, e.MetricLogged):
+            steps, values = found.setdefault(event.name, ([], []))
+            steps.append(event.step)
+            values.append(event.value)
+    return {name: (np.array(steps, float), np.array(values, float)) for name, (steps, values) in found.items()}
+
+
+def _console(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    tail = ConsoleTail(path, max(0, path.stat().st_size - _CONSOLE_BYTES), CONSOLE_LINES)
+    return tail.poll()
