@@ -1,0 +1,152 @@
+"""What safety costs: rollback from RAM against a durable checkpoint, a backup against a copy, the step against torch.
+
+python -m benchmarks.recovery [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.speed import torch_batches
+from benchmarks.timing import interleave
+from learnit_r8 import R8Scheduler
+from learnit_r8.checkpoint import CheckpointStore
+from learnit_r8.events import BackupTaken
+from learnit_r8.stability.backups import BackupRing
+
+
+def state_of(megabytes: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {f"layer{k}": rng.standard_normal((1250, 200), dtype=np.float32) for k in range(megabytes)}
+
+
+def rollback(megabytes: int, rounds: int) -> None:
+    state = state_of(megabytes)
+    target = {name: array.copy() for name, array in state.items()}
+    ring = BackupRing()
+    for step in range(3):
+        ring.take(state, step)
+        for calm in range(8):
+            ring.healthy(step + calm)
+    with tempfile.TemporaryDirectory(prefix="r8-recovery-") as folder:
+        store = CheckpointStore(folder)
+        saved = store.save(1, state)
+
+        def load() -> None:
+            for name, array in store.load(saved.path).state.items():
+                np.copyto(target[name], array)
+
+        def from_ram() -> float:
+            ring.take(state, 3)  # the ring of a run is full; the restore works in the memory of the newest backup
+            start = time.perf_counter()
+            for name, array in ring.restore(3)[1].items():
+                np.copyto(target[name], array)
+            return time.perf_counter() - start
+
+        ram, disk = [], []
+        for _ in range(rounds):
+            ram.append(from_ram())
+            start = time.perf_counter()
+            load()
+            disk.append(time.perf_counter() - start)
+
+    def plain() -> None:
+        for name, array in state.items():
+            np.copyto(target[name], array)
+
+    times = interleave({"plain": plain, "backup": lambda: ring.take(state, 4)}, rounds=rounds)
+    ram_s, disk_s = statistics.median(ram), statistics.median(disk)
+    print(
+        f"rollback of {megabytes} MB: {ram_s * 1e3:.0f} ms from RAM, {disk_s * 1e3:.0f} ms to load and verify a "
+        f"checkpoint (page cache warm): {disk_s / ram_s:.1f} times faster (goal 5)"
+    )
+    print(
+        f"backup: {times['backup'] * 1e3:.0f} ms, plain copy into warm memory {times['plain'] * 1e3:.0f} ms: "
+        f"{times['backup'] / times['plain']:.2f}x (limit 1.5)"
+    )
+
+
+class Appending:
+    """A sink that only appends."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.record = self.events.append
+
+
+def step_cost(rounds: int) -> None:
+    """Draw + update with everything on, against torch's blind draw of one batch."""
+    print("draw + update at B=256 with detector, backups bookkeeping and events on, against torch's blind draw")
+    for size in (10_000, 1_000_000):
+        heard = Appending()
+        weights = np.zeros(1000, np.float32)
+        scheduler = R8Scheduler(
+            size, 256, num_epochs=100_000, ui="off", checkpoint_dir=None, sinks=[heard], drop_last=True,
+            state_callback=lambda weights=weights: {"w": weights}, load_callback=lambda source: None,
+        )  # fmt: skip
+        losses = np.random.default_rng(0).lognormal(sigma=0.3, size=256).astype(np.float32)
+
+        def forever(scheduler: R8Scheduler = scheduler) -> Any:
+            for _ in scheduler.epoch_iterator():
+                yield from scheduler.batch_iterator()
+
+        batches = forever()
+
+        def step(batches: Any = batches, scheduler: R8Scheduler = scheduler, losses: np.ndarray = losses) -> None:
+            next(batches)
+            scheduler.update_with_loss(losses)
+
+        blind = torch_batches(size, 256)
+        for _ in range(2 * (size // 256) + 1):  # past the cataloging epoch, past one boundary
+            step()
+        times = interleave({"r8": step, "torch": lambda blind=blind: next(blind)}, rounds=rounds, calls=30)
+        print(
+            f"  N={size:,}: {times['r8'] * 1e6:.0f} us against {times['torch'] * 1e6:.0f} us: "
+            f"{times['r8'] / times['torch']:.1f}x (limit 16)"
+        )
+
+
+def pacing(megabytes: int, step_seconds: float, steps: int) -> None:
+    """Share of a run's time that automatic backups take; and whether a full ring allocates."""
+    state, heard, addresses = state_of(megabytes), Appending(), set()
+    scheduler = R8Scheduler(
+        256, 16, num_epochs=-(-steps // 16), ui="off", checkpoint_dir=None, sinks=[heard], backup_every=1,
+        state_callback=lambda: state, load_callback=lambda source: None,
+    )  # fmt: skip
+    started = time.perf_counter()
+    with scheduler:
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                time.sleep(step_seconds)
+                scheduler.update_with_loss(np.ones(len(batch.indices), np.float32))
+                for slot in scheduler._safety._ring._slots:
+                    addresses.update(array.ctypes.data for array in slot.copy.tree.values())
+    seconds = time.perf_counter() - started
+    taken = [event for event in heard.events if isinstance(event, BackupTaken)]
+    stats = scheduler._safety._ring.stats
+    share = (stats.copy_seconds + stats.scan_seconds) / seconds
+    print(
+        f"pacing: {len(taken)} backups of {megabytes} MB in {seconds:.1f} s of {step_seconds * 1e3:.0f} ms steps took "
+        f"{share:.1%} of the time (limit 3%); {len(addresses) / len(state):.0f} buffers an array were ever allocated"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="50 MB in place of 500")
+    quick = parser.parse_args().quick
+    print(f"temporary files are in {Path(tempfile.gettempdir())}")
+    rollback(50 if quick else 500, 5 if quick else 9)
+    step_cost(9 if quick else 25)
+    pacing(8, 0.01, 300 if quick else 1500)
+
+
+if __name__ == "__main__":
+    main()
