@@ -8,11 +8,11 @@ behind RHO-LOSS (Mindermann et al. 2022, "Prioritized Training on Points that ar
 Worth Learning, and Not Yet Learnt"), which needs a second model and held-out data for it.
 
 1. Probes. Part of the samples of high mean loss is left out for an epoch, another part in the
-   next; the first loss after the return is the measurement. Every draw after an absence counts,
-   so what is avoided is measured again whenever it comes up.
-2. Avoid. Measured samples, ordered by the rank of their mean loss: the cut below which most
-   pass and above which most fail is a decision stump. Above it everything that did not itself
-   pass is a suspect, and is drawn at a small share of the rate.
+   next; the first loss after the return is the measurement. Every draw after an absence counts.
+2. Avoid. A sample fails where its first measurement is nearer to the untrained loss than to the
+   median one (later ones follow more training on the sample itself). A decision stump over the
+   rank of the mean loss: the cut above which failures outnumber passes by the most. What is above
+   it and did not pass is a suspect, and is drawn at a small share of the rate.
 3. Seek. Of those that are not suspects, the harder half of the measured ones: the lower their
    mean held-out ratio, the more the draw leans to `expected loss ** alpha`, over at least a fifth of
    uniform draws. Weights stay 1: the bias is the purpose.
@@ -48,6 +48,7 @@ _LEAST_MAJORITY = 6
 _FEWEST = 4
 """Measured samples that allow a decision to seek."""
 _TOLD_CHANGE = 0.25
+"""Least change of the seeking that is told."""
 
 
 @register("auto")
@@ -143,6 +144,7 @@ class Auto:
     def _decide(self, arrays: dict[str, NDArray[Any]]) -> None:
         if not self._measuring:
             reason = "the untrained loss is not above 0" if self._per_sample else "one loss per sample is needed"
+            self._strength = 0.0
             self._tell("uniform", reason, self._reference)
             return
         measured = np.flatnonzero(~np.isnan(arrays["held"]))
