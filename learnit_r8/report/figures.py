@@ -93,9 +93,9 @@ def _band_lines(fig: Figure, found: Band, run: RunData, number: int, *, smooth: 
             "x": found.middle,
             "first": found.first,
             "last": found.last,
-            "low": found.low.astype(np.float32),
-            "high": found.high.astype(np.float32),
-            "line": (found.smooth if smooth else found.mean).astype(np.float32),
+            "low": found.low,
+            "high": found.high,
+            "line": found.smooth if smooth else found.mean,
         }
     )
     fig.varea("x", "low", "high", source=source, color=shade, alpha=0.28, legend_label=run.name)

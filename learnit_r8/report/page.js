@@ -51,7 +51,7 @@
 
   const sort = (button) => {
     const head = button.closest("th"), table = head.closest("table"), place = head.cellIndex;
-    const down = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+    const down = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     for (const other of table.tHead.rows[0].cells) {
       if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
     }

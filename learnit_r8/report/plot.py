@@ -64,7 +64,7 @@ def write_png(runs: Sequence[RunData], path: Path) -> None:
     for kind, name, colour in _MARKS:
         steps = [event.step for event in runs[0].of(kind)]
         if steps:
-            place = {"spike": 1.0, "rollback": 0.975, "checkpoint": 0.0}[name]
+            place = {"spike": 0.985, "rollback": 0.96, "checkpoint": 0.015}[name]
             transform = top.get_xaxis_transform()
             marker = "^" if name == "checkpoint" else "v"
             top.plot(steps, [place] * len(steps), marker, color=colour, ms=5, label=name, transform=transform, ls="")
