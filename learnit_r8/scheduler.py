@@ -277,10 +277,14 @@ class R8Scheduler:
         position = self._budget.position(self._epoch, ticket.cursor, self._chooser.batches)
         return self._budget.learning_rate(position, self._safety.lr_multiplier(self._global_step))
 
-    def allow_lookahead(self, batches: int) -> None:
+    def allow_lookahead(self, batches: int, prefetched: int = 0) -> None:
         """Let at least so many batches be out before their losses come back.
 
         For loaders that prefetch: their lead is known only once they exist.
+
+        Args:
+            batches: As `lookahead`.
+            prefetched: How many of them, the newest, a loader holds that the model has not seen.
 
         Raises:
             ProtocolError: A learning-rate search is due, which needs every loss before the next batch.
@@ -290,7 +294,7 @@ class R8Scheduler:
                 f"auto_find_lr needs each loss before the next batch, and this loader is {batches - 1} ahead: search "
                 "with a loader that does not prefetch (num_workers=0), or give initial_lr"
             )
-        self._desk.lookahead = max(self._desk.lookahead, batches)
+        self._desk.lookahead, self._desk.prefetched = max(self._desk.lookahead, batches), prefetched
 
     def attach_model(self, capture: Callable[[], Any], restore: Callable[[Any], Any]) -> None:
         """Give the callbacks for backups in RAM that were not given at construction.

@@ -248,8 +248,9 @@ def test_a_nan_rolls_back_model_and_optimizer_within_training(hf, tmp_path, accu
     trainer._head_losses = poisoned
     scheduler._safety._load = lambda state, from_ram: noted(state)
     trainer.train()
-    assert [r.rolled_back for r in spy.results].count(True) == 3
-    assert restored == [True] * 3
+    # Two of them share an optimizer step with accumulation: one rollback answers both.
+    assert [r.rolled_back for r in spy.results].count(True) == len(restored) == (3 if accumulation == 1 else 2)
+    assert all(restored)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in trainer.model.state_dict().values())
     assert np.isfinite(trainer.state.log_history[-2]["loss"])
 

@@ -493,8 +493,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, workers, accumulat
     assert fingerprint(second.model.state_dict()) == fingerprint(whole.model.state_dict())
 
 
-def test_a_nan_rolls_the_model_back_to_its_backup_and_training_ends_finite():
-    run = Run(nan_at=(9, 21, 22))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_nan_rolls_the_model_back_to_its_backup_and_training_ends_finite(workers):
+    run = Run(workers, nan_at=(9, 21, 22))
     run.go()
     assert len(run.restored) == 3
     assert run.scheduler.global_step == 36

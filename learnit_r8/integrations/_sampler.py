@@ -67,7 +67,7 @@ class R8BatchSampler(Sampler[list[int]]):
         if problems:  # not earlier: a loader that fails while it is made fails once more when it is deleted
             raise ConfigError(problems)
         if lead is not None:
-            self.scheduler.allow_lookahead(lead + self.ahead + 1)
+            self.scheduler.allow_lookahead(lead + self.ahead + 1, prefetched=lead)
         for batch in self.scheduler.batch_iterator():
             yield batch.indices.tolist()
 

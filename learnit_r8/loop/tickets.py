@@ -41,6 +41,7 @@ class TicketDesk:
 
     def __init__(self, lookahead: int) -> None:
         self.lookahead = lookahead
+        self.prefetched = 0  # of these, how many a loader holds that the model has not seen
         self._next_id = 0
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
@@ -127,7 +128,8 @@ class TicketDesk:
 
     def outdate(self) -> None:
         """Mark the open tickets: the model was restored, they may have been trained on the one that is gone."""
-        self._outdated = set(self._open)
+        # What a loader had only prefetched, the newest ones, was trained on nothing yet.
+        self._outdated = set(list(self._open)[: max(self.lookahead - 1 - self.prefetched, 0)])
 
     def close(self, ticket: Ticket) -> bool:
         """Remove a reported ticket; return whether it was out when the model was restored."""
