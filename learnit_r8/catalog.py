@@ -105,7 +105,8 @@ class LossCatalog:
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
         self._edges: NDArray[np.float32] | None = None
-        self._journal: deque[tuple[int, Rows]] = deque()
+        self._journal: deque[tuple[int, int, Rows]] = deque()  # step, number of the edges, rows
+        self._edges_number = 0
         self._journal_bytes = 0
 
     # What users read ----------------------------------------------------------------------
@@ -382,7 +383,7 @@ class LossCatalog:
         count = self._rows["epochs_in_q4"]
         self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
         self._resum()  # drops rounding drift
-        self._forget_journal()
+        self._edges_number += 1
         return self._table(moved)
 
     def _migration(self) -> tuple[float, ...]:
@@ -420,10 +421,10 @@ class LossCatalog:
     # Undo, for rollbacks ------------------------------------------------------------------
 
     def _remember(self, step: int, rows: Rows) -> None:
-        self._journal.append((step, rows))
+        self._journal.append((step, self._edges_number, rows))
         self._journal_bytes += rows.block.nbytes
         while self._journal_bytes > _JOURNAL_BYTES:
-            self._journal_bytes -= self._journal.popleft()[1].block.nbytes
+            self._journal_bytes -= self._journal.popleft()[2].block.nbytes
 
     def _forget_journal(self) -> None:
         self._journal.clear()
@@ -432,19 +433,29 @@ class LossCatalog:
     def rewind(self, step: int) -> int:
         """Undo the reports of `step` and later, newest first; return how many were undone.
 
-        Reaches back to the last epoch start at most: there the edges and, with one loss a
-        batch, all estimates changed.
+        With one loss a batch it reaches back to the last epoch start at most: there all estimates changed.
         """
         undone = 0
         while self._journal and self._journal[-1][0] >= step:
-            _, rows = self._journal.pop()
+            _, edges, rows = self._journal.pop()
             self._journal_bytes -= rows.block.nbytes
+            if edges != self._edges_number:
+                rows = rows._replace(block=self._in_present_quadrants(rows))
             before, now = rows.block.view(_ROW)["estimate"], self._rows["estimate"][rows.indices]
             self._sum += float((before - now).sum(dtype=np.float64))
             self._num_seen -= rows.unseen
             self._opaque[rows.indices] = rows.block
             undone += 1
         return undone
+
+    def _in_present_quadrants(self, rows: Rows) -> NDArray[Any]:
+        """Return rows of an earlier epoch with what this epoch's start made of the quadrants."""
+        block, now = rows.block.copy().view(_ROW), self._rows[rows.indices]
+        for name in ("planned", "epochs_in_q4"):
+            block[name] = now[name]
+        if self._edges is not None:
+            block["quadrant"] = np.where(block["uses"] > 0, self._edges.searchsorted(block["estimate"]), UNSEEN)
+        return block.view(_OPAQUE)
 
     # State --------------------------------------------------------------------------------
 
