@@ -11,9 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("pytorch_loop", "huggingface", "ddp", "ray_train")
 
 
-def run(*command):
+def run(*command, tries=1):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    # gloo of torch 2.13 aborts now and then at a process's exit, in a plain DDP program as well.
+    if tries > 1 and done.returncode and "terminate called without an active exception" in done.stderr:
+        return run(*command, tries=tries - 1)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,6 +42,6 @@ def test_the_hugging_face_trainer_resumes_from_its_checkpoint():
 @pytest.mark.slow
 def test_two_ranks_and_one_train_the_same_number_of_steps():
     one = run(sys.executable, "examples/ddp.py")
-    two = run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/ddp.py")
+    two = run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/ddp.py", tries=4)
     assert "after 264 steps" in one
     assert "after 264 steps" in two
