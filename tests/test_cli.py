@@ -99,8 +99,18 @@ def test_a_run_that_writes_is_live_and_one_that_fell_silent_is_stale(tmp_path, a
 def test_slow_steps_are_not_mistaken_for_a_stale_run(tmp_path):
     run = WatchedRun(write_demo(tmp_path, start=1000.0, until=60, step_seconds=10.0))
     run.read_all()
-    assert run.status(run.model.last_time + 900) == "live"
-    assert run.status(run.model.last_time + 9000) == "stale"
+    assert run.status(run.model.last_time + 150) == "live"
+    assert run.status(run.model.last_time + 900) == "stale"
+
+
+def test_a_run_of_slow_steps_is_seen_step_by_step(tmp_path):
+    sink, run = JsonlSink(tmp_path / "events.jsonl"), WatchedRun(tmp_path)
+    sink.record(RunStarted(995.0, 0, "slow", {}, 10, 100, False, "0", 1, 0.0))
+    for step in range(3):
+        sink.record(LossReported(1000.0 + 5 * step, step, 0, 0.25, 0.2, 0.01, "calm", 0.1, 32, 5.0, 0.001))
+        run.read_all()
+        assert run.model.step == step + 1
+    sink.close()
 
 
 def test_a_partial_last_line_is_held_back_until_it_is_complete(tmp_path):
@@ -317,7 +327,7 @@ def test_the_version_is_printed():
 
 def test_the_help_of_the_program_names_every_command():
     text = r8("--help").stdout
-    for name in ("watch", "demo", "suspects", "crash", "doctor"):
+    for name in ("watch", "report", "plot", "demo", "suspects", "crash", "doctor"):
         assert re.search(rf"^ +{name} ", text, re.MULTILINE), name
 
 

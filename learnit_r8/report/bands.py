@@ -84,9 +84,9 @@ def _smooth(y: Floats, decay: float) -> Floats:
 
 
 def wants_log(values: Floats) -> bool:
-    """Return whether a log scale shows a positive series better: it spans more than a factor of 20."""
+    """Return whether a log scale shows a series better: positive, and it or its highest spike spans a factor of 20."""
     finite = values[np.isfinite(values)]
     if not len(finite) or finite.min() <= 0:
         return False
-    low, high = np.percentile(finite, (1, 99))
-    return bool(high > 20 * low)
+    low, middle, high = np.percentile(finite, (1, 50, 99))
+    return bool(high > 20 * low or finite.max() > 20 * middle)

@@ -55,10 +55,13 @@ class StepAxis:
         room = max(1.0, high - low) * 0.01
         self.range = Range1d(start=low - room, end=high + room)
 
-    def figure(self, label: str, values: Floats, height: int = 300, **more: Any) -> Figure:
+    def figure(self, label: str, height: int, values: Floats) -> Figure:
         """Return an empty chart over steps whose y scale suits the values."""
-        scale = {"y_axis_type": "log"} if wants_log(values) else {}
-        return _figure(label, height, x_range=self.range, x_axis_label="step", **scale, **more)
+        return _figure(label, height, x_range=self.range, x_axis_label="step", **_scale(values))
+
+
+def _scale(values: Floats) -> dict[str, str]:
+    return {"y_axis_type": "log"} if wants_log(values) else {}
 
 
 def _figure(label: str, height: int, **more: Any) -> Figure:
@@ -99,8 +102,8 @@ def _band_lines(fig: Figure, found: Band, run: RunData, number: int, *, smooth: 
         }
     )
     fig.varea("x", "low", "high", source=source, color=shade, alpha=0.28, legend_label=run.name)
-    if len(found.low) < BINS:  # every point is drawn: a band between equal values has no area
-        fig.line("x", "high", source=source, color=shade, alpha=0.45, legend_label=run.name)
+    # An edge as well: one bin's spike is a thin needle, and bins of one point have no area.
+    fig.line("x", "high", source=source, color=shade, alpha=0.5, legend_label=run.name)
     line = fig.line("x", "line", source=source, color=shade, line_width=2, legend_label=run.name)
     label = "smoothed" if smooth else "mean"
     tips = [("run", run.name), ("steps", "@first{0,0} to @last{0,0}"), (label, "@line"), ("from", "@low to @high")]
@@ -109,7 +112,7 @@ def _band_lines(fig: Figure, found: Band, run: RunData, number: int, *, smooth: 
 
 def loss(runs: Sequence[RunData], axis: StepAxis) -> Figure:
     """Return the chart of the loss: band, moving average, and the validation losses as points."""
-    fig = axis.figure("loss", np.concatenate([run.table.columns["loss"] for run in runs]), 340)
+    fig = axis.figure("loss", 340, np.concatenate([run.table.columns["loss"] for run in runs]))
     for number, run in enumerate(runs):
         columns = run.table.columns
         _band_lines(fig, band(columns["step"], columns["loss"]), run, number, smooth=True)
@@ -126,7 +129,7 @@ def loss(runs: Sequence[RunData], axis: StepAxis) -> Figure:
 
 def learning_rate(runs: Sequence[RunData], axis: StepAxis) -> Figure:
     """Return the chart of the learning rate."""
-    return _banded(runs, axis, "learning rate", lambda run: run.table.columns["lr"])
+    return _banded(runs, axis, "learning rate", lambda run: run.table.columns["lr"], log=False)
 
 
 def throughput(runs: Sequence[RunData], axis: StepAxis) -> Figure:
@@ -138,12 +141,14 @@ def throughput(runs: Sequence[RunData], axis: StepAxis) -> Figure:
         found: Floats = np.divide(columns["size"], seconds, out=np.full(len(seconds), np.nan), where=seconds > 0)
         return found
 
-    return _banded(runs, axis, "samples / s", rate)
+    return _banded(runs, axis, "samples / s", rate, log=True)
 
 
-def _banded(runs: Sequence[RunData], axis: StepAxis, label: str, values: Callable[[RunData], Floats]) -> Figure:
+def _banded(
+    runs: Sequence[RunData], axis: StepAxis, label: str, values: Callable[[RunData], Floats], *, log: bool
+) -> Figure:
     found = [values(run) for run in runs]
-    fig = axis.figure(label, np.concatenate(found), 240)
+    fig = axis.figure(label, 240, np.concatenate(found) if log else np.empty(0))
     for number, (run, series) in enumerate(zip(runs, found, strict=True)):
         _band_lines(fig, band(run.table.columns["step"], series), run, number, smooth=False)
     _legend(fig, len(runs) > 1)
@@ -156,7 +161,7 @@ def metrics(runs: Sequence[RunData], axis: StepAxis) -> dict[str, Figure]:
     names = dict.fromkeys(itertools.chain.from_iterable(logged))
     charts = {}
     for name in list(names)[:_METRICS_SHOWN]:
-        fig = axis.figure(name, np.concatenate([found[name][1] for found in logged if name in found]), 220)
+        fig = axis.figure(name, 220, np.concatenate([found[name][1] for found in logged if name in found]))
         for number, (run, found) in enumerate(zip(runs, logged, strict=True)):
             if name not in found:
                 continue
@@ -216,8 +221,7 @@ def quadrant_edges(run: RunData) -> Figure | None:
         return None
     edges = np.array([event.edges for event in found], float)
     epochs = np.array([event.epoch + 1 for event in found], float)
-    scale = {"y_axis_type": "log"} if wants_log(edges.ravel()) else {}
-    fig = _figure("loss", 260, x_axis_label="epoch", **scale)
+    fig = _figure("loss", 260, x_axis_label="epoch", **_scale(edges.ravel()))
     names = ("lowest", "Q1 | Q2", "Q2 | Q3", "Q3 | Q4", "highest")
     for number, name in enumerate(names):
         source = ColumnDataSource({"x": epochs, "y": edges[:, number]})
@@ -277,8 +281,7 @@ def data_map(run: RunData, most: int = MAX_SAMPLES) -> Figure | None:
     if catalog.groups is not None:
         columns["group"] = catalog.groups[keep].astype(np.int32)
         tips.insert(1, ("class", "@group"))
-    scale = {"y_axis_type": "log"} if wants_log(columns["y"]) else {}
-    fig = _figure("mean loss", 420, x_axis_label="variability (standard deviation)", **scale)
+    fig = _figure("mean loss", 420, x_axis_label="variability (standard deviation)", **_scale(columns["y"]))
     fig.tools = [tool for tool in fig.tools if "X" not in type(tool).__name__]
     fig.add_tools("pan", "wheel_zoom")
     shade = linear_cmap("correct", _CORRECTNESS, 0, 1)

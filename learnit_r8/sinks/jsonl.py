@@ -11,7 +11,7 @@ from learnit_r8.events import BatchIssued, Event, LossReported, from_json, to_js
 
 
 class JsonlSink:
-    """Appends events to a file; losses are buffered, everything else is flushed at once.
+    """Appends events to a file; losses are buffered for a second at most, everything else is flushed at once.
 
     Args:
         path: The file; its folder is made at the first event.
@@ -23,6 +23,7 @@ class JsonlSink:
         self._flush_every = flush_every
         self._file: TextIO | None = None
         self._buffered = 0
+        self._flushed = 0.0
 
     def record(self, event: Event) -> None:
         """Write one line. `BatchIssued` is left out: `LossReported` tells the same and more."""
@@ -31,11 +32,13 @@ class JsonlSink:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
+            self._flushed = event.time
         self._file.write(json.dumps(to_json(event), allow_nan=False, separators=(",", ":")) + "\n")
         self._buffered += 1
-        if self._buffered >= self._flush_every or not isinstance(event, LossReported):
+        waited = event.time - self._flushed
+        if self._buffered >= self._flush_every or abs(waited) > 1 or not isinstance(event, LossReported):
             self._file.flush()
-            self._buffered = 0
+            self._buffered, self._flushed = 0, event.time
 
     def close(self) -> None:
         """Flush and close; a later event opens the file again."""

@@ -15,8 +15,8 @@ from learnit_r8.events import Event
 from learnit_r8.sinks.tail import CHUNK, CONSOLE_FILE, EVENTS_FILE, EventTail
 
 STALE_SECONDS = 60.0
-STALE_STEPS = 150
-"""Silence that is not unusual: the log is flushed every 100 steps at the latest (`JsonlSink`), and then some."""
+STALE_STEPS = 20
+"""So many steps' time without an event is still no reason to worry."""
 _CONSOLE_BYTES = 1 << 20
 """Of a console file only so much of its end is read."""
 
