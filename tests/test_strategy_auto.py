@@ -52,7 +52,15 @@ class Heard:
 def run(kinds: Kinds, *, scalar: bool = False, strategy="auto"):
     heard = Heard()
     late = np.zeros(SAMPLES, int)
-    with R8Scheduler(SAMPLES, 20, num_epochs=EPOCHS, strategy=strategy, use_curses=False, sinks=[heard]) as scheduler:
+    with R8Scheduler(
+        SAMPLES,
+        20,
+        num_epochs=EPOCHS,
+        strategy=strategy,
+        noise_guard="off",  # it decides too, and is heard in the same events
+        use_curses=False,
+        sinks=[heard],
+    ) as scheduler:
         for epoch in scheduler.epoch_iterator():
             for batch in scheduler.batch_iterator():
                 losses = kinds.losses(batch.indices, epoch)
