@@ -172,12 +172,12 @@ class R8Scheduler:
             args.load,
             args.state_callback,
             config.backup_every,
-            self._saver.find_before,
+            self._saver,
             self._catalog,
             self._bus.emit,
             self._ranks.clock,  # backups are paced by time, and all ranks have to take the same ones
             CrashRecorder(Path(evidence) if evidence else None, config.to_json(), lambda: tuple(self._bus.recent)),
-            self._ranks.everyone,
+            self._ranks,
         )
         self._interrupts = Interrupts()
         self._ones = np.ones(config.batch_size, np.float32)

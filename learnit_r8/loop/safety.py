@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from learnit_r8 import events
 from learnit_r8.catalog import LossCatalog
@@ -21,17 +20,14 @@ from learnit_r8.clock import Clock
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported
+from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.saver import Saver
 from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, BackupStatus
 from learnit_r8.stability.detector import Detector, bulk_mean
 from learnit_r8.stability.recovery import Action, Kind, Recovery
 from learnit_r8.types import Indices, Mask, Verdict
 
 Emit = Callable[..., None]
-FindOnDisk = Callable[[int, int], tuple[int, Path] | None]
-"""(before step, how many to pass over) -> (step, model path) of a checkpoint, or None."""
-
-Everyone = Callable[[float], NDArray[np.float64]]
-
 LR_RISE = 1.5
 """A learning rate that grows by this factor in a step may well move the loss: the detector is told."""
 
@@ -75,13 +71,13 @@ class SafetyNet:
         load: Restores the user's model, or None.
         state_callback: Returns the user's model state, or None.
         backup_every: Least number of steps between automatic backups, or None for none.
-        find_on_disk: Finds a checkpoint to go back to when RAM has nothing.
+        saver: Finds a checkpoint to go back to when RAM has nothing.
         catalog: Rewound on a rollback.
         emit: `(event class, step, *fields)`.
         clock: Measures steps, backups and restores.
         crash: Writes down what is known when training has diverged.
-        everyone: `(number) -> that number of every rank`. Ranks must take the same backups and go back
-            to the same step, or each would go on with another model.
+        ranks: They must take the same backups and go back to the same step, or each would go on with
+            another model.
     """
 
     def __init__(
@@ -89,23 +85,23 @@ class SafetyNet:
         load: LoadCallback | None,
         state_callback: Callable[[], Any] | None,
         backup_every: int | None,
-        find_on_disk: FindOnDisk,
+        saver: Saver,
         catalog: LossCatalog,
         emit: Emit,
         clock: Clock,
         crash: CrashRecorder,
-        everyone: Everyone,
+        ranks: Ranks,
     ) -> None:
         self._load = load
         self._paced = backup_every is not None
         self._state_callback = state_callback if self._paced and load is not None else None
-        self._find_on_disk = find_on_disk
+        self._saver = saver
         self._catalog = catalog
         self._emit = emit
         self._clock = clock
         self._crash = crash
-        self._everyone = everyone
-        self._several = len(everyone(0.0)) > 1
+        self._everyone = ranks.everyone
+        self._several = ranks.world_size > 1
         self._detector = Detector()
         self._recovery = Recovery(catalog.num_samples)
         self._ring = BackupRing(clock=clock.monotonic)
@@ -245,12 +241,12 @@ class SafetyNet:
     def _can_restore(self, step: int) -> bool:
         if self._load is None:
             return False
-        return bool(self._ring.backups) or self._on_disk(step + 1, 0) is not None
+        return bool(self._everyone(bool(self._ring.backups)).all()) or self._may_be_on_disk(step + 1)
 
     def _suspect_since(self, verdict: Verdict) -> int | None:
         """Return the step before which the model was sound."""
         since = self._detector.first_suspect_step
-        if verdict is not Verdict.DRIFT or since is None or self._in_ram(since) or self._on_disk(since, 0):
+        if verdict is not Verdict.DRIFT or since is None or self._in_ram(since) or self._may_be_on_disk(since):
             return since
         # A drift may have begun before the oldest backup: going back to that is better than giving up.
         proved = [info.step for info in self._ring.backups if info.status is BackupStatus.VERIFIED]
@@ -268,9 +264,12 @@ class SafetyNet:
                 return None
             before = lowest + 1
 
+    def _may_be_on_disk(self, before: int) -> bool:
+        return bool(self._everyone(self._saver.has_before(before)).all())
+
     def _on_disk(self, before: int, passed_over: int) -> tuple[int, Path] | None:
         """Return a checkpoint's step and model if every rank has one of that step."""
-        found = self._find_on_disk(before, passed_over)
+        found = self._saver.find_before(before, passed_over)
         steps = self._everyone(-1.0 if found is None else found[0])
         return found if steps.min() == steps.max() else None
 
@@ -284,7 +283,7 @@ class SafetyNet:
         """
         batch = tuple(ids.tolist())
         self._emit(events.SpikeSeen, step, epoch, judgement.verdict.value, loss, expected, judgement.score, batch)
-        action = judgement.action
+        action, self._load_error = judgement.action, None
         try:
             while action.kind is Kind.RESTORE:
                 self._prepare(step, action)
@@ -332,7 +331,7 @@ class SafetyNet:
 
     def _last_resort(self, info: BackupInfo) -> bool:
         """Whether a second fault soon after would find nothing else: then the backup is not to blame at once."""
-        return self._on_disk(info.step, 0) is None and not any(
+        return not self._may_be_on_disk(info.step) and not any(
             other.status is BackupStatus.VERIFIED and other.step < info.step for other in self._ring.backups
         )
 

@@ -31,7 +31,7 @@ class Saver:
         self._bus = bus
         self._saved_step = -1
         self._saved_epoch = -1
-        self._own: set[str] = set()  # the directory may hold another run's checkpoints too
+        self._own: dict[str, int] = {}  # name: step; the directory may hold another run's checkpoints too
         self._store: CheckpointStore | None = None
 
     @property
@@ -87,7 +87,7 @@ class Saver:
             # A failing disk is asked again at the next cadence, not at every step.
             self._saved_step = step
             self._saved_epoch = -1 if finished_epoch is None else finished_epoch
-        self._own.add(saved.path.name)
+        self._own[saved.path.name] = step
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
         for problem in saved.problems:
             self._bus.emit(events.Notice, step, problem, "warning")
@@ -116,10 +116,16 @@ class Saver:
         found = self.store.older_than(step, names=self._own, skip=passed_over)
         return None if found is None else (found.step, found.model_path)
 
+    def has_before(self, step: int) -> bool:
+        """Whether `find_before` has anything to look at: reading a checkpoint takes far longer than a rollback."""
+        if self._args.save is None or not any(saved < step for saved in self._own.values()):
+            return False
+        return any((self.store.directory / name).is_dir() for name, saved in self._own.items() if saved < step)
+
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
         self._saved_step = loaded.step
         self._saved_epoch = -1 if finished_epoch is None else finished_epoch
         path, directory = loaded.path.resolve(), self._args.config.checkpoint_dir
-        self._own = {path.name} if directory and path.parent == Path(directory).resolve() else set()
+        self._own = {path.name: loaded.step} if directory and path.parent == Path(directory).resolve() else {}
         self._bus.emit(events.CheckpointLoaded, loaded.step, str(loaded.path))
