@@ -29,6 +29,8 @@ _CORRECTNESS = ("#d8434e", "#e07b2c", "#dfa637", "#b9b45a", "#79b08e", "#4f9ac0"
 """Never below ln 2 to always."""
 _TOOLS = "xpan,xwheel_zoom,box_zoom,reset,save"
 _MARKS_KEPT = 2000
+_LEFT = 72
+"""Pixels left of the loss and of what happened below it, so that their steps lie under each other."""
 _IDS_SHOWN = 12
 _METRICS_SHOWN = 12
 Figure = Any
@@ -66,6 +68,8 @@ def _scale(values: Floats) -> dict[str, str]:
 
 def _figure(label: str, height: int, **more: Any) -> Figure:
     fig = figure(height=height, sizing_mode="stretch_width", tools=_TOOLS, y_axis_label=label, **more)
+    # Transparent from the start: what was once painted white leaves an edge when the theme is dark.
+    fig.background_fill_color = fig.border_fill_color = None
     fig.toolbar.logo = None
     fig.toolbar.autohide = False
     fig.xaxis.axis_label_text_font_style = fig.yaxis.axis_label_text_font_style = "normal"
@@ -113,6 +117,7 @@ def _band_lines(fig: Figure, found: Band, run: RunData, number: int, *, smooth: 
 def loss(runs: Sequence[RunData], axis: StepAxis) -> Figure:
     """Return the chart of the loss: band, moving average, and the validation losses as points."""
     fig = axis.figure("loss", 340, np.concatenate([run.table.columns["loss"] for run in runs]))
+    fig.min_border_left = _LEFT
     for number, run in enumerate(runs):
         columns = run.table.columns
         _band_lines(fig, band(columns["step"], columns["loss"]), run, number, smooth=True)
@@ -192,6 +197,7 @@ def timeline(run: RunData, axis: StepAxis) -> Figure | None:
         return None
     fig = _figure("", 90 + 26 * len(rows), x_range=axis.range, x_axis_label="step", y_range=[row[0] for row in rows])
     fig.ygrid.visible = False
+    fig.min_border_left = _LEFT
     for name, found, marker, shade in rows:
         source = ColumnDataSource(
             {

@@ -6,9 +6,9 @@
   const paint = () => {
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => style.getPropertyValue(name).trim();
-    const [text, dim, line, grid] = ["--text", "--dim", "--line", "--grid"].map(colour);
+    const [text, dim, line, grid, panel] = ["--text", "--dim", "--line", "--grid", "--panel"].map(colour);
     for (const fig of figures()) {
-      fig.setv({ background_fill_color: null, border_fill_color: null, border_line_color: null, outline_line_color: line });
+      fig.setv({ outline_line_color: line });
       for (const part of [...fig.below, ...fig.left]) {
         part.setv({
           axis_label_text_color: text, major_label_text_color: dim, axis_line_color: line,
@@ -19,7 +19,7 @@
         if (part.type === "Grid") part.setv({ grid_line_color: grid });
         if (part.type === "Legend") {
           part.setv({
-            label_text_color: text, background_fill_color: colour("--panel"), background_fill_alpha: 0.8,
+            label_text_color: text, background_fill_color: panel, background_fill_alpha: 0.8,
             border_line_color: line, inactive_fill_color: colour("--page"),
           });
         }

@@ -173,11 +173,10 @@ def _course(runs: Sequence[RunData], charts: _Charts) -> Iterable[str]:
     axis = figures.StepAxis(runs)
     about = f"Band: lowest to highest loss of neighbouring batches. Line: moving average (decay {DECAY:g})."
     yield charts.card("Loss", about, figures.loss(runs, axis), wide=True)
-    for number, run in enumerate(runs):
+    for run in runs:
         figure = figures.timeline(run, axis)
         name = f"What happened: {run.name}" if len(runs) > 1 else "What happened"
         yield charts.card(name, "Hover a mark for the samples of its batch.", figure, wide=True)
-        del number
     yield charts.card("Learning rate", "As used by each step.", figures.learning_rate(runs, axis))
     yield charts.card("Throughput", "Samples a second within steps.", figures.throughput(runs, axis))
     for name, figure in figures.metrics(runs, axis).items():
