@@ -131,7 +131,7 @@ class LossCatalog:
         """Uncertainty of the estimate, float32 `[N]`, read-only.
 
         From per-sample losses: the exponentially weighted mean of the squared surprise. From
-        one loss a batch: the Kalman filter's variance, relative to the squared mean loss.
+        one loss a batch: the share of the prior variance that is left, 1 for a sample never seen.
         """
         return _frozen(self._rows["variance"])
 
@@ -157,7 +157,7 @@ class LossCatalog:
         With `mean_loss` and `correctness` it makes the data map of Swayamdipta et al. 2020
         ("Dataset Cartography"), there over the probability of the true class, here over the loss.
         """
-        return _frozen(np.sqrt(self._rows["m2"] / np.maximum(self._rows["uses"], 1)))
+        return _frozen(np.sqrt(self._rows["m2"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
 
     @property
     def correctness(self) -> Losses:
