@@ -155,10 +155,11 @@ class Auto:
         held, rank = arrays["held"][measured], arrays["rank_held"][measured]
         fair = ~arrays["suspect"][measured] & (rank >= 1 - _PROBED)
         hard, order = held[fair], rank[fair]
-        if len(hard) < _FEWEST:
-            return
-        figure = float(hard[order >= np.median(order)].mean(dtype=np.float64))
-        self._strength = float(np.clip((_SEEK_NOT - figure) / (_SEEK_NOT - _SEEK_FULLY), 0.0, 1.0))
+        figure = float("nan")  # too few are left to tell
+        self._strength = 0.0
+        if len(hard) >= _FEWEST:
+            figure = float(hard[order >= np.median(order)].mean(dtype=np.float64))
+            self._strength = float(np.clip((_SEEK_NOT - figure) / (_SEEK_NOT - _SEEK_FULLY), 0.0, 1.0))
         self._announce(int(arrays["suspect"].sum()), len(held), figure)
 
     def _suspect(self, arrays: dict[str, NDArray[Any]], measured: NDArray[np.int64]) -> None:
