@@ -146,13 +146,14 @@ def test_a_trigger_right_after_a_rollback_discards_that_backup():
     assert fault(later, 117, loss=100.0).discard is None
 
 
-def test_a_backup_is_used_three_times_at_most():
+@pytest.mark.parametrize(("calm_between", "discarded"), [(5, 7), (20, None)])
+def test_a_backup_is_used_three_times_at_most_unless_healthy_stretches_lie_between(calm_between, discarded):
     recovery, discards = healthy(), []
     for k in range(4):
         discards.append(fault(recovery, 100 + 30 * k, Verdict.NONFINITE).discard)
-        recovery.rolled_back(100 + 30 * k, 80, 7)
-        calm(recovery, 101 + 30 * k, 20)
-    assert discards == [None, None, None, 7]
+        recovery.rolled_back(100 + 30 * k, 80, 7, last_resort=True)
+        calm(recovery, 101 + 30 * k, calm_between)
+    assert discards == [None, None, None, discarded]
 
 
 def test_the_initial_state_gets_its_three_rollbacks_and_then_the_batch_is_named():

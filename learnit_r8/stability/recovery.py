@@ -126,7 +126,7 @@ class RecoverySettings:
     Attributes:
         warmup: Calm losses in WARMUP.
         settle: Calm losses in a row that end SUSPECT.
-        per_backup: Rollbacks to one backup before it is discarded.
+        per_backup: Rollbacks to one backup, without `retrigger` calm losses between them, before it is discarded.
         per_span: Rollbacks within `span` steps before training has diverged.
         span: See `per_span`.
         retrigger: A fault within so many steps of a rollback discards the backup that was used.
@@ -287,7 +287,9 @@ class Recovery:
         """
         self._move(Signal.RESTORED)
         self._rollbacks.append(self._reports)
-        self._backup_uses = self._backup_uses + 1 if self._used == [backup_id, to_step] else 1
+        # Faults with a healthy stretch between them are no loop, though no newer backup was due meanwhile.
+        looping = self._used == [backup_id, to_step] and self._calm_since_rollback < self.settings.retrigger
+        self._backup_uses = self._backup_uses + 1 if looping else 1
         self._used, self._last_resort = [backup_id, to_step], last_resort
         recovering = self._recovery_factor(step) < 1.0
         self._triggers = self._triggers + 1 if recovering else 0
