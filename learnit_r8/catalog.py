@@ -21,13 +21,16 @@ from learnit_r8.types import Indices, Losses, Mask
 UNSEEN = 255
 """Quadrant code of a sample whose loss is unknown."""
 
-SMOOTHING = np.float32(0.5)
+SMOOTHING = np.array(0.5, np.float32)
 """Weight of a new per-sample loss in its estimate. Reports are exact and losses move with the
 model, so a long memory only makes the estimate stale; one half still halves the jitter that
 augmentation and dropout cause."""
 
 STUCK_AFTER = 5
 """Epochs in a row in Q4 after which a sample counts as stuck."""
+
+LIKELY_CORRECT = math.log(2.0)
+"""A cross-entropy below ln 2 means a probability above one half: the sample is classified right."""
 
 _ROW = np.dtype(
     [
@@ -39,21 +42,19 @@ _ROW = np.dtype(
         ("m2", "f4"),
         ("correct", "u4"),
         ("quadrant", "u1"),
-        ("planned", "u1"),
+        ("reported", "u1"),
         ("epochs_in_q4", "u1"),
         ("spare", "u1"),
     ]
 )
 _OPAQUE = np.dtype(f"V{_ROW.itemsize}")  # numpy moves opaque rows twice as fast as structured ones
 
-# Columns of a batch's rows seen as float32 or uint32 words, and the quadrant's byte: the per-step
-# path slices them by number, which costs half of what looking a field's name up does.
-_WORDS = _ROW.itemsize // 4
-_ESTIMATE, _VARIANCE, _USES, _LAST_SEEN, _MEAN, _M2, _CORRECT = range(7)
-_QUADRANT = 28
-
-LIKELY_CORRECT = math.log(2.0)
-"""A cross-entropy below ln 2 means a probability above one half: the sample is classified right."""
+# Columns of a batch's rows seen as flat float32 or uint32 words, or bytes: the per-step path slices
+# them by number, which costs half of what looking a field's name up does.
+_ESTIMATE, _VARIANCE, _USES, _LAST_SEEN, _MEAN, _M2, _CORRECT = (slice(word, None, 8) for word in range(7))
+_REPORTED = slice(29, None, _ROW.itemsize)
+# Constants as arrays: numpy need not look up what a Python number's type would be.
+_ONE, _LIKELY_CORRECT = np.array(1, np.uint32), np.array(LIKELY_CORRECT, np.float32)
 
 
 class Rows(NamedTuple):
@@ -208,7 +209,7 @@ class LossCatalog:
         Edges are those of the last epoch start; a sample moves when its loss is reported.
         """
         if self._edges is not None:
-            return self._rows["quadrant"].copy()
+            return self._present_quadrants(self._rows)
         codes = np.full(self.num_samples, UNSEEN, np.uint8)
         seen = np.flatnonzero(self._rows["uses"])
         order = seen[np.argsort(self._rows["estimate"][seen], kind="stable")]
@@ -242,10 +243,10 @@ class LossCatalog:
         block = self._opaque.take(indices)
         unseen, size = 0, len(indices)
         if self._num_seen < self.num_samples:
-            unseen = size - int(np.count_nonzero(_words(block, np.uint32)[:, _USES]))
+            unseen = size - int(np.count_nonzero(block.view(np.uint32)[_USES]))
             if unseen == size:
                 return Rows(indices, block, math.nan, unseen)
-        total = float(np.add.reduce(_words(block, np.float32)[:, _ESTIMATE], dtype=np.float64))
+        total = float(np.add.reduce(block.view(np.float32)[_ESTIMATE]))
         if self._attribution is not None:
             return Rows(indices, block, self._attribution.expected_mean(total / size), unseen)
         if unseen:  # an unseen sample is expected to be like the others
@@ -255,12 +256,12 @@ class LossCatalog:
     def record(self, rows: Rows, losses: Losses, step: int) -> Losses:
         """Take one finite loss per sample of a batch; return them."""
         block = rows.block.copy()
-        floats = _words(block, np.float32)
-        estimate, variance = floats[:, _ESTIMATE], floats[:, _VARIANCE]
+        floats, words = block.view(np.float32), block.view(np.uint32)
+        estimate, variance = floats[_ESTIMATE], floats[_VARIANCE]
         values = losses if self._attribution is None else self._attribution.from_loss(losses)
         change = values - estimate
         if rows.unseen:
-            fresh = _words(block, np.uint32)[:, _USES] == 0
+            fresh = words[_USES] == 0
             change *= np.where(fresh, np.float32(1), SMOOTHING)
             spread = np.where(fresh, np.float32(0), change)
         else:
@@ -269,10 +270,10 @@ class LossCatalog:
         estimate += change
         # Exponentially weighted variance (Finch 2009, "Incremental calculation of weighted mean and
         # variance", eq. 143) for a weight of one half: (1 - a) (v + a s^2) with a s = `spread`.
-        variance *= 1 - SMOOTHING
+        variance *= SMOOTHING
         variance += spread * spread
-        self._sum += float(np.add.reduce(change, dtype=np.float64))
-        self._commit(rows, block, losses, step)
+        self._sum += float(np.add.reduce(change))
+        self._commit(rows, block, floats, words, losses, step)
         return losses
 
     def record_batch(self, rows: Rows, loss: float, step: int) -> Losses:
@@ -284,30 +285,36 @@ class LossCatalog:
         units = attribution.additive, attribution.additive and attribution.scale
         attribution.update(self._rows["estimate"], self._rows["variance"], rows.indices, loss)
         block = self._opaque.take(rows.indices)
-        after, before = (_words(part, np.float32)[:, _ESTIMATE] for part in (block, rows.block))
+        floats = block.view(np.float32)
+        after, before = floats[_ESTIMATE], rows.block.view(np.float32)[_ESTIMATE]
         if units == (attribution.additive, attribution.additive and attribution.scale):
-            self._sum += float(np.add.reduce(after - before, dtype=np.float64))
+            self._sum += float(np.add.reduce(after - before))
         else:  # all estimates were converted to other units
             self._resum()
             self._forget_journal()
         losses = attribution.to_loss(after)
-        self._commit(rows, block, losses, step)
+        self._commit(rows, block, floats, block.view(np.uint32), losses, step)
         return losses
 
-    def _commit(self, rows: Rows, block: NDArray[Any], losses: Losses, step: int) -> None:
+    def _commit(
+        self,
+        rows: Rows,
+        block: NDArray[Any],
+        floats: NDArray[Any],
+        words: NDArray[Any],
+        losses: Losses,
+        step: int,
+    ) -> None:
         """Update the statistics that both kinds of report share, and write the rows back."""
-        floats, words = _words(block, np.float32), _words(block, np.uint32)
-        uses, mean = words[:, _USES], floats[:, _MEAN]
-        uses += 1
+        uses, mean, m2, correct = words[_USES], floats[_MEAN], floats[_M2], words[_CORRECT]
+        uses += _ONE
         off = losses - mean
-        mean += off / uses  # Welford 1962
+        mean += off / uses.astype(np.float32)  # Welford 1962
         off *= losses - mean
-        floats[:, _M2] += off
-        words[:, _CORRECT] += losses < LIKELY_CORRECT
-        words[:, _LAST_SEEN] = step
-        if self._edges is not None:
-            quadrants = self._edges.searchsorted(floats[:, _ESTIMATE])
-            block.view(np.uint8)[_QUADRANT :: _ROW.itemsize] = quadrants
+        m2 += off
+        correct += (losses < _LIKELY_CORRECT).astype(np.uint32)
+        words[_LAST_SEEN] = step
+        block.view(np.uint8)[_REPORTED] = 1
         self._num_seen += rows.unseen
         self._remember(step, rows)
         self._opaque[rows.indices] = block
@@ -364,34 +371,46 @@ class LossCatalog:
         last = np.cumsum(_quarter_sizes(len(losses))) - 1  # rank of each quadrant's highest loss
         given = edges is not None
         if edges is None:
-            edges = np.partition(losses, np.maximum(last, 0))[np.maximum(last[:3], 0)]
+            ranks = np.maximum(last[:3], 0)
+            edges = np.partition(losses, ranks)[ranks]
         codes = (losses > edges[0]).view(np.uint8)
         codes += losses > edges[1]
         codes += losses > edges[2]
         if not given:
             _split_ties(losses, codes, edges, last[:3] + 1, rng)
         self._edges = edges
+        self._rows["reported"] = 0
         if everything:
             self._rows["quadrant"] = codes
         else:
             unranked = np.flatnonzero(~ranked)
             self._rows["quadrant"][ranked] = codes
-            estimates = self._rows["estimate"][unranked]
-            self._rows["quadrant"][unranked] = np.where(uses[unranked] > 0, np.searchsorted(edges, estimates), UNSEEN)
+            self._rows["quadrant"][unranked] = self._quadrants_by_estimate(self._rows[unranked])
         quadrant = self._rows["quadrant"]
-        self._rows["planned"] = quadrant
         count = self._rows["epochs_in_q4"]
         self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
         self._resum()  # drops rounding drift
         self._edges_number += 1
         return self._table(moved)
 
+    def _present_quadrants(self, rows: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the quadrants of rows: as planned, or by the estimate where a loss came since."""
+        codes = rows["quadrant"].copy()
+        reported = np.flatnonzero(rows["reported"])
+        if len(reported):
+            codes[reported] = self._quadrants_by_estimate(rows[reported])
+        return codes
+
+    def _quadrants_by_estimate(self, rows: NDArray[Any]) -> NDArray[np.integer[Any]]:
+        assert self._edges is not None
+        return np.where(rows["uses"] > 0, self._edges.searchsorted(rows["estimate"]), UNSEEN)
+
     def _migration(self) -> tuple[float, ...]:
         """Share of each planned quadrant that is now in a lower one."""
         if self._edges is None:
             return (0.0, 0.0, 0.0, 0.0)
         rows = self._rows[:: 1 + self.num_samples // _FIGURE_SAMPLES]
-        planned, now = rows["planned"], rows["quadrant"]
+        planned, now = rows["quadrant"], self._present_quadrants(rows)
         total = np.bincount(planned, minlength=256)[:4]
         easier = np.bincount(planned[now < planned], minlength=256)[:4]
         return tuple((easier / np.maximum(total, 1)).tolist())
@@ -399,17 +418,17 @@ class LossCatalog:
     def _table(self, moved: tuple[float, ...]) -> QuadrantTable:
         stride = 1 + self.num_samples // _FIGURE_SAMPLES
         rows = self._rows[::stride]
-        rows = rows[rows["quadrant"] < 4]
-        counts = np.bincount(rows["quadrant"], minlength=4)
-        losses = self._in_loss_units(rows["estimate"])
+        codes, losses = rows["quadrant"].astype(np.intp), self._in_loss_units(rows["estimate"])
+        counts = np.bincount(codes, minlength=256)[:4]
         divisor = np.maximum(counts, 1)
+        known = losses if counts.sum() == len(codes) else losses[codes < 4]
         assert self._edges is not None
-        low, high = (float(losses.min()), float(losses.max())) if len(losses) else (math.nan, math.nan)
+        low, high = (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
         return QuadrantTable(
             edges=(low, *map(float, self._in_loss_units(self._edges)), high),
             counts=tuple((counts * stride).tolist()),
-            losses=tuple((np.bincount(rows["quadrant"], losses, 4) / divisor).tolist()),
-            uses=tuple((np.bincount(rows["quadrant"], rows["uses"], 4) / divisor).tolist()),
+            losses=tuple((np.bincount(codes, losses, 256)[:4] / divisor).tolist()),
+            uses=tuple((np.bincount(codes, rows["uses"], 256)[:4] / divisor).tolist()),
             easier=moved,
             unseen=self.num_samples - self._num_seen,
             stuck=int(np.count_nonzero(rows["epochs_in_q4"] > STUCK_AFTER)) * stride,
@@ -451,10 +470,9 @@ class LossCatalog:
     def _in_present_quadrants(self, rows: Rows) -> NDArray[Any]:
         """Return rows of an earlier epoch with what this epoch's start made of the quadrants."""
         block, now = rows.block.copy().view(_ROW), self._rows[rows.indices]
-        for name in ("planned", "epochs_in_q4"):
+        for name in ("quadrant", "epochs_in_q4"):
             block[name] = now[name]
-        if self._edges is not None:
-            block["quadrant"] = np.where(block["uses"] > 0, self._edges.searchsorted(block["estimate"]), UNSEEN)
+        block["reported"] = 1  # the quadrant follows from the estimate, which is an earlier one now
         return block.view(_OPAQUE)
 
     # State --------------------------------------------------------------------------------
@@ -500,10 +518,6 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _words(block: NDArray[Any], dtype: type[np.float32 | np.uint32]) -> NDArray[Any]:
-    return block.view(dtype).reshape(-1, _WORDS)
 
 
 def _quarter_sizes(count: int) -> list[int]:

@@ -88,17 +88,16 @@ class Chooser:
             min(self._config.batch_size, self._left), epoch, step, progress, Purpose.BATCH, stable_only
         )
         chosen = self._active.draw(request)
-        draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
-        indices = np.asarray(draw.indices)
+        if isinstance(chosen, Draw):
+            indices, weights = np.asarray(chosen.indices), chosen.importance(self._config.num_samples)
+        else:
+            indices, weights = np.asarray(chosen), None
         if not self._trusted:
             self._check(indices, request)
         indices = indices.astype(np.int64)
         self.drawn += 1
         self._left -= len(indices)
-        weights = draw.weights
-        if weights is None and draw.probabilities is not None:
-            weights = 1.0 / (self._config.num_samples * draw.probabilities)
-        return indices, None if weights is None else np.asarray(weights, np.float32)
+        return indices, weights
 
     def _request(
         self, size: int, epoch: int, step: int, progress: float, purpose: Purpose, stable_only: bool = False

@@ -23,21 +23,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.types import Indices, Mask
+from learnit_r8.types import Indices, Losses, Mask
 
 if TYPE_CHECKING:
     from learnit_r8.catalog import LossCatalog
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchRequest:
+class BatchRequest(NamedTuple):
     """All that a strategy may look at when it chooses.
 
     Attributes:
@@ -93,6 +92,13 @@ class Draw:
     indices: NDArray[np.integer[Any]]
     probabilities: NDArray[np.floating[Any]] | None = None
     weights: NDArray[np.floating[Any]] | None = None
+
+    def importance(self, num_samples: int) -> Losses | None:
+        """Return the importance weights of the chosen samples, float32 `[n]`, or None for ones."""
+        weights = self.weights
+        if weights is None and self.probabilities is not None:
+            weights = 1.0 / (num_samples * self.probabilities)
+        return None if weights is None else np.asarray(weights, np.float32)
 
 
 @runtime_checkable
