@@ -373,9 +373,7 @@ class LossCatalog:
         if edges is None:
             ranks = np.maximum(last[:3], 0)
             edges = np.partition(losses, ranks)[ranks]
-        codes = (losses > edges[0]).view(np.uint8)
-        codes += losses > edges[1]
-        codes += losses > edges[2]
+        codes = _quartiles(losses, edges)
         if not given:
             _split_ties(losses, codes, edges, last[:3] + 1, rng)
         self._edges = edges
@@ -385,7 +383,7 @@ class LossCatalog:
         else:
             unranked = np.flatnonzero(~ranked)
             self._rows["quadrant"][ranked] = codes
-            self._rows["quadrant"][unranked] = self._quadrants_by_estimate(self._rows[unranked])
+            self._rows["quadrant"][unranked] = self._quadrants_of(self._rows["estimate"][unranked], uses[unranked])
         quadrant = self._rows["quadrant"]
         count = self._rows["epochs_in_q4"]
         self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
@@ -395,15 +393,16 @@ class LossCatalog:
 
     def _present_quadrants(self, rows: NDArray[Any]) -> NDArray[np.uint8]:
         """Return the quadrants of rows: as planned, or by the estimate where a loss came since."""
-        codes = rows["quadrant"].copy()
-        reported = np.flatnonzero(rows["reported"])
-        if len(reported):
-            codes[reported] = self._quadrants_by_estimate(rows[reported])
-        return codes
+        reported = rows["reported"].astype(np.bool_)
+        if not reported.any():
+            return rows["quadrant"].copy()
+        return np.where(reported, self._quadrants_of(rows["estimate"], rows["uses"]), rows["quadrant"])
 
-    def _quadrants_by_estimate(self, rows: NDArray[Any]) -> NDArray[np.integer[Any]]:
+    def _quadrants_of(self, estimate: NDArray[Any], uses: NDArray[Any]) -> NDArray[np.uint8]:
         assert self._edges is not None
-        return np.where(rows["uses"] > 0, self._edges.searchsorted(rows["estimate"]), UNSEEN)
+        codes = _quartiles(estimate, self._edges)
+        codes[uses == 0] = UNSEEN
+        return codes
 
     def _migration(self) -> tuple[float, ...]:
         """Share of each planned quadrant that is now in a lower one."""
@@ -518,6 +517,14 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _quartiles(losses: NDArray[Any], edges: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return how many of the three edges each loss is above; several times faster than `searchsorted`."""
+    codes: NDArray[np.uint8] = (losses > edges[0]).view(np.uint8)
+    codes += losses > edges[1]
+    codes += losses > edges[2]
+    return codes
 
 
 def _quarter_sizes(count: int) -> list[int]:
