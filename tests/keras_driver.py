@@ -14,7 +14,6 @@ warnings.simplefilter("ignore")
 import keras  # noqa: E402
 
 from learnit_r8 import R8Scheduler  # noqa: E402
-from learnit_r8.errors import R8Error  # noqa: E402
 from learnit_r8.integrations.keras import R8Callback, R8Dataset, capture_state, restore_state  # noqa: E402
 from tests.backup_watch import BackupWatch, fingerprint, random_steps  # noqa: E402
 
@@ -29,7 +28,8 @@ def data():
 
 def model_for(seed: int, **compiled):
     keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(16, activation="relu"), keras.layers.Dropout(0.1), keras.layers.Dense(3)]
+    # Not relu: TensorFlow's turns NaN into 0, and the losses of a model that is full of NaN are finite.
+    layers = [keras.layers.Dense(16, activation="tanh"), keras.layers.Dropout(0.1), keras.layers.Dense(3)]
     model = keras.Sequential([keras.Input((4,)), *layers])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=loss, metrics=["accuracy"], **compiled)
@@ -121,7 +121,7 @@ def refusals() -> list[str]:
     def attempt(function) -> None:
         try:
             function()
-        except (R8Error, ValueError) as error:  # Keras itself refuses some on some backends
+        except Exception as error:  # Keras refuses some itself, and TensorFlow wraps what its generators raise
             found.append(str(error))
 
     def start(model, **options) -> None:
