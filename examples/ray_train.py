@@ -2,14 +2,14 @@
 
     pip install "ray[train]" && python examples/ray_train.py --workers 2
 
-Ray sets up torch.distributed in its workers; from there on it is the loop of examples/ddp.py.
-After a failure Ray starts the workers anew, on as many nodes as there are: the scheduler's own
-checkpoint, on storage that all nodes share, says where the run stands.
+Ray sets up torch.distributed in its workers; the rest is the loop of examples/ddp.py. After a failure it starts them
+anew, on as many nodes as there are: the scheduler's own checkpoint, on storage that all share, says where to go on.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ def train_on_a_worker(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device, prepare_model
 
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(4096, 16, generator=generator)
+    torch.manual_seed(0)
+    inputs = torch.randn(4096, 16)
     data = TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
     device = get_device()
     network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -41,12 +41,12 @@ def train_on_a_worker(config: dict[str, Any]) -> None:
         state = torch.load(source, weights_only=True) if isinstance(source, str) else source
         restore_state(state, network, optimizer, rngs=False)  # the file is rank 0's; each rank keeps its own
 
-    folder = Path(config["folder"])
-    options = {"save_callback": save, "load_callback": load, "ui": "off", **rank_arguments()}
+    folder, options = config["folder"], {"save_callback": save, "load_callback": load, "ui": "off", **rank_arguments()}
+    options["state_callback"] = partial(capture_state, network, optimizer, copy=False)
     try:
         scheduler = R8Scheduler.resume_from_checkpoint(folder, **options)
     except FileNotFoundError:
-        scheduler = R8Scheduler(4096, 128, num_epochs=5, checkpoint_dir=folder, checkpoint_every=50, **options)
+        scheduler = R8Scheduler(4096, 128, num_epochs=5, checkpoint_dir=folder, checkpoint_every="epoch", **options)
     follow_lr(scheduler, optimizer)
     loader = DataLoader(data, batch_sampler=R8BatchSampler(scheduler))  # no prepare_data_loader: it would cut again
     with scheduler:
@@ -64,7 +64,7 @@ def main() -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", default="checkpoints/ray", help="on storage that all nodes share")
     args = parser.parse_args()

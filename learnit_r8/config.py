@@ -50,8 +50,13 @@ class Config:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in a full epoch."""
-        full, rest = divmod(self.num_samples, self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        return self.batches(self.num_samples)
+
+    def batches(self, samples: int) -> int:
+        """Batches that so many samples make."""
+        full, rest = divmod(samples, self.batch_size)
+        # A last batch that cannot give each rank a sample is dropped: padding would count samples twice.
+        return full + (rest >= self.world_size and rest > 0 and not self.drop_last)
 
     @property
     def total_steps(self) -> int | None:

@@ -103,7 +103,7 @@ class R8Scheduler:
         use_curses: False means `ui="off"`.
         ui: "auto", "curses", "rich", "log" or "off".
         sinks: Further listeners with `record(event)`.
-        log_dir: Where the event log of the run goes, for `r8 watch`.
+        log_dir: Where the event log of the run goes, for `r8 watch`; rank 0's.
         noise_guard: "off", "report" suspects, or "cap": draw them at a tenth of the rate, and from
             the middle of the budget not at all.
         groups: Class of each sample, int `[N]`, for the noise guard and the report.
@@ -773,7 +773,7 @@ class R8Scheduler:
             return
         self._begun, self._ended, self._stop = True, False, None
         self._show()
-        if self._config.log_dir is not None and not self._logging:
+        if self._config.log_dir is not None and not self._logging and self._ranks.rank == 0:
             self._bus.add(JsonlSink(Path(self._config.log_dir) / "events.jsonl"))
             self._logging = True
         config = self._config.to_json()

@@ -14,9 +14,8 @@ warnings.simplefilter("ignore")
 import keras  # noqa: E402
 
 from learnit_r8 import R8Scheduler  # noqa: E402
-from learnit_r8.errors import R8Error  # noqa: E402
-from learnit_r8.events import RolledBack  # noqa: E402
 from learnit_r8.integrations.keras import R8Callback, R8Dataset, capture_state, restore_state  # noqa: E402
+from tests.backup_watch import BackupWatch, fingerprint, random_steps  # noqa: E402
 
 SAMPLES, BATCH = 100, 8  # the last batch is shorter
 
@@ -29,7 +28,8 @@ def data():
 
 def model_for(seed: int, **compiled):
     keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(16, activation="relu"), keras.layers.Dropout(0.1), keras.layers.Dense(3)]
+    # Not relu: TensorFlow's turns NaN into 0, and the losses of a model that is full of NaN are finite.
+    layers = [keras.layers.Dense(16, activation="tanh"), keras.layers.Dropout(0.1), keras.layers.Dense(3)]
     model = keras.Sequential([keras.Input((4,)), *layers])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=loss, metrics=["accuracy"], **compiled)
@@ -41,20 +41,12 @@ def scheduler_for(**options) -> R8Scheduler:
     return R8Scheduler(SAMPLES, BATCH, **options)
 
 
-class Listener:
-    def __init__(self) -> None:
-        self.events = []
-
-    def record(self, event) -> None:
-        self.events.append(event)
-
-
 class Spy(R8Callback):
-    """Remembers what was trained on, backups as they were taken, and the model after each rollback."""
+    """Remembers what was trained on and at which rate; stops where it is told to."""
 
     def __init__(self, dataset, stop_at=None) -> None:
         super().__init__(dataset)
-        self.seen, self.rates, self.taken, self.restored, self.kept = [], [], {}, [], []
+        self.seen, self.rates = [], []
         self.stop_at, self.state = stop_at, None
 
     def on_train_batch_begin(self, batch, logs=None) -> None:
@@ -67,20 +59,6 @@ class Spy(R8Callback):
         if len(self.seen) == self.stop_at:
             self.state = capture_state(self.model), self._dataset.scheduler.state_dict()
             raise KeyboardInterrupt
-
-    def _capture(self):
-        state = super()._capture()
-        self.taken[self._dataset.scheduler.global_step] = fingerprint(state)
-        return state
-
-    def _restore(self, state) -> None:
-        super()._restore(state)
-        self.restored.append(fingerprint(capture_state(self.model)))
-        self.kept.append((state, fingerprint(state)))
-
-
-def fingerprint(state) -> list[bytes]:
-    return [array.tobytes() for part in state.values() for array in part]
 
 
 def fit(model, dataset, stop_at=None, **options) -> Spy:
@@ -123,28 +101,17 @@ def losses(workers: int = 1) -> float:
     return float(np.abs(scheduler.catalog.expected_loss - expected).max())
 
 
-def faults(seed: int) -> dict:
+def faults(seed: int, workers: int = 1) -> dict:
     x, y = data()
-    at = set(np.random.default_rng(seed).integers(20, 40, 3).cumsum().tolist())
-    calls = iter(range(10_000))
+    watch = BackupWatch(random_steps(seed), scheduler_for, num_epochs=16)
 
     def load(indices):
-        number = next(calls) - 1 if started else -1
-        return (x[indices] * np.float32("nan") if number in at else x[indices]), y[indices]
+        factor = watch.factor() if dataset._running else 1.0  # Keras looks at a batch before training
+        return x[indices] * np.float32(factor), y[indices]
 
-    started = True
-    listener = Listener()
-    scheduler = scheduler_for(num_epochs=12, sinks=[listener])
-    model = model_for(0)
-    spy = fit(model, R8Dataset(scheduler, load))
-    targets = [event.to_step for event in listener.events if isinstance(event, RolledBack)]
-    return {
-        "finite": all(np.isfinite(array).all() for part in capture_state(model).values() for array in part),
-        "rollbacks": len(targets),
-        "equal": spy.restored == [spy.taken[step] for step in targets],
-        "unchanged": all(fingerprint(state) == before for state, before in spy.kept),
-        "steps": scheduler.global_step,
-    }
+    dataset = R8Dataset(watch.scheduler, load, workers=workers)
+    fit(model_for(0), dataset)
+    return watch.findings()
 
 
 def refusals() -> list[str]:
@@ -154,7 +121,7 @@ def refusals() -> list[str]:
     def attempt(function) -> None:
         try:
             function()
-        except (R8Error, ValueError) as error:  # Keras itself refuses some on some backends
+        except Exception as error:  # Keras refuses some itself, and TensorFlow wraps what its generators raise
             found.append(str(error))
 
     def start(model, **options) -> None:
@@ -198,7 +165,7 @@ if __name__ == "__main__":
         "resume-threads": lambda: [resume(3)],
         "losses": lambda: [losses(1), losses(3)],
         "faults": lambda: [faults(0)],
-        "many-faults": lambda: [faults(seed) for seed in range(1, 6)],
+        "many-faults": lambda: [faults(seed) for seed in range(1, 4)],
         "refusals": refusals,
         "saved": saved,
     }

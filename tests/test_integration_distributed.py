@@ -259,6 +259,53 @@ def test_only_rank_0_writes_checkpoints(tmp_path):
     assert not (tmp_path / "1").exists()
 
 
+def test_rank_0_alone_writes_the_event_log_and_every_ranks_own_sinks_hear_all(tmp_path):
+    class Listener(list):
+        record = list.append
+
+    def body(ranks):
+        heard = Listener()
+        options = {"checkpoint_dir": None, "ui": "off", "log_dir": tmp_path, "sinks": [heard]}
+        with R8Scheduler(8, 4, num_epochs=2, **options, **ranks) as scheduler:
+            for _ in scheduler.epoch_iterator():
+                for batch in scheduler.batch_iterator():
+                    scheduler.update_with_loss(np.ones(len(batch.indices)))
+        return heard
+
+    heard = on_threads(2, body)
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    for events in heard:  # the log leaves out that a batch was issued: its report tells all of it
+        kinds = [type(event).__name__ for event in events]
+        assert [line["event"] for line in lines] == [kind for kind in kinds if kind != "BatchIssued"]
+        assert kinds.count("LossReported") == 4
+
+
+@pytest.mark.parametrize(("samples", "world", "steps"), [(18, 2, 5), (18, 3, 4), (17, 1, 5), (17, 2, 4)])
+def test_a_last_batch_too_small_for_the_ranks_is_neither_drawn_nor_counted(samples, world, steps):
+    def body(ranks):
+        scheduler = R8Scheduler(samples, 4, num_epochs=3, checkpoint_dir=None, ui="off", **ranks)
+        lrs = []
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                lrs.append(batch.lr)
+                assert len(batch.indices)
+                scheduler.update_with_loss(np.ones(len(batch.indices)))
+        return scheduler.steps_per_epoch, scheduler.total_steps, scheduler.global_step, lrs
+
+    whole = R8Scheduler(steps * 4, 4, num_epochs=3, checkpoint_dir=None, ui="off")
+    expected = [lr for _ in whole.epoch_iterator() for _, lr in drained(whole)]
+    for each, total, done, lrs in on_threads(world, body):
+        assert (each, total, done) == (steps, steps * 3, steps * 3)
+        assert lrs == expected
+
+
+def test_more_ranks_than_samples_are_refused():
+    from learnit_r8.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"num_samples must be >= world_size=4, got 3"):
+        R8Scheduler(3, 8, num_epochs=1, world_size=4, all_gather=np.asarray, checkpoint_dir=None, ui="off")
+
+
 def test_a_gather_without_a_process_group_says_what_to_call():
     from learnit_r8.integrations.distributed import rank_arguments, torch_all_gather
 

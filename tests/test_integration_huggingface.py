@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
+from tests.backup_watch import BackupWatch, check_survival, random_steps
 
 SAMPLES, LENGTH, VOCABULARY = 40, 6, 20
 
@@ -228,30 +228,31 @@ def test_a_resumed_training_equals_the_uninterrupted_one(hf, tmp_path, accumulat
     assert saved["global_step"] == len(whole.reports) - len(resumed.reports)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_nan_rolls_back_model_and_optimizer_within_training(hf, tmp_path, accumulation):
-    scheduler = scheduler_for()
-    spy = Spy(scheduler)
-    trainer = trainer_for(hf, tmp_path, scheduler=scheduler, gradient_accumulation_steps=accumulation)
-    calls, restored = itertools.count(), []
-    compute, restore = trainer._head_losses, trainer._restore
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "workers", "seed"),
+    [("class", 1, 0, 0), ("lm", 4, 2, 1), pytest.param("class", 4, 0, 2, marks=pytest.mark.slow)],
+)
+def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(
+    hf, tmp_path, kind, accumulation, workers, seed
+):
+    watch = BackupWatch(random_steps(seed), scheduler_for, num_epochs=21)
+    trainer = trainer_for(
+        hf,
+        tmp_path,
+        kind,
+        watch.scheduler,
+        gradient_accumulation_steps=accumulation,
+        dataloader_num_workers=workers,
+    )
+    compute = trainer._head_losses
 
     def poisoned(logits, labels, config):
         losses = compute(logits, labels, config)
-        bad = next(calls) in (9, 21, 22)
-        return losses._replace(sums=losses.sums * float("nan")) if bad else losses
-
-    def noted(state):
-        restore(state)
-        restored.append(weights(trainer.model) == [t.numpy().tobytes() for t in state["model"].values()])
+        return losses._replace(sums=losses.sums * watch.factor())
 
     trainer._head_losses = poisoned
-    scheduler._safety._load = lambda state, from_ram: noted(state)
     trainer.train()
-    # Two of them share an optimizer step with accumulation: one rollback answers both.
-    assert [r.rolled_back for r in spy.results].count(True) == len(restored) == (3 if accumulation == 1 else 2)
-    assert all(restored)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in trainer.model.state_dict().values())
+    check_survival(watch.findings())
     assert np.isfinite(trainer.state.log_history[-2]["loss"])
 
 

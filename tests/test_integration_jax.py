@@ -7,7 +7,7 @@ import pytest
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
-from learnit_r8.events import RolledBack
+from tests.backup_watch import BackupWatch, check_survival, fingerprint, random_steps
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -19,18 +19,14 @@ from learnit_r8.integrations.jax import capture_state, restore_state, with_lr  #
 SAMPLES, BATCH = 128, 16
 
 
-class Listener:
-    def __init__(self) -> None:
-        self.events = []
-
-    def record(self, event) -> None:
-        self.events.append(event)
+def scheduler_for(**options) -> R8Scheduler:
+    return R8Scheduler(SAMPLES, BATCH, initial_lr=0.02, checkpoint_dir=None, ui="off", **options)
 
 
 class Run:
     """A small network with dropout, whose step donates its buffers."""
 
-    def __init__(self, nan_at=(), epochs: int = 3, **options) -> None:
+    def __init__(self, faults=(), epochs: int = 3) -> None:
         rng = np.random.default_rng(0)
         self.x = rng.normal(size=(SAMPLES, 6)).astype(np.float32)
         self.y = (self.x[:, 0] + self.x[:, 1] ** 2 > 0.7).astype(np.float32)
@@ -42,31 +38,14 @@ class Run:
             "v": jnp.asarray(rng.normal(0, 0.2, 16), jnp.float32),
         }
         self.state = (params, self.optimizer.init(params), jax.random.key(3))
-        self.nan_at, self.traces, self.backups, self.restored, self.seen = set(nan_at), 0, [], [], []
-        self.listener = Listener()
+        self.traces, self.seen = 0, []
         self.step = jax.jit(self._step, donate_argnums=0)
-        self.scheduler = R8Scheduler(
-            SAMPLES,
-            BATCH,
-            num_epochs=epochs,
-            initial_lr=0.02,
-            checkpoint_dir=None,
-            ui="off",
-            backup_every=4,
-            state_callback=self.capture,
-            load_callback=self.restore,
-            sinks=[self.listener],
-            **options,
-        )
-
-    def capture(self):
-        captured = capture_state(self.state)
-        self.backups.append((self.scheduler.global_step, captured, fingerprint(captured)))
-        return captured
+        self.watch = BackupWatch(faults, scheduler_for, num_epochs=epochs)
+        self.scheduler = self.watch.scheduler
+        self.scheduler.attach_model(lambda: capture_state(self.state), self.restore)
 
     def restore(self, source) -> None:
         self.state = restore_state(source, self.state)
-        self.restored.append(fingerprint(self.state))
 
     def _step(self, state, x, y):
         self.traces += 1
@@ -86,19 +65,13 @@ class Run:
         for _ in self.scheduler.epoch_iterator():
             for batch in self.scheduler.batch_iterator():
                 params, opt_state, key = self.state
-                x = self.x[batch.indices]
-                if batch.step in self.nan_at:
-                    x = x * np.float32("nan")
+                x = self.x[batch.indices] * np.float32(self.watch.factor())
                 opt_state = with_lr(opt_state, batch.lr)
                 self.state, losses = self.step((params, opt_state, key), x, self.y[batch.indices])
                 self.seen.append(batch.indices.tolist())
                 self.scheduler.update_with_loss(losses)
                 if self.scheduler.global_step == stop_at:
                     return
-
-
-def fingerprint(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(capture_state(tree)) if not isinstance(leaf, str)]
 
 
 def test_the_learning_rate_changes_every_step_and_the_step_is_traced_once():
@@ -131,21 +104,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one():
     second.state = restore_state(capture_state(first.state))
     second.go()
     assert first.seen + second.seen == whole.seen
-    assert fingerprint(second.state) == fingerprint(whole.state)
+    assert fingerprint(capture_state(second.state)) == fingerprint(capture_state(whole.state))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(seed):
-    # Far enough apart that a backup is proved in between.
-    faults = np.random.default_rng(seed).integers(20, 40, 4).cumsum().tolist()
-    run = Run(nan_at=faults, epochs=25)
+    run = Run(random_steps(seed), epochs=25)
     run.go()
-    assert len(run.restored) == 4
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(capture_state(run.state)[:2]))
-    taken = {step: print_ for step, _, print_ in run.backups}
-    targets = [event.to_step for event in run.listener.events if isinstance(event, RolledBack)]
-    assert run.restored == [taken[step] for step in targets]
-    assert all(fingerprint(captured) == before for _, captured, before in run.backups)
+    check_survival(run.watch.findings())
+
+
+def test_a_captured_state_is_not_changed_by_steps_that_donate_their_buffers():
+    run = Run()
+    captured = capture_state(run.state)
+    before = fingerprint(captured)
+    run.go()
+    assert fingerprint(captured) == before != fingerprint(capture_state(run.state))
 
 
 def test_captured_bfloat16_weights_with_nan_are_not_used_as_a_backup():

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
-from learnit_r8.events import RolledBack
+from tests.backup_watch import BackupWatch, check_survival, fingerprint, random_steps
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -47,21 +47,19 @@ class Data(R8DataModuleMixin, lightning.LightningDataModule):
 
 
 class Model(lightning.LightningModule):
-    def __init__(self, nan_at=(), per_sample: bool = True) -> None:
+    def __init__(self, watch: BackupWatch | None = None, per_sample: bool = True) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
-        self.nan_at, self.per_sample = set(nan_at), per_sample
+        self.watch, self.per_sample = watch, per_sample
         self.seen: list[list[int]] = []
         self.rates: list[float] = []
-        self.micro_steps = 0
 
     def training_step(self, batch, batch_idx):
         numbers, x, y = batch
         self.seen.append(numbers.tolist())
         losses = nn.functional.cross_entropy(self.net(x), y, reduction="none")
-        if self.micro_steps in self.nan_at:
-            losses = losses * float("nan")
-        self.micro_steps += 1
+        if self.watch is not None:
+            losses = losses * self.watch.factor()
         return {"loss": losses.mean(), "r8_losses": losses} if self.per_sample else losses.mean()
 
     def on_before_zero_grad(self, optimizer) -> None:
@@ -69,39 +67,6 @@ class Model(lightning.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.events = []
-
-    def record(self, event) -> None:
-        self.events.append(event)
-
-
-class Spy(R8Callback):
-    """Keeps each backup as it was taken, and what the model was after each rollback."""
-
-    def __init__(self, scheduler) -> None:
-        super().__init__(scheduler)
-        self.taken, self.restored, self.kept = {}, [], []
-
-    def _capture(self):
-        state = super()._capture()
-        self.taken[self.scheduler.global_step] = fingerprint(state)
-        return state
-
-    def _restore(self, state) -> None:
-        super()._restore(state)
-        self.restored.append(fingerprint(super()._capture()))
-        self.kept.append((state, fingerprint(state)))
-
-
-def fingerprint(tree) -> list[bytes]:
-    if isinstance(tree, torch.Tensor):
-        return [tree.detach().numpy().tobytes()]
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [leaf for part in parts for leaf in fingerprint(part)]
 
 
 def scheduler_for(**options) -> R8Scheduler:
@@ -123,7 +88,6 @@ class StopAt(lightning.Callback):
 
 
 def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None):
-    callback = scheduler if isinstance(scheduler, R8Callback) else R8Callback(scheduler)
     trainer = lightning.Trainer(
         max_epochs=-1,
         accelerator="cpu",
@@ -133,7 +97,7 @@ def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None):
         enable_model_summary=False,
         use_distributed_sampler=False,
         accumulate_grad_batches=accumulate,
-        callbacks=[callback, *more],
+        callbacks=[R8Callback(scheduler), *more],
     )
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(model, datamodule=Data(workers), ckpt_path=ckpt, weights_only=True)
@@ -186,18 +150,14 @@ def test_one_loss_per_batch_is_reported_undivided_when_gradients_accumulate():
     assert 0.8 < heard.losses[0] < 1.6  # about log(3)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
-def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(seed):
-    faults = np.random.default_rng(seed).integers(20, 40, 4).cumsum().tolist()
-    listener = Listener()
-    spy, model = Spy(scheduler_for(num_epochs=16, sinks=[listener])), model_for(nan_at=faults)
-    fit(model, spy, workers=0)
-    assert len(spy.restored) == 4
-    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
-    targets = [event.to_step for event in listener.events if isinstance(event, RolledBack)]
-    assert spy.restored == [spy.taken[step] for step in targets]
-    assert all(fingerprint(state) == before for state, before in spy.kept)
-    assert spy.scheduler.global_step == 16 * 12
+@pytest.mark.parametrize(
+    ("workers", "accumulate", "seed"),
+    [(0, 1, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 1, 1), (0, 4, 2), (2, 4, 3)])],
+)
+def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(workers, accumulate, seed):
+    watch = BackupWatch(random_steps(seed), scheduler_for, num_epochs=17)
+    fit(model_for(watch=watch), watch.scheduler, workers=workers, accumulate=accumulate)
+    check_survival(watch.findings())
 
 
 def test_a_loader_that_does_not_draw_from_the_scheduler_is_refused():

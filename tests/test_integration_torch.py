@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import random
 import warnings
@@ -25,6 +24,7 @@ from learnit_r8.integrations.torch import (
     set_lr,
     tensors_from_arrays,
 )
+from tests.backup_watch import BackupWatch, check_survival, fingerprint, leaves, random_steps
 
 SAMPLES = 96
 
@@ -306,15 +306,9 @@ def train(model, optimizer, steps: int = 3, scaler=None) -> None:
         optimizer.step()
 
 
-def leaves(tree) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [leaf for part in parts for leaf in leaves(part)]
-
-
-def fingerprint(tree) -> list[bytes]:
-    return [leaf.detach().numpy().tobytes() for leaf in leaves(tree)]
+def storages(tree) -> set[int]:
+    """Return the addresses of all tensors' memory."""
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves(tree) if isinstance(leaf, torch.Tensor)}
 
 
 def test_training_continues_to_the_bit_from_a_captured_state():
@@ -343,16 +337,14 @@ def test_a_captured_state_shares_no_memory_and_reuses_its_buffers():
     model, optimizer = toy()
     train(model, optimizer)
     state = capture_state(model, optimizer)
-    live = {leaf.untyped_storage().data_ptr() for leaf in leaves([model.state_dict(), optimizer.state_dict()])}
-    held = {leaf.untyped_storage().data_ptr() for leaf in leaves(state)}
-    assert not live & held
+    held = storages(state)
+    assert not storages([model.state_dict(), optimizer.state_dict()]) & held
     train(model, optimizer)
     again = capture_state(model, optimizer, out=state)
-    assert {leaf.untyped_storage().data_ptr() for leaf in leaves(again["model"])} <= held
+    assert storages(again["model"]) <= held
     assert fingerprint(again["model"]) == fingerprint(model.state_dict())
     restore_state(again, model, optimizer)
-    live = {leaf.untyped_storage().data_ptr() for leaf in leaves([model.state_dict(), optimizer.state_dict()])}
-    assert not live & {leaf.untyped_storage().data_ptr() for leaf in leaves(again)}
+    assert not storages([model.state_dict(), optimizer.state_dict()]) & storages(again)
 
 
 def test_tied_weights_stay_tied_and_weights_that_were_untied_do_not_share_a_buffer():
@@ -401,33 +393,22 @@ def drain(scheduler: R8Scheduler):
 # Whole runs -----------------------------------------------------------------------------
 
 
-class Still:
-    """A clock that stands still: backups, which are paced by time, cost nothing."""
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def wall(self) -> float:
-        return 0.0
-
-    def sleep(self, seconds: float) -> None:
-        raise AssertionError("nothing waits here")
-
-
 class Run:
     """A small network trained through a loader, with all that a script has."""
 
-    def __init__(self, workers: int = 0, accumulation: int = 1, nan_at: tuple[int, ...] = (), **options) -> None:
-        torch.manual_seed(0)
+    def __init__(self, workers: int = 0, accumulation: int = 1, watch: BackupWatch | None = None) -> None:
         rng = np.random.default_rng(0)
         self.x = torch.from_numpy(rng.normal(size=(SAMPLES, 4)).astype(np.float32))
         self.y = torch.from_numpy(rng.integers(0, 3, SAMPLES))
         self.model, self.optimizer = toy()
-        self.scheduler = scheduler_for(initial_lr=0.05, backup_every=5, clock=Still(), **options)
-        self.restored: list[dict] = []
-        self.scheduler.attach_model(self.capture, self.restore)
+        self.watch = BackupWatch([], scheduler_for, initial_lr=0.05) if watch is None else watch
+        self.scheduler = self.watch.scheduler
+        self.scheduler.attach_model(
+            lambda: capture_state(self.model, self.optimizer, copy=False),
+            lambda state: restore_state(state, self.model, self.optimizer),
+        )
         follow_lr(self.scheduler, self.optimizer)
-        self.accumulation, self.nan_at = accumulation, nan_at
+        self.accumulation = accumulation
         sampler = R8BatchSampler(self.scheduler, ahead=accumulation - 1)
         self.loader = DataLoader(
             TensorDataset(torch.arange(SAMPLES)),
@@ -437,21 +418,12 @@ class Run:
         )
         self.seen: list[list[int]] = []
 
-    def capture(self):
-        return capture_state(self.model, self.optimizer, copy=False)
-
-    def restore(self, state) -> None:
-        restore_state(state, self.model, self.optimizer)
-        self.restored.append(state)
-        assert fingerprint(self.model.state_dict()) == fingerprint(state["model"])
-
     def go(self, stop_at: int | None = None) -> None:
         held: list[torch.Tensor] = []
         for _ in self.scheduler.epoch_iterator():
             for (numbers,) in self.loader:
                 losses = nn.functional.cross_entropy(self.model(self.x[numbers]), self.y[numbers], reduction="none")
-                if self.scheduler.global_step + len(held) in self.nan_at:
-                    losses = losses * float("nan")
+                losses = losses * self.watch.factor()
                 (losses.mean() / self.accumulation).backward()
                 self.seen.append(numbers.tolist())
                 held.append(losses.detach())
@@ -493,32 +465,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, workers, accumulat
     assert fingerprint(second.model.state_dict()) == fingerprint(whole.model.state_dict())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_nan_rolls_the_model_back_to_its_backup_and_training_ends_finite(workers):
-    run = Run(workers, nan_at=(9, 21, 22))
+@pytest.mark.parametrize(
+    ("workers", "accumulation", "seed"),
+    [(0, 1, 0), (2, 1, 1), (0, 4, 2), *(pytest.param(2, 4, seed, marks=pytest.mark.slow) for seed in range(3, 9))],
+)
+def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(workers, accumulation, seed):
+    run = Run(workers, accumulation, BackupWatch(random_steps(seed), scheduler_for, num_epochs=17, initial_lr=0.05))
     run.go()
-    assert len(run.restored) == 3
-    assert run.scheduler.global_step == 36
-    assert all(
-        bool(torch.isfinite(leaf).all()) for leaf in leaves([run.model.state_dict(), run.optimizer.state_dict()])
-    )
-
-
-def test_backups_are_not_changed_by_later_steps():
-    run = Run()
-    backups: list[tuple[dict, list[bytes]]] = []
-    capture = run.capture
-
-    def remember():
-        state = capture_state(run.model, run.optimizer)
-        backups.append((state, fingerprint(state)))
-        return capture()
-
-    run.scheduler._safety._state_callback = remember
-    run.go()
-    gc.collect()
-    assert len(backups) >= 5
-    assert all(fingerprint(state) == before for state, before in backups)
+    check_survival(run.watch.findings())
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital'")  # torchdata 0.11 with torch 2.13

@@ -107,7 +107,7 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         return (*loaded, weights) if len(loaded) == 2 else loaded
 
     def _find(self, index: int) -> _Planned | None:
-        """Return a batch of the plan, None before training; TensorFlow's thread waits until it is drawn."""
+        """Return a batch of the plan, None before and after training; TensorFlow's thread waits until it is drawn."""
         with self._ready:
             if not self._running:
                 return None
@@ -116,6 +116,8 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
             self._asked = max(self._asked, index + 1)
             if threading.get_ident() != self._thread:
                 self._ready.wait_for(lambda: index < len(self._plan) or not self._running)
+                if not self._running:  # fetched ahead of the end, and dropped there
+                    return None
             if index >= len(self._plan):
                 raise ProtocolError(
                     f"batch {index} of this epoch is asked for and {len(self._plan)} are drawn: losses are due, is "

@@ -114,6 +114,8 @@ def check_arguments(
         problems.append(f"all_gather is needed when world_size={world}: see learnit_r8.integrations.distributed")
     if world > batch:
         problems.append(f"batch_size is the global batch and must be >= world_size={world}, got {batch_size!r}")
+    elif world > size:
+        problems.append(f"num_samples must be >= world_size={world}, got {num_samples!r}: each rank needs a sample")
     config = Config(
         num_samples=size,
         batch_size=batch,

@@ -75,12 +75,7 @@ class Chooser:
         if samples is None:
             samples = self._config.num_samples - (0 if excluded is None else int(np.count_nonzero(excluded)))
         self._left = int(samples)
-        self.batches = self._count(self._left)
-
-    def _count(self, samples: int) -> int:
-        full, rest = divmod(samples, self._config.batch_size)
-        # A last batch that cannot give each rank a sample is dropped: padding would count samples twice.
-        return full + (rest >= self._config.world_size and rest > 0 and not self._config.drop_last)
+        self.batches = self._config.batches(self._left)
 
     def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
@@ -173,7 +168,7 @@ class Chooser:
             start(self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN))
         self.drawn, self._left = int(state["drawn"]), int(state["left"])
         # The batch size may have changed since: count again what is left.
-        self.batches = self.drawn + self._count(self._left) if state["batches"] else 0
+        self.batches = self.drawn + self._config.batches(self._left) if state["batches"] else 0
 
 
 def _state(strategy: Strategy) -> dict[str, Any] | None:

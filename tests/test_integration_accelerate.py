@@ -1,0 +1,62 @@
+"""R8Scheduler under Accelerate: saved and loaded with its own functions, on one process and on two."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import accelerate_driver as driver
+from tests.backup_watch import check_survival, random_steps
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_run_that_accelerate_saved_and_loaded_equals_the_uninterrupted_one(tmp_path):
+    found = driver.resumed(tmp_path)
+    assert found["same_ids"]
+    assert found["same_weights"]
+    assert found["steps"] == 36
+
+
+def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(tmp_path):
+    check_survival(driver.accelerated(tmp_path, faults=random_steps(0), num_epochs=17))
+
+
+@pytest.mark.slow
+def test_two_processes_agree_in_the_trainer_and_under_accelerate_whichever_rank_meets_nan(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", driver.__file__, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for name, found in ranks[0].items():
+        assert found["weights"] == ranks[1][name]["weights"]
+    for rank in ranks:
+        assert rank["resumed"]["same_ids"]
+        assert rank["resumed"]["same_weights"]
+        check_survival(rank["faults"])
+        check_survival(rank["trainer"])
+    slices = zip(*(rank["resumed"]["seen"] for rank in ranks), strict=True)
+    batches = [list(itertools.chain(*parts)) for parts in slices]
+    epochs = [sorted(itertools.chain(*batches[start : start + 12])) for start in range(0, 36, 12)]
+    assert epochs == [list(range(driver.SAMPLES))] * 3
