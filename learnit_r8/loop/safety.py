@@ -7,6 +7,7 @@ happens here: the user's `load_callback`, the catalog, events.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,16 +24,13 @@ from learnit_r8.loop.losses import Reported
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.saver import Saver
 from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, BackupStatus
-from learnit_r8.stability.detector import Detector, bulk_mean
+from learnit_r8.stability.detector import Detector
 from learnit_r8.stability.recovery import Action, Kind, Recovery
 from learnit_r8.types import Indices, Mask, Verdict
 
 Emit = Callable[..., None]
 LR_RISE = 1.5
 """A learning rate that grows by this factor in a step may well move the loss: the detector is told."""
-
-_MIN_BATCH = 4
-"""Samples in a batch that can tell a few bad ones from a bad model."""
 
 _MOST = 0.9
 """Share of the samples that must have been seen for their expected losses to be compared with the others'."""
@@ -59,7 +57,6 @@ class Judgement(NamedTuple):
         return self.verdict in _FAULTS
 
 
-_NO_FAULTS = (Verdict.CALM, Verdict.SUSPECT, Verdict.SKIPPED)
 _FAULTS = (Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE)
 _GOES_ON = (Kind.ACCEPT, Kind.HOLD, Kind.IGNORE)
 
@@ -201,40 +198,38 @@ class SafetyNet:
             skipped: The optimizer step was skipped.
             outdated: The batch was out when the model was restored: its loss may be of the model that is gone.
         """
-        score, values = float("nan"), reported.values
-        if skipped:
-            verdict = Verdict.SKIPPED
-        else:
-            # Not all: a sample that is always NaN is never seen.
-            complete = self._catalog.num_seen >= _MOST * self._catalog.num_samples
+        verdict, score = Verdict.SKIPPED, math.nan
+        if not skipped:
+            catalog = self._catalog
+            known = catalog.num_seen >= _MOST * catalog.num_samples  # not all: what is always NaN is never seen
             reading = self._detector.observe(
                 step,
                 reported.mean,
-                expected_batch=expected if complete else score,
-                expected_all=self._catalog.mean_expected if complete else score,
+                expected_batch=expected if known else math.nan,
+                expected_all=catalog.mean_expected if known else math.nan,
                 finite=reported.finite,
-                bulk=None if values is None or len(values) < _MIN_BATCH else lambda: bulk_mean(values),
+                samples=reported.values,
             )
             verdict, score = reading.verdict, reading.score
         self._crash.note(step, verdict, reported.mean, indices)
-        calm = verdict is Verdict.CALM
-        if outdated and not calm:
+        if verdict is Verdict.CALM:
+            action = self._recovery.react(step, verdict, can_restore=False, loss=reported.mean)
+            for info in self._ring.healthy(step):
+                if info.status is BackupStatus.VERIFIED:
+                    self._emit(events.BackupVerified, step, info.step)
+            return Judgement(verdict, score, action, action.kind is Kind.ACCEPT)
+        if outdated:
             self._detector.reset_after_rollback()
             return Judgement(verdict, score, Action(Kind.IGNORE), accepted=False)
-        fault = verdict not in _NO_FAULTS
         action = self._recovery.react(
             step,
             verdict,
-            can_restore=fault and self._can_restore(step),
-            batch_indices=() if calm else indices,
+            can_restore=verdict in _FAULTS and self._can_restore(step),
+            batch_indices=indices,
             loss=reported.mean,
             sample_losses=reported.values,
             first_suspect_step=self._suspect_since(verdict),
         )
-        if calm:
-            for info in self._ring.healthy(step):
-                if info.status is BackupStatus.VERIFIED:
-                    self._emit(events.BackupVerified, step, info.step)
         # A suspect loss counts too: it mostly is a harmless outlier, and a rollback takes it out of the catalog again.
         return Judgement(verdict, score, action, reported.finite and action.kind in _GOES_ON)
 

@@ -35,9 +35,9 @@ NaN and infinity are faults from the first step on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,7 @@ _RATE_WEIGHT = 1 / 512
 _RATE_PRIOR = 5e-4
 _MEAN_WEIGHT, _MEAN_LIMIT = 1 / 64, 10.0  # of the mean loss; one loss counts for so many L0 at most
 _FEW = 8  # an outlier in this part of a batch or less says nothing of the weights
+_MIN_BATCH = 4  # samples in a batch that can tell a few bad ones from a bad model
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +113,18 @@ class DetectorSettings:
             raise ConfigError(problems)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """The detector's word on one loss.
 
     Attributes:
         verdict: CALM, SUSPECT, SPIKE, DRIFT or NONFINITE.
         score: z; NaN while the detector is not active.
         reason: One sentence; empty when calm.
-        few: SUSPECT only: the excess comes from a few samples of the batch, the others are as usual.
     """
 
     verdict: Verdict
     score: float
     reason: str = ""
-    few: bool = False
 
 
 class Detector:
@@ -168,7 +166,7 @@ class Detector:
         expected_batch: float = math.nan,
         expected_all: float = math.nan,
         finite: bool = True,
-        bulk: Callable[[], float] | None = None,
+        samples: NDArray[Any] | None = None,
     ) -> Reading:
         """Read the loss reported for one step.
 
@@ -179,8 +177,7 @@ class Detector:
                 not to be trusted yet.
             expected_all: The same for the whole data set.
             finite: False where a single sample's loss was not finite.
-            bulk: Returns the mean loss without the batch's few highest ones (see `bulk_mean`); asked
-                only about an outlier. None where the samples' losses are not known.
+            samples: The losses of the batch's samples, shape `[n]`, where they are known.
         """
         if not finite or not math.isfinite(loss):
             self._mark_suspect(step)
@@ -189,10 +186,14 @@ class Detector:
         known = math.isfinite(excess)
         corrected = self._composition.correct(loss, excess) if known else loss
         # An easy batch whose loss is as usual is no fault: estimates may be wrong, above all after one.
-        corrected = min(max(min(corrected, loss), -_HUGE), _HUGE)
-        shift = corrected - loss
-        rest = None if bulk is None else lambda: bulk() + shift
-        reading = self._judge(step, corrected, rest) if self.active else self._learn(step, corrected)
+        if corrected > loss:
+            corrected = loss
+        if not -_HUGE < corrected < _HUGE:
+            corrected = math.copysign(_HUGE, corrected)
+        if len(self._window) < self.settings.warmup:
+            reading = self._learn(step, corrected)
+        else:
+            reading = self._judge(step, corrected, corrected - loss, samples)
         if known and reading.verdict is Verdict.CALM and abs(excess) < 1e75:
             self._composition.learn(loss, excess)
         return reading
@@ -273,58 +274,66 @@ class Detector:
             self._mean = median
         return Reading(Verdict.CALM, math.nan)
 
-    def _judge(self, step: int, loss: float, rest: Callable[[], float] | None) -> Reading:
+    def _judge(self, step: int, loss: float, shift: float, samples: NDArray[Any] | None) -> Reading:
         settings = self.settings
         m = self._window.median()
-        spread = _MAD_TO_STD * self._window.deviation(m)
-        s = max(
-            spread,
-            min((self._window.quantile(0.9) - m) / _NORMAL_Q90, _MOST_SKEW * spread),
-            _RELATIVE_FLOOR * abs(m),
-            _LEVEL_FLOOR * self._first_level,
-            _TINY,
-        )
+        s = self._scale(m)
         rise = loss - m
         z = rise / s
-        a = rise / max(abs(m), 2.0 * s)
         if 0 <= self._relaxed_until <= step:
             self._relaxed_until = -1
             self._reset_best()
         ease = settings.regime_factor if step < self._relaxed_until else 1.0
-        outlier = z > settings.soft_score * ease and a > settings.soft_rise * ease
-        soft = outlier and rise > self._outliers.envelope
-        self._outliers.shift(rise if outlier else 0.0)
-        self._mean += _MEAN_WEIGHT * (min(loss, abs(m) + _MEAN_LIMIT * self._first_level) - self._mean)
-        hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
-        if soft and rest is not None and rest() - m <= max(settings.soft_score * s, settings.soft_rise * abs(m)) * ease:
-            self._shift_flags(soft=False, hard=False)
-            self._mark_suspect(step)
-            return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples", few=True)
+        soft = hard = False
+        self._outliers.pass_step()
+        if z > settings.soft_score * ease:
+            a = rise / max(abs(m), 2.0 * s)
+            if a > settings.soft_rise * ease:
+                soft = rise > self._outliers.envelope
+                hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
+                self._outliers.add(rise)
+        ceiling = abs(m) + _MEAN_LIMIT * self._first_level
+        self._mean += _MEAN_WEIGHT * (min(ceiling, loss) - self._mean)
+        if soft and samples is not None and len(samples) >= _MIN_BATCH:
+            rest = bulk_mean(samples) + shift
+            if rest - m <= max(settings.soft_score * s, settings.soft_rise * abs(m)) * ease:
+                self._shift_flags(soft=False, hard=False)
+                self._mark_suspect(step)
+                return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples")
         self._shift_flags(soft, hard)
         self._recent.push(loss)
         drifting = self._follow_level(step, s, ease)
         if not soft:
             self._window.push(loss)
-        if hard and (self._hard_bits & _HARD_MASK).bit_count() >= _needed(self._needed_hard, self._hard_rate):
+            if not drifting:
+                if not self._soft_bits:
+                    self.first_suspect_step = None
+                return Reading(Verdict.CALM, z)
+        elif hard and (self._hard_bits & _HARD_MASK).bit_count() >= _needed(self._needed_hard, self._hard_rate):
             self._mark_suspect(step)
             return Reading(Verdict.SPIKE, z, f"{loss:.4g} against a median of {m:.4g}, again: z = {z:.3g}")
-        if soft and self._soft_bits.bit_count() >= _needed(self._needed_soft, self._soft_rate):
+        elif self._soft_bits.bit_count() >= _needed(self._needed_soft, self._soft_rate):
             self._mark_suspect(step)
             flags = self._soft_bits.bit_count()
             return Reading(Verdict.SPIKE, z, f"{flags} of {_SOFT_SPAN} losses far above the median of {m:.4g}")
         if drifting:
             self.first_suspect_step = min(self._drift_onset, step)
-            return Reading(
-                Verdict.DRIFT, z, f"the level has risen to {self._recent.median():.4g} from {self._best:.4g}"
-            )
-        if soft:
-            self._mark_suspect(step)
-            return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}: z = {z:.3g}")
-        if not self._soft_bits:
-            self.first_suspect_step = None
-        return Reading(Verdict.CALM, z)
+            level = f"the level has risen to {self._recent.median():.4g} from {self._best:.4g}"
+            return Reading(Verdict.DRIFT, z, level)
+        self._mark_suspect(step)
+        return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}: z = {z:.3g}")
+
+    def _scale(self, m: float) -> float:
+        """Return s, the spread that is usual around the median `m`."""
+        s = spread = _MAD_TO_STD * self._window.deviation(m)
+        skewed = (self._window.quantile(0.9) - m) / _NORMAL_Q90
+        if skewed > spread:
+            s = min(skewed, _MOST_SKEW * spread)
+        return max(s, _RELATIVE_FLOOR * abs(m), _LEVEL_FLOOR * self._first_level, _TINY)
 
     def _shift_flags(self, soft: bool, hard: bool) -> None:
+        if not (soft or self._soft_bits or self._hard_bits) and self._soft_rate == self._hard_rate == _RATE_PRIOR:
+            return
         # A flag counts as harmless once it is old: during a fault the rates must not rise.
         self._soft_rate += _RATE_WEIGHT * ((self._soft_bits >> _SOFT_SPAN - 1) - self._soft_rate)
         self._soft_rate = max(self._soft_rate, _RATE_PRIOR)
@@ -342,13 +351,18 @@ class Detector:
         self._highs.push(level)
         if level < self._best:
             self._best, self._best_scale, self._best_mean = level, s, self._mean
+        rise = level - self._best
+        # The margin is at least its second part: most steps end here.
+        if rise <= 0.25 * ease * settings.drift_score * self._best_scale:
+            self._drift_onset = step
+            self._high_steps = 0
+            return False
         margin = ease * max(
             settings.drift_rise * abs(self._best),
             settings.drift_score * self._best_scale,
             settings.drift_floor * self._first_level,
             settings.drift_rise * min(self._best_mean, self._mean),  # the mean falls behind the first steep fall
         )
-        rise = level - self._best
         if rise <= 0.25 * margin:
             self._drift_onset = step
         self._high_steps = self._high_steps + 1 if rise > margin and level > self._highs.highest else 0

@@ -49,9 +49,10 @@ class Quarantine:
 
     def calm(self) -> None:
         """Take a calm loss: eight in a row end a suspect run."""
-        self._calm_run += 1
-        if self._calm_run >= _RUN_KEPT:
-            self._run = []
+        if self._run:
+            self._calm_run += 1
+            if self._calm_run >= _RUN_KEPT:
+                self._run = []
 
     def trigger(self) -> tuple[int, ...]:
         """Close the suspect run with a fault; return the samples to be quarantined from now on."""

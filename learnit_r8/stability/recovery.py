@@ -177,7 +177,8 @@ class Action:
     quarantine: tuple[int, ...] = ()
 
 
-_PLAIN = {kind: Action(kind) for kind in Kind}  # what nearly every step gets
+_PLAIN = {kind: Action(kind) for kind in Kind}
+_ACCEPT = _PLAIN[TABLE[Phase.HEALTHY, Verdict.CALM].kind]  # what nearly every step gets
 
 
 class Recovery:
@@ -367,13 +368,15 @@ class Recovery:
         return Action(move.kind, reason, **details) if reason or details else _PLAIN[move.kind]
 
     def _calm(self, step: int, loss: float) -> Action:
-        action = self._move(Verdict.CALM)
         self._quarantine.calm()
         self._calm_run += 1
         self._calm_since_rollback += 1
         self._uncounted = 0
         if math.isfinite(loss):
             self._level = loss if math.isnan(self._level) else self._level + (loss - self._level) / 16
+        if self.phase is Phase.HEALTHY:  # nearly always
+            return _ACCEPT
+        action = self._move(Verdict.CALM)
         settled = {
             Phase.WARMUP: self._calm_run >= self.settings.warmup,
             Phase.SUSPECT: self._calm_run >= self.settings.settle,

@@ -16,12 +16,13 @@ _BLOCK, _RECENT_BLOCKS, _PAST_BLOCKS = 64, 4, 16  # steps; blocks
 class SortedWindow:
     """The last `size` values, in order of arrival and sorted."""
 
-    __slots__ = ("arrivals", "size", "values")
+    __slots__ = ("_low", "arrivals", "size", "values")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.arrivals: deque[float] = deque()
         self.values: list[float] = []
+        self._low = 0  # where `deviation` was found last
 
     def __len__(self) -> int:
         return len(self.values)
@@ -50,19 +51,21 @@ class SortedWindow:
     def deviation(self, centre: float) -> float:
         """Return the median distance from the centre, the upper one of an even number.
 
-        The `count` values nearest to the centre are neighbours in sorted order: their first is
-        found by bisection in 6 steps, where sorting the distances would take 64 values' time.
+        The `count` values nearest to the centre are neighbours in sorted order. Their first is
+        looked for from where it was last time, as one more value hardly moves it.
         """
         values = self.values
         count = len(values) // 2 + 1
-        low, high = 0, len(values) - count
-        while low < high:
-            middle = (low + high) // 2
-            if centre - values[middle] > values[middle + count] - centre:
-                low = middle + 1
-            else:
-                high = middle
-        return max(centre - values[low], values[low + count - 1] - centre)
+        low, high = self._low, len(values) - count
+        if low > high:
+            low = high
+        while low < high and centre - values[low] > values[low + count] - centre:
+            low += 1
+        while low and centre - values[low - 1] <= values[low + count - 1] - centre:
+            low -= 1
+        self._low = low
+        below, above = centre - values[low], values[low + count - 1] - centre
+        return max(above, below)
 
 
 class Composition:
@@ -90,13 +93,14 @@ class Composition:
     def learn(self, loss: float, excess: float) -> None:
         """Take a calm loss and the excess that was expected of its batch."""
         self.count += 1
-        weight = 1.0 / min(self.count, _SLOPE_MEMORY)
+        weight = 1.0 / min(_SLOPE_MEMORY, self.count)
         off_loss, off_excess = loss - self.loss, excess - self.excess
         self.loss += weight * off_loss
         self.excess += weight * off_excess
         # Exponentially weighted moments (Finch 2009, "Incremental calculation of weighted mean and variance").
-        self.covariance = (1.0 - weight) * (self.covariance + weight * off_loss * off_excess)
-        self.variance = (1.0 - weight) * (self.variance + weight * off_excess * off_excess)
+        rest = 1.0 - weight
+        self.covariance = rest * (self.covariance + weight * off_loss * off_excess)
+        self.variance = rest * (self.variance + weight * off_excess * off_excess)
 
     def state_dict(self) -> dict[str, float]:
         """Return the state as plain numbers."""
@@ -109,37 +113,42 @@ class Composition:
 
 
 class PastHighs:
-    """The highest level of 256 to 1024 steps ago, by blocks of steps."""
+    """The highest level of 256 to 1024 steps ago, by blocks of steps.
 
-    __slots__ = ("blocks", "current", "steps")
+    Attributes:
+        highest: It; minus infinity while the run is younger.
+    """
+
+    __slots__ = ("blocks", "current", "highest", "steps")
 
     def __init__(self) -> None:
         self.blocks: list[float] = []
+        self.highest = -math.inf
         self.current = -math.inf
         self.steps = 0
 
-    @property
-    def highest(self) -> float:
-        """Return it; minus infinity while the run is younger."""
-        return max(self.blocks[:-_RECENT_BLOCKS], default=-math.inf)
-
     def push(self, level: float) -> None:
         """Add the level of one step."""
-        self.current = max(self.current, level)
+        if level > self.current:
+            self.current = level
         self.steps += 1
         if self.steps == _BLOCK:
-            self.blocks = [*self.blocks, self.current][-_PAST_BLOCKS:]
+            self._keep([*self.blocks, self.current][-_PAST_BLOCKS:])
             self.current, self.steps = -math.inf, 0
 
     def fill(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.blocks = list(state["blocks"])
+        self._keep(list(state["blocks"]))
         self.current = -math.inf if state["current"] is None else float(state["current"])
         self.steps = int(state["steps"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers and lists."""
         return {"blocks": self.blocks, "current": self.current if self.steps else None, "steps": self.steps}
+
+    def _keep(self, blocks: list[float]) -> None:
+        self.blocks = blocks
+        self.highest = max(blocks[:-_RECENT_BLOCKS], default=-math.inf)
 
 
 class HarmlessOutliers:
@@ -148,41 +157,45 @@ class HarmlessOutliers:
     An outlier counts as harmless once `HARMLESS_AFTER` steps have passed over it.
     """
 
-    __slots__ = ("_age", "_count", "_memory", "_pending", "_rises", "_steps")
+    __slots__ = ("_age", "_count", "_memory", "_pending", "_remembered", "_rises")
 
     def __init__(self, memory: int, count: int) -> None:
         self._memory = memory
         self._count = count
-        self.fill({"age": 0, "pending": [0.0] * HARMLESS_AFTER, "rises": [], "steps": []})
+        self.fill({"age": 0, "pending": [], "remembered": []})
 
     @property
     def envelope(self) -> float:
         """Return the `count`-th highest rise remembered, 0 where there are fewer."""
         return self._rises[-self._count] if len(self._rises) >= self._count else 0.0
 
-    def shift(self, rise: float) -> None:
-        """Count one step: `rise` of an outlier, 0 for any other loss."""
+    def pass_step(self) -> None:
+        """Count one step."""
         self._age += 1
-        self._pending.append(rise)
-        old = self._pending.popleft()
-        if self._steps and self._steps[0][0] <= self._age - self._memory:
-            del self._rises[bisect_left(self._rises, self._steps.popleft()[1])]
-        if old > 0.0:
-            self._steps.append((self._age, old))
-            insort(self._rises, old)
+        if self._remembered and self._remembered[0][0] <= self._age - self._memory:
+            del self._rises[bisect_left(self._rises, self._remembered.popleft()[1])]
+        if self._pending and self._pending[0][0] <= self._age - HARMLESS_AFTER:
+            rise = self._pending.popleft()[1]
+            self._remembered.append((self._age, rise))
+            insort(self._rises, rise)
+
+    def add(self, rise: float) -> None:
+        """Take the rise of an outlier at the step that was counted last."""
+        self._pending.append((self._age, rise))
 
     def drop_pending(self) -> None:
         """Forget those that are not known to be harmless: they were part of a fault."""
-        self._pending = deque([0.0] * HARMLESS_AFTER)
+        self._pending.clear()
 
     def fill(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._age = int(state["age"])
-        self._pending = deque(float(rise) for rise in state["pending"])
-        self._steps = deque(zip(state["steps"], state["rises"], strict=True))
-        self._rises = sorted(state["rises"])
+        self._pending, self._remembered = (
+            deque((int(age), float(rise)) for age, rise in state[name]) for name in ("pending", "remembered")
+        )
+        self._rises = sorted(rise for _, rise in self._remembered)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers and lists."""
-        steps, rises = [step for step, _ in self._steps], [rise for _, rise in self._steps]
-        return {"age": self._age, "pending": list(self._pending), "steps": steps, "rises": rises}
+        outliers = {"pending": self._pending, "remembered": self._remembered}
+        return {"age": self._age, **{name: [list(outlier) for outlier in kept] for name, kept in outliers.items()}}
