@@ -60,6 +60,8 @@ _RATE_WEIGHT = 1 / 512
 _RATE_PRIOR = 5e-4
 _MEAN_WEIGHT, _MEAN_LIMIT = 1 / 64, 10.0  # of the mean loss; one loss counts for so many L0 at most
 _FEW = 8  # an outlier in this part of a batch or less says nothing of the weights
+_STEEP = 0.5  # relative to the median
+_SWING = 1.25  # times the rise that was seen before
 _MIN_BATCH = 4  # samples in a batch that can tell a few bad ones from a bad model
 
 
@@ -79,6 +81,7 @@ class DetectorSettings:
         chance: Bound on the probability, per step, that independent outliers pass for a spike.
         outlier_memory: Steps for which a harmless outlier is remembered.
         outlier_count: A loss is flagged only where it rises further than the so-manieth highest of them.
+        fall: So many losses in a row below the median are a steep fall: the window keeps only them.
         drift_span: Losses in the level (their median), and steps that it must stay high.
         drift_rise: Rise over the best level, relative to it, that is drift.
         drift_score: The same in units of s at the best level.
@@ -97,6 +100,7 @@ class DetectorSettings:
     chance: float = 2.5e-6
     outlier_memory: int = 1024
     outlier_count: int = 2
+    fall: int = 16
     drift_span: int = 16
     drift_rise: float = 1.0
     drift_score: float = 12.0
@@ -148,6 +152,7 @@ class Detector:
         self._outliers = HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
         self._first = self._first_level = self._mean = math.nan
         self._relaxed_until = -1
+        self._falling = 0  # losses in a row below the median of the window
         self._soft_bits = self._hard_bits = 0
         self._soft_rate = self._hard_rate = _RATE_PRIOR
         self._best, self._best_scale, self._best_mean = math.inf, 0.0, 0.0
@@ -305,6 +310,9 @@ class Detector:
         drifting = self._follow_level(step, s, ease)
         if not soft:
             self._window.push(loss)
+            self._falling = self._falling + 1 if loss < m else 0
+            if self._falling >= settings.fall and m - self._recent.median() > _STEEP * abs(m):
+                self._forget_fall()
             if not drifting:
                 if not self._soft_bits:
                     self.first_suspect_step = None
@@ -354,6 +362,7 @@ class Detector:
         rise = level - self._best
         # The margin is at least its second part: most steps end here.
         if rise <= 0.25 * ease * settings.drift_score * self._best_scale:
+            self._best_scale, self._best_mean = min(self._best_scale, s), min(self._best_mean, self._mean)
             self._drift_onset = step
             self._high_steps = 0
             return False
@@ -365,8 +374,16 @@ class Detector:
         )
         if rise <= 0.25 * margin:
             self._drift_onset = step
-        self._high_steps = self._high_steps + 1 if rise > margin and level > self._highs.highest else 0
+        high = rise > margin and rise > _SWING * (self._highs.highest - self._best)
+        self._high_steps = self._high_steps + 1 if high else 0
         return self._high_steps >= settings.drift_span
+
+    def _forget_fall(self) -> None:
+        """Drop what was before a steep fall: it says nothing of what is usual now."""
+        self._falling = 0
+        self._window.keep_newest(self.settings.fall)
+        values = self._window.values
+        self._mean = min(self._mean, math.fsum(values) / len(values))
 
     def _mark_suspect(self, step: int) -> None:
         if self.first_suspect_step is None:
@@ -389,6 +406,7 @@ _SCALARS: dict[str, Any] = {
     "_first_level": math.nan,
     "_mean": math.nan,
     "_relaxed_until": -1,
+    "_falling": 0,
     "_soft_bits": 0,
     "_hard_bits": 0,
     "_soft_rate": _RATE_PRIOR,

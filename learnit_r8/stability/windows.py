@@ -34,6 +34,10 @@ class SortedWindow:
         self.arrivals.append(value)
         insort(self.values, value)
 
+    def keep_newest(self, count: int) -> None:
+        """Forget all but the newest so many values."""
+        self.fill(list(self.arrivals)[-count:])
+
     def fill(self, values: Iterable[float]) -> None:
         """Replace the contents, oldest first."""
         self.arrivals = deque(float(value) for value in values)
