@@ -160,7 +160,9 @@ MISTAKES = {
 def run(code: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run a program as its author would, in a folder of its own, with a pipe for a terminal."""
     (folder / "train.py").write_text(f"from learnit_r8 import R8Scheduler\n{code}\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("R8_", "PYTHON", "PYTEST"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("R8_", "PYTHON", "PYTEST"))
+    }
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *options, "train.py"]
     return subprocess.run(
