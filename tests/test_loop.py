@@ -726,7 +726,7 @@ def rank_run(num_samples, world_size, loss, scalar=False, stop=None, state=None,
     return World(world_size).run(work)
 
 
-@pytest.mark.parametrize("num_samples", [32, 33, 34, 35, 39])  # the last batch: 8, 1, 2, 3 or 7
+@pytest.mark.parametrize("num_samples", [32, 35, 39])  # the last batch: none, 3 or 7 samples
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("scalar", [False, True])
 def test_ranks_share_one_plan_and_learn_the_same(num_samples, world_size, scalar):
@@ -738,10 +738,7 @@ def test_ranks_share_one_plan_and_learn_the_same(num_samples, world_size, scalar
     for step, whole in enumerate(single):
         parts = [slices[step] for slices, _, _ in ranks]
         if step < len(single) // 3:  # later the plan depends on rounding where scalars are averaged
-            filled = len(whole) < world_size  # then the last ranks repeat a sample
-            assert sum(parts, [])[: len(whole)] == whole  # noqa: RUF017 - three short lists
-            assert filled or sum(map(len, parts)) == len(whole)
-            assert {index for part in parts for index in part} == set(whole)
+            assert sum(parts, []) == whole  # noqa: RUF017 - three short lists
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         assert min(map(len, parts)) >= 1
     for _, results, scheduler in ranks:

@@ -76,11 +76,7 @@ class Ranks:
         self._hash = zlib.crc32(plan.encode())
 
     def cut(self, size: int) -> slice:
-        """Return this rank's part of a global batch: contiguous, sizes differ by one at most.
-
-        Of a batch with fewer samples than ranks, the first ranks hold one each and the others repeat these; what they
-        report is not counted.
-        """
+        """Return this rank's part of a global batch: contiguous, sizes differ by one at most."""
         return _cut(size, self.rank, self.world_size)
 
     def everyone(self, number: float) -> NDArray[np.float64]:
@@ -165,12 +161,10 @@ class Ranks:
             )
 
     def _join(self, counts: NDArray[np.float64], losses: NDArray[np.float64], size: int) -> Reported:
-        if size < self.world_size:
-            counts, losses = counts[:size], losses[:size]
         if len(losses) == size and counts.all():
             return read_losses(losses, size)
         if not counts.any():
-            parts = [_cut(size, rank, self.world_size) for rank in range(len(losses))]
+            parts = [_cut(size, rank, self.world_size) for rank in range(self.world_size)]
             return read_losses(float(losses @ [part.stop - part.start for part in parts]) / size, size)
         raise ProtocolError(
             f"there came {len(losses)} losses for a global batch of {size} samples on {self.world_size} ranks, by rank "
@@ -180,9 +174,6 @@ class Ranks:
 
 
 def _cut(size: int, rank: int, world_size: int) -> slice:
-    if size < world_size:  # nobody may be without a sample: it would be without a gradient, or wait for the others
-        start = rank % size
-        return slice(start, start + 1)
     share, rest = divmod(size, world_size)
     start = rank * share + min(rank, rest)
     return slice(start, start + share + (rank < rest))
