@@ -1,9 +1,9 @@
 """learnit::r8 runs training loops with open eyes.
 
 with R8Scheduler(num_samples=len(data), batch_size=32, num_epochs=10) as scheduler:
-for epoch in scheduler.epoch_iterator():
-for indices, lr in scheduler.batch_iterator():
-scheduler.update_with_loss(train_step(indices, lr))
+    for epoch in scheduler.epoch_iterator():
+        for indices, lr in scheduler.batch_iterator():
+            scheduler.update_with_loss(train_step(indices, lr))
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.chooser import Chooser
 from learnit_r8.loop.crash import CrashRecorder
-from learnit_r8.loop.losses import Reported, read_losses
+from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
@@ -179,7 +179,7 @@ class R8Scheduler:
             CrashRecorder(Path(evidence) if evidence else None, config.to_json(), lambda: tuple(self._bus.recent)),
             self._ranks,
         )
-        self._interrupts = Interrupts()
+        self._interrupts = Interrupts(saves=config.checkpoint_dir is not None)
         self._ones = np.ones(config.batch_size, np.float32)
         self._epoch = 0
         self._stage = Stage.FRESH
@@ -420,9 +420,14 @@ class R8Scheduler:
         self._stop = self._ranks.command or self._stop
 
     def log(self, **metrics: float) -> None:
-        """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's."""
-        for name, value in metrics.items():
-            self._bus.emit(events.MetricLogged, self._global_step, name, float(value))
+        """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's.
+
+        Raises:
+            TypeError: One is not a number; none is shown then.
+        """
+        numbers = {name: read_number(name, value) for name, value in metrics.items()}
+        for name, number in numbers.items():
+            self._bus.emit(events.MetricLogged, self._global_step, name, number)
 
     # One epoch ----------------------------------------------------------------------------
 
@@ -543,7 +548,7 @@ class R8Scheduler:
         if self._interrupts.pending is not None and (self._ranks.world_size == 1 or self._ranks.signal):
             self._save_if_possible()
             self._end("stopped")  # the terminal is given back before the process may die
-            self._interrupts.deliver()
+            self._interrupts.deliver(self._saver.farewell(self._global_step, writes=self._ranks.writes))
         if self._bus.commanding:
             self._obey()
         self._safety.before_step(self._global_step)
@@ -738,7 +743,8 @@ class R8Scheduler:
             raise ConfigError([f"this is no state of a scheduler: {', '.join(missing)} missing, got {list(state)}"])
         saved = state["config"]
         problems = [
-            f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(self._config, name)!r}"
+            f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(self._config, name)!r}: use what "
+            "it was saved with, or start a new run"
             for name in ("num_samples", "strategy", "seed", "drop_last")
             if saved[name] != getattr(self._config, name)
         ]
@@ -791,6 +797,12 @@ class R8Scheduler:
             os.getpid(),
             elapsed,
         )
+        if self._config.batch_size > self._config.num_samples:
+            message = (
+                f"batch_size={self._config.batch_size} is larger than num_samples={self._config.num_samples}, so every "
+                "batch is the whole data set: give a smaller batch_size"
+            )
+            self._bus.emit(events.Notice, self._global_step, message, "warning")
         self._budget.begin()
 
     def _show(self) -> None:
@@ -823,7 +835,7 @@ class R8Scheduler:
         self._closed = True
         self._interrupts.release()
         self._bus.close()
-        self._interrupts.deliver()
+        self._interrupts.deliver(self._saver.farewell(self._global_step, writes=self._ranks.writes))
 
     def __enter__(self) -> Self:
         return self

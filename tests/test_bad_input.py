@@ -62,6 +62,7 @@ BAD += [
     ("save_callback", lambda a, b, c: None, "save_callback must take (state_dict, filepath) or (filepath)"),
     ("load_callback", lambda: None, "load_callback must take (source) or (source, from_ram)"),
     ("load_callback", lambda a, b: None, "load_callback must take (source) or (source, from_ram)"),
+    ("state_callback", lambda model: None, "state_callback must take no arguments and return the model's state"),
 ]
 BAD += [("backup_every", value, "backup_every must be a whole number >= 1") for value in (0, -1, 2.5, "50", True)]
 BAD += [("checkpoint_dir", value, "checkpoint_dir must be a path or None") for value in (3, "", "  ", b"x", ["x"])]
@@ -315,11 +316,15 @@ BAD_BATCHES = {
     ),
     "the id": (lambda batch: batch.id, TypeError, "got int"),
     "a pair": (lambda batch: tuple(batch), TypeError, "got tuple"),
-    "one of another run": (lambda batch: a_batch(1000), ProtocolError, "batch id 1000 (step 3) is not open"),
+    "one of another run": (
+        lambda batch: a_batch(1000),
+        ProtocolError,
+        "batch id 1000 (step 3) is not open (open ids: [3])",
+    ),
     "a reported one": (
         lambda batch: a_batch(0),
         ProtocolError,
-        "batch id 0 (step 3) is not open: it was reported before",
+        "batch id 0 (step 3) is not open (open ids: [3]): report each batch once",
     ),
 }
 
@@ -355,7 +360,7 @@ def test_no_batch_is_open_before_the_loop_after_a_report_and_after_the_run():
             before = frozen(scheduler)
             with pytest.raises(ProtocolError, match="no batch is open"):
                 scheduler.update_with_loss(1.0)
-            with pytest.raises(ProtocolError, match=r"batch id 0 .* was reported before"):
+            with pytest.raises(ProtocolError, match=r"batch id 0 .* report each batch once"):
                 scheduler.update_with_loss(1.0, batch)
             assert frozen(scheduler) == before
     with pytest.raises(ProtocolError, match="no batch is open"):

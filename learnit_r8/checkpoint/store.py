@@ -63,6 +63,7 @@ from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 MIN_KEEP = 2
 """The newest checkpoint is not the only one, even when that is asked for."""
 
+_ADVICE = "give the checkpoint_dir of the run, or one of the step-... folders in it"
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
 _THREADS = min(4, os.cpu_count() or 1)
 _SAVING = threading.RLock()
@@ -139,6 +140,7 @@ class CheckpointStore:
         self._on_corrupt = on_corrupt or (lambda path, reason: None)
         self._clock = clock
         self._directory = CheckpointDirectory(self.directory, self._fs)
+        self._last_serial: int | None = None
 
     def save(
         self,
@@ -177,7 +179,8 @@ class CheckpointStore:
                 path = self._directory.free_name(step, tag)
                 self._fs.rename(temporary, path)
             self._fs.sync_directory(self.directory)
-            problems = self._tidy(path, manifest)
+            problems = self._strangers(serial) + self._tidy(path, manifest)
+            self._last_serial = serial
         return SavedCheckpoint(path, manifest.nbytes, self._clock() - start, problems)
 
     def load(self, path: str | Path) -> LoadedCheckpoint:
@@ -293,6 +296,16 @@ class CheckpointStore:
             write_file(self._fs, root / MANIFEST, [raw], pool)
         self._fs.sync_directory(root)
 
+    def _strangers(self, serial: int) -> tuple[str, ...]:
+        """Say so when someone else has saved here since the last save: the lock keeps other processes out only."""
+        between = range((self._last_serial or serial) + 1, serial)
+        if not any(entry.manifest and entry.manifest.serial in between for entry in self.entries()):
+            return ()
+        return (
+            f"another scheduler of this process saves into {self.directory} too, and each removes the other's "
+            "checkpoints: give each a checkpoint_dir of its own",
+        )
+
     def _tidy(self, path: Path, manifest: Manifest) -> tuple[str, ...]:
         """Move `latest`, and remove old checkpoints if the new one is really there."""
         problems = []
@@ -325,7 +338,7 @@ def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | Non
     directory = path.parent if path.is_file() else path
     if (directory / MANIFEST).is_file() or NAME.fullmatch(directory.name):
         if not directory.is_dir():
-            raise FileNotFoundError(f"no checkpoint {path}: {contents(path.parent)}")
+            raise FileNotFoundError(f"no checkpoint {path}: {contents(path.parent)}; {_ADVICE}")
         try:
             return CheckpointStore(directory.parent).load(directory)
         except CheckpointCorrupt as error:
@@ -344,7 +357,7 @@ def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | Non
     if failures:
         listing = "\n".join(f"  - {reason}" for reason in failures)
         raise CheckpointCorrupt(f"no checkpoint in {directory} is whole:\n{listing}")
-    raise FileNotFoundError(f"no checkpoint in {directory}: {contents(directory)}")
+    raise FileNotFoundError(f"no checkpoint in {directory}: {contents(directory)}; {_ADVICE}")
 
 
 def _checked(step: int, tag: str) -> int:

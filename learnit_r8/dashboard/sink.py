@@ -54,6 +54,8 @@ _NOT_MINE = (
     "SIGALRM",
 )
 
+_NOT_CLOSED = "not closed: write `with R8Scheduler(...) as scheduler:`, or call scheduler.close() after the loops"
+
 
 class Dashboard:
     """Shows a run and takes keys; open one with `open_dashboard`.
@@ -84,7 +86,7 @@ class Dashboard:
         self._around, self._readonly, self._console, self._clock = around, readonly, console, clock
         self._environment = os.environ if environment is None else environment
         self._pid = os.getpid()
-        self._closed = self._stopping = False
+        self._closed = self._stopping = self._forgotten = False
         self._hold = threading.Event()
         self._held, self._unheld = threading.Event(), threading.Event()
         self._wake_reader, self._wake_writer = os.pipe()
@@ -97,7 +99,7 @@ class Dashboard:
             self._notice(f"{self.name} dashboard: {reason}", "info")
         self._hooks = TalkHooks(self.suspended, self.close)
         _open.add(self)
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
         self._thread = threading.Thread(target=self._run, name="r8-dashboard", daemon=True)
         self._thread.start()
 
@@ -138,7 +140,7 @@ class Dashboard:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = self._stopping = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         self._hooks.remove()
         _open.discard(self)
         self._unheld.set()
@@ -157,6 +159,10 @@ class Dashboard:
             with contextlib.suppress(Exception):
                 self._take_events()
                 self._summarise()
+
+    def _close_at_exit(self) -> None:
+        self._forgotten = True
+        self.close()
 
     def __enter__(self) -> Dashboard:
         return self
@@ -296,7 +302,11 @@ class Dashboard:
             width = min(100, shutil.get_terminal_size().columns)
         lines = summary_text(self.model, width, glyphs).splitlines()
         path = self._console_used
-        return [*lines, f"  console     {path}"] if path is not None and path.exists() else lines
+        if path is not None and path.exists():
+            lines.append(f"  console     {path}")
+        if self._forgotten and self.model.ended is None and self.model.run:
+            lines.append(_NOT_CLOSED)
+        return lines
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):

@@ -61,7 +61,7 @@ class R8BatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Return an iterator over what is left of the current epoch."""
-        return self._batches(*_look_up_loader(sys._getframe(1)))
+        return self._batches(*_look_up_loader(sys._getframe(1), self.scheduler.catalog.num_samples))
 
     def _batches(self, lead: int | None, problems: list[str]) -> Iterator[list[int]]:
         if problems:  # not earlier: a loader that fails while it is made fails once more when it is deleted
@@ -79,8 +79,8 @@ class R8BatchSampler(Sampler[list[int]]):
         """Do nothing: restore the scheduler."""
 
 
-def _look_up_loader(frame: FrameType | None) -> tuple[int | None, list[str]]:
-    """Return how many batches the loader that is asking keeps in flight, and what is wrong with it.
+def _look_up_loader(frame: FrameType | None, num_samples: int) -> tuple[int | None, list[str]]:
+    """Return how many batches the loader that is asking keeps in flight, and what is wrong with it or its data.
 
     A loader does not tell its sampler of itself, so it is looked up on the stack. (None, []): there is none.
     """
@@ -91,10 +91,12 @@ def _look_up_loader(frame: FrameType | None) -> tuple[int | None, list[str]]:
             value = frame.f_locals.get(name)
             if isinstance(value, DataLoader):
                 lead = value.num_workers * (value.prefetch_factor or 0)
-                return lead, _problems(getattr(value, "in_order", True), getattr(value, "snapshot_every_n_steps", 1))
+                problems = _problems(getattr(value, "in_order", True), getattr(value, "snapshot_every_n_steps", 1))
+                return lead, problems + _size_problems(value.dataset, num_samples)
             if isinstance(value, _BaseDataLoaderIter):  # the sampler is wrapped in another one
                 lead = int(value._num_workers) * int(getattr(value, "_prefetch_factor", None) or 0)
-                return lead, _problems(getattr(value, "_in_order", True), getattr(value, "_snapshot_interval", 1))
+                problems = _problems(getattr(value, "_in_order", True), getattr(value, "_snapshot_interval", 1))
+                return lead, problems + _size_problems(value._dataset, num_samples)
         frame = frame.f_back
     return None, []
 
@@ -112,3 +114,13 @@ def _problems(in_order: bool, snapshot_interval: int) -> list[str]:
             "leave it at 1, a snapshot of R8BatchSampler costs nothing"
         )
     return problems
+
+
+def _size_problems(dataset: Any, num_samples: int) -> list[str]:
+    size = len(dataset) if hasattr(dataset, "__len__") else num_samples
+    if size == num_samples:
+        return []
+    return [
+        f"the loader's data set has {size} samples, R8Scheduler has num_samples={num_samples}: create it with "
+        "num_samples=len(data), and resume with the data set that the run was saved with"
+    ]

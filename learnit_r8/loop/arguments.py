@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from learnit_r8.clock import Clock
 from learnit_r8.config import MAX_SAMPLES, NOISE_GUARDS, UI_NAMES, Config, Problems
 from learnit_r8.errors import ConfigError
-from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
+from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
 from learnit_r8.schedules import Schedule, make_schedule
 from learnit_r8.strategies.base import Strategy, make
 from learnit_r8.types import Sink
@@ -88,6 +88,8 @@ def check_arguments(
     save = _callback(problems, "save_callback", save_callback, SaveCallback)
     load = _callback(problems, "load_callback", load_callback, LoadCallback)
     snapshot = problems.function("state_callback", state_callback)
+    if snapshot is not None and not accepts(snapshot, 0):
+        problems.append(f"state_callback must take no arguments and return the model's state, got {snapshot!r}")
     find_lr = problems.flag("auto_find_lr", auto_find_lr)
     if find_lr and (load is None or (snapshot is None and save is None)):
         problems.append(

@@ -20,8 +20,8 @@ class SaveCallback:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._with_state = _accepts(function, 2) and not _wants_only_a_path(function)
-        if not self._with_state and not _accepts(function, 1):
+        self._with_state = accepts(function, 2) and not _wants_only_a_path(function)
+        if not self._with_state and not accepts(function, 1):
             raise TypeError("save_callback must take (state_dict, filepath) or (filepath)")
 
     def __call__(self, state: Callable[[], dict[str, Any]], path: Path) -> None:
@@ -48,7 +48,7 @@ class LoadCallback:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._told = _has_keyword(function, "from_ram")
-        if not _accepts(function, 1) and not self._told:
+        if not accepts(function, 1) and not self._told:
             raise TypeError("load_callback must take (source) or (source, from_ram)")
 
     def __call__(self, source: Any, *, from_ram: bool) -> None:
@@ -69,7 +69,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def _accepts(function: Callable[..., Any], positional: int) -> bool:
+def accepts(function: Callable[..., Any], positional: int) -> bool:
     """Whether the function can be called with so many positional arguments and no more."""
     signature = _signature(function)
     if signature is None:

@@ -117,6 +117,20 @@ def _to_numpy(loss: Any) -> NDArray[Any]:
     return array
 
 
+def read_number(name: str, value: Any) -> float:
+    """Return a number that the user logs; a tensor leaves its graph and device.
+
+    Raises:
+        TypeError: Not one number.
+    """
+    try:
+        return float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"log({name}=...) takes one number, such as its mean, got {_describe(value)}") from None
+
+
 def _describe(value: Any) -> str:
-    text = repr(value)
+    if getattr(value, "shape", ()):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -32,6 +32,7 @@ class Saver:
         self._saved_step = -1
         self._saved_epoch = -1
         self._own: dict[str, int] = {}  # name: step; the directory may hold another run's checkpoints too
+        self._newest: tuple[int, Path] | None = None
         self._store: CheckpointStore | None = None
 
     @property
@@ -88,10 +89,32 @@ class Saver:
             self._saved_step = step
             self._saved_epoch = -1 if finished_epoch is None else finished_epoch
         self._own[saved.path.name] = step
+        self._newest = step, saved.path
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
         for problem in saved.problems:
             self._bus.emit(events.Notice, step, problem, "warning")
         return saved.path
+
+    def farewell(self, step: int, *, writes: bool) -> str:
+        """Return where a run that stops now is saved and how it goes on, as one sentence.
+
+        Args:
+            step: Global step.
+            writes: Whether this rank writes checkpoints.
+        """
+        stopped = f"stopped after {step} steps"
+        if not writes:
+            return f"{stopped}; rank 0 saves the run"
+        if self._args.config.checkpoint_dir is None:
+            return f"{stopped} and not saved: give R8Scheduler a checkpoint_dir to be able to go on"
+        if self._newest is None:
+            return f"{stopped} and not saved: start again"
+        saved_step, path = self._newest
+        saved = "saved" if saved_step == step else f"saved last after {saved_step}"
+        lacking = "" if self._args.save else " (without the model: give save_callback for that)"
+        return (
+            f"{stopped}, {saved} in {path}{lacking}: go on with R8Scheduler.resume_from_checkpoint({str(path)!r}, ...)"
+        )
 
     def find(self, path: str | Path) -> LoadedCheckpoint:
         """Return the checkpoint that a path means, verified.
@@ -125,6 +148,7 @@ class Saver:
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
         self._saved_step = loaded.step
+        self._newest = loaded.step, loaded.path
         self._saved_epoch = -1 if finished_epoch is None else finished_epoch
         path, directory = loaded.path.resolve(), self._args.config.checkpoint_dir
         self._own = {path.name: loaded.step} if directory and path.parent == Path(directory).resolve() else {}

@@ -19,9 +19,13 @@ class Interrupts:
 
     Handlers can be set in the main thread only; elsewhere nothing is caught. A handler that the
     user has set is respected: it is called when the signal is delivered.
+
+    Args:
+        saves: Whether the run can be saved; decides what the user is told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, saves: bool = True) -> None:
+        self._plan = "saving a checkpoint" if saves else "stopping"
         self.pending: int | None = None
         self._previous: dict[int, Any] = {}
         self._pid = 0
@@ -53,16 +57,25 @@ class Interrupts:
         if self.pending is None and os.getpid() == self._pid:
             self.pending = number
             name = signal.Signals(number).name
-            os.write(2, f"\n[r8] {name}: saving a checkpoint after this step; again to stop at once\n".encode())
+            os.write(2, f"\n[r8] {name}: {self._plan} after this step; again to stop at once\n".encode())
             return
         self.pending = None
         self._deliver(number, frame)
 
-    def deliver(self) -> None:
-        """Act on the signal that was kept, as if it had arrived now."""
+    def deliver(self, news: str) -> None:
+        """Act on the signal that was kept, as if it had arrived now.
+
+        Args:
+            news: What has become of the run, one sentence: the text of the `KeyboardInterrupt`, or printed.
+        """
         number, self.pending = self.pending, None
-        if number is not None:
-            self._deliver(number, sys._getframe())
+        if number is None:
+            return
+        if self._previous.get(number) is signal.default_int_handler:
+            self.release()
+            raise KeyboardInterrupt(news)
+        os.write(2, f"[r8] {news}\n".encode())
+        self._deliver(number, sys._getframe())
 
     def _deliver(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number, signal.SIG_DFL)

@@ -110,20 +110,21 @@ class TicketDesk:
         if batch is None:
             if not self._open:
                 raise ProtocolError(
-                    "no batch is open: update_with_loss reports the loss of a batch that batch_iterator() "
-                    "handed out, once"
+                    "no batch is open: call update_with_loss once for each batch of batch_iterator(), inside its loop"
                 )
             return next(iter(self._open.values()))
         if not isinstance(batch, Batch):
             raise TypeError(f"batch must be a Batch from batch_iterator() or None, got {type(batch).__name__}")
         if batch.id not in self._open:
             raise ProtocolError(
-                f"batch id {batch.id} (step {batch.step}) is not open: it was reported before, or taken back "
-                f"when its loop was left; open ids: {list(self._open) or 'none'}"
+                f"batch id {batch.id} (step {batch.step}) is not open (open ids: {list(self._open) or 'none'}): report "
+                "each batch once, inside the loop that handed it out"
             )
         ticket = self._open[batch.id]
         if batch is not ticket.batch and not np.array_equal(batch.indices, ticket.batch.indices):
-            raise ProtocolError(f"batch id {batch.id} (step {batch.step}) is not open: it is another scheduler's")
+            raise ProtocolError(
+                f"batch id {batch.id} (step {batch.step}) is not open: it is another scheduler's, report it to that one"
+            )
         return ticket
 
     def outdate(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -27,6 +30,8 @@ class EventBus:
         self._clock = clock
         self._record = [sink.record for sink in self._sinks]
         self.recent: deque[Event] = deque(maxlen=200)  # notable ones, for a crash bundle
+        self._pid = os.getpid()
+        _unclosed.add(self)
 
     def __bool__(self) -> bool:
         return bool(self._record)
@@ -83,6 +88,7 @@ class EventBus:
 
     def close(self) -> None:
         """Close every sink."""
+        _unclosed.discard(self)
         while self._sinks:
             self._record.pop()
             _close(self._sinks.pop())
@@ -97,3 +103,14 @@ def _close(sink: Sink) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+_unclosed: weakref.WeakSet[EventBus] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_forgotten() -> None:
+    """Let sinks write what they hold back, where a program has forgotten `close()`."""
+    for bus in list(_unclosed):
+        if bus._pid == os.getpid():  # in a forked child the run is its parent's
+            bus.close()
