@@ -59,7 +59,7 @@ def main() -> None:
     rows["uses"] = 1
     scheduler.catalog._num_seen = shard
     scheduler.catalog._resum()
-    scheduler._epoch = 1
+    scheduler._progress.epoch = 1
     after_catalog, gather.sent = peak(), 0
     start = time.perf_counter()
     scheduler._start_epoch()

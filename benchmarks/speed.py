@@ -67,7 +67,7 @@ class Loop:
         rows["estimate"] = np.random.default_rng(1).lognormal(size=num_samples)
         rows["uses"] = 1
         self.scheduler.catalog._num_seen = num_samples
-        self.scheduler._epoch = 1
+        self.scheduler._progress.epoch = 1
         self.batches = self._forever()
 
     def _forever(self) -> Iterator[object]:
@@ -109,7 +109,7 @@ def boundary(quick: bool) -> None:
 
     def turn() -> None:
         scheduler._end_epoch(completed=True)
-        scheduler._next_epoch()
+        scheduler._progress.next_epoch()
         scheduler._start_epoch()
 
     rng = np.random.default_rng(0)

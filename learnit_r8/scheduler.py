@@ -17,10 +17,8 @@ Rules that the code below keeps:
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -32,43 +30,29 @@ from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.config import Config
-from learnit_r8.dashboard import open_dashboard
-from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
+from learnit_r8.errors import CheckpointError, ProtocolError
 from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.chooser import Chooser
+from learnit_r8.loop.control import Control
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
+from learnit_r8.loop.presence import Presence
+from learnit_r8.loop.progress import Progress, Stage, check_state
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
-from learnit_r8.loop.signals import Interrupts
 from learnit_r8.loop.tickets import Ticket, TicketDesk
 from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.sinks import EventBus, JsonlSink
-from learnit_r8.sinks.catalog_log import CatalogLog
+from learnit_r8.sinks import EventBus
 from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult
 
 if TYPE_CHECKING:
     from learnit_r8.checkpoint import LoadedCheckpoint
-
-
-class Stage(StrEnum):
-    """Where the current epoch stands."""
-
-    FRESH = "fresh"
-    RUNNING = "running"
-    DONE = "done"
-
-
-_STATE_PARTS = (
-    "config", "epoch", "stage", "reported", "accepted", "loss_sum", "global_step", "optimal_lr", "searched",
-    "budget", "tickets", "chooser", "catalog", "guard", "safety",
-)  # fmt: skip
 
 
 class R8Scheduler:
@@ -179,23 +163,14 @@ class R8Scheduler:
             CrashRecorder(Path(evidence) if evidence else None, config.to_json(), lambda: tuple(self._bus.recent)),
             self._ranks,
         )
-        self._interrupts = Interrupts(saves=config.checkpoint_dir is not None)
+        self._control = Control(self._bus, self._ranks, args.clock, saves=config.checkpoint_dir is not None)
+        self._presence = Presence(args, self._bus, self._catalog, self._ranks.rank)
         self._ones = np.ones(config.batch_size, np.float32)
-        self._epoch = 0
-        self._stage = Stage.FRESH
-        self._reported = 0  # batches of this epoch whose loss came back
-        self._accepted = 0
-        self._loss_sum = 0.0  # of the accepted ones
-        self._epoch_started = 0.0
-        self._global_step = 0
+        self._progress = Progress()
+        self._epoch_started = 0.0  # monotonic seconds
         self._lr = 0.0
-        self._optimal_lr: float | None = None
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
-        self._stop: Command | None = None
-        self._logging = False
-        self._logged_at: int | None = None
-        self._dashboard: Sink | None = None
-        self._resumed = self._begun = self._ended = self._closed = False
+        self._resumed = self._begun = self._closed = False
 
     # `ShardedScheduler` has its own of these two.
 
@@ -210,12 +185,12 @@ class R8Scheduler:
     @property
     def global_step(self) -> int:
         """Number of batches whose loss was reported."""
-        return self._global_step
+        return self._progress.global_step
 
     @property
     def current_epoch(self) -> int:
         """Number of the current epoch, from 0."""
-        return self._epoch
+        return self._progress.epoch
 
     @property
     def lr(self) -> float:
@@ -235,7 +210,7 @@ class R8Scheduler:
     @property
     def optimal_lr_found(self) -> float | None:
         """The peak that `auto_find_lr` found; None before, without, or when it was ambiguous."""
-        return self._optimal_lr
+        return self._progress.optimal_lr
 
     @property
     def catalog(self) -> LossCatalog:
@@ -274,8 +249,8 @@ class R8Scheduler:
         ticket = self._desk.oldest
         if ticket is None or self._search is not None:
             return self._lr
-        position = self._budget.position(self._epoch, ticket.cursor, self._chooser.batches)
-        return self._budget.learning_rate(position, self._safety.lr_multiplier(self._global_step))
+        position = self._budget.position(self._progress.epoch, ticket.cursor, self._chooser.batches)
+        return self._budget.learning_rate(position, self._safety.lr_multiplier(self._progress.global_step))
 
     def allow_lookahead(self, batches: int, prefetched: int = 0) -> None:
         """Let at least so many batches be out before their losses come back.
@@ -314,19 +289,19 @@ class R8Scheduler:
         up when this one goes on.
         """
         self._begin()
-        if self._stage is Stage.DONE:
-            self._next_epoch()
-        with self._interrupts:
-            while not self._stop and not self._budget.over(self._epoch):
-                if self._stage is Stage.FRESH:
+        if self._progress.stage is Stage.DONE:
+            self._progress.next_epoch()
+        with self._control.interrupts:
+            while not self._control.stop and not self._budget.over(self._progress.epoch):
+                if self._progress.stage is Stage.FRESH:
                     self._start_epoch()
-                yield self._epoch
-                if self._stage is Stage.RUNNING and not self._stop:
+                yield self._progress.epoch
+                if self._progress.stage is Stage.RUNNING and not self._control.stop:
                     self._end_epoch(completed=False)
-                if self._stage is Stage.DONE:
+                if self._progress.stage is Stage.DONE:
                     self._save_if_due()
-                    self._next_epoch()
-        self._end("stopped" if self._stop else "finished")
+                    self._progress.next_epoch()
+        self._end("stopped" if self._control.stop else "finished")
 
     def batch_iterator(self) -> Iterator[Batch]:
         """Yield the batches that are left of the current epoch; each unpacks as `indices, lr`.
@@ -335,10 +310,10 @@ class R8Scheduler:
             ProtocolError: The next batch is asked for while the loss of an earlier one is due.
         """
         self._begin()
-        if self._stage is Stage.FRESH and not self._budget.over(self._epoch):
+        if self._progress.stage is Stage.FRESH and not self._budget.over(self._progress.epoch):
             self._start_epoch()
         self._desk.take_back()
-        with self._interrupts:
+        with self._control.interrupts:
             if self._search is not None:
                 yield from self._search_batches(self._search)
             while True:
@@ -372,20 +347,21 @@ class R8Scheduler:
         outdated = self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
-        step = self._global_step
+        progress = self._progress
+        step, epoch = progress.global_step, progress.epoch
         rows = self._catalog.look_up(ticket.indices)
         judgement = self._safety.judge(
             step, reported, rows.expected, ticket.indices, skipped=bool(skipped), outdated=outdated
         )
         if judgement.accepted:
             self._record(ticket, rows, reported)
-        self._global_step += 1
-        self._reported += 1
+        progress.global_step += 1
+        progress.reported += 1
         if self._bus:
             self._bus.emit(
                 events.LossReported,
                 step,
-                self._epoch,
+                epoch,
                 reported.mean,
                 rows.expected,
                 ticket.batch.lr,
@@ -396,11 +372,11 @@ class R8Scheduler:
                 self._clock.monotonic() - started + ticket.draw_seconds,
             )
         rolled_back = judgement.alarming and self._safety.react(
-            step, self._epoch, judgement, reported.mean, rows.expected, ticket.indices
+            step, epoch, judgement, reported.mean, rows.expected, ticket.indices
         )
         if rolled_back:
             self._desk.outdate()
-        if self._reported == self._chooser.batches:
+        if progress.reported == self._chooser.batches:
             self._end_epoch(completed=True)
         surprise = reported.mean - rows.expected
         return StepResult(
@@ -409,15 +385,9 @@ class R8Scheduler:
 
     def _gather(self, reported: Reported, indices: NDArray[np.int64]) -> Reported:
         """Exchange this rank's report for everyone's, and hear of what stops the run."""
-        reported = self._ranks.gather(reported, indices, self._global_step, self._interrupts.pending)
-        self._heed()
+        reported = self._ranks.gather(reported, indices, self._progress.global_step, self._control.interrupts.pending)
+        self._control.heed_ranks()
         return reported
-
-    def _heed(self) -> None:
-        """Take over the signals and commands that any rank got."""
-        if self._ranks.signal:  # else one that has come meanwhile waits for the next exchange
-            self._interrupts.pending = self._ranks.signal
-        self._stop = self._ranks.command or self._stop
 
     def log(self, **metrics: float) -> None:
         """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's.
@@ -427,84 +397,70 @@ class R8Scheduler:
         """
         numbers = {name: read_number(name, value) for name, value in metrics.items()}
         for name, number in numbers.items():
-            self._bus.emit(events.MetricLogged, self._global_step, name, number)
+            self._bus.emit(events.MetricLogged, self._progress.global_step, name, number)
 
     # One epoch ----------------------------------------------------------------------------
 
     def _start_epoch(self) -> None:
-        done, total = self._budget.position(self._epoch, 0, 1)
-        rng = self._streams.at(Purpose.EXCLUSION, self._epoch)
+        step, epoch = self._progress.global_step, self._progress.epoch
+        done, total = self._budget.position(epoch, 0, 1)
+        rng = self._streams.at(Purpose.EXCLUSION, epoch)
         excluded = either(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
-        table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, self._epoch, 1), excluded)
+        table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, epoch, 1), excluded)
         if table is not None:
-            self._bus.emit(events.QuadrantsRefreshed, self._global_step, self._epoch, *table.figures())
+            self._bus.emit(events.QuadrantsRefreshed, step, epoch, *table.figures())
         alike = self._guard.undecided(done / total)
-        self._chooser.start_epoch(self._epoch, self._global_step, done / total, excluded, alike=alike)
+        self._chooser.start_epoch(epoch, step, done / total, excluded, alike=alike)
         for decision, reason, figure in self._chooser.pop_decisions():
-            self._bus.emit(events.StrategyDecided, self._global_step, decision, reason, figure)
-        self._stage = Stage.RUNNING
-        self._reported = self._accepted = 0
-        self._loss_sum = 0.0
+            self._bus.emit(events.StrategyDecided, step, decision, reason, figure)
+        self._progress.start_epoch()
         self._epoch_started = self._clock.monotonic()
-        self._bus.emit(events.EpochStarted, self._global_step, self._epoch, self._chooser.phase, self._chooser.batches)
+        self._bus.emit(events.EpochStarted, step, epoch, self._chooser.phase, self._chooser.batches)
 
     def _end_epoch(self, *, completed: bool) -> None:
         for ticket in self._desk.drop_all():
             self._chooser.forget(ticket.indices)
-        self._stage = Stage.DONE
+        ended = self._progress
+        ended.stage = Stage.DONE
         self._catalog.end_epoch()
-        mean = self._loss_sum / self._accepted if self._accepted else float("nan")
         seconds = self._clock.monotonic() - self._epoch_started
-        self._bus.emit(events.EpochEnded, self._global_step, self._epoch, mean, seconds, self._reported, completed)
+        self._bus.emit(
+            events.EpochEnded, ended.global_step, ended.epoch, ended.mean_loss, seconds, ended.reported, completed
+        )
         self._guard_epoch()
-        self._log_catalog()
-        if self._stop is Command.STOP_AFTER_EPOCH:
+        self._presence.log_catalog(ended.global_step)
+        if self._control.stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
 
     def _guard_epoch(self) -> None:
         """Let the noise guard think again about who is wrong rather than hard."""
-        done, total = self._budget.position(self._epoch + 1, 0, 1)
+        done, total = self._budget.position(self._progress.epoch + 1, 0, 1)
         found = self._guard.end_epoch(self._catalog, done / total)
         if found is None:
             return
-        step = self._global_step
+        step = self._progress.global_step
         if found.changed:
             indices, losses = tuple(found.indices.tolist()), tuple(found.losses.tolist())
             self._bus.emit(events.SuspectsNamed, step, indices, losses, found.count)
         if found.decision:
             self._bus.emit(events.StrategyDecided, step, found.decision, found.reason, found.figure)
 
-    def _log_catalog(self) -> None:
-        """Write the figures of the samples beside the event log; they help nobody enough to end a run."""
-        if self._config.log_dir is None or self._ranks.rank != 0 or self._logged_at == self._global_step:
-            return
-        self._logged_at = self._global_step
-        try:
-            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, self._global_step)
-        except Exception as error:
-            message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
-            self._bus.emit(events.Notice, self._global_step, message, "warning")
-
-    def _next_epoch(self) -> None:
-        self._epoch += 1
-        self._stage = Stage.FRESH
-
     # One step -----------------------------------------------------------------------------
 
     def _next_ticket(self) -> Ticket | None:
         """Draw the next batch; None when the epoch's plan, or the budget, is used up."""
-        if self._stage is not Stage.RUNNING or self._budget.time_up or self._stops_now:
+        if self._progress.stage is not Stage.RUNNING or self._budget.time_up or self._control.stops_now:
             return None
         started = self._clock.monotonic()
-        step = self._global_step + self._desk.open
+        epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
         waiting = self._desk.reissue()
         cursor = self._chooser.drawn if waiting is None else waiting.cursor
-        position = self._budget.position(self._epoch, cursor, self._chooser.batches)
+        position = self._budget.position(epoch, cursor, self._chooser.batches)
         if waiting is not None:
             indices, weights, number = waiting.indices, waiting.weights, waiting.batch.id
         elif cursor < self._chooser.batches:
             progress, stable_only = position[0] / position[1], self._safety.stable_only(step)
-            indices, weights = self._chooser.draw(self._epoch, step, progress, stable_only=stable_only)
+            indices, weights = self._chooser.draw(epoch, step, progress, stable_only=stable_only)
             number = self._desk.new_id()
         else:
             return None
@@ -526,70 +482,51 @@ class R8Scheduler:
         shown = (self._ones[: len(mine)] if weights is None else weights[part]).copy()
         now = self._clock.monotonic()
         if self._bus:
-            self._bus.emit(events.BatchIssued, step, self._epoch, len(indices), self._lr, now - started)
-        batch = Batch(mine, self._lr, shown, number, step, self._epoch)
+            self._bus.emit(events.BatchIssued, step, self._progress.epoch, len(indices), self._lr, now - started)
+        batch = Batch(mine, self._lr, shown, number, step, self._progress.epoch)
         return Ticket(batch, indices, weights, cursor, now, now - started)
 
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
         """Let an accepted loss enter the catalog, and the strategy hear of it."""
-        step = self._global_step
+        step = self._progress.global_step
         if reported.values is None:
             losses = self._catalog.record_batch(rows, reported.mean, step)
         else:
             losses = self._catalog.record(rows, reported.values, step)
-        self._loss_sum += reported.mean
-        self._accepted += 1
+        self._progress.accept(reported.mean)
         if self._chooser.listens:
             per_sample = reported.values is not None
-            self._chooser.observe(LossReport(ticket.indices, losses, reported.mean, per_sample, step, self._epoch))
+            self._chooser.observe(
+                LossReport(ticket.indices, losses, reported.mean, per_sample, step, self._progress.epoch)
+            )
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
-        if self._interrupts.pending is not None and (self._ranks.world_size == 1 or self._ranks.signal):
+        if self._control.interrupted:
             self._save_if_possible()
             self._end("stopped")  # the terminal is given back before the process may die
-            self._interrupts.deliver(self._saver.farewell(self._global_step, writes=self._ranks.writes))
+            self._control.interrupts.deliver(
+                self._saver.farewell(self._progress.global_step, writes=self._ranks.writes)
+            )
         if self._bus.commanding:
-            self._obey()
-        self._safety.before_step(self._global_step)
+            self._control.obey(self._progress.global_step, self._save_if_possible)
+        self._safety.before_step(self._progress.global_step)
         self._save_if_due()
-
-    def _obey(self) -> None:
-        """Carry out what sinks ask for; while paused, wait here."""
-        paused = False
-        while True:
-            for command in self._bus.commands(self._global_step):
-                if command is Command.CHECKPOINT:
-                    self._save_if_possible()
-                elif command in (Command.PAUSE, Command.RESUME):
-                    paused = command is Command.PAUSE
-                    self._bus.emit(events.Paused, self._global_step, paused)
-                elif command is Command.STOP_NOW:
-                    raise KeyboardInterrupt
-                elif self._ranks.world_size > 1:
-                    self._ranks.asked = command
-                else:
-                    self._stop = command
-            if not paused or self._stops_now or not self._bus.commanding or self._interrupts.pending is not None:
-                return
-            self._clock.sleep(0.05)
-
-    @property
-    def _stops_now(self) -> bool:
-        return self._stop is Command.STOP_AFTER_STEP
 
     # LR search ----------------------------------------------------------------------------
 
     def _search_batches(self, search: LrSearch) -> Iterator[Batch]:
         """Yield the batches of the search; afterwards model, optimizer and cursor are as before."""
         search.restart()
-        self._bus.emit(events.PhaseChanged, self._global_step, "LR search", f"{search.steps} steps at rising rates")
+        self._bus.emit(
+            events.PhaseChanged, self._progress.global_step, "LR search", f"{search.steps} steps at rising rates"
+        )
         with self._safety.parked(self._args.save, self.state_dict):
             try:
                 while not search.done:
                     indices, self._lr = search.next_batch()
                     started = self._clock.monotonic()
-                    ticket = self._ticket(indices, None, self._desk.new_id(), self._global_step, 0, started)
+                    ticket = self._ticket(indices, None, self._desk.new_id(), self._progress.global_step, 0, started)
                     yield self._desk.issue(ticket)
                     self._desk.check_room()
             except BaseException:  # left or failed: the next loop starts the search anew
@@ -599,13 +536,13 @@ class R8Scheduler:
                 self._desk.drop_all()
         self._search = None
         found = search.suggestion()
-        self._optimal_lr = found.lr
+        self._progress.optimal_lr = found.lr
         self._budget.restart_schedule(found.lr or self._config.initial_lr)
         suggestions = {"valley": found.valley, "steep": found.steep, "minimum": found.minimum}
-        self._bus.emit(events.LrFound, self._global_step, self._budget.peak, suggestions, len(found.lrs))
+        self._bus.emit(events.LrFound, self._progress.global_step, self._budget.peak, suggestions, len(found.lrs))
         if found.reason:
             message = f"LR search: {found.reason}; keeping initial_lr={self._budget.peak:g}"
-            self._bus.emit(events.Notice, self._global_step, message, "warning")
+            self._bus.emit(events.Notice, self._progress.global_step, message, "warning")
 
     # State --------------------------------------------------------------------------------
 
@@ -617,7 +554,7 @@ class R8Scheduler:
         """
         self._check_open()
         if self._search is None:  # a backup amid the search would be of a model that is thrown away
-            self._safety.keep(state, self._global_step)
+            self._safety.keep(state, self._progress.global_step)
 
     def save_checkpoint(self, is_final: bool = False) -> Path:
         """Write the run's state, and the model through `save_callback`; return the checkpoint's path.
@@ -632,7 +569,9 @@ class R8Scheduler:
         """
         if not self._ranks.writes:
             return self._saver.store.directory
-        return self._saver.save(self._global_step, self._finished_epoch, self.state_dict, "final" if is_final else "")
+        return self._saver.save(
+            self._progress.global_step, self._progress.finished_epoch, self.state_dict, "final" if is_final else ""
+        )
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Restore the run's state, and the model through `load_callback`.
@@ -647,11 +586,11 @@ class R8Scheduler:
         self._restore(self._saver.find(path))
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
-        self._check_state(loaded.state)
+        check_state(loaded.state, self._config)
         if self._args.load is not None:
             self._args.load(str(loaded.model_path), from_ram=False)
         self.load_state_dict(loaded.state)
-        self._saver.restored(loaded, self._finished_epoch)
+        self._saver.restored(loaded, self._progress.finished_epoch)
 
     @classmethod
     def resume_from_checkpoint(
@@ -693,13 +632,7 @@ class R8Scheduler:
         return {
             "version": __version__,
             "config": self._config.to_json(),
-            "epoch": self._epoch,
-            "stage": self._stage.value,
-            "reported": self._reported,
-            "accepted": self._accepted,
-            "loss_sum": self._loss_sum,
-            "global_step": self._global_step,
-            "optimal_lr": self._optimal_lr,
+            **self._progress.state_dict(),
             "searched": self._search is None,
             "budget": self._budget.state_dict(),
             "tickets": self._desk.state_dict(),
@@ -715,48 +648,24 @@ class R8Scheduler:
         Raises:
             ConfigError: The state belongs to another data set, strategy or seed.
         """
-        self._check_state(state)
-        self._epoch, self._stage = int(state["epoch"]), Stage(state["stage"])
-        self._reported, self._accepted = int(state["reported"]), int(state["accepted"])
-        self._loss_sum = float(state["loss_sum"])
-        self._global_step = int(state["global_step"])
-        self._optimal_lr = state["optimal_lr"]
+        check_state(state, self._config)
+        self._progress = Progress.from_state(state)
         if state["searched"]:
             self._search = None
         self._budget.load_state_dict(state["budget"])
         self._catalog.load_state_dict(state["catalog"])
-        self._desk.load_state_dict(state["tickets"], self._epoch)
-        done, total = self._budget.position(self._epoch, 0, 1)
-        self._chooser.load_state_dict(state["chooser"], self._epoch, self._global_step, done / total)
+        self._desk.load_state_dict(state["tickets"], self._progress.epoch)
+        done, total = self._budget.position(self._progress.epoch, 0, 1)
+        self._chooser.load_state_dict(state["chooser"], self._progress.epoch, self._progress.global_step, done / total)
         self._safety.load_state_dict(state["safety"])
         self._guard.load_state_dict(state["guard"])
         self._epoch_started = self._clock.monotonic()
-        self._stop = None
-        self._ended = self._begun = False
+        self._control.stop = None
+        self._begun = False
         self._resumed = True
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if not isinstance(state, Mapping):
-            raise ConfigError([f"a state is the dict that state_dict() returned, got {type(state).__name__}"])
-        missing = [name for name in _STATE_PARTS if name not in state]
-        if missing:
-            raise ConfigError([f"this is no state of a scheduler: {', '.join(missing)} missing, got {list(state)}"])
-        saved = state["config"]
-        problems = [
-            f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(self._config, name)!r}: use what "
-            "it was saved with, or start a new run"
-            for name in ("num_samples", "strategy", "seed", "drop_last")
-            if saved[name] != getattr(self._config, name)
-        ]
-        if problems:
-            raise ConfigError(problems)
-
-    @property
-    def _finished_epoch(self) -> int | None:
-        return self._epoch if self._stage is Stage.DONE else None
-
     def _save_if_due(self) -> None:
-        if self._saver.due(self._global_step, self._finished_epoch):
+        if self._saver.due(self._progress.global_step, self._progress.finished_epoch):
             self._save_if_possible()
 
     def _save_if_possible(self) -> None:
@@ -775,67 +684,29 @@ class R8Scheduler:
     def _begin(self) -> None:
         """Open what the run shows itself on; the first call counts."""
         self._check_open()
-        if self._begun or self._budget.over(self._epoch):
+        if self._begun or self._budget.over(self._progress.epoch):
             return
-        self._begun, self._ended, self._stop = True, False, None
-        self._show()
-        if self._config.log_dir is not None and not self._logging and self._ranks.rank == 0:
-            self._bus.add(JsonlSink(Path(self._config.log_dir) / "events.jsonl"))
-            self._logging = True
-        config = self._config.to_json()
-        elapsed = self._budget.elapsed
-        run = Path(self._config.log_dir or ".").resolve().name
-        self._bus.emit(
-            events.RunStarted,
-            self._global_step,
-            run,
-            config,
-            self.steps_per_epoch,
-            self.total_steps,
-            self._resumed,
-            __version__,
-            os.getpid(),
-            elapsed,
-        )
-        if self._config.batch_size > self._config.num_samples:
-            message = (
-                f"batch_size={self._config.batch_size} is larger than num_samples={self._config.num_samples}, so every "
-                "batch is the whole data set: give a smaller batch_size"
-            )
-            self._bus.emit(events.Notice, self._global_step, message, "warning")
+        self._begun, self._control.stop = True, None
+        self._presence.begin(self._progress.global_step, self._budget.elapsed, resumed=self._resumed)
         self._budget.begin()
 
-    def _show(self) -> None:
-        """Open the best display that there is; it is one sink among the others."""
-        if self._dashboard is not None:
-            self._bus.remove(self._dashboard)
-            self._dashboard = None
-        if self._args.ui != "off":  # the environment's R8_UI may choose the display, not force one on a program
-            self._dashboard = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._ranks.rank)
-        if self._dashboard is not None:
-            self._bus.add(self._dashboard)
-
     def _end(self, reason: str) -> None:
-        if self._begun and not self._ended:
-            self._ended, self._begun = True, False
+        if self._begun:
+            self._begun = False
             self._budget.stop()
-            self._log_catalog()
-            self._bus.emit(events.RunEnded, self._global_step, reason, self._budget.elapsed)
-            if self._dashboard is not None:  # what the user prints from now on belongs on the normal screen
-                self._bus.remove(self._dashboard)
-                self._dashboard = None
+            self._presence.end(self._progress.global_step, reason, self._budget.elapsed)
 
     def close(self) -> None:
         """Release the terminal, the log and the signal handlers; any number of times."""
         if self._closed:
             return
-        if self._interrupts.pending is not None:  # it came in a step after which the loops were left
+        if self._control.interrupts.pending is not None:  # it came in a step after which the loops were left
             self._save_if_possible()
         self._end("closed")
         self._closed = True
-        self._interrupts.release()
+        self._control.interrupts.release()
         self._bus.close()
-        self._interrupts.deliver(self._saver.farewell(self._global_step, writes=self._ranks.writes))
+        self._control.interrupts.deliver(self._saver.farewell(self._progress.global_step, writes=self._ranks.writes))
 
     def __enter__(self) -> Self:
         return self

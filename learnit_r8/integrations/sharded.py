@@ -169,8 +169,10 @@ class ShardedScheduler(R8Scheduler):
         rows = self._catalog.look_up_here(indices)
         size = len(indices)
         mine = np.array([reported.mean * size, size, not reported.finite, *self._catalog.sums(rows)])
-        _, everyone = self._ranks.exchange(mine, len(mine), b"", self._global_step, self._interrupts.pending)
-        self._heed()
+        _, everyone = self._ranks.exchange(
+            mine, len(mine), b"", self._progress.global_step, self._control.interrupts.pending
+        )
+        self._control.heed_ranks()
         total, count, bad, expected, known, seen = everyone.reshape(-1, len(mine)).sum(axis=0)
         complete = bool((everyone.reshape(-1, len(mine))[:, 5] == self._catalog.num_samples).all())
         self._catalog.agree(expected / count, known / seen if seen else math.nan, complete=complete)

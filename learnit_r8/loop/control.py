@@ -1,0 +1,78 @@
+"""What people ask of a running loop: signals, and the commands of sinks, from any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from learnit_r8 import events
+from learnit_r8.clock import Clock
+from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.signals import Interrupts
+from learnit_r8.sinks import EventBus
+from learnit_r8.types import Command
+
+
+class Control:
+    """Takes in signals and commands, and says whether the loop has to stop.
+
+    Args:
+        bus: Its sinks give commands.
+        ranks: What one rank is asked counts for all.
+        clock: Sleeps while the run is paused.
+        saves: Whether the run can be saved.
+
+    Attributes:
+        interrupts: Keeps signals for the next step boundary.
+        stop: The command to stop that is in force, or None.
+    """
+
+    def __init__(self, bus: EventBus, ranks: Ranks, clock: Clock, *, saves: bool) -> None:
+        self.interrupts = Interrupts(saves=saves)
+        self.stop: Command | None = None
+        self._bus = bus
+        self._ranks = ranks
+        self._clock = clock
+
+    @property
+    def stops_now(self) -> bool:
+        """Whether no further batch may be handed out."""
+        return self.stop is Command.STOP_AFTER_STEP
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal is to be acted on at this step boundary, on all ranks at the same one."""
+        return self.interrupts.pending is not None and (self._ranks.world_size == 1 or bool(self._ranks.signal))
+
+    def heed_ranks(self) -> None:
+        """Take over the signals and commands that any rank got."""
+        if self._ranks.signal:  # else one that has come meanwhile waits for the next exchange
+            self.interrupts.pending = self._ranks.signal
+        self.stop = self._ranks.command or self.stop
+
+    def obey(self, step: int, save: Callable[[], None]) -> None:
+        """Carry out what sinks ask for; while paused, wait here.
+
+        Args:
+            step: Global step.
+            save: Writes a checkpoint.
+
+        Raises:
+            KeyboardInterrupt: One asked to stop at once.
+        """
+        paused = False
+        while self._bus.commanding:
+            for command in self._bus.commands(step):
+                if command is Command.CHECKPOINT:
+                    save()
+                elif command in (Command.PAUSE, Command.RESUME):
+                    paused = command is Command.PAUSE
+                    self._bus.emit(events.Paused, step, paused)
+                elif command is Command.STOP_NOW:
+                    raise KeyboardInterrupt
+                elif self._ranks.world_size > 1:
+                    self._ranks.asked = command
+                else:
+                    self.stop = command
+            if not paused or self.stops_now or self.interrupts.pending is not None:
+                return
+            self._clock.sleep(0.05)

@@ -1,0 +1,104 @@
+"""What a run shows itself on: the display, the event log, the samples' figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from learnit_r8 import events
+from learnit_r8._version import __version__
+from learnit_r8.catalog import LossCatalog
+from learnit_r8.dashboard import open_dashboard
+from learnit_r8.loop.arguments import Arguments
+from learnit_r8.sinks import EventBus, JsonlSink
+from learnit_r8.sinks.catalog_log import CatalogLog
+from learnit_r8.types import Sink
+
+
+class Presence:
+    """Opens what is to be seen of a run when it begins, and closes it when it ends.
+
+    Args:
+        args: The run's arguments.
+        bus: Gets the display and the event log as sinks.
+        catalog: Its figures are logged.
+        rank: Rank 0 alone shows and logs.
+    """
+
+    def __init__(self, args: Arguments, bus: EventBus, catalog: LossCatalog, rank: int) -> None:
+        self._args = args
+        self._config = args.config
+        self._bus = bus
+        self._catalog = catalog
+        self._rank = rank
+        self._display: Sink | None = None
+        self._logging = False
+        self._logged_at: int | None = None
+
+    def begin(self, step: int, elapsed: float, *, resumed: bool) -> None:
+        """Open the display and the log, and tell them of the run.
+
+        Args:
+            step: Global step.
+            elapsed: Training seconds so far.
+            resumed: The run goes on from a checkpoint.
+        """
+        self._open_display()
+        config = self._config
+        if config.log_dir is not None and not self._logging and self._rank == 0:
+            self._bus.add(JsonlSink(Path(config.log_dir) / "events.jsonl"))
+            self._logging = True
+        self._bus.emit(
+            events.RunStarted,
+            step,
+            Path(config.log_dir or ".").resolve().name,
+            config.to_json(),
+            config.steps_per_epoch,
+            config.total_steps,
+            resumed,
+            __version__,
+            os.getpid(),
+            elapsed,
+        )
+        if config.batch_size > config.num_samples:
+            message = (
+                f"batch_size={config.batch_size} is larger than num_samples={config.num_samples}, so every batch is "
+                "the whole data set: give a smaller batch_size"
+            )
+            self._bus.emit(events.Notice, step, message, "warning")
+
+    def _open_display(self) -> None:
+        """Open the best display that there is; it is one sink among the others."""
+        self._close_display()
+        if self._args.ui != "off":  # the environment's R8_UI may choose the display, not force one on a program
+            self._display = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._rank)
+        if self._display is not None:
+            self._bus.add(self._display)
+
+    def _close_display(self) -> None:
+        if self._display is not None:
+            self._bus.remove(self._display)
+            self._display = None
+
+    def log_catalog(self, step: int) -> None:
+        """Write the figures of the samples beside the event log; they help nobody enough to end a run."""
+        if self._config.log_dir is None or self._rank != 0 or self._logged_at == step:
+            return
+        self._logged_at = step
+        try:
+            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, step)
+        except Exception as error:
+            message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
+            self._bus.emit(events.Notice, step, message, "warning")
+
+    def end(self, step: int, reason: str, elapsed: float) -> None:
+        """Tell of the end, and give the terminal back: what the user prints from now on belongs on the normal screen.
+
+        Args:
+            step: Global step.
+            reason: As in `events.RunEnded`.
+            elapsed: Training seconds.
+        """
+        self.log_catalog(step)
+        self._bus.emit(events.RunEnded, step, reason, elapsed)
+        self._close_display()

@@ -1,0 +1,113 @@
+"""How far a run has come: everything that steps and epochs count, saved and restored as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from learnit_r8.config import Config
+from learnit_r8.errors import ConfigError
+
+
+class Stage(StrEnum):
+    """Where the current epoch stands."""
+
+    FRESH = "fresh"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(slots=True)
+class Progress:
+    """The loop's counters.
+
+    Attributes:
+        epoch: The current one, from 0.
+        stage: Where it stands.
+        reported: Batches of it whose loss came back.
+        accepted: Those whose loss entered the catalog.
+        loss_sum: Sum of these losses.
+        global_step: Batches of the run whose loss came back.
+        optimal_lr: What the LR search found, or None.
+    """
+
+    epoch: int = 0
+    stage: Stage = Stage.FRESH
+    reported: int = 0
+    accepted: int = 0
+    loss_sum: float = 0.0
+    global_step: int = 0
+    optimal_lr: float | None = None
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of the epoch's accepted losses; NaN while there are none."""
+        return self.loss_sum / self.accepted if self.accepted else math.nan
+
+    @property
+    def finished_epoch(self) -> int | None:
+        """The current epoch if it is done, else None."""
+        return self.epoch if self.stage is Stage.DONE else None
+
+    def start_epoch(self) -> None:
+        """Count the current epoch's batches from nothing."""
+        self.stage = Stage.RUNNING
+        self.reported = self.accepted = 0
+        self.loss_sum = 0.0
+
+    def next_epoch(self) -> None:
+        """Turn to the epoch after this one."""
+        self.epoch += 1
+        self.stage = Stage.FRESH
+
+    def accept(self, loss: float) -> None:
+        """Count a loss that entered the catalog."""
+        self.accepted += 1
+        self.loss_sum += loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters as JSON scalars."""
+        return {**asdict(self), "stage": self.stage.value}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Return what `state_dict` returned as an object again."""
+        return cls(
+            epoch=int(state["epoch"]),
+            stage=Stage(state["stage"]),
+            reported=int(state["reported"]),
+            accepted=int(state["accepted"]),
+            loss_sum=float(state["loss_sum"]),
+            global_step=int(state["global_step"]),
+            optimal_lr=state["optimal_lr"],
+        )
+
+
+_PARTS = (
+    "config", *Progress.__slots__, "searched", "budget", "tickets", "chooser", "catalog", "guard", "safety",
+)  # fmt: skip
+
+
+def check_state(state: Mapping[str, Any], config: Config) -> None:
+    """Raise unless a scheduler's state is complete and belongs to this run.
+
+    Raises:
+        ConfigError: All that is wrong with it.
+    """
+    if not isinstance(state, Mapping):
+        raise ConfigError([f"a state is the dict that state_dict() returned, got {type(state).__name__}"])
+    missing = [name for name in _PARTS if name not in state]
+    if missing:
+        raise ConfigError([f"this is no state of a scheduler: {', '.join(missing)} missing, got {list(state)}"])
+    saved = state["config"]
+    problems = [
+        f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(config, name)!r}: use what it was "
+        "saved with, or start a new run"
+        for name in ("num_samples", "strategy", "seed", "drop_last")
+        if saved[name] != getattr(config, name)
+    ]
+    if problems:
+        raise ConfigError(problems)
