@@ -24,7 +24,7 @@ from benchmarks.harness import RESULTS
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
-    "speed", "attribution", "replay", "rivals", "gallery", "strategies", "recovery", "checkpoint", "dashboard",
+    "speed", "attribution", "replay", "rivals", "datamap", "strategies", "recovery", "checkpoint", "dashboard",
     "frames", "integrations", "sharded", "clean_runs", "stability", "faults", "learning",
 )  # fmt: skip
 
