@@ -7,6 +7,7 @@ python -m benchmarks --pictures
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,39 +29,38 @@ STYLE = {
 }  # fmt: skip
 
 
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1), "borderaxespad": 0.1, "fontsize": 8.5}
+"""A legend between the title and the axes."""
+
+
 def data_map(figure: Figure, found: dict[str, Any]) -> None:
     """Mean loss against variability, a point a sample; wrong labels as crosses, what was flagged in rings."""
     axes = figure.subplots()
     x, y = np.array(found["variability"]), np.array(found["mean loss"])
     wrong, flagged = (np.isin(np.arange(len(x)), found[key]) for key in ("wrong", "flagged"))
-    axes.scatter(x[~wrong], y[~wrong], 9, color=BLUE, alpha=0.55, linewidths=0, label=f"right label ({(~wrong).sum()})")
-    axes.scatter(
-        x[wrong], y[wrong], 22, color=VERMILION, marker="x", linewidths=1, label=f"wrong label ({wrong.sum()})"
-    )
+    axes.scatter(x[~wrong], y[~wrong], 10, color=BLUE, alpha=0.6, edgecolors="none", label=f"right ({(~wrong).sum()})")
+    axes.scatter(x[wrong], y[wrong], 20, color=VERMILION, marker="x", linewidths=1, label=f"wrong ({wrong.sum()})")
     label = f"flagged by the noise guard ({flagged.sum()}, {(flagged & wrong).sum()} of them wrong)"
-    axes.scatter(
-        x[flagged], y[flagged], 50, facecolors="none", edgecolors="black", linewidths=0.5, alpha=0.6, label=label
-    )
+    rings = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.5, "alpha": 0.6}
+    axes.scatter(x[flagged], y[flagged], 50, label=label, **rings)
     axes.set(xlabel="variability of the loss (standard deviation over the run)", ylabel="mean loss over the run")
-    axes.set_title(
-        f"{len(x)} handwritten digits, a fifth of the labels changed; only the losses were looked at", pad=10
-    )
-    for text, place in (("easy", (0.01, 0.04)), ("hard, or wrong", (0.01, 0.95))):
-        axes.text(*place, text, transform=axes.transAxes, color=GREY, style="italic")
-    axes.legend(loc="lower right", fontsize=8.5)
+    axes.set_title(f"{len(x)} handwritten digits, a fifth of the labels wrong; only losses were looked at", pad=24)
+    axes.text(0.01, 0.95, "hard, or wrong", transform=axes.transAxes, color=GREY, style="italic")
+    axes.text(0.6, 0.03, "easy", transform=axes.transAxes, color=GREY, style="italic")
+    axes.legend(**ABOVE, ncols=3, handletextpad=0.1)
 
 
-ARMS = {"auto": BLUE, "curriculum": GREEN, "infobatch": ORANGE, "prioritized": VERMILION}
+ARMS = {"auto": (BLUE, "o"), "curriculum": (GREEN, "s"), "infobatch": (ORANGE, "D"), "prioritized": (VERMILION, "v")}
 
 
 def learning(figure: Figure, found: dict[str, Any]) -> None:
     """Gains over uniform with intervals, a row a task, a colour a strategy; the scale is linear near 0 only."""
     tasks = list(found["tasks"])
     axes = figure.subplots()
-    for place, (arm, colour) in enumerate(ARMS.items()):
+    for place, (arm, (colour, marker)) in enumerate(ARMS.items()):
         gains = np.array([found["tasks"][task][arm]["against matched uniform"] for task in tasks])
         rows = np.arange(len(tasks)) + (place - (len(ARMS) - 1) / 2) * 0.19
-        axes.errorbar(gains[:, 0], rows, xerr=gains[:, 1], fmt="o", ms=3.5, lw=1, color=colour, label=f'"{arm}"')
+        axes.errorbar(gains[:, 0], rows, xerr=gains[:, 1], fmt=marker, ms=4, lw=1, color=colour, label=f'"{arm}"')
     axes.axvline(0, color="black", lw=0.8)
     for row in range(0, len(tasks), 2):
         axes.axhspan(row - 0.5, row + 0.5, color=GREY, alpha=0.07, lw=0)
@@ -72,10 +72,11 @@ def learning(figure: Figure, found: dict[str, Any]) -> None:
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(
-        "gain over a blind shuffle with as many gradients: points of accuracy (friedman, characters: % of loss)"
+        "gain over a blind shuffle with as many gradients\n"
+        "points of accuracy; friedman and characters: per cent of the loss"
     )
-    axes.set_title(f"{found['seeds']} seeds, 95% intervals; “10%” is the share of wrong labels", pad=22)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(ARMS), fontsize=8.5, borderaxespad=0.1)
+    axes.set_title(f"{found['seeds']} seeds, 95% intervals; “10%” is the share of wrong labels", pad=24)
+    axes.legend(**ABOVE, ncols=len(ARMS))
 
 
 def divergence(figure: Figure, found: dict[str, Any]) -> None:
@@ -93,11 +94,14 @@ def divergence(figure: Figure, found: dict[str, Any]) -> None:
             gone = np.flatnonzero(np.isnan(losses))
             if len(gone) and not end["finite"]:
                 axes.axvspan(gone[0], len(losses), color=colour, alpha=0.1, lw=0)
-                axes.text((gone[0] + len(losses)) / 2, 0.06, "every loss is NaN", color=colour, ha="center",
-                          transform=axes.get_xaxis_transform())  # fmt: skip
+                place = {"transform": axes.get_xaxis_transform(), "ha": "center"}
+                text = f"{name}: every loss is NaN"
+                axes.text((gone[0] + len(losses)) / 2, 0.92, text, color=colour, fontsize=8.5, **place)
         axes.set(yscale="log", xlabel="step", title=title)
-        axes.legend(loc="upper right", fontsize=8.5)
+        axes.legend(loc="lower left", fontsize=8.5)
     sides[0].set_ylabel("training loss (mean of 10 steps)")
+    place = {"xycoords": "axes fraction", "fontsize": 8.5, "color": BLUE}
+    sides[0].annotate("rolled back, then\neasy samples first", (0.66, 0.22), **place)
 
 
 def _smoothed(axes: Axes, losses: np.ndarray, colour: str, label: str) -> None:
@@ -143,6 +147,7 @@ def draw(results: Path, pictures: Path) -> Iterator[Path]:
     """Draw every picture whose results there are, and yield the files."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from PIL import Image
 
     pictures.mkdir(parents=True, exist_ok=True)
     for name, (function, source, size) in PICTURES.items():
@@ -153,5 +158,7 @@ def draw(results: Path, pictures: Path) -> Iterator[Path]:
             figure = Figure(figsize=size, layout="constrained")
             function(figure, json.loads(file.read_text("utf8"))["results"])
             # No version or date in the file: the same results give the same bytes.
-            figure.savefig(pictures / name, metadata={"Software": None}, pil_kwargs={"optimize": True})
+            raw = io.BytesIO()
+            figure.savefig(raw, metadata={"Software": None})
+        Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(pictures / name, optimize=True)
         yield pictures / name
