@@ -88,9 +88,7 @@ def divergence(figure: Figure, found: dict[str, Any]) -> None:
         for name, colour in rivals.items():
             end = found["rivals"][name][kind]
             losses = np.array([np.nan if loss is None else loss for loss in end["losses"]], float)
-            _smoothed(
-                axes, losses, colour, f"{name}: ends at " + (f"{end['accuracy']:.1%}" if end["finite"] else "NaN")
-            )
+            _smoothed(axes, losses, colour, f"{name}: " + (f"{end['accuracy']:.1%}" if end["finite"] else "NaN"))
             gone = np.flatnonzero(np.isnan(losses))
             if len(gone) and not end["finite"]:
                 axes.axvspan(gone[0], len(losses), color=colour, alpha=0.1, lw=0)
@@ -98,10 +96,10 @@ def divergence(figure: Figure, found: dict[str, Any]) -> None:
                 text = f"{name}: every loss is NaN"
                 axes.text((gone[0] + len(losses)) / 2, 0.92, text, color=colour, fontsize=8.5, **place)
         axes.set(yscale="log", xlabel="step", title=title)
-        axes.legend(loc="lower left", fontsize=8.5)
+        axes.legend(loc="lower left", fontsize=8.5, title="test accuracy at the end", title_fontsize=8.5)
     sides[0].set_ylabel("training loss (mean of 10 steps)")
     place = {"xycoords": "axes fraction", "fontsize": 8.5, "color": BLUE}
-    sides[0].annotate("rolled back, then\neasy samples first", (0.66, 0.22), **place)
+    sides[0].annotate("rolled back, then\neasy samples first", (0.66, 0.16), **place)
 
 
 def _smoothed(axes: Axes, losses: np.ndarray, colour: str, label: str) -> None:
