@@ -3,7 +3,7 @@
     python -m benchmarks                 # all of them: hours; a quiet machine, please
     python -m benchmarks speed replay    # some
     python -m benchmarks --quick         # small sizes and few repeats: minutes, figures for no one to quote
-    python -m benchmarks --pictures      # only draw again what the results say
+    python -m benchmarks --pictures      # only draw again what the results say, and write the README's tables
 
 Figures go to `benchmarks/results/*.json` and pictures to `assets/*.png`; those of `--quick` go to
 `build/benchmarks`. Each benchmark runs in a process of its own, with one thread for linear algebra, so one that
@@ -71,10 +71,15 @@ def main() -> int:
     for number, name in enumerate(names, 1):
         print(f"\n== {name} ({number} of {len(names)})", flush=True)
         lines.append(measure(name, results, quick=asked.quick))
+    from benchmarks import tables
     from benchmarks.pictures import draw
 
     pictures = asked.out or (results if asked.quick else ROOT / "assets")
     lines += [f"{'picture':14} {drawn.name}" for drawn in draw(results, pictures)]
+    if results == RESULTS:
+        readme = ROOT / "README.md"
+        readme.write_text(tables.filled(readme.read_text("utf8"), tables.load(RESULTS)), "utf8")
+        lines.append(f"{'tables':14} README.md")
     print("\n" + "\n".join(lines))
     return 1 if any("FAILED" in line for line in lines) else 0
 
