@@ -6,7 +6,6 @@ N = 2000, B = 32, every epoch a new permutation), then of real training, then sp
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import lsqr
 
+from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.attribution import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
 
@@ -153,21 +153,19 @@ ESTIMATORS: dict[str, Callable[[Run], np.ndarray]] = {
 }
 
 
-def table(seeds):
-    """Print Spearman medians and return them by (epochs, fall, noise)."""
-    print("Spearman with the true losses, N=2000, B=32, medians of", seeds, "seeds")
-    print(f"{'epochs, losses':24}" + "".join(f"{name:>16}" for name in ESTIMATORS))
-    results = {}
-    for epochs in (10, 50, 100):
+def generated(seeds, lengths):
+    """Return rows of Spearman medians, one for each length and kind of losses."""
+    rows = []
+    for epochs in lengths:
+        progress(f"{epochs} epochs")
         for name, fall, noise in (("static", 0, 0), ("falling e^-2", 2, 0), ("30% noise", 0, 0.3), ("both", 2, 0.3)):
             runs = [generate(epochs, fall, noise, seed) for seed in range(seeds)]
             row = {
                 key: float(np.median([spearman(method(run), run.truth) for run in runs]))
                 for key, method in ESTIMATORS.items()
             }
-            results[epochs, fall, noise] = row
-            print(f"{epochs:4} {name:19}" + "".join(f"{value:16.3f}" for value in row.values()), flush=True)
-    return results
+            rows.append({"epochs": epochs, "losses": name, "seeds": seeds, **row})
+    return rows
 
 
 def balanced_order(rng, estimate, size):
@@ -190,20 +188,17 @@ SCHEMES: dict[str, Callable[[int], float | None]] = {
 
 
 def balanced(seeds, size=32):
-    """Print what quadrant-balanced batches cost each estimator."""
-    print("\nBatches balanced over quartiles of the refined estimate (N=2000, B=32)")
-    print(
-        f"{'epochs, losses':22}{'scheme':24}{'running mean':>14}{'streaming':>12}{'each epoch':>12}{'confidence':>12}"
-    )
+    """Return rows of what quadrant-balanced batches cost each estimator."""
+    rows = []
     for epochs in (10, 50):
+        progress(f"balanced batches, {epochs} epochs")
         for fall in (0.0, 2.0):
             for name, plan in SCHEMES.items():
-                rows = np.array([_balanced_run(epochs, fall, plan, seed, size) for seed in range(seeds)])
-                values = np.median(rows, axis=0)
-                print(
-                    f"{epochs:4} {'falling' if fall else 'static':17}{name:24}"
-                    + f"{values[0]:14.3f}{values[1]:12.3f}{values[2]:12.3f}{values[3]:12.2f}"
-                )
+                values = np.median([_balanced_run(epochs, fall, plan, seed, size) for seed in range(seeds)], axis=0)
+                found = dict(zip(("running mean", "streaming", "each epoch", "confidence"), values, strict=True))
+                row = {"epochs": epochs, "losses": "falling" if fall else "static", "scheme": name, "seeds": seeds}
+                rows.append(row | found)
+    return rows
 
 
 def _balanced_run(epochs, fall, plan, seed, size):
@@ -269,21 +264,24 @@ def train(wrong, epochs, seed, size=32, num_samples=2000, hidden=64):
     return Run(forward(np.arange(num_samples))[2], batches, np.array(losses))
 
 
+TRAINED = ("published", "running mean", "diag. Kalman", "full lsq", "streaming", "refined", "each epoch")
+
+
 def training(seeds):
-    """Print Spearman with the losses that a trained network really has."""
-    names = ("published", "running mean", "diag. Kalman", "full lsq", "streaming", "refined", "each epoch")
-    print("\nReal training (numpy network, 4 overlapping classes): Spearman with its losses at the end")
-    print(f"{'epochs, wrong labels':24}" + "".join(f"{name:>16}" for name in names))
+    """Return rows of Spearman with the losses that a trained network really has."""
+    rows = []
     for epochs in (10, 20, 50):
+        progress(f"real training, {epochs} epochs")
         for wrong in (0.0, 0.2):
             runs = [train(wrong, epochs, seed) for seed in range(seeds)]
-            row = [np.median([spearman(ESTIMATORS[name](run), run.truth) for run in runs]) for name in names]
-            print(f"{epochs:4} {wrong:<19.0%}" + "".join(f"{value:16.3f}" for value in row), flush=True)
+            found = {name: np.median([spearman(ESTIMATORS[name](run), run.truth) for run in runs]) for name in TRAINED}
+            rows.append({"epochs": epochs, "wrong labels": wrong, "seeds": seeds, **found})
+    return rows
 
 
 def speed():
-    """Print the costs of update and refine; return the seconds of a refinement."""
-    print("\nupdate, microseconds a call")
+    """Return the costs of update and refine."""
+    progress("speed")
     rng = np.random.default_rng(0)
     costs = {}
     for num_samples in (10_000, 1_000_000):
@@ -295,8 +293,7 @@ def speed():
                 ours.attribution.update(ours.estimate, ours.variance, ids, 1.0)
 
             rivals[f"N={num_samples} B={size}"] = call
-        costs |= interleave(rivals, rounds=9, calls=300)
-    print("  ".join(f"{name}: {1e6 * seconds:.1f}" for name, seconds in costs.items()))
+        costs |= {name: 1e6 * value for name, value in interleave(rivals, rounds=9, calls=300).items()}
     run = generate(50, 2.0, 0.0, 0, num_samples=50_000)
     ours = Ours(50_000).feed(run.batches, run.losses)
     times = []
@@ -308,46 +305,60 @@ def speed():
     start = time.perf_counter()
     solution = least_squares(run)
     rival = time.perf_counter() - start
-    found = [spearman(x, run.truth) for x in (ours.estimate, arrays[0], solution)]
-    print(
-        f"refine, N=50000, 50 epochs: {np.median(times):.2f} s, Spearman {found[0]:.3f} -> {found[1]:.3f} "
-        f"(LSQR of scipy: {rival:.2f} s, {found[2]:.3f})"
-    )
-    return float(np.median(times)), costs
+    found = (spearman(x, run.truth) for x in (ours.estimate, arrays[0], solution))
+    names = ("before", "refined", "full lsq")
+    return {
+        "update_us": costs, "rounds": 9, "refine_s": float(np.median(times)), "refine rounds": len(times),
+        "lsqr_s": rival, "spearman": dict(zip(names, found, strict=True)),
+    }  # fmt: skip
 
 
-def main():
-    """Run everything and judge it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed")
-    seeds = 1 if parser.parse_args().quick else 5
-    results = table(seeds)
-    balanced(min(seeds, 3))
-    training(min(seeds, 3))
-    seconds, costs = speed()
-    ten, fifty = results[10, 2, 0], results[50, 2, 0]
-    gap = max(row["full lsq"] - max(row["refined"], row["streaming"]) for row in results.values())
-    growth = costs["N=1000000 B=1024"] / costs["N=10000 B=1024"]
-    checks = {
-        f"10 epochs, falling: refined / published = {ten['refined'] / ten['published']:.2f} >= 2": ten["refined"]
-        >= 2 * ten["published"],
-        f"10 epochs, falling: streaming / published = {ten['streaming'] / ten['published']:.2f} >= 2": ten["streaming"]
-        >= 2 * ten["published"],
+def judge(rows, cost):
+    """Return what was demanded, and whether it holds."""
+    at = {(row["epochs"], row["losses"]): row for row in rows}
+    ten, fifty = at[10, "falling e^-2"], at[50, "falling e^-2"]
+    gap = max(row["full lsq"] - max(row["refined"], row["streaming"]) for row in rows)
+    growth = cost["update_us"]["N=1000000 B=1024"] / cost["update_us"]["N=10000 B=1024"]
+    gain = {name: ten[name] / ten["published"] for name in ("refined", "streaming")}
+    return {
+        **{f"10 epochs, falling: {name} / published = {value:.2f} >= 2": value >= 2 for name, value in gain.items()},
         f"50 epochs, falling: refined {fifty['refined']:.3f} >= .95": fifty["refined"] >= 0.95,
         f"behind full least squares at most {gap:.3f} <= .02": gap <= 0.02,
-        f"refinement {seconds:.2f} s < 2 s": seconds < 2,
+        f"refinement {cost['refine_s']:.2f} s < 2 s": cost["refine_s"] < 2,
         f"update: N=1e6 costs {growth:.2f}x N=1e4 at B=1024, <= 2 (caches)": growth <= 2,
     }
-    print()
-    for line, passed in checks.items():
-        print("PASS" if passed else "FAIL", line)
-    print(
-        f"\npython -m benchmarks.attribution -> falling losses, published/streaming/refined/full lsq: 10 epochs "
-        f"{ten['published']:.2f}/{ten['streaming']:.2f}/{ten['refined']:.2f}/{ten['full lsq']:.2f}, 50 epochs "
-        f"{fifty['published']:.2f}/{fifty['streaming']:.2f}/{fifty['refined']:.2f}/{fifty['full lsq']:.2f}; "
-        f"refine 50k x 50 epochs {seconds:.2f} s; update B=256 {1e6 * costs['N=10000 B=256']:.0f} us"
-    )
+
+
+def run(*, quick=False):
+    """Measure; `quick`: one seed, at most 50 epochs."""
+    seeds, lengths = (1, (10, 50)) if quick else (5, (10, 50, 100))
+    rows, cost = generated(seeds, lengths), speed()
+    few = min(seeds, 3)
+    return {
+        "generated": rows, "balanced": balanced(few), "training": training(few), "speed": cost,
+        "checks": judge(rows, cost),
+    }  # fmt: skip
+
+
+def table(results):
+    def part(title, rows):
+        head = [key for key in rows[0] if key != "seeds"]
+        cells = [[f"{row[key]:.3f}" if isinstance(row[key], float) else row[key] for key in head] for row in rows]
+        return [f"\n{title}, medians of {rows[0]['seeds']} seeds", columns(head, cells)]
+
+    cost = results["speed"]
+    found = cost["spearman"]
+    return "\n".join([
+        *part("Spearman with the true losses (N=2000, B=32)", results["generated"]),
+        *part("Batches balanced over quartiles of the refined estimate (N=2000, B=32)", results["balanced"]),
+        *part("Real training (numpy network, 4 overlapping classes): with its losses at the end", results["training"]),
+        "\nupdate, microseconds a call",
+        "  ".join(f"{name}: {value:.1f}" for name, value in cost["update_us"].items()),
+        f"refine, N=50000, 50 epochs: {cost['refine_s']:.2f} s, Spearman {found['before']:.3f} -> "
+        f"{found['refined']:.3f} (LSQR of scipy: {cost['lsqr_s']:.2f} s, {found['full lsq']:.3f})",
+        *(f"{'PASS' if passed else 'FAIL'} {line}" for line, passed in results["checks"].items()),
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -8,7 +8,6 @@ write into holds no more than three checkpoints, as in a run. Files are read fro
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -17,10 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import columns, main, progress
 from learnit_r8.checkpoint import CheckpointStore
+
+Results = dict[str, Any]
 
 
 def catalog_state(samples: int) -> dict[str, object]:
@@ -39,22 +42,18 @@ def catalog_state(samples: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Print the table and one line for the log."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=10_000_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--directory", type=Path, help="where to write; a temporary directory by default")
-    args = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="r8-checkpoint-", dir=args.directory))
+def run(*, quick: bool = False, samples: int = 10_000_000, rounds: int = 7, directory: str | None = None) -> Results:
+    """Measure; `directory`: where to write, a temporary directory by default; `quick`: a hundredth of the samples."""
+    root = Path(tempfile.mkdtemp(prefix="r8-checkpoint-", dir=directory))
     try:
-        measure(root, args.samples, args.rounds)
+        return measure(root, samples // 100 if quick else samples, rounds)
     finally:
         shutil.rmtree(root)
 
 
-def measure(root: Path, samples: int, rounds: int) -> None:
+def measure(root: Path, samples: int, rounds: int) -> Results:
     """Time the rivals below `root`."""
+    progress(f"{samples:,} samples")
     state = catalog_state(samples)
     arrays = list(state["catalog"].values())  # type: ignore[attr-defined]
     megabytes = sum(array.nbytes for array in arrays) / 1e6
@@ -92,16 +91,18 @@ def measure(root: Path, samples: int, rounds: int) -> None:
         rounds,
         int(megabytes * 1.5e6),
     )
+    return {"samples": samples, "MB": megabytes, "rounds": rounds, "seconds": times}
+
+
+def table(results: Results) -> str:
+    times, megabytes = results["seconds"], results["MB"]
     base = times["write + fsync"]
-    print(f"{samples:,} samples, {megabytes:.0f} MB, {os.cpu_count()} CPUs")
-    for name, seconds in times.items():
-        print(f"  {name:40} {seconds * 1e3:9.1f} ms {megabytes / seconds:8.0f} MB/s {seconds / base:6.2f} x")
-    ratio = times["CheckpointStore.save"] / base
-    speed = megabytes / times["CheckpointStore.newest (load + verify)"]
-    print(
-        f"python -m benchmarks.checkpoint --samples {samples} -> save {ratio:.2f} x write + fsync (limit 1.5), "
-        f"load + verify {speed:.0f} MB/s"
-    )
+    rows = [
+        [name, f"{seconds * 1e3:.1f}", f"{megabytes / seconds:.0f}", f"{seconds / base:.2f}"]
+        for name, seconds in times.items()
+    ]
+    title = f"{results['samples']:,} samples, {megabytes:.0f} MB; the limit of save is 1.5 x write + fsync"
+    return f"{title}\n{columns(('', 'ms', 'MB/s', 'x'), rows)}"
 
 
 def interleave_warm(rivals: Mapping[str, Callable[[], object]], rounds: int, nbytes: int) -> dict[str, float]:
@@ -122,4 +123,4 @@ def interleave_warm(rivals: Mapping[str, Callable[[], object]], rounds: int, nby
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -8,16 +8,16 @@ these runs failed, so they are tuning data: they guard against old faults and ar
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import columns, main, progress
 from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.events import LossReported, RolledBack, SpikeSeen
 
@@ -195,32 +195,35 @@ def train(recipe: Recipe, seed: int, epochs: int | None = None) -> Interventions
     return heard
 
 
-def table(seeds: int, show: Callable[[str], None], epochs: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Run every recipe; yield (name, steps, interventions)."""
-    show(f"{'clean training':36} {'steps':>8} {'interventions':>14} {'rollbacks':>10}")
+def rows(seeds: int, epochs: int | None = None) -> Iterator[dict[str, Any]]:
+    """Run every recipe; yield its steps, interventions and rollbacks."""
     for name, recipe in RECIPES.items():
-        steps = spikes = rollbacks = 0
+        progress(name)
+        count: Counter[str] = Counter()
         for seed in range(seeds):
-            heard = train(recipe, seed, epochs)
-            steps += heard.count[LossReported.__name__]
-            spikes += heard.count[SpikeSeen.__name__]
-            rollbacks += heard.count[RolledBack.__name__]
-        show(f"{name:36} {steps:8} {spikes:14} {rollbacks:10}")
-        yield name, steps, spikes
+            count += train(recipe, seed, epochs).count
+        kinds = {"steps": LossReported, "interventions": SpikeSeen, "rollbacks": RolledBack}
+        yield {"training": name, **{key: count[kind.__name__] for key, kind in kinds.items()}}
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed in place of three")
-    seeds = 1 if parser.parse_args().quick else 3
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Train; `quick`: one seed in place of three, 3 epochs of each."""
     import torch
 
     torch.set_num_threads(1)
-    rows = list(table(seeds, lambda line: print(line, flush=True)))
-    steps, found = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    print(f"total: {steps:,} steps, {found} interventions, {found / steps * 1e5:.2f} per 100k")
+    seeds = 1 if quick else 3
+    found = list(rows(seeds, 3 if quick else None))
+    return {"seeds": seeds, "trainings": found} | {key: sum(row[key] for row in found) for key in list(found[0])[1:]}
+
+
+def table(results: dict[str, Any]) -> str:
+    head = list(results["trainings"][0])
+    steps, alarms = results["steps"], results["interventions"]
+    return "\n".join([
+        columns(head, [[row[key] for key in head] for row in results["trainings"]]),
+        f"total: {steps:,} steps, {alarms} interventions, {alarms / steps * 1e5:.2f} per 100k",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import importlib.util
 import json
@@ -26,6 +25,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.events import BatchIssued, LossReported
 
@@ -182,14 +182,16 @@ def calibrate(kind: str) -> int:
     return max(1, round(2e-3 / ((time.perf_counter() - began) / 500)))
 
 
-def slowdown(rounds: int) -> None:
-    """Print the loop's time per step under each rival.
+def slowdown(rounds: int) -> list[dict[str, Any]]:
+    """Return the loop's time per step under each rival.
 
     Excess over nothing is the median over pairs of interleaved processes. CPU seconds count the dashboard's thread, and
     do not see what else the machine does: the better figure on a busy one.
     """
     rivals = ["none", "dashboard", *(["tqdm"] if importlib.util.find_spec("tqdm") else [])]
+    rows = []
     for kind in ("hashing", "python"):
+        progress(f"a loop of 2 ms steps on a terminal, {kind}")
         count = calibrate(kind)
         times: dict[str, list[float]] = {rival: [] for rival in rivals}
         work: dict[str, list[float]] = {rival: [] for rival in rivals}
@@ -199,9 +201,11 @@ def slowdown(rounds: int) -> None:
                 times[rival].append(seconds)
                 work[rival].append(cpu)
         for rival in rivals:
-            wall, cpu = (_more(table[rival], table["none"]) for table in (times, work))
+            wall, cpu = (_more(side[rival], side["none"]) for side in (times, work))
             step = statistics.median(times[rival]) * 1e3
-            print(f"  {kind:8} {rival:10} {step:6.3f} ms/step {wall:+6.2f} %  CPU {cpu:+6.2f} %")
+            row = {"step": kind, "rival": rival, "ms": step, "wall_percent": wall, "cpu_percent": cpu}
+            rows.append(row | {"rounds": rounds})
+    return rows
 
 
 def _more(mine: list[float], base: list[float]) -> float:
@@ -209,10 +213,11 @@ def _more(mine: list[float], base: list[float]) -> float:
     return (statistics.median(a / b for a, b in zip(mine, base, strict=True)) - 1) * 100
 
 
-def memory(events: int) -> None:
-    """Print the resident size after a tenth of the events and after all of them."""
+def memory(events: int) -> dict[str, float]:
+    """Return the resident size after a tenth of the events and after all of them."""
     from learnit_r8.dashboard.model import DashboardModel
 
+    progress("memory")
     model = DashboardModel()
     sizes = []
     for step in range(events):
@@ -220,33 +225,42 @@ def memory(events: int) -> None:
         model.consume(LossReported(step * 0.002, step, step // 5000, 1.0, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4))
         if step + 1 in {events // 10, events}:
             sizes.append(_resident())
-    print(f"  {events} steps: {sizes[0] / 1e6:.1f} MB after a tenth, {sizes[1] / 1e6:.1f} MB at the end")
+    return {"steps": events, "a tenth_MB": sizes[0] / 1e6, "end_MB": sizes[1] / 1e6}
 
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def main() -> None:
-    """Run everything and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--events", type=int, default=1_000_000, help="steps of the memory test")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved repeats of the loop")
-    arguments = parser.parse_args()
-    print("one event handed over")
-    for name, nanoseconds in record_cost().items():
-        print(f"  {name:22} {nanoseconds:7.0f} ns")
-    print("a loop of 2 ms steps on a terminal")
-    slowdown(arguments.rounds)
-    print("one frame (render, curses, bytes sent)")
+def run(*, quick: bool = False, events: int = 1_000_000, rounds: int = 7) -> dict[str, Any]:
+    """Measure; `events`: steps of the memory test; `rounds`: interleaved repeats of the loop; `quick`: few of both."""
+    events, rounds = (events // 10, 2) if quick else (events, rounds)
+    found = {"record_ns": record_cost(), "slowdown": slowdown(rounds), "memory": memory(events)}
     costs = on_a_terminal(FRAME, "OUT")
     consume = costs.pop("consume")
-    for size, (rendered, drawn, amount) in costs.items():
-        print(f"  {size:8} {rendered * 1e3:6.2f} ms {drawn * 1e3:6.2f} ms {amount:8.0f} bytes")
-    print(f"  one event into the model: {consume * 1e6:.1f} us")
-    print("memory")
-    memory(arguments.events)
+    frames = {size: dict(zip(("render_s", "draw_s", "bytes"), cost, strict=True)) for size, cost in costs.items()}
+    return {**found, "frames": frames, "consume_us": consume * 1e6}
+
+
+def table(results: dict[str, Any]) -> str:
+    loop = [
+        [row["step"], row["rival"], f"{row['ms']:.3f}", f"{row['wall_percent']:+.2f}", f"{row['cpu_percent']:+.2f}"]
+        for row in results["slowdown"]
+    ]
+    frames = [
+        [size, f"{cost['render_s'] * 1e3:.2f}", f"{cost['draw_s'] * 1e3:.2f}", f"{cost['bytes']:.0f}"]
+        for size, cost in results["frames"].items()
+    ]
+    kept = results["memory"]
+    return "\n".join([
+        "one event handed over: " + ", ".join(f"{name} {value:.0f} ns" for name, value in results["record_ns"].items()),
+        "a loop of 2 ms steps on a terminal",
+        columns(("step", "rival", "ms", "wall %", "CPU %"), loop),
+        columns(("one frame", "render ms", "curses ms", "bytes sent"), frames),
+        f"one event into the model: {results['consume_us']:.1f} us",
+        f"memory, {kept['steps']:,} steps: {kept['a tenth_MB']:.1f} MB after a tenth, {kept['end_MB']:.1f} at the end",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -11,10 +11,8 @@ the clean runs' included. The last class, false alarms on a million clean steps,
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy as np
 
 from benchmarks import clean_runs, fault_fs, fault_kills, fault_training
 from benchmarks.fault_training import Result
+from benchmarks.harness import columns, main, progress
 from learnit_r8 import ConfigError, ProtocolError, R8Scheduler
 from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.errors import CheckpointCorrupt
@@ -143,41 +142,44 @@ CLASSES: dict[str, tuple[Callable[[int, int], Iterator[Result]], int, int]] = {
 }
 
 
-def row(name: str, results: list[Result]) -> str:
-    """Return a class's line of the table."""
+def summary(results: list[Result]) -> dict[str, Any]:
+    """Return a class's figures."""
     kept = [result.bytes_lost for result in results if result.bytes_lost is not None]
-    lost = f"{sum(kept):,}" if kept else "-"
-    survived = sum(result.survived for result in results)
-    steps, worst = sum(r.steps_lost for r in results), max((r.steps_lost for r in results), default=0)
-    false = sum(result.false_rollbacks for result in results)
-    return f"{name:20} {len(results):>9,} {survived:>9,} {steps:>11,} {worst:>6} {lost:>11} {false:>6}"
+    steps = [result.steps_lost for result in results]
+    return {
+        "injected": len(results), "survived": sum(result.survived for result in results),
+        "steps lost": sum(steps), "worst": max(steps, default=0), "bytes lost": sum(kept) if kept else None,
+        "false rollbacks": sum(result.false_rollbacks for result in results),
+    }  # fmt: skip
 
 
-def main() -> int:
-    """Print the matrix; return 1 if bytes were lost, a corruption was missed or a rollback was false."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="names of classes, separated by commas")
-    options = parser.parse_args()
-    wanted = options.only.split(",") if options.only else list(CLASSES)
-    print(
-        f"{'class':20} {'injected':>9} {'survived':>9} {'steps lost':>11} {'worst':>6} {'bytes lost':>11} {'false':>6}"
-    )
-    bad = 0
-    for name in wanted:
-        driver, full, quick = CLASSES[name]
-        count = quick if options.quick else full
-        results = list(driver(count, options.seed)) if count else []
-        print(row(name, results), flush=True)
-        for result in [result for result in results if not result.survived][:12]:
-            print(f"    {result.name}: {result.detail[:160]}")
-        missed = sum(not result.survived for result in results)
+def run(*, quick: bool = False, seed: int = 0, only: str = "") -> dict[str, Any]:
+    """Inject; `only`: names of classes, separated by commas."""
+    classes, misses, bad = {}, {}, 0
+    for name in only.split(",") if only else CLASSES:
+        driver, full, few = CLASSES[name]
+        count = few if quick else full
+        progress(f"{name}: {count}")
+        results = list(driver(count, seed)) if count else []
+        found = classes[name] = summary(results)
+        missed = [f"{result.name}: {result.detail[:160]}" for result in results if not result.survived]
+        if missed:
+            misses[name] = missed[:12]
         # A slow rise may be in every backup before it shows: those misses are published, not hidden.
-        bad += 0 if name == "loss, slow rise" else missed
-        bad += sum(r.bytes_lost or 0 for r in results) + sum(r.false_rollbacks for r in results)
-    return 1 if bad else 0
+        bad += 0 if name == "loss, slow rise" else len(missed)
+        bad += (found["bytes lost"] or 0) + found["false rollbacks"]
+    return {"seed": seed, "classes": classes, "misses": misses, "failed": bad}
+
+
+def table(results: dict[str, Any]) -> str:
+    head = ("injected", "survived", "steps lost", "worst", "bytes lost", "false rollbacks")
+    rows = [
+        [name, *("-" if found[key] is None else f"{found[key]:,}" for key in head)]
+        for name, found in results["classes"].items()
+    ]
+    misses = [f"  {name}, {text}" for name, texts in results["misses"].items() for text in texts]
+    return "\n".join([columns(("class", *head), rows), *misses])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(run, table, __doc__)

@@ -15,11 +15,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.layout import Layout
 from rich.panel import Panel
 
+from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8 import events as e
 from learnit_r8.dashboard.keys import ViewState
@@ -73,9 +75,10 @@ def cpu_milliseconds(function: Callable[[], object], rounds: int = 30) -> float:
     return 1e3 * statistics.median(times)
 
 
-def main() -> None:
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Measure; `quick`: few rounds."""
     portion = list(losses(0, PORTION, random.Random(1)))
-    model = DashboardModel()
+    model, rounds = DashboardModel(), 3 if quick else 15
 
     def consume() -> None:
         for event in portion:
@@ -85,22 +88,34 @@ def main() -> None:
         for event in portion:
             json.dumps(e.to_json(event))
 
-    times = interleave({"consume": consume, "json.dumps": dump}, rounds=5)
-    print(f"{'':24}{'dashboard':>12}{'rival':>12}{'ratio':>8}")
-    ours, theirs = (1e6 * times[name] / PORTION for name in ("consume", "json.dumps"))
-    print(f"{'one LossReported':24}{ours:>9.1f} us{theirs:>9.1f} us{ours / theirs:>8.2f}")
+    progress("events")
+    times = interleave({"dashboard": consume, "json.dumps": dump}, rounds=5)
+    event = {name: 1e6 * value / PORTION for name, value in times.items()}
+    progress("a run of a million steps")
     model = long_run()
     console = [f"line {i}" for i in range(50)]
+    frames = []
     for width, height in SIZES:
         frame = lambda w=width, h=height: render(model, ViewState(), w, h, model.last_time, console)  # noqa: E731
         screen = lambda w=width, h=height: rich_screen(w, h)  # noqa: E731
-        times = interleave({"ours": frame, "rich": screen}, rounds=15)
-        ours, theirs = 1e3 * times["ours"], 1e3 * times["rich"]
-        name = f"frame {width}x{height}, 1e6 steps"
-        print(
-            f"{name:24}{ours:>9.2f} ms{theirs:>9.2f} ms{ours / theirs:>8.2f}   {cpu_milliseconds(frame):.2f} ms of CPU"
-        )
+        times = {
+            name: 1e3 * value for name, value in interleave({"ours": frame, "rich": screen}, rounds=rounds).items()
+        }
+        size = {"size": f"{width}x{height}", "cpu_ms": cpu_milliseconds(frame), "rounds": rounds}
+        frames.append(size | {f"{name}_ms": value for name, value in times.items()})
+    return {"event_us": event, "frames after 1e6 steps": frames}
+
+
+def table(results: dict[str, Any]) -> str:
+    ours, theirs = results["event_us"].values()
+    rows = [["one LossReported, us", f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}", ""]]
+    rows += [
+        [f"frame {row['size']}, 1e6 steps, ms", f"{row['ours_ms']:.2f}", f"{row['rich_ms']:.2f}",
+         f"{row['ours_ms'] / row['rich_ms']:.2f}", f"{row['cpu_ms']:.2f}"]
+        for row in results["frames after 1e6 steps"]
+    ]  # fmt: skip
+    return columns(("", "dashboard", "json.dumps / rich", "ratio", "CPU"), rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

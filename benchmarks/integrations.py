@@ -9,18 +9,18 @@ most, and gives backups 3% of the time; the third row is without them.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from benchmarks.harness import columns, main, progress
 from learnit_r8 import R8Scheduler
 from learnit_r8.integrations.torch import R8BatchSampler, capture_state, follow_lr, restore_state
 
@@ -135,35 +135,45 @@ def plain_torch() -> dict[str, Callable[[], Seconds]]:
     return {"DataLoader(shuffle=True)": blind, "R8BatchSampler": scheduled}
 
 
-def compare(title: str, rivals: dict[str, Callable[[], Seconds]], rounds: int) -> None:
+def compare(rivals: dict[str, Callable[[], Seconds]], rounds: int) -> dict[str, dict[str, float]]:
+    """Return each rival's time a step and its overhead over the first one's."""
     times: dict[str, list[Seconds]] = {name: [] for name in rivals}
     for turn in range(rounds + 1):
         for name, rival in rivals.items():
             seconds = rival()
             if turn:  # the first one warms up
                 times[name].append(seconds)
-    base = next(iter(rivals))
-    steps = EPOCHS * SAMPLES // BATCH
-    print(f"\n{title}: {steps} steps of batch {BATCH}, {rounds} interleaved rounds")
-    print(f"{'':26}" + "".join(f"{f'{kind} us/step':>14} {'overhead':>9}" for kind in Seconds._fields))
+    base, steps = times[next(iter(rivals))], EPOCHS * SAMPLES // BATCH
+    found: dict[str, dict[str, float]] = {}
     for name, values in times.items():
-        row = f"{name:26}"
-        for kind in range(2):
-            ratio = statistics.median(mine[kind] / other[kind] for mine, other in zip(values, times[base], strict=True))
-            row += f"{statistics.median(value[kind] for value in values) / steps * 1e6:14.0f} {ratio - 1:+9.1%}"
-        print(row)
+        found[name] = {"rounds": rounds}
+        for k, kind in enumerate(Seconds._fields):
+            ratio = statistics.median(mine[k] / other[k] for mine, other in zip(values, base, strict=True))
+            found[name][f"{kind}_us"] = statistics.median(value[k] for value in values) / steps * 1e6
+            found[name][f"{kind}_overhead"] = ratio - 1
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+def run(*, quick: bool = False, rounds: int = 15) -> dict[str, Any]:
+    """Measure; `quick`: two rounds."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    rounds = 2 if quick else rounds
     with tempfile.TemporaryDirectory() as folder:
-        compare("Hugging Face", huggingface(folder), rounds)
-    compare("PyTorch", plain_torch(), rounds)
+        progress("Hugging Face")
+        found = {"Hugging Face": compare(huggingface(folder), rounds)}
+    progress("PyTorch")
+    return {**found, "PyTorch": compare(plain_torch(), rounds)}
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = [
+        [name, *(text for kind in Seconds._fields
+                 for text in (f"{row[f'{kind}_us']:.0f}", f"{row[f'{kind}_overhead']:+.1%}"))]
+        for rivals in results.values() for name, row in rivals.items()
+    ]  # fmt: skip
+    return columns((f"batch {BATCH}", "CPU us/step", "overhead", "wall us/step", "overhead"), rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -1,6 +1,6 @@
 """What each strategy learns from the same number of sample gradients, against uniform.
 
-`python -m benchmarks.learning [--quick] [--seeds N] [--tasks A,B] [--arms A,B] [--minutes M] [--out FILE]`
+`python -m benchmarks.learning [--quick] [--seeds N] [--tasks A,B] [--arms A,B] [--minutes M] [--json FILE]`
 
 Every run goes through `R8Scheduler`: same split, wrong labels, initial weights and peak learning rate for one seed,
 the learning rate decays fully over the budget. Cells are differences to uniform with the same number of sample
@@ -11,20 +11,16 @@ is compared with a uniform run that is as much shorter. `--quick`: 3 seeds, 4 ta
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "learning.json"
+from benchmarks.harness import main, progress
+
 BATCH = 32
 LOW = 0.6
 """Share of the budget of the shorter runs."""
@@ -160,19 +156,6 @@ def summarise(runs: dict[str, list[dict[str, Any]]], *, loss: bool) -> dict[str,
     return figures
 
 
-def versions() -> dict[str, str]:
-    import numpy
-    import scipy
-    import sklearn
-
-    from learnit_r8 import __version__
-
-    return {
-        "learnit_r8": __version__, "numpy": numpy.__version__, "scipy": scipy.__version__,
-        "scikit-learn": sklearn.__version__, "python": platform.python_version(),
-    }  # fmt: skip
-
-
 def measure(
     tasks: Sequence[str], arms: Sequence[Arm], seeds: int, processes: int = 2, minutes: float = float("inf")
 ) -> dict[str, Any]:
@@ -183,8 +166,7 @@ def measure(
     done = []
     for result in _results(jobs, processes, time.monotonic() + 60 * minutes):
         done.append(result)
-        print(f"\r{len(done)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        progress(f"{len(done)} of {len(jobs)}: {result[0]}, seed {result[1]}")
     runs: dict[str, dict[str, list[Any]]] = {task: {arm.name: [] for arm in arms} for task in tasks}
     for task, _, result in done[: len(done) // len(tasks) * len(tasks)]:
         for arm, run in result.items():
@@ -205,68 +187,60 @@ def _results(jobs: Sequence[Any], processes: int, deadline: float) -> Iterator[t
             return
 
 
-def print_table(figures: dict[str, Any], key: str) -> None:
-    """Print a markdown table, tasks down and arms across."""
+def gains_table(figures: dict[str, Any], key: str) -> str:
+    """Return a markdown table, tasks down and arms across."""
     arms = list(next(iter(figures.values())))[1:]
-    print("| task | uniform | " + " | ".join(arms) + " |")
-    print("|---" * (len(arms) + 2) + "|")
+    lines = ["| task | uniform | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
     for task, row in figures.items():
         cells = [f"{row[arm][key][0]:+.1f} ± {row[arm][key][1]:.1f}" for arm in arms]
-        print(f"| {task} | {row['uniform']['mean']:.3f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {task} | {row['uniform']['mean']:.3f} | " + " | ".join(cells) + " |")
     mean = [statistics.fmean(row[arm][key][0] for row in figures.values()) for arm in arms]
     worst = [min(row[arm][key][0] for row in figures.values()) for arm in arms]
     above = [sum(row[arm][key][0] > 0 for row in figures.values()) for arm in arms]
-    print("| mean | | " + " | ".join(f"{value:+.2f}" for value in mean) + " |")
-    print("| worst | | " + " | ".join(f"{value:+.2f}" for value in worst) + " |")
-    print("| above uniform | | " + " | ".join(f"{value} of {len(figures)}" for value in above) + " |")
+    lines.append("| mean | | " + " | ".join(f"{value:+.2f}" for value in mean) + " |")
+    lines.append("| worst | | " + " | ".join(f"{value:+.2f}" for value in worst) + " |")
+    lines.append("| above uniform | | " + " | ".join(f"{value} of {len(figures)}" for value in above) + " |")
+    return "\n".join(lines)
 
 
-def print_samples(figures: dict[str, Any]) -> None:
-    """Print how much of uniform's budget each arm took until its mean curve first reached uniform's final score."""
+def samples_table(figures: dict[str, Any]) -> str:
+    """Return how much of uniform's budget each arm took until its mean curve first reached uniform's final score."""
     arms = [arm for arm in next(iter(figures.values())) if "%" not in arm]
-    print("| task | " + " | ".join(arms) + " |")
-    print("|---" * (len(arms) + 1) + "|")
+    lines = ["| task | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
     for task, row in figures.items():
         shares = [row[arm]["to uniform's score"] for arm in arms]
-        print(f"| {task} | " + " | ".join(f"{share:.2f}" if share == share else "never" for share in shares) + " |")
+        lines.append(f"| {task} | " + " | ".join(f"{s:.2f}" if s == s else "never" for s in shares) + " |")
+    return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print the tables and write the results."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")  # before the workers import numpy: small matrices, one core each
+def run(
+    *, quick: bool = False, seeds: int = 0, tasks: str = "", arms: str = "", minutes: float = float("inf"),
+    processes: int = 2,
+) -> dict[str, Any]:  # fmt: skip
+    """Train; `seeds` 0: 10 of them, 3 with `quick`; `minutes`: report the seeds that are done by then."""
     from benchmarks.tasks import TUNED, UNSEEN
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--tasks", type=lambda text: text.split(","))
-    parser.add_argument("--arms", type=lambda text: text.split(","))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="report the seeds done by then")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    tasks = options.tasks or (["digits", "digits 20%", "longtail", "separated"] if options.quick else TUNED + UNSEEN)
-    arms = all_arms()
-    chosen = list(arms.values()) if options.arms is None else [arms[name] for name in ["uniform", *options.arms]]
-    seeds = options.seeds or (3 if options.quick else 10)
-    begin = time.monotonic()
-    figures = measure(tasks, chosen, seeds, options.processes, options.minutes)
-    seeds = len(figures[tasks[0]]["uniform"]["scores"])
-    print(f"Against uniform with the same number of sample gradients, {seeds} seeds, mean and 95% interval\n")
-    print_table(figures, "against matched uniform")
-    print("\nAgainst uniform with the full budget, whatever the strategy drew\n")
-    print_table(figures, "against full uniform")
-    print("\nShare of uniform's samples after which the mean curve first reaches uniform's final score\n")
-    print_samples(figures)
-    out = options.out or (None if options.quick or options.tasks or options.arms else RESULTS)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"seeds": seeds, "batch": BATCH, "versions": versions(), "tasks": figures})
-        text = text.replace("NaN", "null")  # strict JSON: never reached
-        out.write_text(text + "\n", "utf8")
-    print(f"\n{time.monotonic() - begin:.0f} s")
+    known = all_arms()
+    chosen = [known[name] for name in ["uniform", *arms.split(",")]] if arms else list(known.values())
+    named = ["digits", "digits 20%", "longtail", "separated"] if quick else TUNED + UNSEEN
+    named = tasks.split(",") if tasks else named
+    figures = measure(named, chosen, seeds or (3 if quick else 10), processes, minutes)
+    return {"seeds": len(figures[named[0]]["uniform"]["scores"]), "batch": BATCH, "tasks": figures}
+
+
+def table(results: dict[str, Any]) -> str:
+    figures = results["tasks"]
+    return "\n".join([
+        f"Against uniform with the same number of sample gradients, {results['seeds']} seeds, mean and 95% interval\n",
+        gains_table(figures, "against matched uniform"),
+        "\nAgainst uniform with the full budget, whatever the strategy drew\n",
+        gains_table(figures, "against full uniform"),
+        "\nShare of uniform's samples after which the mean curve first reaches uniform's final score\n",
+        samples_table(figures),
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    for kind in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{kind}_NUM_THREADS", "1")  # before the workers import numpy: small matrices
+    main(run, table, __doc__)

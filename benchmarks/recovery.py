@@ -7,15 +7,14 @@ The disk is timed by the wall clock, copies and steps by the thread's CPU time: 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import main, progress
 from benchmarks.speed import torch_batches
 from benchmarks.timing import interleave
 from learnit_r8 import R8Scheduler
@@ -29,7 +28,8 @@ def state_of(megabytes: int) -> dict[str, np.ndarray]:
     return {f"layer{k}": rng.standard_normal((1250, 200), dtype=np.float32) for k in range(megabytes)}
 
 
-def rollback(megabytes: int, rounds: int) -> None:
+def rollback(megabytes: int, rounds: int) -> dict[str, float]:
+    progress(f"rollback of {megabytes} MB")
     state = state_of(megabytes)
     target = {name: array.copy() for name, array in state.items()}
     ring = BackupRing()
@@ -66,14 +66,11 @@ def rollback(megabytes: int, rounds: int) -> None:
     rivals = {"plain": plain, "backup": lambda: ring.take(state, 4)}
     times = interleave(rivals, rounds=rounds, clock=time.thread_time)
     ram_s, disk_s = statistics.median(ram), statistics.median(disk)
-    print(
-        f"rollback of {megabytes} MB: {ram_s * 1e3:.0f} ms from RAM, {disk_s * 1e3:.0f} ms to load and verify a "
-        f"checkpoint (page cache warm): {disk_s / ram_s:.1f} times faster (goal 5)"
-    )
-    print(
-        f"backup: {times['backup'] * 1e3:.0f} ms, plain copy into warm memory {times['plain'] * 1e3:.0f} ms: "
-        f"{times['backup'] / times['plain']:.2f}x (limit 1.5)"
-    )
+    return {
+        "MB": megabytes, "RAM_ms": ram_s * 1e3, "checkpoint_ms": disk_s * 1e3, "faster": disk_s / ram_s,
+        "backup_ms": times["backup"] * 1e3, "copy_ms": times["plain"] * 1e3,
+        "backup/copy": times["backup"] / times["plain"], "rounds": rounds,
+    }  # fmt: skip
 
 
 class Appending:
@@ -84,10 +81,11 @@ class Appending:
         self.record = self.events.append
 
 
-def step_cost(rounds: int) -> None:
+def step_cost(rounds: int) -> list[dict[str, float]]:
     """Draw + update with everything on, against torch's blind draw of one batch."""
-    print("draw + update at B=256 with detector, backups bookkeeping and events on, against torch's blind draw")
+    rows = []
     for size in (10_000, 1_000_000):
+        progress(f"a step at N={size:,}")
         heard = Appending()
         weights = np.zeros(1000, np.float32)
         scheduler = R8Scheduler(
@@ -112,14 +110,16 @@ def step_cost(rounds: int) -> None:
         times = interleave(
             {"r8": step, "torch": lambda blind=blind: next(blind)}, rounds=8 * rounds, calls=5, clock=time.thread_time
         )
-        print(
-            f"  N={size:,}: {times['r8'] * 1e6:.0f} us against {times['torch'] * 1e6:.0f} us: "
-            f"{times['r8'] / times['torch']:.1f}x (limit 16)"
-        )
+        rows.append({
+            "N": size, "r8_us": times["r8"] * 1e6, "torch_us": times["torch"] * 1e6,
+            "ratio": times["r8"] / times["torch"], "rounds": 8 * rounds,
+        })  # fmt: skip
+    return rows
 
 
-def pacing(megabytes: int, step_seconds: float, steps: int) -> None:
+def pacing(megabytes: int, step_seconds: float, steps: int) -> dict[str, float]:
     """Share of a run's time that automatic backups take; and whether a full ring allocates."""
+    progress("pacing")
     state, heard, addresses = state_of(megabytes), Appending(), set()
     scheduler = R8Scheduler(
         256, 16, num_epochs=-(-steps // 16), ui="off", checkpoint_dir=None, sinks=[heard], backup_every=1,
@@ -137,21 +137,36 @@ def pacing(megabytes: int, step_seconds: float, steps: int) -> None:
     taken = [event for event in heard.events if isinstance(event, BackupTaken)]
     stats = scheduler._safety._ring.stats
     share = (stats.copy_seconds + stats.scan_seconds) / seconds
-    print(
-        f"pacing: {len(taken)} backups of {megabytes} MB in {seconds:.1f} s of {step_seconds * 1e3:.0f} ms steps took "
-        f"{share:.1%} of the time (limit 3%); {len(addresses) / len(state):.0f} buffers an array were ever allocated"
-    )
+    return {
+        "backups": len(taken), "MB": megabytes, "seconds": seconds, "step_ms": step_seconds * 1e3,
+        "share": share, "buffers": len(addresses) / len(state),
+    }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="50 MB in place of 500")
-    quick = parser.parse_args().quick
-    print(f"temporary files are in {Path(tempfile.gettempdir())}")
-    rollback(50 if quick else 500, 5 if quick else 9)
-    step_cost(9 if quick else 25)
-    pacing(8, 0.01, 300 if quick else 1500)
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Measure; `quick`: 50 MB in place of 500."""
+    return {
+        "rollback": rollback(50 if quick else 500, 5 if quick else 9),
+        "step": step_cost(9 if quick else 25),
+        "pacing": pacing(8, 0.01, 300 if quick else 1500),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    back, paced = results["rollback"], results["pacing"]
+    return "\n".join([
+        f"rollback of {back['MB']} MB: {back['RAM_ms']:.0f} ms from RAM, {back['checkpoint_ms']:.0f} ms to load and "
+        f"verify a checkpoint (page cache warm): {back['faster']:.1f} times faster (goal 5)",
+        f"backup: {back['backup_ms']:.0f} ms, plain copy into warm memory {back['copy_ms']:.0f} ms: "
+        f"{back['backup/copy']:.2f}x (limit 1.5)",
+        "draw + update at B=256 with detector, backups' bookkeeping and events on, against torch's blind draw",
+        *(f"  N={row['N']:,}: {row['r8_us']:.0f} us against {row['torch_us']:.0f} us: {row['ratio']:.1f}x (limit 16)"
+          for row in results["step"]),
+        f"pacing: {paced['backups']} backups of {paced['MB']} MB in {paced['seconds']:.1f} s of "
+        f"{paced['step_ms']:.0f} ms steps took {paced['share']:.1%} of the time (limit 3%); "
+        f"{paced['buffers']:.0f} buffers an array were ever allocated",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

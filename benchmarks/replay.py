@@ -9,14 +9,15 @@ importance weights, then new priorities for it.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.replay import HybridSRLReplayBuffer, PrioritizedReplayBuffer
 from learnit_r8.sum_tree import SumTree
@@ -77,10 +78,12 @@ def their_step(buffer: object, errors: np.ndarray) -> Callable[[], object]:
     return step
 
 
-def compare(capacity: int, rounds: int) -> None:
-    """Print one row per batch size: microseconds per step and ratios to cpprb."""
+def compare(capacity: int, rounds: int) -> list[dict[str, float]]:
+    """Return one row per batch size: microseconds per step."""
+    progress(f"{capacity:,} transitions")
     rng = np.random.default_rng(1)
     numpy, numba, cpprb = ours(capacity, fast=False), ours(capacity, fast=True), theirs(capacity)
+    rows = []
     for size in BATCHES:
         errors = rng.random(size)
         seconds = interleave(
@@ -92,23 +95,27 @@ def compare(capacity: int, rounds: int) -> None:
             rounds=rounds,
             calls=max(10, 3200 // size),
         )
-        cells = [f"{1e6 * seconds[name]:9.1f}" for name in ("cpprb", "numpy", "numba")]
-        ratios = [f"{seconds[name] / seconds['cpprb']:9.2f}" for name in ("numpy", "numba")]
-        print(f"{capacity:>10.0e} {size:>6}", *cells, *ratios)
+        rows.append(
+            {"capacity": capacity, "B": size, **{f"{name}_us": 1e6 * value for name, value in seconds.items()}}
+            | {f"{name}/cpprb": seconds[name] / seconds["cpprb"] for name in ("numpy", "numba")}
+            | {"rounds": rounds}
+        )
+    return rows
 
 
-def drift(updates: int) -> None:
-    """Print the relative error of the total after many updates with duplicates."""
+def drift(updates: int) -> float:
+    """Return the relative error of the total after many updates with duplicates."""
+    progress("drift of the total")
     rng = np.random.default_rng(2)
     tree = SumTree(100_000)
     for _ in range(updates // 1000):
         tree.set(rng.integers(0, tree.size, 1000), rng.pareto(1.2, 1000))
-    error = abs(tree.total / math.fsum(tree.weights()) - 1.0)
-    print(f"total after {updates:.0e} updates: relative error {error:.1e}")
+    return abs(tree.total / math.fsum(tree.weights()) - 1.0)
 
 
-def diversity(count: int, rounds: int) -> None:
-    """Print the milliseconds for diversity of all and for selecting what is due."""
+def diversity(count: int, rounds: int) -> float:
+    """Return the milliseconds for diversity of all and for selecting what is due."""
+    progress("diversity")
     rng = np.random.default_rng(3)
     buffer = HybridSRLReplayBuffer(count)
     for k in range(count):
@@ -122,27 +129,34 @@ def diversity(count: int, rounds: int) -> None:
         buffer.diversities()
         buffer.get_due_samples(9, 64)
         both.append(time.perf_counter() - start)
-    print(f"diversity + due selection, {count:.0e} x 256: {1e3 * float(np.median(both)):.1f} ms")
+    return 1e3 * float(np.median(both))
 
 
-def main() -> None:
-    """Run everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    quick = parser.parse_args().quick
-    try:
-        importlib.import_module("torchrl.data")
-        print("torchrl loads here: add it as a rival")
-    except (ImportError, OSError, RuntimeError) as error:
-        print(f"torchrl left out: {error}")
-    print(
-        f"{'capacity':>10} {'batch':>6} {'cpprb us':>9} {'numpy us':>9} {'numba us':>9} {'numpy/c':>9} {'numba/c':>9}"
-    )
-    for capacity in (10_000,) if quick else (10_000, 1_000_000, 10_000_000):
-        compare(capacity, rounds=3 if quick else 15)
-    drift(10_000 if quick else 1_000_000)
-    diversity(2_000 if quick else 100_000, rounds=3 if quick else 15)
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Measure; `quick`: small sizes, few rounds."""
+    rounds, updates, count = (3, 10_000, 2_000) if quick else (15, 1_000_000, 100_000)
+    sizes = (10_000,) if quick else (10_000, 1_000_000, 10_000_000)
+    return {
+        "steps": [row for capacity in sizes for row in compare(capacity, rounds)],
+        "drift": {"updates": updates, "relative error": drift(updates)},
+        "diversity": {"embeddings": count, "ms": diversity(count, rounds), "rounds": rounds},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    fields = ("cpprb_us", "numpy_us", "numba_us", "numpy/cpprb", "numba/cpprb")
+    rows = [
+        [f"{row['capacity']:,}", row["B"], *(f"{row[key]:.{1 if key.endswith('us') else 2}f}" for key in fields)]
+        for row in results["steps"]
+    ]
+    drifted, found = results["drift"], results["diversity"]
+    return "\n".join([
+        "Sample + weights + update, microseconds (median of interleaved rounds)",
+        columns(("capacity", "B", "cpprb", "ours, numpy", "ours, numba", "numpy/cpprb", "numba/cpprb"), rows),
+        f"total after {drifted['updates']:,} updates: relative error {drifted['relative error']:.1e}",
+        f"diversity + due selection, {found['embeddings']:,} x 256: {found['ms']:.1f} ms",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -8,13 +8,14 @@ itself, so that volumes and the work on them are those of the whole. Network tim
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import main
 from learnit_r8.integrations.sharded import ShardedScheduler
 
 
@@ -34,21 +35,19 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1_000_000_000)
-    parser.add_argument("--ranks", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=256, help="samples a step of one rank")
-    parser.add_argument("--steps", type=int, default=200)
-    args = parser.parse_args()
-    shard, before = args.samples // args.ranks, peak()
-    gather = Echo(args.ranks)
+def run(
+    *, quick: bool = False, samples: int = 1_000_000_000, ranks: int = 64, batch: int = 256, steps: int = 200
+) -> dict[str, Any]:
+    """Measure; `batch`: samples a step of one rank; `quick`: a hundredth of the samples."""
+    samples //= 100 if quick else 1
+    shard, before = samples // ranks, peak()
+    gather = Echo(ranks)
     scheduler = ShardedScheduler(
         shard,
-        args.batch,
+        batch,
         num_epochs=4,
         rank=0,
-        world_size=args.ranks,
+        world_size=ranks,
         all_gather=gather,
         checkpoint_dir=None,
         ui="off",
@@ -64,28 +63,40 @@ def main() -> None:
     start = time.perf_counter()
     scheduler._start_epoch()
     epoch_seconds, epoch_bytes, gather.sent = time.perf_counter() - start, gather.sent, 0
-    losses = np.random.default_rng(0).lognormal(size=args.batch).astype(np.float32)
+    losses = np.random.default_rng(0).lognormal(size=batch).astype(np.float32)
     seconds, batches = [], scheduler.batch_iterator()
-    for _ in range(args.steps):
+    for _ in range(steps):
         start = time.perf_counter()
         next(batches)
         scheduler.update_with_loss(losses)
         seconds.append(time.perf_counter() - start)
-    step_bytes = gather.sent / args.steps
+    step_bytes = gather.sent / steps
     catalog = scheduler.catalog.nbytes / (1 << 20)
-    print(f"{args.samples:,} samples on {args.ranks} ranks: {shard:,} a rank, batch {args.batch} a rank")
+    return {
+        "samples": samples, "ranks": ranks, "shard": shard, "batch": batch,
+        "catalog": {"MiB": catalog, "bytes a sample": scheduler.catalog.nbytes / shard,
+                    "replicated_MiB": catalog * ranks},
+        "peak memory": {"catalog_MiB": after_catalog - before, "planning_MiB": peak() - before},
+        "step": {"sent": step_bytes, "received": step_bytes * ranks, "us": statistics.median(seconds) * 1e6,
+                 "repeats": steps},
+        "epoch start": {"sent": epoch_bytes, "received": epoch_bytes * ranks, "s": epoch_seconds},
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    held, top, step, start = (results[key] for key in ("catalog", "peak memory", "step", "epoch start"))
     lines = {
-        "catalog": f"{catalog:.0f} MiB a rank, {scheduler.catalog.nbytes / shard:.0f} bytes a sample",
-        "replicated": f"{catalog * args.ranks:.0f} MiB a rank would be needed",
-        "peak memory": f"{after_catalog - before:.0f} MiB a rank with the catalog, "
-        f"{peak() - before:.0f} while planning",
-        "a step": f"{step_bytes:.0f} bytes sent, {step_bytes * args.ranks:.0f} received, "
-        f"{statistics.median(seconds) * 1e6:.0f} us",
-        "an epoch start": f"{epoch_bytes:,} bytes sent, {epoch_bytes * args.ranks:,} received, {epoch_seconds:.1f} s",
+        "catalog": f"{held['MiB']:.0f} MiB a rank, {held['bytes a sample']:.0f} bytes a sample",
+        "replicated": f"{held['replicated_MiB']:.0f} MiB a rank would be needed",
+        "peak memory": f"{top['catalog_MiB']:.0f} MiB with the catalog, {top['planning_MiB']:.0f} while planning",
+        "a step": f"{step['sent']:.0f} bytes sent, {step['received']:.0f} received, {step['us']:.0f} us",
+        "an epoch start": f"{start['sent']:,} bytes sent, {start['received']:,} received, {start['s']:.1f} s",
     }
-    for name, text in lines.items():
-        print(f"  {name:16}{text}")
+    title = f"{results['samples']:,} samples on {results['ranks']} ranks: {results['shard']:,} a rank, " + (
+        f"batch {results['batch']} a rank"
+    )
+    return "\n".join([title, *(f"  {name:16}{text}" for name, text in lines.items())])
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -5,16 +5,18 @@ python -m benchmarks.speed [--quick]
 
 from __future__ import annotations
 
-import argparse
+import math
 import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8 import R8Scheduler
 
@@ -79,30 +81,31 @@ class Loop:
         self.scheduler.update_with_loss(self.losses)
 
 
-def per_step(quick: bool) -> None:
-    print("\nDraw + update, microseconds a step (median of interleaved rounds)")
-    print(f"{'N':>9} {'B':>5} {'r8':>8} {'torch':>8} {'published':>11} {'r8/torch':>9}")
-    cost = {}
+def per_step(quick: bool) -> list[dict[str, float]]:
+    """Return the cost of draw + update at each size."""
+    rows = []
     for size in (10_000, 1_000_000) if quick else (10_000, 1_000_000, 10_000_000):
         for batch in (32, 256, 1024):
-            blind = torch_batches(size, batch)
-            loop = Loop(size, batch)
-            calls = max(min(200, size // batch // 4), 2)
+            progress(f"N={size:,} B={batch}")
+            blind, loop = torch_batches(size, batch), Loop(size, batch)
+            calls, rounds = max(min(200, size // batch // 4), 2), 9 if quick else 15
             rivals = {"r8": loop.step, "torch": lambda blind=blind: next(blind)}
-            times = interleave(rivals, rounds=9 if quick else 15, calls=calls)
-            published = float("nan")
+            times = interleave(rivals, rounds=rounds, calls=calls)
+            published = math.nan
             if size <= 1_000_000:
                 rival = Published(size, batch)
                 published = interleave({"p": lambda rival=rival: rival.step(1.0)}, rounds=1)["p"] * 1e6
-            r8, torch = times["r8"] * 1e6, times["torch"] * 1e6
-            cost[size, batch] = r8
-            print(f"{size:9d} {batch:5d} {r8:8.1f} {torch:8.1f} {published:11.0f} {r8 / torch:9.2f}")
-    largest = max(size for size, _ in cost)
-    print(f"B=256: N={largest:,} costs {cost[largest, 256] / cost[10_000, 256]:.2f}x what N=10,000 costs (goal 1.3)")
+            rows.append({
+                "N": size, "B": batch, "r8_us": times["r8"] * 1e6, "torch_us": times["torch"] * 1e6,
+                "published_us": published, "r8/torch": times["r8"] / times["torch"], "rounds": rounds, "calls": calls,
+            })  # fmt: skip
+    return rows
 
 
-def boundary(quick: bool) -> None:
+def boundary(quick: bool) -> dict[str, float]:
+    """Return the cost of an epoch's boundary, and the catalog's memory."""
     size = 1_000_000 if quick else 10_000_000
+    progress(f"epoch boundary at N={size:,}")
     loop = Loop(size, 256)
     scheduler = loop.scheduler
     next(scheduler.epoch_iterator())
@@ -114,33 +117,50 @@ def boundary(quick: bool) -> None:
 
     rng = np.random.default_rng(0)
     times = interleave({"boundary": turn, "permutation": lambda: rng.permutation(size)}, rounds=5)
-    ratio = times["boundary"] / times["permutation"]
-    print(
-        f"\nEpoch boundary at N={size:,}: {times['boundary']:.2f} s, "
-        f"Generator.permutation {times['permutation']:.2f} s, {ratio:.2f}x (goal 4)"
-    )
-    print(f"Catalog: {scheduler.catalog.nbytes / size:.0f} bytes a sample (goal 32)")
+    return {
+        "N": size, "boundary_s": times["boundary"], "permutation_s": times["permutation"],
+        "ratio": times["boundary"] / times["permutation"], "rounds": 5,
+        "bytes a sample": scheduler.catalog.nbytes / size,
+    }  # fmt: skip
 
 
-def import_cost() -> None:
+def import_cost(rounds: int = 15) -> dict[str, float]:
+    """Return the time of `import learnit_r8` over that of `import numpy`, whole processes."""
+
     def seconds(module: str) -> float:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
         return time.perf_counter() - start
 
-    pairs = [(seconds("learnit_r8"), seconds("numpy")) for _ in range(15)]
-    ratio = statistics.median(ours / numpy for ours, numpy in pairs)
-    print(f"\nimport learnit_r8: {ratio:.2f}x import numpy, whole processes (goal 1.3)")
+    progress("import")
+    pairs = [(seconds("learnit_r8"), seconds("numpy")) for _ in range(rounds)]
+    return {"ratio": statistics.median(ours / numpy for ours, numpy in pairs), "rounds": rounds}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="up to a million samples")
-    quick = parser.parse_args().quick
-    per_step(quick)
-    boundary(quick)
-    import_cost()
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """Measure; `quick`: up to a million samples."""
+    steps = per_step(quick)
+    at = {row["N"]: row["r8_us"] for row in steps if row["B"] == 256}
+    return {"steps": steps, "growth": at[max(at)] / at[min(at)], "boundary": boundary(quick), "import": import_cost()}
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = [
+        [f"{row['N']:,}", row["B"], f"{row['r8_us']:.1f}", f"{row['torch_us']:.1f}", f"{row['published_us']:.0f}",
+         f"{row['r8/torch']:.2f}"]
+        for row in results["steps"]
+    ]  # fmt: skip
+    edge, largest = results["boundary"], max(row["N"] for row in results["steps"])
+    return "\n".join([
+        "Draw + update, microseconds a step (median of interleaved rounds)",
+        columns(("N", "B", "r8", "torch", "published", "r8/torch"), rows),
+        f"B=256: N={largest:,} costs {results['growth']:.2f}x what N=10,000 costs (goal 1.3)",
+        f"Epoch boundary at N={edge['N']:,}: {edge['boundary_s']:.2f} s, Generator.permutation "
+        f"{edge['permutation_s']:.2f} s, {edge['ratio']:.2f}x (goal 4)",
+        f"Catalog: {edge['bytes a sample']:.0f} bytes a sample (goal 32)",
+        f"import learnit_r8: {results['import']['ratio']:.2f}x import numpy, whole processes (goal 1.3)",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from benchmarks import stability_curves as curves
+from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.stability.backups import BackupRing
 from learnit_r8.stability.detector import Detector, DetectorSettings
@@ -111,25 +112,21 @@ def interventions(make: Callable[[], tuple[Rule, Callable[[int], None]]], run: c
     return found
 
 
-def false_alarms(families: Iterable, real: Iterable, n_curves: int, length: int, real_steps: int) -> None:
-    """Print false interventions per curve family and per real run."""
-    print(f"false interventions on clean curves\n{'':24}{'steps':>9}" + "".join(f"{name:>16}" for name in RULES))
-    total = dict.fromkeys(RULES, 0)
-    steps = 0
+def false_alarms(
+    families: Iterable, real: Iterable, n_curves: int, length: int, real_steps: int
+) -> list[dict[str, Any]]:
+    """Return false interventions per curve family and per real run."""
+    rows = []
     for kind, makers in (("family", families), ("real run", real)):
         for make in makers:
+            progress(f"clean curves: {make.__name__}")
             if kind == "family":
                 runs = [curves.Run(make(np.random.default_rng([2024, k]), length)) for k in range(n_curves)]
             else:
                 runs = [make(real_steps)]
             counts = {name: sum(len(interventions(rule, run)) for run in runs) for name, rule in RULES.items()}
-            size = sum(run.losses.size for run in runs)
-            steps += size
-            for name, count in counts.items():
-                total[name] += count
-            print(f"{make.__name__:24}{size:9d}" + "".join(f"{count:16d}" for count in counts.values()), flush=True)
-    print(f"{'total':24}{steps:9d}" + "".join(f"{count:16d}" for count in total.values()))
-    print(f"{'per 100k steps':33}" + "".join(f"{count / steps * 1e5:16.2f}" for count in total.values()))
+            rows.append({kind: make.__name__, "steps": sum(run.losses.size for run in runs), **counts})
+    return rows
 
 
 def _scales(losses: curves.Curve, at: int) -> float:
@@ -164,14 +161,14 @@ def outlier(_rng: curves.Rng, losses: curves.Curve, at: int) -> None:
     losses[at] += 10 * _scales(losses, at)
 
 
-def detection(families: Iterable, repeats: int) -> None:
-    """Print how many planted faults were found within 1200 steps, and after how many steps."""
-    print(f"\nplanted faults: found of {repeats} a family, median (worst) delay in steps")
-    print(f"{'':34}" + "".join(f"{name:>20}" for name in RULES))
+def detection(families: Iterable, repeats: int) -> list[dict[str, Any]]:
+    """Return how many planted faults were found within 1200 steps, and after how many steps."""
+    rows = []
     for fault in (spike, level, exponential, drift, outlier):
         for family in families:
-            cells = []
-            for make in RULES.values():
+            progress(f"planted faults: {fault.__name__}, {family.__name__}")
+            row: dict[str, Any] = {"fault": fault.__name__, "family": family.__name__, "planted": repeats}
+            for name, make in RULES.items():
                 delays = []
                 for k in range(repeats):
                     rng = np.random.default_rng([77, k])
@@ -181,19 +178,21 @@ def detection(families: Iterable, repeats: int) -> None:
                     hits = [step - at for step in interventions(make, curves.Run(losses[: at + 1200])) if step >= at]
                     limit = 20 if fault is outlier else 1200
                     delays += [hit for hit in hits[:1] if hit < limit]
-                worst = f"{statistics.median(delays):.0f} ({max(delays)})" if delays else "-"
-                cells.append(f"{len(delays):>8} {worst:>11}")
-            print(f"{fault.__name__:12}{family.__name__:22}" + "".join(cells), flush=True)
+                median, worst = (statistics.median(delays), max(delays)) if delays else (None, None)
+                row[name] = {"found": len(delays), "median delay": median, "worst": worst}
+            rows.append(row)
+    return rows
 
 
-def cost(megabytes: int) -> None:
-    """Print the cost of a reading and of a backup."""
+def cost(megabytes: int) -> dict[str, float]:
+    """Return the cost of a reading and of a backup."""
+    progress("cost")
     losses = curves.small_batch(np.random.default_rng(0), 50_000).tolist()
     detector = Detector()
     start = time.perf_counter()
     for step, loss in enumerate(losses):
         detector.observe(step, loss)
-    print(f"\ndetector: {(time.perf_counter() - start) / len(losses) * 1e6:.1f} us a step (limit 32)")
+    reading = (time.perf_counter() - start) / len(losses) * 1e6
 
     rng = np.random.default_rng(0)
     state = {f"layer{k}": rng.standard_normal((1250, 200), dtype=np.float32) for k in range(megabytes)}
@@ -207,29 +206,48 @@ def cost(megabytes: int) -> None:
             np.copyto(target[name], array)
 
     times = interleave({"plain": plain, "backup": lambda: ring.take(state, 4)}, rounds=11)
-    print(
-        f"backup of {megabytes} MB: {times['backup'] * 1e3:.0f} ms, plain copy into warm memory "
-        f"{times['plain'] * 1e3:.0f} ms: {times['backup'] / times['plain']:.2f} x (limit 1.5)"
-    )
+    return {
+        "detector_us": reading, "MB": megabytes, "backup_ms": times["backup"] * 1e3, "copy_ms": times["plain"] * 1e3,
+        "backup/copy": times["backup"] / times["plain"], "rounds": 11,
+    }  # fmt: skip
 
 
-def main() -> None:
-    """Run all of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work")
-    parser.add_argument("--tuning", action="store_true", help="the curves that the rule was chosen on")
-    options = parser.parse_args()
-    families = curves.TUNING_FAMILIES if options.tuning else curves.EXAM_FAMILIES
-    real = curves.TUNING_RUNS if options.tuning else curves.EXAM_RUNS
-    if options.quick:
-        false_alarms(families, real, 2, 12_000, 2_500)
-        detection(families, 5)
-        cost(50)
-    else:
-        false_alarms(families, real, 10, 24_000, 25_000)
-        detection(families, 40)
-        cost(500)
+def run(*, quick: bool = False, tuning: bool = False) -> dict[str, Any]:
+    """Measure; `quick`: a tenth of the work; `tuning`: the curves that the rule was chosen on."""
+    families = curves.TUNING_FAMILIES if tuning else curves.EXAM_FAMILIES
+    real = curves.TUNING_RUNS if tuning else curves.EXAM_RUNS
+    sizes, repeats, megabytes = ((2, 12_000, 2_500), 5, 50) if quick else ((10, 24_000, 25_000), 40, 500)
+    found = false_alarms(families, real, *sizes)
+    total = {key: sum(row[key] for row in found) for key in ("steps", *RULES)}
+    return {
+        "false alarms": found, "total": total,
+        "per 100k steps": {name: total[name] / total["steps"] * 1e5 for name in RULES},
+        "detection": detection(families, repeats), "cost": cost(megabytes),
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    names = list(RULES)
+    alarms = [[next(iter(row.values())), row["steps"], *(row[name] for name in names)]
+              for row in results["false alarms"]]  # fmt: skip
+    alarms += [["total", results["total"]["steps"], *(results["total"][name] for name in names)]]
+    alarms += [["per 100k steps", "", *(f"{results['per 100k steps'][name]:.2f}" for name in names)]]
+
+    def cell(hits: dict[str, Any]) -> str:
+        return f"{hits['found']}: {hits['median delay']:.0f} ({hits['worst']})" if hits["found"] else "0"
+
+    planted = [[row["fault"], row["family"], *(cell(row[name]) for name in names)] for row in results["detection"]]
+    cost = results["cost"]
+    return "\n".join([
+        "false interventions on clean curves",
+        columns(("", "steps", *names), alarms),
+        f"\nplanted faults, {results['detection'][0]['planted']} a family: found, median (worst) delay in steps",
+        columns(("fault", "family", *names), planted),
+        f"\ndetector: {cost['detector_us']:.1f} us a step (limit 32)",
+        f"backup of {cost['MB']} MB: {cost['backup_ms']:.0f} ms, plain copy into warm memory {cost['copy_ms']:.0f} ms: "
+        f"{cost['backup/copy']:.2f} x (limit 1.5)",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -9,13 +9,14 @@ that other processes disturb less. `--large` adds N = 1e7.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import columns, main, progress
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.scheduler import R8Scheduler
@@ -154,35 +155,39 @@ def curriculum_update(asking: bool) -> dict[int, float]:
     return {int(name): statistics.median(values[1:]) * 1e6 for name, values in times.items()}
 
 
-def main() -> None:
-    """Print the tables and one line for the log."""
-    sizes = [10_000, 1_000_000] + ([10_000_000] if "--large" in sys.argv else [])
-    choose = {size: choosing(size) for size in sizes}
-    step = {size: stepping(size) for size in sizes}
-    print(f"B = {BATCH}; microseconds: choose, step")
-    print(
-        f"{'strategy':<13}" + "".join(f"{f'N = {n:.0e}':>18}" for n in sizes) + f"{'step / quadrant':>18}{'growth':>9}"
-    )
-    for name in names():
-        cells = "".join(f"{choose[n][name]:>9.0f}{step[n][name]:>9.0f}" for n in sizes)
-        ratio = step[1_000_000][name] / step[1_000_000]["quadrant"]
-        growth = step[1_000_000][name] / step[10_000][name]
-        print(f"{name:<13}{cells}{ratio:>18.2f}{growth:>9.2f}")
-    ratios = []
-    for asking in (False, True):
-        small, large = curriculum_update(asking).values()
-        ratios.append(large / small)
-        label = "with a question every 50" if asking else "alone"
-        print(f"curriculum update {label}: {small:.2f} us at 1e3 keys, {large:.2f} us at 1e6, {large / small:.2f}x")
-    large_steps = step[1_000_000]
-    worst = max(large_steps, key=lambda name: large_steps[name])
-    print(
-        f"python -m benchmarks.strategies -> slowest step at N=1e6: {worst}, "
-        f"{large_steps[worst] / large_steps['quadrant']:.2f}x quadrant; largest growth from N=1e4: "
-        f"{max(large_steps[name] / step[10_000][name] for name in names()):.2f}x; "
-        f"curriculum update 1e6 / 1e3 keys: {ratios[0]:.2f}x, asked every 50 updates {ratios[1]:.2f}x"
-    )
+def run(*, quick: bool = False, large: bool = False) -> dict[str, Any]:
+    """Measure; `quick`: 10 000 samples only, `large`: N = 1e7 too."""
+    sizes = [10_000, *([] if quick else [1_000_000]), *([10_000_000] if large else [])]
+    costs = {name: {} for name in names()}
+    for size in sizes:
+        progress(f"N={size:,}")
+        choose, step = choosing(size), stepping(size)
+        for name in costs:
+            costs[name][f"N={size}"] = {"choose_us": choose[name], "step_us": step[name]}
+    progress("curriculum updates")
+    updates = {label: curriculum_update(asking) for label, asking in (("alone", False), ("asked every 50", True))}
+    return {"B": BATCH, "rounds": ROUNDS, "strategies": costs, "curriculum update, us by keys": updates}
+
+
+def table(results: dict[str, Any]) -> str:
+    costs = results["strategies"]
+    sizes = list(next(iter(costs.values())))
+    last, first = sizes[-1], sizes[0]
+    rows = [
+        [name, *(f"{found[size][key]:.0f}" for size in sizes for key in ("choose_us", "step_us")),
+         f"{found[last]['step_us'] / costs['quadrant'][last]['step_us']:.2f}",
+         f"{found[last]['step_us'] / found[first]['step_us']:.2f}"]
+        for name, found in costs.items()
+    ]  # fmt: skip
+    head = ["strategy", *(f"{key}, {size}" for size in sizes for key in ("choose", "step")), "step/quadrant", "growth"]
+    lines = [
+        f"curriculum update {label}: {small:.2f} us at 1e3 keys, {large:.2f} us at 1e6, {large / small:.2f}x"
+        for label, (small, large) in (
+            (label, tuple(found.values())) for label, found in results["curriculum update, us by keys"].items()
+        )
+    ]
+    return "\n".join([f"B = {results['B']}; microseconds of CPU", columns(head, rows), *lines])
 
 
 if __name__ == "__main__":
-    main()
+    main(run, table, __doc__)

@@ -324,7 +324,7 @@ def test_ordinary_trainings_are_left_alone(name):
 @pytest.mark.timeout(900)
 def test_all_ordinary_trainings_are_left_alone():
     torch.set_num_threads(1)
-    found = [(name, spikes) for name, _, spikes in clean_runs.table(1, print)]
+    found = [(row["training"], row["interventions"]) for row in clean_runs.rows(1)]
     assert len(found) >= 20
     assert [name for name, spikes in found if spikes] == []
 

@@ -7,11 +7,20 @@ grids the colours of the theme. No `CustomJS`: the page's policy forbids `eval`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, NumeralTickFormatter, Range1d
+from bokeh.models import (
+    BasicTickFormatter,
+    ColumnDataSource,
+    DataRange1d,
+    FixedTicker,
+    HoverTool,
+    NumeralTickFormatter,
+    Range1d,
+)
 from bokeh.plotting import figure
 from bokeh.transform import linear_cmap
 
@@ -59,15 +68,18 @@ class StepAxis:
 
     def figure(self, label: str, height: int, values: Floats) -> Figure:
         """Return an empty chart over steps whose y scale suits the values."""
-        return _figure(label, height, x_range=self.range, x_axis_label="step", **_scale(values))
+        return _figure(label, height, values, x_range=self.range, x_axis_label="step")
 
 
-def _scale(values: Floats) -> dict[str, str]:
-    return {"y_axis_type": "log"} if wants_log(values) else {}
-
-
-def _figure(label: str, height: int, **more: Any) -> Figure:
+def _figure(label: str, height: int, values: Floats | None = None, **more: Any) -> Figure:
+    """Return an empty chart; its y axis is logarithmic where that shows the values better."""
+    values = np.empty(0) if values is None else values[np.isfinite(values)]
+    log = wants_log(values)
+    more |= {"y_axis_type": "log"} if log else {}
     fig = figure(height=height, sizing_mode="stretch_width", tools=_TOOLS, y_axis_label=label, **more)
+    if log and (ticks := _log_ticks(values)):
+        fig.yaxis.ticker = fig.ygrid.ticker = FixedTicker(ticks=ticks)
+        fig.yaxis.formatter = BasicTickFormatter(use_scientific=True, power_limit_low=-4, power_limit_high=6)
     # Transparent from the start: what was once painted white leaves an edge when the theme is dark.
     fig.background_fill_color = fig.border_fill_color = None
     fig.toolbar.logo = None
@@ -77,6 +89,16 @@ def _figure(label: str, height: int, **more: Any) -> Figure:
     if more.get("x_axis_label") == "step":
         fig.xaxis.formatter = NumeralTickFormatter(format="0,0")
     return fig
+
+
+def _log_ticks(values: Floats) -> list[float]:
+    """Return ticks of a log axis of less than two decades, which Bokeh would leave all but bare; else none."""
+    low, high = float(values.min()), float(values.max())
+    if high >= 100 * low:
+        return []
+    mantissas = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    return [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
 
 
 def _hover(fig: Figure, tooltips: list[tuple[str, str]], renderers: list[Any], **more: Any) -> None:
@@ -121,15 +143,18 @@ def loss(runs: Sequence[RunData], axis: StepAxis) -> Figure:
     for number, run in enumerate(runs):
         columns = run.table.columns
         _band_lines(fig, band(columns["step"], columns["loss"]), run, number, smooth=True)
-        for name in ("val_loss", "val/loss", "eval_loss", "valid_loss"):
-            if name in run.metrics:
-                steps, values = _thin(*run.metrics[name])
-                source = ColumnDataSource({"x": steps, "y": values})
-                points = fig.scatter("x", "y", source=source, color=colour(number), line_color="#8a8f98", size=7)
-                _hover(fig, [("run", run.name), (name, "@y"), ("step", "@x{0,0}")], [points])
-                break
+        if name := validation(run):
+            steps, values = _thin(*run.metrics[name])
+            source = ColumnDataSource({"x": steps, "y": values})
+            points = fig.scatter("x", "y", source=source, color=colour(number), line_color="#8a8f98", size=7)
+            _hover(fig, [("run", run.name), (name, "@y"), ("step", "@x{0,0}")], [points])
     _legend(fig, len(runs) > 1)
     return fig
+
+
+def validation(run: RunData) -> str:
+    """Return the name of the run's validation loss, or nothing."""
+    return next((name for name in ("val_loss", "val/loss", "eval_loss", "valid_loss") if name in run.metrics), "")
 
 
 def learning_rate(runs: Sequence[RunData], axis: StepAxis) -> Figure:
@@ -146,7 +171,9 @@ def throughput(runs: Sequence[RunData], axis: StepAxis) -> Figure:
         found: Floats = np.divide(columns["size"], seconds, out=np.full(len(seconds), np.nan), where=seconds > 0)
         return found
 
-    return _banded(runs, axis, "samples / s", rate, log=True)
+    fig = _banded(runs, axis, "samples / s", rate, log=True)
+    fig.yaxis.formatter = NumeralTickFormatter(format="0.[0]a")
+    return fig
 
 
 def _banded(
@@ -227,7 +254,7 @@ def quadrant_edges(run: RunData) -> Figure | None:
         return None
     edges = np.array([event.edges for event in found], float)
     epochs = np.array([event.epoch + 1 for event in found], float)
-    fig = _figure("loss", 260, x_axis_label="epoch", **_scale(edges.ravel()))
+    fig = _figure("loss", 260, edges.ravel(), x_axis_label="epoch")
     names = ("lowest", "Q1 | Q2", "Q2 | Q3", "Q3 | Q4", "highest")
     for number, name in enumerate(names):
         source = ColumnDataSource({"x": epochs, "y": edges[:, number]})
@@ -287,7 +314,7 @@ def data_map(run: RunData, most: int = MAX_SAMPLES) -> Figure | None:
     if catalog.groups is not None:
         columns["group"] = catalog.groups[keep].astype(np.int32)
         tips.insert(1, ("class", "@group"))
-    fig = _figure("mean loss", 420, x_axis_label="variability (standard deviation)", **_scale(columns["y"]))
+    fig = _figure("mean loss", 420, columns["y"], x_axis_label="variability (standard deviation)")
     fig.tools = [tool for tool in fig.tools if "X" not in type(tool).__name__]
     fig.add_tools("pan", "wheel_zoom")
     shade = linear_cmap("correct", _CORRECTNESS, 0, 1)

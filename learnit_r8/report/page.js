@@ -83,6 +83,7 @@
     for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sort(button));
     for (const button of document.querySelectorAll(".csv")) button.addEventListener("click", () => save(button));
     for (const chart of document.querySelectorAll(".chart")) chart.addEventListener("keydown", keys);
+    for (const text of document.querySelectorAll("pre")) text.parentElement.scrollTop = text.parentElement.scrollHeight;
     const wait = setInterval(() => {
       if (figures().length < document.querySelectorAll(".chart").length) return;
       clearInterval(wait);

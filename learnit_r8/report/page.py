@@ -172,6 +172,7 @@ def _finite(values: Any) -> Any:
 def _course(runs: Sequence[RunData], charts: _Charts) -> Iterable[str]:
     axis = figures.StepAxis(runs)
     about = f"Band: lowest to highest loss of neighbouring batches. Line: moving average (decay {DECAY:g})."
+    about += " Dots: validation loss." if any(map(figures.validation, runs)) else ""
     yield charts.card("Loss", about, figures.loss(runs, axis), wide=True)
     for run in runs:
         figure = figures.timeline(run, axis)
@@ -193,7 +194,8 @@ def _samples(run: RunData, number: int, count: int, charts: _Charts) -> Iterable
     if run.catalog is not None:
         flagged = run.flagged()
         yield _card("Suspects", _suspects_table(rows(run.catalog, _SUSPECTS_SHOWN), flagged, run, number), wide=True)
-    yield charts.card("Quadrant edges", "Quartiles of the samples' loss at each epoch.", figures.quadrant_edges(run))
+    about = "Quartiles of the samples' loss at each epoch; dotted: the lowest and the highest."
+    yield charts.card("Quadrant edges", about, figures.quadrant_edges(run))
     yield charts.card("Migration", "Samples that ended an epoch in an easier quadrant.", figures.migration(run))
     yield _card("Spikes and rollbacks", _spikes_table(run, number), wide=True)
     yield _card("Where the time went", _time_bars(run, number), wide=True)
