@@ -225,6 +225,12 @@ class LossCatalog:
 
         Args:
             k: How many, 0 to N; fewer come back while fewer were seen.
+
+        Returns:
+            Sample ids, int64 `[k]`.
+
+        Raises:
+            ValueError: `k` is below 0.
         """
         if k < 0:
             raise ValueError(f"k must be >= 0, got {k}")

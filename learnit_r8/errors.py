@@ -42,9 +42,10 @@ class CheckpointCorrupt(CheckpointError):
 class TrainingDiverged(R8Error):
     """Training is beyond recovery: the rollback budget is spent.
 
-    Attributes:
-        batches: The sample ids of the last failing batches, oldest first.
-        crash_bundle: Folder with the evidence, or None when nothing could be written.
+    Args:
+        message: What happened, and where the evidence is.
+        batches: The sample ids of the last failing batches, oldest first; an attribute, too.
+        crash_bundle: Folder with the evidence, or None when nothing could be written; an attribute, too.
     """
 
     def __init__(

@@ -626,7 +626,11 @@ class R8Scheduler:
         return scheduler
 
     def state_dict(self) -> State:
-        """Return all that the next step depends on: JSON scalars, lists, dicts and numpy arrays."""
+        """Return all that the next step depends on: JSON scalars, lists, dicts and numpy arrays.
+
+        Raises:
+            ProtocolError: The search of `auto_find_lr` is running.
+        """
         if self._search is not None and self._search.running:
             raise ProtocolError("the LR search is running: its state cannot be saved, save before or after it")
         return {

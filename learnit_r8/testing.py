@@ -59,7 +59,11 @@ class FakeClock:
         self.advance(seconds)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Let time pass.
+
+        Raises:
+            ValueError: `seconds` is below 0.
+        """
         if seconds < 0:
             raise ValueError(f"time does not go back, got {seconds} seconds")
         self._now += seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -61,6 +62,25 @@ def test_the_file_table_names_every_file_once_and_no_other():
     assert sorted(set(table)) == sorted(table), "a file is listed twice"
     disk = set(on_disk())
     assert set(table) == disk, f"not in the table: {sorted(disk - set(table))}; gone: {sorted(set(table) - disk)}"
+
+
+def undescribed_arguments():
+    """Yield the arguments of public classes that their docstring does not describe: D107 is off because it does."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+                continue
+            text = ast.get_docstring(node) or ""
+            described = re.findall(r"^ +((?:\*{0,2}\w+(?:, )?)+):", text, re.MULTILINE)
+            known = {name.strip("*") for names in described for name in names.split(", ")}
+            for made in node.body:
+                if isinstance(made, ast.FunctionDef) and made.name == "__init__":
+                    arguments = made.args.posonlyargs + made.args.args[1:] + made.args.kwonlyargs
+                    yield from (f"{path.name}: {node.name}({a.arg})" for a in arguments if a.arg not in known)
+
+
+def test_every_argument_of_a_public_class_is_described():
+    assert list(undescribed_arguments()) == []
 
 
 HEAVY = (

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 class ScreenPdb(pdb.Pdb):
-    """The debugger, which takes the terminal when it stops and gives it back on `continue` and `quit`."""
+    """The debugger, which takes the terminal when it stops and gives it back on `continue` and `quit`.
+
+    Args:
+        suspend: Makes a context manager that gives the terminal to the user.
+    """
 
     def __init__(self, suspend: Suspend) -> None:
         super().__init__()

@@ -60,6 +60,15 @@ _NOT_CLOSED = "not closed: write `with R8Scheduler(...) as scheduler:`, or call 
 class Dashboard:
     """Shows a run and takes keys; open one with `open_dashboard`.
 
+    Args:
+        name: Rung of the ladder to start on.
+        around: What this process can show.
+        reason: Why it is this rung, where the user should know.
+        readonly: Keys control the view only, as in `r8 watch`.
+        console: File that prints go to while a screen is shown.
+        environment: Variables; `os.environ` when None.
+        clock: Wall-clock seconds.
+
     Attributes:
         record: Takes one event; it is the deque's own `append`.
         commands: What keys asked for, polled by the training loop.

@@ -48,6 +48,10 @@ class Canvas:
     """Draws grids with curses into a buffer; `draw` returns the bytes for the terminal.
 
     curses can be started once in a process, so there is one of these, from `canvas()`.
+
+    Args:
+        environment: Variables, for NO_COLOR.
+        size: Columns and rows.
     """
 
     def __init__(self, environment: Mapping[str, str], size: tuple[int, int]) -> None:

@@ -85,7 +85,11 @@ class SampleLossMixin:
     # What the Trainer calls -----------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return a plain loader: one prepared by Accelerate would cut the batches anew."""
+        """Return a plain loader: one prepared by Accelerate would cut the batches anew.
+
+        Raises:
+            ValueError: There is no `train_dataset`.
+        """
         trainer: Any = self
         args, dataset, collate = trainer.args, trainer.train_dataset, trainer.data_collator
         if dataset is None:

@@ -233,7 +233,11 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         set_torch_generators(training_generators.get(self.model, []))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Report the step's losses and draw the next batch."""
+        """Report the step's losses and draw the next batch.
+
+        Raises:
+            ConfigError: The model's own `train_step` leaves no loss to read.
+        """
         if not self._losses.written:
             raise ConfigError(["this model's train_step does not call compute_loss: no loss can be read"])
         if hasattr(self.model, "jax_state_sync"):  # the JAX trainer keeps its variables to itself

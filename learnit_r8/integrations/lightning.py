@@ -71,7 +71,11 @@ class R8Callback(Callback):
     # Lightning's hooks, in their order ------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that both sides agree on the number of processes."""
+        """Check that both sides agree on the number of processes.
+
+        Raises:
+            ConfigError: They do not.
+        """
         if stage == "fit" and trainer.world_size != self.scheduler.world_size:
             raise ConfigError(
                 [
@@ -88,7 +92,11 @@ class R8Callback(Callback):
         self.scheduler.attach_model(self._capture, self._restore)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start, or go on in the middle of an epoch."""
+        """Start, or go on in the middle of an epoch.
+
+        Raises:
+            ConfigError: The training loader does not draw from the scheduler.
+        """
         if not _uses_sampler(trainer.train_dataloader):
             raise ConfigError(
                 [

@@ -101,7 +101,14 @@ class ShardedCatalog(LossCatalog):
 
 
 class ShardedRanks(Ranks):
-    """Ranks with batches, and checkpoints, of their own."""
+    """Ranks with batches, and checkpoints, of their own.
+
+    Args:
+        rank: Number of this process.
+        world_size: Number of processes.
+        all_gather: As for `R8Scheduler`.
+        args: The scheduler's arguments.
+    """
 
     def __init__(self, rank: int, world_size: int, all_gather: Gather, args: Arguments) -> None:
         plan = f"{args.config.num_samples} {args.config.batch_size} {args.config.strategy}"

@@ -73,7 +73,11 @@ class Budget:
         return epoch * steps + within, self._total_steps
 
     def learning_rate(self, position: tuple[float, float], multiplier: float) -> float:
-        """Return the learning rate at a position, within [min_lr, peak]."""
+        """Return the learning rate at a position, within [min_lr, peak].
+
+        Raises:
+            ValueError: The user's schedule returned NaN or infinity.
+        """
         floor = min(self._config.min_lr, self.peak)
         rate = (floor + (self.peak - floor) * self._schedule(*position)) * multiplier
         if not math.isfinite(rate):

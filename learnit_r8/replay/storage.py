@@ -46,7 +46,11 @@ class Storage(Protocol):
 
 
 class ObjectStorage:
-    """A list of whatever was added, returned as it was added."""
+    """A list of whatever was added, returned as it was added.
+
+    Args:
+        capacity: Number of slots.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._slots: list[Any] = [None] * capacity

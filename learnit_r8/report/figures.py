@@ -58,7 +58,11 @@ def colour(number: int) -> str:
 
 
 class StepAxis:
-    """The x axis that all charts over steps share: panning one pans all."""
+    """The x axis that all charts over steps share: panning one pans all.
+
+    Args:
+        runs: At least one; the axis spans all their steps.
+    """
 
     def __init__(self, runs: Sequence[RunData]) -> None:
         low = min(float(run.table.columns["step"].min()) for run in runs)

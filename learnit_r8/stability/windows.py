@@ -14,7 +14,11 @@ _BLOCK, _RECENT_BLOCKS, _PAST_BLOCKS = 64, 4, 16  # steps; blocks
 
 
 class SortedWindow:
-    """The last `size` values, in order of arrival and sorted."""
+    """The last `size` values, in order of arrival and sorted.
+
+    Args:
+        size: At least 1.
+    """
 
     __slots__ = ("_low", "arrivals", "size", "values")
 
@@ -159,6 +163,10 @@ class HarmlessOutliers:
     """How far single losses have lately stood out without anything coming of it.
 
     An outlier counts as harmless once `HARMLESS_AFTER` steps have passed over it.
+
+    Args:
+        memory: Steps after which one is forgotten.
+        count: Which of the highest is the envelope: 1 for the highest.
     """
 
     __slots__ = ("_age", "_count", "_memory", "_pending", "_remembered", "_rises")

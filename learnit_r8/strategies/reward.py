@@ -71,7 +71,11 @@ class RewardWeighted(WeightedStrategy):
         super().__init__()
 
     def epoch_weights(self, request: BatchRequest) -> Floats:
-        """Return the weights of the rewards, or of the catalog's losses."""
+        """Return the weights of the rewards, or of the catalog's losses, float64 `[N]`.
+
+        Raises:
+            ValueError: There are more or fewer rewards than samples.
+        """
         if self._rewards is not None:
             if len(self._rewards) != request.num_samples:
                 raise ValueError(

@@ -21,7 +21,12 @@ _STOPS = (Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH, Command.STOP_NOW)
 
 
 class DemoClock:
-    """A wall clock that runs `speed` times as fast from its start on, and stands still while paused."""
+    """A wall clock that runs `speed` times as fast from its start on, and stands still while paused.
+
+    Args:
+        speed: Above 0.
+        real: The clock that it follows.
+    """
 
     def __init__(self, speed: float, real: Clock) -> None:
         self.speed = speed
