@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import groupby
 
@@ -22,6 +23,7 @@ class Style(IntEnum):
     REVERSE = 9
 
 
+STYLES = tuple(Style)
 # One cell to one cell, so that the ASCII picture has the layout of the others.
 _ASCII = str.maketrans(
     dict(zip("─│━░×δσ·…±→←↑↓▲▼●○◌‹›–°µ", "-|=:xds-.~><^v^v*oo<>-ou", strict=True))
@@ -137,6 +139,13 @@ class Grid:
                 self._set(y, x, drawn, cells, style)
             x += cells
         return x
+
+    def put_row(self, y: int, x: int, chars: Sequence[str], styles: Sequence[int]) -> None:
+        """Write characters of one cell each that lie within the grid; those that are blank leave the cell as it is."""
+        row, kinds = self._cells[y], self._styles[y]
+        for at, char in enumerate(chars, x):
+            if char != " ":
+                row[at], kinds[at] = char, STYLES[styles[at - x]]
 
     def _put_plain(self, y: int, x: int, text: str, style: Style) -> int:
         if not text:
