@@ -288,7 +288,7 @@ d = open_dashboard('curses', log_dir='run')
 train(d, 0.3)
 def broken(*args, **kw):
     raise ZeroDivisionError('a bug in a chart')
-screen.render = broken
+screen.Painter.draw = broken
 train(d, 1.0)
 name, fault = d.name, d.fault
 d.close()

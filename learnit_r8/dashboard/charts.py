@@ -6,6 +6,7 @@ band, whatever the width. `lines.py` turns both into characters.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -100,16 +101,16 @@ def _draw_axes(grid: Grid, plot: Plot, chart: Chart, high: float) -> None:
             grid.put(plot.y + row, left - LABEL_WIDTH, label.rjust(LABEL_WIDTH), Style.DIM, left)
     grid.put(base, left, "└" + "─" * plot.cells, Style.DIM)
     _draw_x_labels(grid, plot, chart, high)
+    positions = np.array([plot.position(step, time) for step, time, _ in chart.marks])
+    inside = (plot.low <= positions) & (positions <= high)
+    icons = (icon for _, _, icon in itertools.compress(chart.marks, inside.tolist()))
+    marks = dict.fromkeys(zip(icons, plot.cells_of(positions[inside]).tolist(), strict=True))
     taken: dict[int, str] = {}
-    for step, time, icon in sorted(chart.marks, key=lambda mark: _MARK_ORDER.find(mark[2])):
-        position = plot.position(step, time)
-        if plot.low <= position <= high:
-            cell = plot.column(position) // plot.raster.columns
-            if taken.get(cell, icon) != icon:
-                cell -= 1
-            if cell >= 0 and cell not in taken:
-                taken[cell] = icon
-                grid.put(base, plot.x + cell, icon, _MARK_STYLES.get(icon, Style.MARK))
+    for icon, cell in sorted(marks, key=lambda mark: _MARK_ORDER.find(mark[0])):
+        place = cell if taken.get(cell, icon) == icon else cell - 1
+        if place >= 0 and place not in taken:
+            taken[place] = icon
+            grid.put(base, plot.x + place, icon, _MARK_STYLES.get(icon, Style.MARK))
 
 
 def _draw_x_labels(grid: Grid, plot: Plot, chart: Chart, high: float) -> None:
@@ -164,13 +165,11 @@ def _draw_lines(grid: Grid, plot: Plot, chart: Chart) -> None:
 
 
 def _draw_points(grid: Grid, plot: Plot, points: Sequence[tuple[float, float, float]]) -> None:
-    places = {}
-    for step, time, value in points:
-        position = plot.position(step, time)
-        if position >= plot.low:
-            places[plot.column(position) // plot.raster.columns, plot.row(value) // plot.raster.rows] = True
-    for cell, row in places:
-        grid.put(plot.y + row, plot.x + cell, "●", Style.MARK)
+    rows = plot.dots(np.array([value for _, _, value in points])) // plot.raster.rows
+    positions = np.array([plot.position(step, time) for step, time, _ in points])
+    inside = positions >= plot.low
+    for row, cell in set(zip(rows[inside].tolist(), plot.cells_of(positions[inside]).tolist(), strict=True)):
+        grid.put(plot.y + int(row), plot.x + cell, "●", Style.MARK)
 
 
 def _draw_outliers(grid: Grid, plot: Plot, bins: Bins) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from learnit_r8.dashboard.glyphs import Raster
-from learnit_r8.dashboard.scales import Floats, Scale
-from learnit_r8.dashboard.series import Bins
+from learnit_r8.dashboard.scales import Scale
+from learnit_r8.dashboard.series import Bins, Floats
 
 Ints = npt.NDArray[np.int64]
 
@@ -43,9 +43,11 @@ class Plot:
         """Return the raster column of a horizontal position."""
         return min(self.columns - 1, max(0, int((position - self.low) * self.per_x)))
 
-    def row(self, value: float) -> int:
-        """Return the raster row of a value, 0 at the top."""
-        return int(self.dots(np.array([value]))[0])
+    def cells_of(self, positions: Floats) -> Ints:
+        """Return the cell of every horizontal position."""
+        columns = ((positions - self.low) * self.per_x).clip(0, self.columns - 1).astype(np.int64)
+        found: Ints = columns // self.raster.columns
+        return found
 
     def dots(self, values: Floats) -> Floats:
         """Return the raster row of every value; those outside lie on the edge, NaN stays NaN."""

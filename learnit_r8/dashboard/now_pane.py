@@ -74,8 +74,8 @@ def _steps(model: DashboardModel, view: ViewState) -> list[list[Piece]]:
         f"{name} {_ms(spent[key] / steps)}"
         for name, key in (("user", "user step"), ("r8", "r8 overhead"), ("between", "between steps"))
     ]
-    if view.frame_seconds is not None:
-        shares.append(f"ui {_ms(view.frame_seconds)}")
+    if view.ui_share is not None:
+        shares.append(f"ui {_ms(view.ui_share * model.pace.step_seconds)}")
     return [*rows, [("└ms ", Style.DIM), _fields(*shares)]]
 
 

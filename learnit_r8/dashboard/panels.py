@@ -63,6 +63,13 @@ def _validation_twin(model: DashboardModel, name: str) -> str | None:
     return None
 
 
+def chart_series(model: DashboardModel, name: str, others: Sequence[DashboardModel] = ()) -> list[Series]:
+    """Return every series that a metric's chart shows, its own first."""
+    twin = _validation_twin(model, name)
+    found = [model.metric_series(name), *([model.metric_series(twin)] if twin else [])]
+    return found + [other.metric_series(name) for other in others if name in other.metric_names()]
+
+
 def chart_of(model: DashboardModel, view: ViewState, name: str, others: Sequence[DashboardModel] = ()) -> Chart:
     """Return the chart of a metric as the view wants it."""
     series = model.metric_series(name)

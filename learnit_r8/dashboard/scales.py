@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from learnit_r8.dashboard import formats as f
-from learnit_r8.dashboard.series import Bins
-
-Floats = npt.NDArray[np.float64]
+from learnit_r8.dashboard.series import Bins, Floats
 
 OUTLIER_MARGIN = 0.35
 """Extremes that exceed the range of ordinary values by more than this share of it are clipped."""

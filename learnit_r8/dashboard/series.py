@@ -29,6 +29,7 @@ BLOCK = 64
 HUGE = 1e300
 """Larger values count as infinite: their differences would overflow."""
 
+Floats = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.void]
 """Consecutive bins, a record each, as `bin_type` has them."""
 
@@ -186,13 +187,13 @@ class Series:
         return kept
 
     def values(self, most: int) -> list[float]:
-        """Return at most `most` values, spread evenly over the run's bins, the newest last."""
-        if not self.count or most < 1:
-            return []
-        last = self.bins()["last"]
-        rows = np.arange(1, most + 1) * len(last) // most - 1 if len(last) > most else slice(None)
-        found: list[float] = last[rows].tolist()
-        return found
+        """Return at most `most` values, spread evenly over the run, the newest last."""
+        if self.count == len(self._points) // self._columns:
+            values: Sequence[float] | Floats = self._points[2 :: self._columns]
+        else:
+            values = np.frombuffer(self._whole, self._type)["last"]
+        some = min(most, len(values))
+        return [*(float(values[(i + 1) * len(values) // some - 1]) for i in range(some - 1)), self.last][:most]
 
     def copy(self) -> Series:
         """Return an independent copy."""
