@@ -216,6 +216,10 @@ def pictures(painter, model, view, size, now, console):
     return [grid.runs(y) for y in range(grid.height)]
 
 
+def fresh(*arguments):
+    return pictures(Painter(), *arguments)
+
+
 CHANGES = st.fixed_dictionaries(
     {},
     optional={
@@ -231,7 +235,8 @@ CHANGES = st.fixed_dictionaries(
 @given(st.lists(CHANGES, max_size=12))
 @settings(max_examples=40, deadline=None)
 def test_a_painter_that_goes_on_draws_what_a_new_one_draws(changes):
-    painter, model, view, size, console, waited = Painter(), DashboardModel(), ViewState(utc_offset=0), (120, 35), [], 0
+    painter, lazy = Painter(), Painter(chart_seconds=1.0)
+    model, view, size, console, waited = DashboardModel(), ViewState(utc_offset=0), (120, 35), [], 0
     events = events_of_a_run(per_epoch=300)
     for change in changes:
         for event in islice(events, change.get("steps", 0)):
@@ -240,9 +245,12 @@ def test_a_painter_that_goes_on_draws_what_a_new_one_draws(changes):
         console += [change["line"]] if "line" in change else []
         waited += change.get("wait", 0)
         now = T0 + waited
-        assert pictures(painter, model, view, size, now, console) == pictures(
-            Painter(), model, view, size, now, console
-        )
+        lazy.draw(model, view, *size, now, console)
+        assert pictures(painter, model, view, size, now, console) == fresh(model, view, size, now, console)
+    # One chart a frame: after as many frames as there are charts, all are up to date.
+    for later in range(6):
+        shown = pictures(lazy, model, view, size, T0 + waited + 2 * later, console)
+    assert shown == fresh(model, view, size, T0 + waited + 10, console)
 
 
 def test_a_chart_waits_until_it_has_grown_by_a_dot_or_its_time_has_come():

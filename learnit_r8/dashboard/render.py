@@ -45,7 +45,8 @@ class Painter:
     """Draws frames of a run that goes on; a pane is drawn anew where what it shows has changed.
 
     Args:
-        chart_seconds: A chart whose line has grown by less than a column of dots is drawn anew no more often than this.
+        chart_seconds: A chart whose line has grown by less than a column of dots is drawn anew no more often than this,
+            and no frame draws more than one chart anew; 0 draws all of them in every frame.
         between: Called between panes: the place to let another thread run.
     """
 
@@ -57,7 +58,7 @@ class Painter:
         self._model: DashboardModel | None = None
         self._layout: tuple[object, ...] = ()
         self._shown: dict[Rect, tuple[object, ...]] = {}
-        self._charts: dict[Rect, tuple[int, float]] = {}
+        self._charts: dict[Rect, tuple[object, int, float]] = {}
 
     def draw(
         self,
@@ -96,8 +97,9 @@ class Painter:
         title(grid, model, view, now)
         progress(grid, 1, 2, width - 4, model, view, now)
         key_line(grid, height - 2, 2, width - 4, view, now)
+        late = self._late_charts(model, view, now, others)
         for rect in self._rects:
-            if self._changed(rect, model, view, now, console_lines, others):
+            if rect in late or self._changed(rect, model, view, console_lines):
                 for y in range(rect.y, rect.y + rect.height + 1):
                     grid.restore(self._lines, y, rect.x - 1, rect.width + 2)
                 _draw(grid, rect, model, view, now, console_lines, others, self._tabs)
@@ -140,39 +142,43 @@ class Painter:
         for y in range(height):
             self._grid.restore(self._lines, y, 0, width)
 
-    def _changed(
-        self,
-        rect: Rect,
-        model: DashboardModel,
-        view: ViewState,
-        now: float,
-        console_lines: Sequence[str],
-        others: Sequence[DashboardModel],
-    ) -> bool:
-        """Return whether a pane shows something else than it did; what it shows is remembered."""
-        kind, _, metric = rect.name.partition(":")
-        if kind == "now" or (kind in {"events", "console"} and view.focus):
-            return True
+    def _late_charts(
+        self, model: DashboardModel, view: ViewState, now: float, others: Sequence[DashboardModel]
+    ) -> list[Rect]:
+        """Return the charts to draw anew: of several the one that has waited longest, unless none may wait."""
+        found: list[tuple[bool, float, int, Rect, tuple[object, int, float]]] = []
+        marks = tuple((len(places), places[-1]) for places in model.marks.values())
+        for rect in self._rects:
+            kind, _, metric = rect.name.partition(":")
+            if kind not in {"chart", "metric"}:
+                continue
+            series = chart_series(model, metric or chosen_metric(model, view), others)
+            points = sum(line.count for line in series) + (model.step if view.window else 0)
+            shown = (marks, len(model.epoch_starts), model.started)
+            before, drawn, when = self._charts.get(rect, (None, -1, now))
+            dots = 2 * rect.width << view.window
+            waits = abs(now - when) < self._chart_seconds and (points - drawn) * dots < points
+            if shown != before or (points != drawn and not waits):
+                found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
+        found.sort(key=lambda chart: chart[:3])
+        most = sum(not chart[0] for chart in found) or 1
+        chosen = found[:most] if self._chart_seconds else found
+        self._charts.update({rect: state for *_, rect, state in chosen})
+        return [rect for *_, rect, _ in chosen]
+
+    def _changed(self, rect: Rect, model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> bool:
+        """Return whether a pane that is no chart shows something else than it did; what it shows is remembered."""
         shown: tuple[object, ...]
-        if kind == "difficulty":
+        if rect.name == "now" or (rect.name in {"events", "console"} and view.focus):
+            return True
+        if rect.name == "difficulty":
             shown = (model.quadrants, model.suspects)
-        elif kind == "events":
+        elif rect.name == "events":
             shown = (model.entries[-1] if model.entries else None,)
-        elif kind == "console":
+        elif rect.name == "console":
             shown = (view.console_title, *console_lines[-rect.height :])
         else:
-            marks = tuple((len(places), places[-1]) for places in model.marks.values())
-            shown = (marks, len(model.epoch_starts), model.started)
-            name = metric or chosen_metric(model, view)
-            points = sum(series.count for series in chart_series(model, name, others))
-            if view.window:
-                points += model.step
-            drawn, when = self._charts.get(rect, (-1, 0.0))
-            dots = 2 * rect.width << view.window
-            if points == drawn or (abs(now - when) < self._chart_seconds and (points - drawn) * dots < points):
-                points, now = drawn, when
-            self._charts[rect] = points, now
-            shown += (points,)
+            return False
         before = self._shown.get(rect)
         self._shown[rect] = shown
         return shown != before

@@ -39,6 +39,13 @@ class Scale:
             return (math.log(value) - bottom) / (math.log(self.high) - bottom)
         return (value - self.low) / (self.high - self.low)
 
+    def value(self, share: float) -> float:
+        """Return what lies at a share of the axis."""
+        if self.log:
+            bottom = math.log(self.low)
+            return math.exp(bottom + share * (math.log(self.high) - bottom))
+        return self.low + share * (self.high - self.low)
+
     def shares(self, values: Floats) -> Floats:
         """Return where the values lie; NaN where one is NaN, far below 0 where a logarithm does not exist."""
         low, high = self.low, self.high
@@ -118,8 +125,14 @@ def y_ticks(scale: Scale, rows: int) -> list[tuple[int, str]]:
         placed.sort()
         if len(placed) > len(best) and all(b[0] - a[0] >= 2 for a, b in pairwise(placed)):
             best = placed
+    if len(best) < 2:
+        # No round numbers fit: the values at the edges, to two digits.
+        shares = (1 - 0.5 / rows, 0.5 / rows) if rows > 2 else (0.5,)
+        edges = [float(f"{scale.value(share):.2g}") for share in shares]
+        if all(scale.low <= value <= scale.high for value in edges):
+            best = sorted((_row(scale, value, rows), value) for value in edges)
     if not best:
-        middle = math.sqrt(scale.low * scale.high) if scale.log else (scale.low + scale.high) / 2
+        middle = scale.value(0.5)
         best = [(_row(scale, middle, rows), middle)]
     return list(zip([row for row, _ in best], tick_labels([value for _, value in best]), strict=True))
 

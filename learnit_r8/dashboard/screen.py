@@ -171,7 +171,8 @@ class Screen(Face):
         self._news = False
 
     def _own_scene(self, model: DashboardModel) -> Scene:
-        return Scene(model, self._tail.poll(), f"{self._capture.path}  {self._tail.count} lines")
+        lines, count = self._tail.poll(), self._tail.count
+        return Scene(model, lines, f"{self._capture.path}  {count} line{'s' * (count != 1)}")
 
     def _read_keys(self, model: DashboardModel) -> None:
         data = self._tty.read()
