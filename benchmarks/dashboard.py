@@ -1,9 +1,9 @@
 """What the dashboard costs: `python -m benchmarks.dashboard [--events 10000000]`.
 
 1. `record()` in nanoseconds, beside `queue.Queue.put`.
-2. A loop of 2 ms steps on a pseudo-terminal with nothing, the curses screen, or tqdm, in interleaved processes. Two
-   kinds of step: hashing (C code that releases the GIL, as a GPU or BLAS call does) and pure Python (holds it).
-3. One frame: numbers to cells, cells to bytes.
+2. A loop of 2 ms steps on a pseudo-terminal with nothing, the curses screen, or tqdm, in turns of a second. Three
+   kinds of step: numpy on one thread, sleep (what waiting for a GPU is), and pure Python (holds the GIL all the time).
+3. One frame of several, 50 ms of the run apart: numbers to cells, cells to bytes. Means of CPU time.
 4. Memory over many events.
 """
 
@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import queue
-import statistics
 import struct
 import subprocess
 import sys
@@ -25,63 +24,102 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.events import BatchIssued, LossReported
 
-STEPS = 1000
+STEPS, WARM_UP = 500, 150
+KINDS = ("numpy", "sleep", "python")
 LOOP = """
-import hashlib, json, os, sys, time
-rival, kind, out = sys.argv[1:4]
-block = bytes(1 << 20)
+import json, os, sys, time
+import numpy as np
+out, kind, rounds, with_tqdm = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "tqdm"
+from learnit_r8.dashboard import open_dashboard
+from learnit_r8.events import BatchIssued, LossReported, RunStarted
+weights, batch = (np.random.default_rng(0).normal(0, 0.06, shape).astype("f4") for shape in ((512, 512), (32, 512)))
 
-def hashing(n):
+def with_numpy(n):
+    hidden = batch
     for _ in range(n):
-        hashlib.sha1(block[: 1 << 17]).digest()
+        hidden = np.maximum(hidden @ weights, 0)
 
-def python(n):
+def with_python(n):
     for _ in range(n):
         sum(range(1000))
 
-work = {"hashing": hashing, "python": python}[kind]
-count = int(sys.argv[4])
-from learnit_r8.events import BatchIssued, LossReported
-record = bar = None
-if rival == "dashboard":
-    from learnit_r8.dashboard import open_dashboard
-    board = open_dashboard("curses")
-    record = board.record
-if rival == "tqdm":
+def with_sleep(n):
+    time.sleep(n * 1e-5)
+
+work = {"numpy": with_numpy, "python": with_python, "sleep": with_sleep}[kind]
+count = 10
+while True:
+    began = time.perf_counter()
+    for _ in range(100):
+        work(count)
+    took = (time.perf_counter() - began) / 100
+    if took > 1.5e-3:
+        break
+    count += 1 + count // 4
+count = max(1, round(count * 2e-3 / took))
+board = open_dashboard("curses")
+record = board.record
+record(RunStarted(time.time(), 0, "slowdown", {"num_epochs": 100}, 10_000, 1_000_000, False, "", 1, 0.0))
+at = 0
+
+def steps(number, record, bar):
+    global at
+    for at in range(at, at + number):
+        work(count)
+        now = time.time()
+        issued = BatchIssued(now, at, 0, 32, 1e-3, 1e-4)
+        reported = LossReported(now, at, 0, 1.0 + at % 7, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4)
+        if record is not None:
+            record(issued)
+            record(reported)
+        if bar is not None:
+            bar.update()
+
+def timed(record, bar):
+    steps(WARM_UP, record, bar)
+    began, cpu = time.perf_counter(), time.process_time()
+    steps(STEPS, record, bar)
+    return [(time.perf_counter() - began) / STEPS, (time.process_time() - cpu) / STEPS]
+
+def alone():
+    with board.suspended():
+        return timed(None, None)
+
+def watched():
+    return timed(record, None)
+
+def bar():
     from tqdm import tqdm
-    bar = tqdm(total=STEPS)
-work(count * 100)
-began, cpu = time.perf_counter(), time.process_time()
-for step in range(STEPS):
-    work(count)
-    now = time.time()
-    issued = BatchIssued(now, step, 0, 32, 1e-3, 1e-4)
-    reported = LossReported(now, step, 0, 1.0 + step % 7, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4)
-    if record is not None:
-        record(issued)
-        record(reported)
-    if bar is not None:
-        bar.update()
-seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-if rival == "dashboard":
-    name, fault = board.name, board.fault
-    board.close()
-    assert name == "curses", (name, fault)
+    with board.suspended(), tqdm(total=STEPS + WARM_UP) as bar:
+        return timed(None, bar)
+
+rivals = {"nothing": alone, "dashboard": watched, **({"tqdm": bar} if with_tqdm else {})}
+steps(5000 // (1 if rounds > 3 else 10), record, None)
+times = {name: [] for name in rivals}
+for turn in range(rounds):
+    names = list(rivals)
+    for name in names[turn % len(names):] + names[:turn % len(names)]:
+        times[name].append(rivals[name]())
+name, fault = board.name, board.fault
+board.close()
+assert name == "curses", (name, fault)
 with open(out, "w") as file:
-    json.dump([seconds / STEPS, cpu / STEPS], file)
-""".replace("STEPS", str(STEPS))
+    json.dump(times, file)
+""".replace("STEPS", str(STEPS)).replace("WARM_UP", str(WARM_UP))
 
 FRAME = """
 import json, os, statistics, sys, time
-from dataclasses import replace
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.render import render
+from learnit_r8.dashboard.render import Painter
 from learnit_r8.dashboard.terminal import canvas
 model, board, view, costs = DashboardModel(), canvas(os.environ, (120, 35)), ViewState(), {}
 events = [event for _, event in DemoRun(epochs=20, start=1e9)]
@@ -89,21 +127,22 @@ for event in events[:-5000]:
     model.consume(event)
 for size in ((80, 24), (120, 35), (300, 100)):
     rendered, drawn, amount = [], [], []
-    for turn in range(40):
-        for event in events[-5000 + turn * 100 :][:100]:
+    painter = Painter(chart_seconds=1.0)
+    for turn in range(200):
+        for event in events[-5000 + turn * 20 :][:20]:
             model.consume(event)
-        a = time.perf_counter()
-        grid = render(model, view, *size, events[-1].time)
-        b = time.perf_counter()
+        a = time.thread_time()
+        grid = painter.draw(model, view, *size, events[-1].time + turn / 4)
+        b = time.thread_time()
         data = board.draw(grid)
-        c = time.perf_counter()
+        c = time.thread_time()
         if turn:
             rendered.append(b - a), drawn.append(c - b), amount.append(len(data))
-    costs["x".join(map(str, size))] = [statistics.median(rendered), statistics.median(drawn), statistics.median(amount)]
-began = time.perf_counter()
+    costs["x".join(map(str, size))] = [statistics.mean(rendered), statistics.mean(drawn), statistics.mean(amount)]
+began = time.thread_time()
 for event in events[:10000]:
     model.consume(event)
-costs["consume"] = (time.perf_counter() - began) / 10000
+costs["consume"] = (time.thread_time() - began) / 10000
 with open(sys.argv[1], "w") as file:
     json.dump(costs, file)
 """
@@ -123,7 +162,14 @@ def on_a_terminal(code: str, *arguments: str) -> Any:
             stderr=slave,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env={**os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8", "R8_UI": ""},
+            env={
+                **os.environ,
+                "TERM": "xterm-256color",
+                "LANG": "C.UTF-8",
+                "R8_UI": "",
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
         )
         os.close(slave)
         tail = bytearray()
@@ -169,48 +215,29 @@ def record_cost() -> dict[str, float]:
     return {name: seconds / calls * 1e9 for name, seconds in times.items()}
 
 
-def calibrate(kind: str) -> int:
-    """Return how many units of work take about 2 ms here."""
-    import hashlib
-    import time
-
-    block = bytes(1 << 17)
-    unit = {"hashing": lambda: hashlib.sha1(block).digest(), "python": lambda: sum(range(1000))}[kind]
-    began = time.perf_counter()
-    for _ in range(500):
-        unit()
-    return max(1, round(2e-3 / ((time.perf_counter() - began) / 500)))
-
-
 def slowdown(rounds: int) -> list[dict[str, Any]]:
-    """Return the loop's time per step under each rival.
+    """Return the loop's time per step under each rival, and its excess over nothing in percent: median, 95% interval.
 
-    Excess over nothing is the median over pairs of interleaved processes. CPU seconds count the dashboard's thread, and
-    do not see what else the machine does: the better figure on a busy one.
+    The rivals take turns in one process. CPU seconds count the dashboard's thread and do not see what else the machine
+    does: for a loop that holds the GIL they are the better figure, for the others an upper bound.
     """
-    rivals = ["none", "dashboard", *(["tqdm"] if importlib.util.find_spec("tqdm") else [])]
+    tqdm = "tqdm" if importlib.util.find_spec("tqdm") else "-"
     rows = []
-    for kind in ("hashing", "python"):
+    for kind in KINDS:
         progress(f"a loop of 2 ms steps on a terminal, {kind}")
-        count = calibrate(kind)
-        times: dict[str, list[float]] = {rival: [] for rival in rivals}
-        work: dict[str, list[float]] = {rival: [] for rival in rivals}
-        for turn in range(rounds):
-            for rival in rivals[turn % len(rivals) :] + rivals[: turn % len(rivals)]:
-                seconds, cpu = on_a_terminal(LOOP, rival, kind, "OUT", str(count))
-                times[rival].append(seconds)
-                work[rival].append(cpu)
-        for rival in rivals:
-            wall, cpu = (_more(side[rival], side["none"]) for side in (times, work))
-            step = statistics.median(times[rival]) * 1e3
-            row = {"step": kind, "rival": rival, "ms": step, "wall_percent": wall, "cpu_percent": cpu}
-            rows.append(row | {"rounds": rounds})
+        times = {name: np.array(pairs) for name, pairs in on_a_terminal(LOOP, "OUT", kind, str(rounds), tqdm).items()}
+        for name, pairs in times.items():
+            wall, cpu = (interval(pairs[:, i] / times["nothing"][:, i]) for i in (0, 1))
+            row = {"step": kind, "rival": name, "ms": np.median(pairs[:, 0]) * 1e3, "wall_percent": wall}
+            rows.append(row | {"cpu_percent": None if kind == "sleep" else cpu, "rounds": rounds})
     return rows
 
 
-def _more(mine: list[float], base: list[float]) -> float:
-    """Return the median excess of the pairs in percent."""
-    return (statistics.median(a / b for a, b in zip(mine, base, strict=True)) - 1) * 100
+def interval(ratios: npt.NDArray[np.float64]) -> list[float]:
+    """Return the median excess in percent and its 95% bootstrap interval."""
+    draws = np.random.default_rng(0).choice(ratios, (4000, len(ratios)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975)) * 100 - 100
+    return [float(np.median(ratios)) * 100 - 100, float(low), float(high)]
 
 
 def memory(events: int) -> dict[str, float]:
@@ -232,9 +259,9 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run(*, quick: bool = False, events: int = 1_000_000, rounds: int = 7) -> dict[str, Any]:
+def run(*, quick: bool = False, events: int = 1_000_000, rounds: int = 15) -> dict[str, Any]:
     """Measure; `events`: steps of the memory test; `rounds`: interleaved repeats of the loop; `quick`: few of both."""
-    events, rounds = (events // 10, 2) if quick else (events, rounds)
+    events, rounds = (events // 10, 3) if quick else (events, rounds)
     found = {"record_ns": record_cost(), "slowdown": slowdown(rounds), "memory": memory(events)}
     costs = on_a_terminal(FRAME, "OUT")
     consume = costs.pop("consume")
@@ -242,9 +269,13 @@ def run(*, quick: bool = False, events: int = 1_000_000, rounds: int = 7) -> dic
     return {**found, "frames": frames, "consume_us": consume * 1e6}
 
 
+def _excess(percent: list[float] | None) -> str:
+    return "" if percent is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*percent)
+
+
 def table(results: dict[str, Any]) -> str:
     loop = [
-        [row["step"], row["rival"], f"{row['ms']:.3f}", f"{row['wall_percent']:+.2f}", f"{row['cpu_percent']:+.2f}"]
+        [row["step"], row["rival"], f"{row['ms']:.3f}", _excess(row["wall_percent"]), _excess(row["cpu_percent"])]
         for row in results["slowdown"]
     ]
     frames = [

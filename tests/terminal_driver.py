@@ -38,6 +38,27 @@ def wait_for_stop(seconds=30.0):
     while not os.path.exists(os.environ["STOP_FILE"]) and time.time() - began < seconds:
         time.sleep(0.005)
 """
+LEFT_ALTERNATE = b"\x1b[?1049l"
+
+# A shell in miniature: runs its argument as a foreground job, answers a stop with `fg` after a look at the modes.
+JOB_CONTROL = """
+import os, signal, subprocess, sys, termios, time
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = subprocess.Popen([sys.executable, "-c", sys.argv[1]], process_group=0)
+os.tcsetpgrp(0, job.pid)
+for _ in range(2):
+    pid, status = os.waitpid(job.pid, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        break
+    os.tcsetpgrp(0, os.getpgrp())
+    subprocess.run(["stty", "-a"], stdout=open("stopped", "w"))
+    while not os.path.exists("fg"):
+        time.sleep(0.01)
+    os.tcsetpgrp(0, job.pid)
+    os.killpg(job.pid, signal.SIGCONT)
+os.tcsetpgrp(0, os.getpgrp())
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 class Screen(pyte.Screen):

@@ -113,7 +113,7 @@ def test_rising_values_are_drawn_rising():
 
 
 def test_no_values_say_so():
-    assert "waiting for the first value" in "\n".join(drawn([])[0].rows())
+    assert "waiting for the first value" in "\n".join(drawn(series_of([]).bins())[0].rows())
     assert "no finite value yet" in "\n".join(drawn(series_of([math.nan] * 5).bins())[0].rows())
 
 

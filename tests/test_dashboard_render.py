@@ -10,6 +10,7 @@ import math
 import os
 import random
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from learnit_r8.dashboard.cells import Grid, Style, cell_width, clip
 from learnit_r8.dashboard.keys import AXES, GLYPH_SETS, SCALES, SMOOTHINGS, ViewState
 from learnit_r8.dashboard.layout import Band, Boxes, allot
 from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.render import render
+from learnit_r8.dashboard.render import Painter, render
 from learnit_r8.dashboard.summary import summary_text
 
 T0 = 1_700_000_000.0
@@ -133,7 +134,7 @@ VIEWS = st.builds(
     editing=st.booleans(),
     scroll=st.integers(0, 10**6),
     readonly=st.booleans(),
-    frame_seconds=st.none() | st.floats(0, 1),
+    ui_share=st.none() | st.floats(0, 1),
     utc_offset=st.just(0),
 )
 
@@ -205,6 +206,86 @@ def test_any_stream_of_events_is_drawn(events, view, size, now):
         model.consume(event)
     check_cells(render(model, view, *size, now, ["a line"]), *size, view.glyphs == "ascii")
     assert all(cell_width(line) <= 80 for line in summary_text(model).splitlines())
+
+
+# What is drawn anew ---------------------------------------------------------------------------
+
+
+def pictures(painter, model, view, size, now, console):
+    grid = painter.draw(model, view, *size, now, console)
+    return [grid.runs(y) for y in range(grid.height)]
+
+
+def fresh(*arguments):
+    return pictures(Painter(), *arguments)
+
+
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "steps": st.integers(0, 400),
+        "view": VIEWS,
+        "size": st.sampled_from([(40, 4), (60, 16), (80, 24), (120, 35), (120, 50)]),
+        "line": st.text(max_size=9),
+        "wait": st.floats(0, 100),
+    },
+)
+
+
+@given(st.lists(CHANGES, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_a_painter_that_goes_on_draws_what_a_new_one_draws(changes):
+    painter, lazy = Painter(), Painter(chart_seconds=1.0)
+    model, view, size, console, waited = DashboardModel(), ViewState(utc_offset=0), (120, 35), [], 0
+    events = events_of_a_run(per_epoch=300)
+    for change in changes:
+        for event in islice(events, change.get("steps", 0)):
+            model.consume(event)
+        view, size = change.get("view", view), change.get("size", size)
+        console += [change["line"]] if "line" in change else []
+        waited += change.get("wait", 0)
+        now = T0 + waited
+        lazy.draw(model, view, *size, now, console)
+        assert pictures(painter, model, view, size, now, console) == fresh(model, view, size, now, console)
+    # One chart a frame: after as many frames as there are charts, all are up to date.
+    for later in range(6):
+        shown = pictures(lazy, model, view, size, T0 + waited + 2 * later, console)
+    assert shown == fresh(model, view, size, T0 + waited + 10, console)
+
+
+def test_a_chart_waits_until_it_has_grown_by_a_dot_or_its_time_has_come():
+    painter, model, view = Painter(chart_seconds=1.0), DashboardModel(), ViewState(utc_offset=0)
+    events = events_of_a_run(per_epoch=5000)
+    for event in islice(events, 3000):
+        model.consume(event)
+    before = pictures(painter, model, view, (120, 35), T0, [])[4:14]
+
+    def left_of_the_numbers(rows):
+        return ["".join(text for _, text, _ in row)[:70] for row in rows]
+
+    model.consume(next(event for event in events if isinstance(event, e.LossReported)))
+    soon, later = (pictures(painter, model, view, (120, 35), T0 + wait, [])[4:14] for wait in (0.5, 1.0))
+    assert soon != before, "numbers do not wait"
+    assert left_of_the_numbers(soon) == left_of_the_numbers(before)
+    assert later == pictures(Painter(), model, view, (120, 35), T0 + 1.0, [])[4:14]
+    for event in islice(events, 200):
+        model.consume(event)
+    grown = pictures(painter, model, view, (120, 35), T0 + 1.2, [])[4:14]
+    assert grown == pictures(Painter(), model, view, (120, 35), T0 + 1.2, [])[4:14]
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_changes_of_a_row_turn_the_old_one_into_the_new_one(data):
+    old, new = Grid(30, 1), Grid(30, 1)
+    for grid in (old, new):
+        for x, text, style in data.draw(
+            st.lists(st.tuples(st.integers(0, 29), st.text(max_size=9), st.sampled_from(Style)), max_size=4)
+        ):
+            grid.put(0, x, text, style)
+    for x, text, style in new.changes(old, 0):
+        old.put(0, x, text, style)
+    assert old.runs(0) == new.runs(0)
 
 
 # Layout ---------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ import sys
 
 import pytest
 
-from tests.terminal_driver import PRELUDE, Screen, Stream, Terminal
+from tests.terminal_driver import JOB_CONTROL, LEFT_ALTERNATE, PRELUDE, Screen, Stream, Terminal
 
-LEFT_ALTERNATE = b"\x1b[?1049l"
 RUN = "d = open_dashboard('curses', log_dir='run')\ntrain(d)\nd.close()\n"
 
 
@@ -81,27 +80,6 @@ train(d)
         terminal.process.terminate()
         assert terminal.wait() == 7
         assert terminal.stty() == terminal.before
-
-
-# A shell in miniature: runs its argument as a foreground job, answers a stop with `fg` after a look at the modes.
-JOB_CONTROL = """
-import os, signal, subprocess, sys, termios, time
-signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-job = subprocess.Popen([sys.executable, "-c", sys.argv[1]], process_group=0)
-os.tcsetpgrp(0, job.pid)
-for _ in range(2):
-    pid, status = os.waitpid(job.pid, os.WUNTRACED)
-    if not os.WIFSTOPPED(status):
-        break
-    os.tcsetpgrp(0, os.getpgrp())
-    subprocess.run(["stty", "-a"], stdout=open("stopped", "w"))
-    while not os.path.exists("fg"):
-        time.sleep(0.01)
-    os.tcsetpgrp(0, job.pid)
-    os.killpg(job.pid, signal.SIGCONT)
-os.tcsetpgrp(0, os.getpgrp())
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
 
 
 def test_ctrl_z_gives_the_terminal_to_the_shell_and_fg_repaints(tmp_path):
@@ -288,7 +266,7 @@ d = open_dashboard('curses', log_dir='run')
 train(d, 0.3)
 def broken(*args, **kw):
     raise ZeroDivisionError('a bug in a chart')
-screen.render = broken
+screen.Painter.draw = broken
 train(d, 1.0)
 name, fault = d.name, d.fault
 d.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import groupby
 
@@ -22,6 +23,7 @@ class Style(IntEnum):
     REVERSE = 9
 
 
+STYLES = tuple(Style)
 # One cell to one cell, so that the ASCII picture has the layout of the others.
 _ASCII = str.maketrans(
     dict(zip("─│━░×δσ·…±→←↑↓▲▼●○◌‹›–°µ", "-|=:xds-.~><^v^v*oo<>-ou", strict=True))
@@ -138,6 +140,13 @@ class Grid:
             x += cells
         return x
 
+    def put_row(self, y: int, x: int, chars: Sequence[str], styles: Sequence[int]) -> None:
+        """Write characters of one cell each that lie within the grid; those that are blank leave the cell as it is."""
+        row, kinds = self._cells[y], self._styles[y]
+        for at, char in enumerate(chars, x):
+            if char != " ":
+                row[at], kinds[at] = char, STYLES[styles[at - x]]
+
     def _put_plain(self, y: int, x: int, text: str, style: Style) -> int:
         if not text:
             return x
@@ -174,6 +183,29 @@ class Grid:
     def _unwide(text: str) -> str:
         return "".join("??" if _WIDTHS[char][1] == 2 else char for char in text if _WIDTHS[char][1])
 
+    def restore(self, source: Grid, y: int, x: int, width: int) -> None:
+        """Copy `width` cells of row `y` from a grid of the same size."""
+        cells = slice(max(0, x), x + width)
+        self._cells[y][cells] = source._cells[y][cells]
+        self._styles[y][cells] = source._styles[y][cells]
+
+    def changes(self, before: Grid, y: int) -> list[tuple[int, str, Style]]:
+        """Return `runs` of row `y` from the first to the last cell that differs in a grid of the same size."""
+        cells, styles, old, kinds = self._cells[y], self._styles[y], before._cells[y], before._styles[y]
+        if cells == old and styles == kinds:
+            return []
+        first, last = 0, self.width - 1
+        while cells[first] == old[first] and styles[first] == kinds[first]:
+            first += 1
+        while cells[last] == old[last] and styles[last] == kinds[last]:
+            last -= 1
+        # Wide characters are written whole.
+        while first and "" in (cells[first], old[first]):
+            first -= 1
+        while last + 1 < self.width and "" in (cells[last + 1], old[last + 1]):
+            last += 1
+        return self.runs(y, first, last + 1)
+
     def fill(self, y: int, x: int, width: int, height: int, char: str = " ", style: Style = Style.NORMAL) -> None:
         """Put `char` into every cell of a rectangle."""
         for row in range(y, y + height):
@@ -187,11 +219,11 @@ class Grid:
         """Return the rows as text, each `width` cells wide."""
         return ["".join(row) for row in self._cells]
 
-    def runs(self, y: int) -> list[tuple[int, str, Style]]:
-        """Return row `y` as (first cell, text, style) runs, left to right, without gaps."""
-        found, x, cells = [], 0, self._cells[y]
-        for style, group in groupby(self._styles[y]):
-            length = sum(1 for _ in group)
+    def runs(self, y: int, start: int = 0, end: int | None = None) -> list[tuple[int, str, Style]]:
+        """Return cells `start` to `end` of row `y` as (first cell, text, style) runs, left to right, without gaps."""
+        found, x, cells = [], start, self._cells[y]
+        for style, group in groupby(self._styles[y][start:end]):
+            length = len(list(group))
             found.append((x, "".join(cells[x : x + length]), style))
             x += length
         return found

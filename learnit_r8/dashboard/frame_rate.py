@@ -7,7 +7,7 @@ NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 KEY_SECONDS = 2.0
 DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
-BUDGET = 0.005
+BUDGET = 0.006
 """Share of one core that frames may take at the usual rate: a pure Python loop waits for all of it (the GIL)."""
 
 
@@ -46,8 +46,8 @@ class FrameRate:
         """A frame was drawn."""
         self._last = now
         self._urgent = False
-        # One frame that met a garbage collection or a new size should not count as the usual cost.
-        self.cost = (self.cost + cost) / 2 if self.cost else cost
+        # Frames that draw charts anew are dearer than those between; one of many should not decide.
+        self.cost += 0.2 * (cost - self.cost) if self.cost else cost
 
     def wait(self, now: float) -> float:
         """Return how long to sleep; the window's size is polled at least every `NORMAL` seconds."""

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from learnit_r8.dashboard.series import HUGE
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -13,32 +16,37 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Raster:
-    """How a glyph set divides a cell."""
+    """How a glyph set divides a cell into dots.
+
+    Attributes:
+        columns: Dots side by side.
+        rows: Dots one above the other.
+        bits: Bit of each dot, int of shape (rows, columns).
+        glyphs: Character for each set of dots, string of shape (2 ** (rows * columns),).
+        texture: The dots that a filled area shows, bool of shape (rows, columns).
+    """
 
     columns: int
     rows: int
-    runs: tuple[tuple[tuple[int, ...], ...], ...]
-    """Dots of raster column c from row a to row b, as bits: `runs[c][a][b]`."""
-    glyphs: tuple[str, ...]
-    """Character for each set of dots."""
-    texture: int
-    """Dots that a filled area shows."""
+    bits: npt.NDArray[np.int64]
+    glyphs: npt.NDArray[np.str_]
+    texture: npt.NDArray[np.bool_]
 
 
 def _braille() -> Raster:
-    runs = tuple(tuple(tuple(sum(dots[a : b + 1]) for b in range(4)) for a in range(4)) for dots in _BRAILLE_DOTS)
-    return Raster(2, 4, runs, tuple(chr(0x2800 + bits) for bits in range(256)), 0x95)
+    bits = np.array(_BRAILLE_DOTS).T
+    texture = np.array([[True, False], [False, True]] * 2)
+    return Raster(2, 4, bits, np.array([" ", *(chr(0x2800 + dots) for dots in range(1, 256))]), texture)
 
 
 def _levels(levels: str, full: str) -> Raster:
     """Return a raster of one column: a cell shows the height of its topmost dot, or `full`."""
     n = len(levels)
-    runs = (tuple(tuple(sum(1 << (n - 1 - i) for i in range(a, b + 1)) for b in range(n)) for a in range(n)),)
     glyphs = [" "] + [levels[bits.bit_length() - 1] for bits in range(1, 1 << n)]
     glyphs[-1] = full
-    return Raster(1, n, runs, tuple(glyphs), -1)
+    return Raster(1, n, 1 << np.arange(n)[::-1, None], np.array(glyphs), np.ones((n, 1), bool))
 
 
 RASTERS = {"braille": _braille(), "blocks": _levels(_BLOCKS, "█"), "ascii": _levels(".-'", "|")}

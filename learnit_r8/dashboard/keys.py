@@ -52,7 +52,7 @@ class ViewState:
         readonly: Control keys do nothing.
         opened: Wall-clock time at which the view was opened; a hint about glyphs shows for 10 s after it.
         hz: Frames a second, shown in the title; None leaves them out.
-        frame_seconds: What the last frame cost, shown among the step times; None leaves it out.
+        ui_share: The part of one core that the display takes, shown as time a step; None leaves it out.
         console_title: Path and length of the console file, shown in the console's frame.
         utc_offset: Seconds that local time is ahead of UTC; None asks the operating system.
     """
@@ -75,7 +75,7 @@ class ViewState:
     readonly: bool = False
     opened: float = float("-inf")
     hz: float | None = None
-    frame_seconds: float | None = None
+    ui_share: float | None = None
     console_title: str = ""
     utc_offset: int | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import sys
@@ -105,8 +106,9 @@ class LogLines(Face):
 class Outlet:
     """Writes text to a stream without ever waiting for its reader.
 
-    A stream with a descriptor is written through it, past Python's buffer: a thread that waits inside that buffer
-    holds a lock which the interpreter needs at exit. Other streams (notebooks, `StringIO`) are written as they are.
+    A file is written through its descriptor, past Python's buffer: a thread that waits inside that buffer holds a
+    lock which the interpreter needs at exit. Other streams (`StringIO`, and a notebook's, whose descriptor leads to the
+    server's terminal) are written as they are.
 
     Args:
         stream: `sys.stdout` when None.
@@ -119,7 +121,7 @@ class Outlet:
         self._waiting: deque[bytes] = deque(maxlen=256)
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            self._fd = self._stream.fileno()
+            self._fd = self._stream.fileno() if isinstance(self._stream, io.TextIOWrapper) else -1
             if os.isatty(self._fd):
                 # A terminal may have room for less than one line: only a non-blocking descriptor is safe.
                 self._fd = os.open(os.ttyname(self._fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -10,7 +10,7 @@ from typing import Any
 from learnit_r8.dashboard.faces import Face
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.render import render
+from learnit_r8.dashboard.render import Painter
 from learnit_r8.events import Event
 
 _PERIOD = 1.0
@@ -26,16 +26,25 @@ class Notebook(Face):
         from IPython.display import display
 
         self._view = ViewState(readonly=True, glyphs="braille")
+        self._painter = Painter()
         self._handle: Any = display(_bundle("..."), raw=True, display_id=True)
         self._last = float("-inf")
+        self._newest: tuple[DashboardModel, float] | None = None
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Update the output area."""
+        self._newest = model, now
         if time.monotonic() - self._last >= _PERIOD * 0.9:
-            self._last = time.monotonic()
-            rows = render(model, self._view, *_SIZE, now).rows()
-            self._handle.update(_bundle("\n".join(rows)), raw=True)
+            self.leave()
         return _PERIOD
+
+    def leave(self) -> None:
+        """Update it once more: the picture of the end stays."""
+        if self._newest is not None:
+            self._last = time.monotonic()
+            model, now = self._newest
+            rows = self._painter.draw(model, self._view, *_SIZE, now).rows()
+            self._handle.update(_bundle("\n".join(rows)), raw=True)
 
 
 def _bundle(text: str) -> dict[str, str]:

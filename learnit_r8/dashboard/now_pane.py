@@ -49,7 +49,7 @@ def _surprise(model: DashboardModel) -> list[Piece]:
 
 
 def _lr(model: DashboardModel) -> list[Piece]:
-    values = [item.last for item in model.series["lr"].bins()]
+    values = model.series["lr"].values(9)
     mode = model.config.get("scheduler_mode", "")
     name = f" {clip(mode, 11)}" if isinstance(mode, str) and mode else ""
     return _row(
@@ -74,8 +74,8 @@ def _steps(model: DashboardModel, view: ViewState) -> list[list[Piece]]:
         f"{name} {_ms(spent[key] / steps)}"
         for name, key in (("user", "user step"), ("r8", "r8 overhead"), ("between", "between steps"))
     ]
-    if view.frame_seconds is not None:
-        shares.append(f"ui {_ms(view.frame_seconds)}")
+    if view.ui_share is not None:
+        shares.append(f"ui {_ms(view.ui_share * model.pace.step_seconds)}")
     return [*rows, [("└ms ", Style.DIM), _fields(*shares)]]
 
 
@@ -189,4 +189,4 @@ def metrics_table(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState
         text = f"{f.number(series.last, 9)}{f.number(low, 10)}{f.number(high, 10)}{f.count(series.count):>9}  "
         x = grid.put(rect.y + 2 + i, rect.x, clip(name, 19).ljust(20), Style.BOLD, limit)
         x = grid.put(rect.y + 2 + i, x, text, Style.NORMAL, limit)
-        grid.put(rect.y + 2 + i, x, sparkline([item.last for item in series.bins()], cells), Style.ACCENT, limit)
+        grid.put(rect.y + 2 + i, x, sparkline(series.values(cells), cells), Style.ACCENT, limit)

@@ -13,7 +13,7 @@ from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import WIDE, Rect
 from learnit_r8.dashboard.model import DECAYS, DashboardModel
 from learnit_r8.dashboard.scales import Scale
-from learnit_r8.dashboard.series import Bin, Series
+from learnit_r8.dashboard.series import Bins, Series
 
 Piece = tuple[str, Style]
 _LOG_WORDS = ("loss", "lr", "grad", "norm", "ppl", "perplexity", "nll")
@@ -47,7 +47,7 @@ def chosen_metric(model: DashboardModel, view: ViewState) -> str:
     return names[view.metric % len(names)]
 
 
-def window_bins(model: DashboardModel, series: Series, view: ViewState) -> list[Bin]:
+def window_bins(model: DashboardModel, series: Series, view: ViewState) -> Bins:
     """Return the bins in the view's window."""
     if view.window == 0:
         return series.bins()
@@ -63,6 +63,13 @@ def _validation_twin(model: DashboardModel, name: str) -> str | None:
     return None
 
 
+def chart_series(model: DashboardModel, name: str, others: Sequence[DashboardModel] = ()) -> list[Series]:
+    """Return every series that a metric's chart shows, its own first."""
+    twin = _validation_twin(model, name)
+    found = [model.metric_series(name), *([model.metric_series(twin)] if twin else [])]
+    return found + [other.metric_series(name) for other in others if name in other.metric_names()]
+
+
 def chart_of(model: DashboardModel, view: ViewState, name: str, others: Sequence[DashboardModel] = ()) -> Chart:
     """Return the chart of a metric as the view wants it."""
     series = model.metric_series(name)
@@ -74,7 +81,8 @@ def chart_of(model: DashboardModel, view: ViewState, name: str, others: Sequence
     twin = _validation_twin(model, name)
     points: list[tuple[float, float, float]] = []
     if twin is not None:
-        points = [(b.last_step, b.last_time, b.last) for b in window_bins(model, model.metrics[twin].series, view)]
+        found = window_bins(model, model.metrics[twin].series, view)
+        points = list(zip(*(found[name].tolist() for name in ("last_step", "last_time", "last")), strict=True))
     lines = [
         (chr(ord("a") + i), window_bins(other, other.metric_series(name), view))
         for i, other in enumerate(others)
@@ -124,11 +132,10 @@ def chart_pane(
 
 def _legend(grid: Grid, rect: Rect, model: DashboardModel, chart: Chart, scale: Scale | None) -> None:
     shown = [(icon, meaning) for icon, meaning in _AXIS_LEGEND if icon in model.marks]
-    if any(item.bad for item in chart.bins):
+    if chart.bins["bad"].any():
         shown.insert(2, ("×", "not finite"))
-    if scale is not None and any(
-        item.lo < scale.low or item.hi > scale.high for item in chart.bins if item.points > item.bad
-    ):
+    finite = chart.bins[chart.bins["points"] > chart.bins["bad"]]
+    if scale is not None and ((finite["lo"] < scale.low) | (finite["hi"] > scale.high)).any():
         shown.append(("▲▼", "beyond the axis"))
     x, limit = rect.x, rect.x + rect.width
     for icon, meaning in shown:

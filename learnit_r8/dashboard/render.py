@@ -1,8 +1,9 @@
-"""Numbers to cells: one pure function draws the whole screen."""
+"""Numbers to cells: a painter draws frame after frame, and of each only what has changed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from learnit_r8.dashboard.cells import Grid, Style, cell_width
 from learnit_r8.dashboard.keys import ViewState
@@ -12,6 +13,7 @@ from learnit_r8.dashboard.now_pane import metrics_table, now_pane, short_now_pan
 from learnit_r8.dashboard.overlays import confirm_overlay, help_overlay, key_line
 from learnit_r8.dashboard.panels import (
     chart_pane,
+    chart_series,
     chosen_metric,
     console_pane,
     difficulty_pane,
@@ -20,7 +22,7 @@ from learnit_r8.dashboard.panels import (
 )
 from learnit_r8.dashboard.progress import bare_lines, progress, title
 
-__all__ = ["Grid", "Style", "render", "scroll_limit"]
+__all__ = ["Grid", "Painter", "Style", "render", "scroll_limit"]
 
 _PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
 _NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH = 46, 62, 48
@@ -35,44 +37,151 @@ def render(
     console_lines: Sequence[str] = (),
     others: Sequence[DashboardModel] = (),
 ) -> Grid:
-    """Draw one frame.
+    """Draw one frame; the arguments are those of `Painter.draw`."""
+    return Painter().draw(model, view, width, height, now, console_lines, others)
+
+
+class Painter:
+    """Draws frames of a run that goes on; a pane is drawn anew where what it shows has changed.
 
     Args:
-        model: The run's numbers; read only.
-        view: What to show and how.
-        width: Cells in a row.
-        height: Rows.
-        now: Wall-clock time, seconds since the Unix epoch.
-        console_lines: The newest lines that the user's code printed, oldest first.
-        others: Further runs, whose line is drawn into the main chart.
-
-    Returns:
-        A grid of exactly `height` rows of `width` cells, whatever the size.
+        chart_seconds: A chart whose line has grown by less than a column of dots is drawn anew no more often than this,
+            and no frame draws more than one chart anew; 0 draws all of them in every frame.
+        between: Called between panes: the place to let another thread run.
     """
-    grid = Grid(width, height, ascii_only=view.glyphs == "ascii")
-    now = now if abs(now) < LATEST else model.last_time
-    if width < MIN_WIDTH or height < MIN_HEIGHT:
-        _bare(grid, model, now)
+
+    def __init__(self, chart_seconds: float = 0.0, between: Callable[[], object] = lambda: None) -> None:
+        self._chart_seconds, self._between = chart_seconds, between
+        self._grid = self._lines = Grid(0, 0)
+        self._rects: list[Rect] = []
+        self._tabs = False
+        self._model: DashboardModel | None = None
+        self._layout: tuple[object, ...] = ()
+        self._shown: dict[Rect, tuple[object, ...]] = {}
+        self._charts: dict[Rect, tuple[object, int, float]] = {}
+
+    def draw(
+        self,
+        model: DashboardModel,
+        view: ViewState,
+        width: int,
+        height: int,
+        now: float,
+        console_lines: Sequence[str] = (),
+        others: Sequence[DashboardModel] = (),
+    ) -> Grid:
+        """Draw one frame.
+
+        Args:
+            model: The run's numbers; read only.
+            view: What to show and how.
+            width: Cells in a row.
+            height: Rows.
+            now: Wall-clock time, seconds since the Unix epoch.
+            console_lines: The newest lines that the user's code printed, oldest first.
+            others: Further runs, whose line is drawn into the main chart.
+
+        Returns:
+            A grid of exactly `height` rows of `width` cells, whatever the size. The next call draws into it again.
+        """
+        now = now if abs(now) < LATEST else model.last_time
+        if width < MIN_WIDTH or height < MIN_HEIGHT:
+            self._layout = ()
+            grid = Grid(width, height, ascii_only=view.glyphs == "ascii")
+            _bare(grid, model, now)
+            return grid
+        self._lay_out(model, view, width, height, console_lines, others)
+        grid = self._grid
+        for y in (0, 1, 2, height - 2):
+            grid.restore(self._lines, y, 0, width)
+        title(grid, model, view, now)
+        progress(grid, 1, 2, width - 4, model, view, now)
+        key_line(grid, height - 2, 2, width - 4, view, now)
+        late = self._late_charts(model, view, now, others)
+        for rect in self._rects:
+            if rect in late or self._changed(rect, model, view, console_lines):
+                for y in range(rect.y, rect.y + rect.height + 1):
+                    grid.restore(self._lines, y, rect.x - 1, rect.width + 2)
+                _draw(grid, rect, model, view, now, console_lines, others, self._tabs)
+                self._between()
+        if view.help or view.confirm:
+            help_overlay(grid, view) if view.help else confirm_overlay(grid)
+            self._layout = ()
         return grid
-    boxes = Boxes()
-    boxes.horizontal(0, 0, width - 1)
-    boxes.horizontal(height - 1, 0, width - 1)
-    boxes.vertical(0, 0, height - 1)
-    boxes.vertical(width - 1, 0, height - 1)
-    rects = _arrange(model, view, width, height, boxes, len(console_lines) or bool(view.console_title))
-    boxes.draw(grid)
-    title(grid, model, view, now)
-    progress(grid, 1, 2, width - 4, model, view, now)
-    # Where only one of the two has room, its title names the key of the other.
-    tabs = bool(console_lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
-    for rect in rects:
-        _draw(grid, rect, model, view, now, console_lines, others, tabs)
-    key_line(grid, height - 2, 2, width - 4, view, now)
-    if view.help:
-        help_overlay(grid, view)
-    elif view.confirm:
-        confirm_overlay(grid)
-    return grid
+
+    def _lay_out(
+        self,
+        model: DashboardModel,
+        view: ViewState,
+        width: int,
+        height: int,
+        console_lines: Sequence[str],
+        others: Sequence[DashboardModel],
+    ) -> None:
+        """Place the panes; where the places or the view are not those of the frame before, everything is drawn anew."""
+        lines = len(console_lines) or bool(view.console_title)
+        # What changes by itself is of no concern to the panes, or is looked at there.
+        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, console_title="")
+        sizes = (min(height, len(model.entries)), len(model.metrics), model.quadrants is None, min(height, lines))
+        layout = (steady, width, height, len(others), *sizes)
+        if layout == self._layout and model is self._model:
+            return
+        self._layout, self._model = layout, model
+        self._shown, self._charts = {}, {}
+        boxes = Boxes()
+        boxes.horizontal(0, 0, width - 1)
+        boxes.horizontal(height - 1, 0, width - 1)
+        boxes.vertical(0, 0, height - 1)
+        boxes.vertical(width - 1, 0, height - 1)
+        self._rects = _arrange(model, view, width, height, boxes, lines)
+        # Where only one of the two has room, its title names the key of the other.
+        both = {"events", "console"} <= {rect.name for rect in self._rects}
+        self._tabs = bool(console_lines) and not view.zoomed and not both
+        self._lines, self._grid = (Grid(width, height, ascii_only=view.glyphs == "ascii") for _ in range(2))
+        boxes.draw(self._lines)
+        for y in range(height):
+            self._grid.restore(self._lines, y, 0, width)
+
+    def _late_charts(
+        self, model: DashboardModel, view: ViewState, now: float, others: Sequence[DashboardModel]
+    ) -> list[Rect]:
+        """Return the charts to draw anew: of several the one that has waited longest, unless none may wait."""
+        found: list[tuple[bool, float, int, Rect, tuple[object, int, float]]] = []
+        marks = tuple((len(places), places[-1]) for places in model.marks.values())
+        for rect in self._rects:
+            kind, _, metric = rect.name.partition(":")
+            if kind not in {"chart", "metric"}:
+                continue
+            series = chart_series(model, metric or chosen_metric(model, view), others)
+            points = sum(line.count for line in series) + (model.step if view.window else 0)
+            shown = (marks, len(model.epoch_starts), model.started)
+            before, drawn, when = self._charts.get(rect, (None, -1, now))
+            dots = 2 * rect.width << view.window
+            waits = abs(now - when) < self._chart_seconds and (points - drawn) * dots < points
+            if shown != before or (points != drawn and not waits):
+                found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
+        found.sort(key=lambda chart: chart[:3])
+        most = sum(not chart[0] for chart in found) or 1
+        chosen = found[:most] if self._chart_seconds else found
+        self._charts.update({rect: state for *_, rect, state in chosen})
+        return [rect for *_, rect, _ in chosen]
+
+    def _changed(self, rect: Rect, model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> bool:
+        """Return whether a pane that is no chart shows something else than it did; what it shows is remembered."""
+        shown: tuple[object, ...]
+        if rect.name == "now" or (rect.name in {"events", "console"} and view.focus):
+            return True
+        if rect.name == "difficulty":
+            shown = (model.quadrants, model.suspects)
+        elif rect.name == "events":
+            shown = (model.entries[-1] if model.entries else None,)
+        elif rect.name == "console":
+            shown = (view.console_title, *console_lines[-rect.height :])
+        else:
+            return False
+        before = self._shown.get(rect)
+        self._shown[rect] = shown
+        return shown != before
 
 
 def scroll_limit(model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> int:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from learnit_r8.dashboard import formats as f
-from learnit_r8.dashboard.series import Bin
+from learnit_r8.dashboard.series import Bins, Floats
 
 OUTLIER_MARGIN = 0.35
 """Extremes that exceed the range of ordinary values by more than this share of it are clipped."""
 PAD = 0.03
 MAX_LOG = 700.0
 """Just inside what a double can hold."""
+_TINY = 5e-324
 _TIME_STEPS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 
 
@@ -37,16 +39,30 @@ class Scale:
             return (math.log(value) - bottom) / (math.log(self.high) - bottom)
         return (value - self.low) / (self.high - self.low)
 
+    def value(self, share: float) -> float:
+        """Return what lies at a share of the axis."""
+        if self.log:
+            bottom = math.log(self.low)
+            return math.exp(bottom + share * (math.log(self.high) - bottom))
+        return self.low + share * (self.high - self.low)
 
-def _quantile(ordered: Sequence[float], q: float) -> float:
+    def shares(self, values: Floats) -> Floats:
+        """Return where the values lie; NaN where one is NaN, far below 0 where a logarithm does not exist."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, values = math.log(low), math.log(high), np.log(np.maximum(values, _TINY))
+        return (values - low) / (high - low)
+
+
+def _quantile(ordered: Floats, q: float) -> float:
     """Nearest rank, but the most extreme value is never taken: one point may be the outlier."""
     last = len(ordered) - 1
     if last < 4:
-        return ordered[0] if q < 0.5 else ordered[-1]
-    return ordered[min(last - 1, max(1, round(q * last)))]
+        return float(ordered[0 if q < 0.5 else -1])
+    return float(ordered[min(last - 1, max(1, round(q * last)))])
 
 
-def choose_scale(bins: Sequence[Bin], mode: str, prefer_log: bool, extra: Sequence[float] = ()) -> Scale | None:
+def choose_scale(bins: Bins, mode: str, prefer_log: bool, extra: Sequence[float] = ()) -> Scale | None:
     """Return the axis for these bins, or None where no value is finite.
 
     It covers at least the 0.5 to 99.5 percentiles (of the bins' last values, an even sample of the
@@ -58,24 +74,21 @@ def choose_scale(bins: Sequence[Bin], mode: str, prefer_log: bool, extra: Sequen
         prefer_log: The quantity is one that is usually drawn on a logarithmic axis.
         extra: Values that must be visible as well.
     """
-    finite = [item for item in bins if item.lo <= item.hi]
-    if not finite:
+    finite = bins["lo"] <= bins["hi"]
+    if not finite.any():
         return None
-    log = mode != "linear" and min(item.lo for item in finite) > 0 and all(value > 0 for value in extra)
+    lasts, lows, highs = (np.sort(bins[name][finite]) for name in ("last", "lo", "hi"))
+    log = mode != "linear" and lows[0] > 0 and all(value > 0 for value in extra)
     if mode == "auto":
-        log = log and prefer_log and max(item.hi for item in finite) > 2.5 * min(item.lo for item in finite)
-    into: Callable[[float], float] = math.log if log else float
-    # The logarithm keeps the order: sort first, and take it of the few values that matter.
-    lasts = sorted([item.last for item in finite])
-    lows = sorted([item.lo for item in finite])
-    highs = sorted([item.hi for item in finite])
-    low = min(into(_quantile(lasts, 0.005)), into(_quantile(lows, 0.1)))
-    high = max(into(_quantile(lasts, 0.995)), into(_quantile(highs, 0.9)))
+        log = log and prefer_log and highs[-1] > 2.5 * lows[0]
+    if log:
+        lasts, lows, highs = np.log(lasts), np.log(lows), np.log(highs)
+        extra = [math.log(value) for value in extra]
+    low = min(_quantile(lasts, 0.005), _quantile(lows, 0.1))
+    high = max(_quantile(lasts, 0.995), _quantile(highs, 0.9))
     margin = OUTLIER_MARGIN * (high - low)
-    low = min(low, into(lows[bisect_left(lows, low - margin, key=into)]))
-    high = max(high, into(highs[bisect_right(highs, high + margin, key=into) - 1]))
-    for value in extra:
-        low, high = min(low, into(value)), max(high, into(value))
+    low = min(low, float(lows[np.searchsorted(lows, low - margin)]), *extra)
+    high = max(high, float(highs[np.searchsorted(highs, high + margin, "right") - 1]), *extra)
     pad = PAD * (high - low) or 0.05 * (abs(high) or 1.0)
     low, high = low - pad, high + pad
     if log:
@@ -112,8 +125,14 @@ def y_ticks(scale: Scale, rows: int) -> list[tuple[int, str]]:
         placed.sort()
         if len(placed) > len(best) and all(b[0] - a[0] >= 2 for a, b in pairwise(placed)):
             best = placed
+    if len(best) < 2:
+        # No round numbers fit: the values at the edges, to two digits.
+        shares = (1 - 0.5 / rows, 0.5 / rows) if rows > 2 else (0.5,)
+        edges = [float(f"{scale.value(share):.2g}") for share in shares]
+        if all(scale.low <= value <= scale.high for value in edges):
+            best = sorted((_row(scale, value, rows), value) for value in edges)
     if not best:
-        middle = math.sqrt(scale.low * scale.high) if scale.log else (scale.low + scale.high) / 2
+        middle = scale.value(0.5)
         best = [(_row(scale, middle, rows), middle)]
     return list(zip([row for row, _ in best], tick_labels([value for _, value in best]), strict=True))
 

@@ -7,8 +7,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from learnit_r8.dashboard.capture import Capture, ConsoleTail
@@ -19,17 +19,39 @@ from learnit_r8.dashboard.keyboard import KeyDecoder
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.ladder import default_glyphs
 from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.render import render, scroll_limit
+from learnit_r8.dashboard.render import Painter, scroll_limit
 from learnit_r8.dashboard.terminal import canvas
 from learnit_r8.dashboard.tty import Tty
 from learnit_r8.events import Event
 from learnit_r8.types import Command
 
 _LEAVE_SECONDS = 0.3
+_CHART_SECONDS = 1.0
+_BREATH = 5e-5
+"""A nap between panes lets the training thread have the GIL; one of 0 s would hardly ever hand it over."""
 _ESCAPE_SECONDS = 0.05
 """A lone Escape byte is the Escape key when nothing follows it for this long; sequences arrive in one piece."""
 _GAP_SECONDS = 3.0
 """A tick this late means that the process was stopped or the machine slept: the screen may hold anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a frame shows.
+
+    Attributes:
+        model: The run's numbers.
+        lines: What the run printed, oldest first.
+        title: Where that is kept.
+        others: Further runs, whose lines lie in the chart.
+        own: The run is this process's: what a frame costs is one of its costs.
+    """
+
+    model: DashboardModel
+    lines: Sequence[str] = ()
+    title: str = ""
+    others: Sequence[DashboardModel] = ()
+    own: bool = True
 
 
 class Screen(Face):
@@ -41,6 +63,7 @@ class Screen(Face):
         console: File for the user's prints; a temporary one when None.
         readonly: Control keys do nothing.
         now: Wall-clock time of opening.
+        look: Returns what to show; None shows the model of each tick and what this process prints.
 
     Raises:
         OSError: There is no controlling terminal, or no place for the console file.
@@ -55,15 +78,19 @@ class Screen(Face):
         console: Path | None,
         readonly: bool,
         now: float,
+        look: Callable[[], Scene] | None = None,
     ) -> None:
         self._commands = commands
+        self._look = look
+        self._painter = Painter(_CHART_SECONDS, lambda: time.sleep(_BREATH))
         self._keys = KeyDecoder()
         self._rate = FrameRate()
         self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
-        self._lines: list[str] = []
+        self._lines: Sequence[str] = ()
         self._still: DashboardModel | None = None
         self._shown = False
-        self._last_tick = time.monotonic()
+        self._opened = self._last_tick = time.monotonic()
+        self._spent = 0.0
         self._size = (0, 0)
         self._news = True
         self._undo = contextlib.ExitStack()
@@ -126,23 +153,26 @@ class Screen(Face):
         self._shown = True
 
     def _draw(self, model: DashboardModel, now: float) -> None:
-        began = time.thread_time()
+        began = self._spent = time.thread_time()
         if model.paused != self._view.paused:
             self._view = replace(self._view, paused=model.paused)
-        lines = self._lines = self._tail.poll()
+        scene = self._own_scene(model) if self._look is None else self._look()
+        self._lines = scene.lines
         view = replace(
             self._view,
             hz=round(1 / self._rate.period, 1),
-            frame_seconds=self._rate.cost,
-            console_title=f"{self._capture.path}  {self._tail.count} lines",
+            ui_share=self._spent / max(1.0, time.monotonic() - self._opened) if scene.own else None,
+            console_title=scene.title,
         )
-        grid = render(self._still or model, view, *self._size, now, lines)
-        # Lets the training thread in if it waits for the GIL: it should not wait for a whole frame.
-        time.sleep(0)
+        grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)
         data = self._canvas.draw(grid)
         self._rate.drew(time.monotonic(), time.thread_time() - began)
         self._tty.send(data)
         self._news = False
+
+    def _own_scene(self, model: DashboardModel) -> Scene:
+        lines, count = self._tail.poll(), self._tail.count
+        return Scene(model, lines, f"{self._capture.path}  {count} line{'s' * (count != 1)}")
 
     def _read_keys(self, model: DashboardModel) -> None:
         data = self._tty.read()

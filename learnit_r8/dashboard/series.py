@@ -3,19 +3,23 @@
 Three levels, each finer and shorter than the one before:
 
     whole    the run from its start in at most 1024 bins; a full level merges its bins in pairs
-    middle   the last 512 bins of 64 points
-    recent   the last 512 points, one a bin
+    middle   the last 512 bins of 64 points and more
+    recent   the last 512 points and more, one a bin
 
 A bin keeps minimum, maximum, last value and counts, so a spike of one point survives every merge;
 keeping every other point, or means, would lose it. The moving averages run over every point.
+
+Points arrive one at a time and are binned 64 at a time, by numpy.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
 
 WHOLE_BINS = 1024
 MIDDLE_BINS = 512
@@ -25,40 +29,31 @@ BLOCK = 64
 HUGE = 1e300
 """Larger values count as infinite: their differences would overflow."""
 
+Floats = npt.NDArray[np.float64]
+Bins = npt.NDArray[np.void]
+"""Consecutive bins, a record each, as `bin_type` has them."""
 
-class Bin(NamedTuple):
-    """Consecutive points: where they lie, their extremes, the last one and the averages after it.
 
-    Where no point is finite, `lo` is inf, `hi` is -inf and `last` is NaN. `times` are seconds
-    since the Unix epoch.
+@cache
+def bin_type(averages: int) -> np.dtype[np.void]:
+    """Return the record of a bin: consecutive points, where they lie, their extremes, the last one, the averages there.
+
+    Where no point is finite, `lo` is inf, `hi` is -inf and `last` is NaN. Times are seconds since the Unix epoch.
     """
-
-    first_step: float
-    last_step: float
-    first_time: float
-    last_time: float
-    lo: float
-    hi: float
-    last: float
-    points: int
-    bad: int
-    averages: tuple[float, ...]
+    names = ("first_step", "last_step", "first_time", "last_time", "lo", "hi", "last", "points", "bad")
+    return np.dtype([*((name, np.float64) for name in names), ("averages", np.float64, (averages,))])
 
 
-def merge(left: Bin, right: Bin) -> Bin:
-    """Return the bin that holds the points of both, `right` being the later."""
-    return Bin(
-        left.first_step,
-        right.last_step,
-        left.first_time,
-        right.last_time,
-        min(left.lo, right.lo),
-        max(left.hi, right.hi),
-        right.last if right.lo <= right.hi else left.last,
-        left.points + right.points,
-        left.bad + right.bad,
-        right.averages,
-    )
+def merge(left: Bins, right: Bins) -> Bins:
+    """Return bins that hold the points of both, pair by pair, those of `right` being the later."""
+    both = right.copy()
+    both["first_step"], both["first_time"] = left["first_step"], left["first_time"]
+    both["lo"] = np.minimum(left["lo"], right["lo"])
+    both["hi"] = np.maximum(left["hi"], right["hi"])
+    both["last"] = np.where(right["lo"] <= right["hi"], right["last"], left["last"])
+    both["points"] += left["points"]
+    both["bad"] += left["bad"]
+    return both
 
 
 class Series:
@@ -85,12 +80,14 @@ class Series:
         self._gains: tuple[float, ...] = ()
         # From here on `1 - decay ** n` is 1 to double precision.
         self._settled = max((math.ceil(-37.0 / math.log(d)) for d in self.decays if 0 < d < 1), default=1)
-        self._whole: list[Bin] = []
-        self._open: Bin | None = None
+        self._type = bin_type(len(self.decays))
+        self._whole, self._middle = bytearray(), bytearray()
+        self._open: Bins | None = None
         self._span = 1
-        self._middle: deque[Bin] = deque(maxlen=MIDDLE_BINS)
-        self._recent: deque[Bin] = deque(maxlen=RECENT_POINTS)
-        self._block: list[Bin] = []
+        # Rows of step, time, value and averages, one after the other; the last `_pending` of them are in no bin yet.
+        self._points: list[float] = []
+        self._columns = 3 + len(self.decays)
+        self._pending = 0
 
     def add(self, step: float, time: float, value: float) -> None:
         """Append a point; NaN and infinities are counted and leave a gap."""
@@ -103,13 +100,12 @@ class Series:
             self.last = value
             if self.decays:
                 self._average(value)
-            point = Bin(step, step, time, time, value, value, value, 1, 0, self.averages)
         else:
             self.bad += 1
-            point = Bin(step, step, time, time, math.inf, -math.inf, math.nan, 1, 1, self.averages)
-        self._recent.append(point)
-        self._block.append(point)
-        if len(self._block) >= self._span or len(self._block) >= BLOCK:
+            value = math.nan
+        self._points += (step, time, value, *self.averages)
+        self._pending += 1
+        if self._pending == BLOCK:
             self._close_block()
 
     def _average(self, value: float) -> None:
@@ -125,65 +121,83 @@ class Series:
         )
 
     def _close_block(self) -> None:
-        block = _summarize(self._block)
-        self._block = []
+        block = self._binned(BLOCK, self._span)
+        self._pending = 0
+        if len(self._points) >= 2 * RECENT_POINTS * self._columns:
+            del self._points[: -RECENT_POINTS * self._columns]
         if self._span > BLOCK:
-            self._middle.append(block)
-        self._open = block if self._open is None else merge(self._open, block)
-        if self._open.points < self._span:
-            return
-        self._whole.append(self._open)
-        self._open = None
-        if len(self._whole) >= WHOLE_BINS:
-            self._whole = [merge(a, b) for a, b in zip(self._whole[::2], self._whole[1::2], strict=True)]
+            self._middle += block.tobytes()
+            if len(self._middle) >= 2 * MIDDLE_BINS * self._type.itemsize:
+                del self._middle[: -MIDDLE_BINS * self._type.itemsize]
+            block = block if self._open is None else merge(self._open, block)
+            self._open = block if block["points"][0] < self._span else None
+            if self._open is not None:
+                return
+        self._whole += block.tobytes()
+        if len(self._whole) >= WHOLE_BINS * self._type.itemsize:
+            bins = np.frombuffer(self._whole, self._type)
+            self._whole = bytearray(merge(bins[::2], bins[1::2]).tobytes())
             self._span *= 2
 
-    def bins(self, since: float = -math.inf, *, by_time: bool = False) -> list[Bin]:
+    def _binned(self, points: int, span: int) -> Bins:
+        """Return the last points in bins of `span` of them each; the last bin may have fewer."""
+        if points == 0:
+            return np.empty(0, self._type)
+        rows = np.array(self._points[len(self._points) - points * self._columns :]).reshape(-1, self._columns)
+        starts = np.arange(0, points, span)
+        ends = np.append(starts[1:], points) - 1
+        values = rows[:, 2]
+        bad = np.isnan(values)
+        bins = np.empty(len(starts), self._type)
+        bins["first_step"], bins["last_step"] = rows[starts, 0], rows[ends, 0]
+        bins["first_time"], bins["last_time"] = rows[starts, 1], rows[ends, 1]
+        bins["points"], bins["averages"] = ends + 1 - starts, rows[ends, 3:]
+        if not bad.any():
+            bins["bad"], bins["last"] = 0.0, values[ends]
+        else:
+            bins["bad"] = np.add.reduceat(bad, starts, dtype=np.float64)
+            newest = np.maximum.accumulate(np.where(bad, -1, np.arange(points)))[ends]
+            bins["last"] = np.where(newest >= starts, values[newest], math.nan)
+        bins["lo"] = np.minimum.reduceat(np.where(bad, math.inf, values), starts)
+        bins["hi"] = np.maximum.reduceat(np.where(bad, -math.inf, values), starts)
+        return bins
+
+    def bins(self, since: float = -math.inf, *, by_time: bool = False) -> Bins:
         """Return the finest bins that reach back to `since`, oldest first.
 
         Args:
             since: A step, or a time where `by_time` is true. Bins that end before it are left out.
             by_time: What `since` is.
         """
-        tail = [_summarize(self._block)] if self._block else []
-        if self.count <= RECENT_POINTS or _reaches(self._recent[0], since, by_time):
-            found = list(self._recent)
-        elif self._middle and _reaches(self._middle[0], since, by_time):
-            found = [*self._middle, *tail]
+        place = 1 if by_time else 0
+        recent = min(RECENT_POINTS, len(self._points) // self._columns)
+        if self.count <= recent or self._points[place - recent * self._columns] <= since:
+            found = self._binned(recent, 1)
         else:
-            found = [*self._whole, *([self._open] if self._open else []), *tail]
+            found = np.frombuffer(self._middle, self._type)[-MIDDLE_BINS:]
+            if len(found) and found["first_time" if by_time else "first_step"][0] <= since:
+                found = np.concatenate([found, self._binned(self._pending, BLOCK)])
+            else:
+                started = [] if self._open is None else [self._open]
+                whole = np.frombuffer(self._whole, self._type)
+                found = np.concatenate([whole, *started, self._binned(self._pending, self._span)])
         if since == -math.inf:
             return found
-        return [item for item in found if (item.last_time if by_time else item.last_step) >= since]
+        kept: Bins = found[found["last_time" if by_time else "last_step"] >= since]
+        return kept
+
+    def values(self, most: int) -> list[float]:
+        """Return at most `most` values, spread evenly over the run, the newest last."""
+        if self.count == len(self._points) // self._columns:
+            values: Sequence[float] | Floats = self._points[2 :: self._columns]
+        else:
+            values = np.frombuffer(self._whole, self._type)["last"]
+        some = min(most, len(values))
+        return [*(float(values[(i + 1) * len(values) // some - 1]) for i in range(some - 1)), self.last][:most]
 
     def copy(self) -> Series:
         """Return an independent copy."""
         twin = Series(self.decays)
         twin.__dict__.update(self.__dict__)
-        twin._whole, twin._block = list(self._whole), list(self._block)
-        twin._middle, twin._recent = self._middle.copy(), self._recent.copy()
+        twin._whole, twin._middle, twin._points = self._whole[:], self._middle[:], self._points[:]
         return twin
-
-
-def _reaches(oldest: Bin, since: float, by_time: bool) -> bool:
-    return (oldest.first_time if by_time else oldest.first_step) <= since
-
-
-def _summarize(points: Sequence[Bin]) -> Bin:
-    """Return one bin for single points; the same as merging them one by one."""
-    if len(points) == 1:
-        return points[0]
-    bad = sum([point.bad for point in points])
-    lasts = [point.last for point in points if not point.bad]
-    return Bin(
-        points[0].first_step,
-        points[-1].last_step,
-        points[0].first_time,
-        points[-1].last_time,
-        min(lasts, default=math.inf),
-        max(lasts, default=-math.inf),
-        lasts[-1] if lasts else math.nan,
-        len(points),
-        bad,
-        points[-1].averages,
-    )

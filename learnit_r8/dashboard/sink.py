@@ -38,8 +38,9 @@ from learnit_r8.types import Command
 
 QUEUE = 65536
 """Events that wait for the thread; more than that drops the oldest."""
-_SLICE = 500
-"""Events consumed before the GIL is offered to the training thread."""
+_SLICE = 25
+_BREATH = 5e-5
+"""After so many events the thread naps for so long: the training thread may be waiting for the GIL."""
 _JOIN_SECONDS = 1.0
 _NOT_MINE = (
     "SIGINT",
@@ -228,8 +229,8 @@ class Dashboard:
             event = self._queue.popleft()
             taken.append(event)
             self.model.consume(event)
-            if number % _SLICE == _SLICE - 1:
-                time.sleep(0)
+            if number % _SLICE == _SLICE - 1 and not self._stopping:
+                time.sleep(_BREATH)
         return taken
 
     def _sleep(self, seconds: float, inputs: tuple[int, ...]) -> None:

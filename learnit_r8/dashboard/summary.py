@@ -61,12 +61,17 @@ def _losses(model: DashboardModel) -> list[str]:
 
 
 def _safety(model: DashboardModel) -> list[str]:
-    counts = f"{model.spikes} spikes, {model.rollbacks} rollbacks, {model.nonfinite} losses not finite"
+    counts = f"{_many(model.spikes, 'spike')}, {_many(model.rollbacks, 'rollback')}, "
+    counts += f"{model.nonfinite} losses not finite" if model.nonfinite != 1 else "1 loss not finite"
     rows = [_row("stability", counts + (f", {model.quarantined} samples held back" if model.quarantined else ""))]
     if model.suspects is not None:
         rows.append(_row("suspects", f"{f.steps(model.suspects.count)} samples, likely wrong rather than hard"))
     rows += [_row("alarm", f"{line.kind}: {line.text}") for line in model.alarms.values()]
     return rows
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _times(model: DashboardModel, width: int) -> list[str]:

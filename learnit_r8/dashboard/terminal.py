@@ -58,7 +58,7 @@ class Canvas:
         self._fd = _anonymous_file()
         self._window = _initscr(self._fd, size)
         self._styles = _start_colours("NO_COLOR" in environment and environment["NO_COLOR"] != "")
-        self._shown: list[list[tuple[int, str, Style]]] = []
+        self._shown, self._whole = Grid(0, 0), True
         self._pid = os.getpid()
         self._size = (0, 0)
         self._ahead = b""
@@ -82,7 +82,7 @@ class Canvas:
 
     def repaint(self) -> None:
         """Send every cell with the next frame."""
-        self._shown = []
+        self._whole = True
         with contextlib.suppress(curses.error):
             self._window.clearok(True)
 
@@ -91,12 +91,12 @@ class Canvas:
         if (grid.width, grid.height) != self._size:
             self._resize(grid.width, grid.height)
         for y in range(grid.height):
-            runs = grid.runs(y)
-            if y < len(self._shown) and self._shown[y] == runs:
-                continue
+            runs = grid.runs(y) if self._whole else grid.changes(self._shown, y)
             for x, text, style in runs:
                 self._put(y, x, text, self._styles.get(style, 0))
-            self._shown[y : y + 1] = [runs]
+            if runs:
+                self._shown.restore(grid, y, 0, grid.width)
+        self._whole = False
         with contextlib.suppress(curses.error):
             self._window.refresh()
         ahead, self._ahead = self._ahead, b""
@@ -107,13 +107,13 @@ class Canvas:
         # endwin wants to set the modes of its output, a file: an error that means nothing here.
         with contextlib.suppress(curses.error):
             curses.endwin()
-        self._shown = []
+        self._whole = True
         return self._take() + _capability("cnorm")
 
     def _resize(self, width: int, height: int) -> None:
         curses.resizeterm(height, width)
         self._window.erase()
-        self._size = (width, height)
+        self._size, self._shown = (width, height), Grid(width, height)
         # ncurses believes that a resize resets the scrolling margins. They home the cursor, so the repaint must follow.
         region = curses.tigetstr("csr")
         self._ahead += curses.tparm(region, 0, height - 1) if region else b""
@@ -126,12 +126,13 @@ class Canvas:
             # Writing the last cell would scroll; inserting it does not.
             cut = max((i for i, char in enumerate(text) if cell_width(char)), default=0)
             text, last = text[:cut], text[cut:]
-        with contextlib.suppress(curses.error, ValueError):
+        try:
             if text:
                 self._window.addstr(y, x, text, attribute)
-        with contextlib.suppress(curses.error, ValueError):
             if last:
                 self._window.insstr(y, x + cell_width(text), last, attribute)
+        except (curses.error, ValueError):
+            pass
 
     def _take(self) -> bytes:
         length = os.lseek(self._fd, 0, os.SEEK_CUR)

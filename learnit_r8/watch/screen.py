@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import select
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from learnit_r8.dashboard.faces import Detach
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.ladder import choose, default_glyphs, look
 from learnit_r8.dashboard.render import render
-from learnit_r8.dashboard.screen import Screen
+from learnit_r8.dashboard.screen import Scene, Screen
 from learnit_r8.dashboard.tty import TerminalGone
 from learnit_r8.errors import ConfigError
 from learnit_r8.watch.run import WatchedRun
@@ -20,13 +18,11 @@ from learnit_r8.watch.run import WatchedRun
 
 def frame(runs: Sequence[WatchedRun], width: int, height: int, now: float, environment: Mapping[str, str]) -> str:
     """Return one frame of the first run, the others drawn into its chart, and a line a run that says how it is."""
-    first, *others = runs
-    lines = first.console()
-    title = str(first.console_path) if lines else ""
-    view = ViewState(glyphs=default_glyphs(environment), readonly=True, console_title=title)
-    grid = render(first.model, view, width, height, now, lines, [run.model for run in others])
+    shown = scene(runs)
+    view = ViewState(glyphs=default_glyphs(environment), readonly=True, console_title=shown.title)
+    grid = render(shown.model, view, width, height, now, shown.lines, shown.others)
     states = [run.sentence(now) for run in runs]
-    if others:
+    if shown.others:
         states = [f"{mark}  {text}" for mark, text in zip(_marks(len(runs)), states, strict=True)]
     return "\n".join([*(row.rstrip() for row in grid.rows()), *states])
 
@@ -36,33 +32,11 @@ def _marks(count: int) -> list[str]:
     return [" ", *(chr(ord("a") + i) for i in range(count - 1))]
 
 
-class WatchScreen(Screen):
-    """The screen of a training process, with the runs of others on it.
-
-    Args:
-        runs: The first is shown, the others' lines lie in its chart.
-        environment: For TERM and NO_COLOR.
-        now: Wall-clock time of opening.
-
-    Raises:
-        OSError: There is no controlling terminal.
-    """
-
-    def __init__(self, runs: Sequence[WatchedRun], environment: Mapping[str, str], now: float) -> None:
-        super().__init__(environment, deque(), None, True, now)
-        self._runs = runs
-
-    def _draw(self, model: object, now: float) -> None:
-        began = time.thread_time()
-        first, *others = self._runs
-        lines = self._lines = first.console()
-        title = str(first.console_path) if lines else ""
-        view = replace(self._view, hz=round(1 / self._rate.period, 1), console_title=title)
-        grid = render(self._still or first.model, view, *self._size, now, lines, [run.model for run in others])
-        data = self._canvas.draw(grid)
-        self._rate.drew(time.monotonic(), time.thread_time() - began)
-        self._tty.send(data)
-        self._news = False
+def scene(runs: Sequence[WatchedRun]) -> Scene:
+    """Return what the screen shows: the first run, with the others' lines in its chart."""
+    first, *others = runs
+    lines = first.console()
+    return Scene(first.model, lines, str(first.console_path) if lines else "", [run.model for run in others], own=False)
 
 
 def show(runs: Sequence[WatchedRun], environment: Mapping[str, str], clock: Callable[[], float]) -> None:
@@ -74,7 +48,7 @@ def show(runs: Sequence[WatchedRun], environment: Mapping[str, str], clock: Call
     rung = choose("curses", look(environment))
     if rung.name != "curses":
         raise ConfigError([f"cannot draw here ({rung.reason}): use --once for one frame, --json for numbers"])
-    screen = WatchScreen(runs, environment, clock())
+    screen = Screen(environment, deque(), None, readonly=True, now=clock(), look=lambda: scene(runs))
     gone = False
     try:
         while True:
