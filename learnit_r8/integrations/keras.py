@@ -114,16 +114,17 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
             if index > self._asked:
                 raise ConfigError(["batches are asked for in a random order: give fit(..., shuffle=False)"])
             self._asked = max(self._asked, index + 1)
-            if threading.get_ident() != self._thread:
+            waits = threading.get_ident() != self._thread
+            if waits:
                 self._ready.wait_for(lambda: index < len(self._plan) or not self._running)
-                if not self._running:  # fetched ahead of the end, and dropped there
-                    return None
-            if index >= len(self._plan):
-                raise ProtocolError(
-                    f"batch {index} of this epoch is asked for and {len(self._plan)} are drawn: losses are due, is "
-                    "R8Callback(dataset) among the callbacks of fit?"
-                )
-            return self._plan[index]
+            if index < len(self._plan):
+                return self._plan[index]
+            if waits:  # the run ended meanwhile: what is fetched now is dropped
+                return None
+            raise ProtocolError(
+                f"batch {index} of this epoch is asked for and {len(self._plan)} are drawn: losses are due, is "
+                "R8Callback(dataset) among the callbacks of fit?"
+            )
 
     # What the callback uses -----------------------------------------------------------------
 
