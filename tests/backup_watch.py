@@ -35,8 +35,14 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def fingerprint(tree: Any) -> list[bytes]:
-    """Return all that a tree of any framework holds, to the bit."""
-    return [np.asarray(leaf).tobytes() if hasattr(leaf, "__array__") else repr(leaf).encode() for leaf in leaves(tree)]
+    """Return all that a tree of any framework holds, to the bit; of objects, their type."""
+    return [_bytes(leaf) for leaf in leaves(tree)]
+
+
+def _bytes(leaf: Any) -> bytes:
+    if hasattr(leaf, "__array__"):
+        return np.asarray(leaf).tobytes()
+    return repr(leaf if isinstance(leaf, (str, bytes, bool, int, float, type(None))) else type(leaf)).encode()
 
 
 def finite(tree: Any) -> bool:

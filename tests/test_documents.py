@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import itertools
@@ -234,3 +235,41 @@ def test_the_guide_to_sinks_lists_every_event():
     )
     assert listed >= set(events.EVENT_TYPES)
     assert all(hasattr(events, name) for name in listed)
+
+
+# Three changed lines ---------------------------------------------------------------------------
+
+
+ROWS = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `(examples/\w+\.py)` \|$", read(ROOT / "README.md"), re.MULTILINE)
+
+
+def calls(code: str) -> list[tuple[str, set[str], int]]:
+    """Return name, keywords and number of other arguments of all calls, and the bases of classes."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).split(".")[-1]
+            found.append((name, {str(keyword.arg) for keyword in node.keywords}, len(node.args)))
+        elif isinstance(node, ast.ClassDef):
+            found += [(ast.unparse(base).split(".")[-1], set(), 0) for base in node.bases]
+    return found
+
+
+@pytest.mark.parametrize(("framework", "changes", "example"), ROWS)
+def test_the_lines_that_change_are_those_of_the_example(framework, changes, example):
+    """The examples themselves run in the tests of the integrations."""
+    shown = [call for span in re.findall(r"`([^`]+)`", changes.split(" in place of ")[0]) for call in calls(span)]
+    there = calls(read(ROOT / example))
+    assert shown
+    for name, keywords, count in shown:
+        assert any((name, count) == (other, others) and keywords <= given for other, given, others in there), (
+            f"{name} with {sorted(keywords)} and {count} more is not in {example}"
+        )
+
+
+def test_every_integration_has_its_row():
+    assert len(ROWS) == 8
+    frameworks = {path.stem for path in (ROOT / "learnit_r8" / "integrations").glob("[a-z]*.py")}
+    frameworks -= {"sharded", "importance"}  # no frameworks
+    imported = "".join(read(ROOT / example) for _, _, example in ROWS)
+    assert all(f"learnit_r8.integrations.{name} import" in imported for name in frameworks)

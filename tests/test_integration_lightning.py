@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
+from learnit_r8.events import RolledBack, SpikeSeen
 from tests.backup_watch import BackupWatch, check_survival, fingerprint, random_steps
 
 with warnings.catch_warnings():
@@ -87,7 +88,7 @@ class StopAt(lightning.Callback):
             raise KeyboardInterrupt
 
 
-def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None):
+def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None, **options):
     trainer = lightning.Trainer(
         max_epochs=-1,
         accelerator="cpu",
@@ -98,6 +99,7 @@ def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None):
         use_distributed_sampler=False,
         accumulate_grad_batches=accumulate,
         callbacks=[R8Callback(scheduler), *more],
+        **options,
     )
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(model, datamodule=Data(workers), ckpt_path=ckpt, weights_only=True)
@@ -158,6 +160,36 @@ def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(wor
     watch = BackupWatch(random_steps(seed), scheduler_for, num_epochs=17)
     fit(model_for(watch=watch), watch.scheduler, workers=workers, accumulate=accumulate)
     check_survival(watch.findings())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_that_mixed_precision_left_out_is_no_fault(accumulate):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Overflowing(Model):
+        """The gradients of some micro-batches overflow; their losses do not."""
+
+        backwards = 0
+
+        def on_after_backward(self) -> None:
+            if self.backwards in (4, 13, 29):
+                next(self.parameters()).grad.fill_(float("inf"))
+            self.backwards += 1
+
+    class Listener(list):
+        record = list.append
+
+    heard = Listener()
+    torch.manual_seed(0)
+    scheduler = scheduler_for(sinks=[heard])
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+    fit(Overflowing(), scheduler, accumulate=accumulate, plugins=[precision])
+    reports = [event for event in heard if type(event).__name__ == "LossReported"]
+    skipped = {event.step // accumulate for event in reports if event.verdict == "skipped"}
+    assert skipped == {step // accumulate for step in (4, 13, 29)}
+    assert scheduler.global_step == len(reports) == 36
+    assert not any(isinstance(event, (SpikeSeen, RolledBack)) for event in heard)
+    assert precision.scaler.get_scale() == 2.0
 
 
 def test_a_loader_that_does_not_draw_from_the_scheduler_is_refused():

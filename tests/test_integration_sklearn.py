@@ -15,47 +15,30 @@ import pytest
 from sklearn.linear_model import SGDClassifier
 
 from learnit_r8 import R8Scheduler
-from learnit_r8.events import RolledBack
+from tests.backup_watch import BackupWatch, check_survival, fingerprint, random_steps
 
 ROOT = Path(__file__).parent.parent
 SAMPLES, BATCH = 120, 8
 
 
+def scheduler_for(**options) -> R8Scheduler:
+    return R8Scheduler(SAMPLES, BATCH, initial_lr=0.1, min_lr=1e-4, checkpoint_dir=None, ui="off", **options)
+
+
 class Run:
-    def __init__(self, nan_at=(), epochs: int = 3) -> None:
+    def __init__(self, faults=(), epochs: int = 3) -> None:
         rng = np.random.default_rng(0)
         self.x = rng.normal(size=(SAMPLES, 5))
         self.y = (self.x[:, 0] > 0).astype(int) + (self.x[:, 1] > 1)
         self.model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=0.1, random_state=0)
         self.model.partial_fit(self.x[:1], self.y[:1], classes=np.arange(3))
-        self.nan_at, self.seen, self.taken, self.restored, self.events = set(nan_at), [], {}, [], []
-        self.scheduler = R8Scheduler(
-            SAMPLES,
-            BATCH,
-            num_epochs=epochs,
-            initial_lr=0.1,
-            min_lr=1e-4,
-            backup_every=4,
-            checkpoint_dir=None,
-            ui="off",
-            sinks=[self],
-            state_callback=self.capture,
-            load_callback=self.restore,
-        )
-
-    def record(self, event) -> None:
-        self.events.append(event)
-
-    def capture(self):
-        self.taken[self.scheduler.global_step] = self.fingerprint()
-        return self.model.__dict__
+        self.seen: list[list[int]] = []
+        self.watch = BackupWatch(faults, scheduler_for, num_epochs=epochs)
+        self.scheduler = self.watch.scheduler
+        self.scheduler.attach_model(lambda: self.model.__dict__, self.restore)
 
     def restore(self, state) -> None:
         self.model.__dict__.update(copy.deepcopy(state))
-        self.restored.append(self.fingerprint())
-
-    def fingerprint(self) -> tuple[bytes, bytes, float]:
-        return self.model.coef_.tobytes(), self.model.intercept_.tobytes(), self.model.t_
 
     def go(self, stop_at: int | None = None) -> None:
         for _ in self.scheduler.epoch_iterator():
@@ -63,9 +46,9 @@ class Run:
                 x, y = self.x[batch.indices], self.y[batch.indices]
                 losses = -np.log(np.maximum(self.model.predict_proba(x)[np.arange(len(y)), y], 1e-7))
                 self.model.set_params(eta0=batch.lr).partial_fit(x, y)
-                if batch.step in self.nan_at:
-                    self.model.coef_[:] = np.nan
-                    losses[0] = np.nan
+                factor = self.watch.factor()
+                self.model.coef_ *= factor
+                losses[0] *= factor
                 self.seen.append(batch.indices.tolist())
                 self.scheduler.update_with_loss(losses)
                 if self.scheduler.global_step == stop_at:
@@ -80,17 +63,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one():
     second.model = copy.deepcopy(first.model)
     second.go()
     assert first.seen + second.seen == whole.seen
-    assert second.fingerprint() == whole.fingerprint()
+    assert fingerprint(second.model.__dict__) == fingerprint(whole.model.__dict__)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(seed):
-    run = Run(np.random.default_rng(seed).integers(20, 40, 4).cumsum().tolist(), epochs=16)
+    run = Run(random_steps(seed), epochs=14)
     run.go()
-    targets = [event.to_step for event in run.events if isinstance(event, RolledBack)]
-    assert len(targets) == 4
-    assert run.restored == [run.taken[step] for step in targets]
-    assert np.isfinite(run.model.coef_).all()
+    check_survival(run.watch.findings())
 
 
 @pytest.mark.parametrize(

@@ -475,6 +475,37 @@ def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(wor
     check_survival(run.watch.findings())
 
 
+def test_a_step_that_mixed_precision_left_out_is_no_fault_and_a_rollback_brings_the_scaler_back():
+    overflows, faults = {7, 30, 61}, random_steps(4)
+    watch = BackupWatch(faults, scheduler_for, num_epochs=17, initial_lr=0.05)
+    run = Run(watch=watch)
+    scaler, scales = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=20), []
+    parts = (run.model, run.optimizer, scaler)
+    watch.scheduler._safety._load = None  # Run's own functions leave the scaler out
+    watch.scheduler.attach_model(lambda: capture_state(*parts, copy=False), lambda state: restore_state(state, *parts))
+    for _ in watch.scheduler.epoch_iterator():
+        for (numbers,) in run.loader:
+            step = watch.scheduler.global_step
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = nn.functional.cross_entropy(run.model(run.x[numbers]), run.y[numbers], reduction="none")
+            assert losses.dtype is torch.float32
+            scales.append(scaler.get_scale())
+            losses = (losses * watch.factor()).bfloat16()
+            scaler.scale(losses.float().mean() * (3e38 if step in overflows else 1.0)).backward()
+            before = fingerprint(run.model.state_dict())
+            scaler.step(run.optimizer)
+            scaler.update()
+            run.optimizer.zero_grad()
+            skipped = scaler.get_scale() < scales[-1] and step not in faults
+            result = watch.scheduler.update_with_loss(losses, skipped=skipped)
+            assert skipped == (step in overflows)
+            if skipped:
+                assert fingerprint(run.model.state_dict()) == before
+                assert not result.rolled_back
+    check_survival(watch.findings())
+    assert len(set(scales)) > 2
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital'")  # torchdata 0.11 with torch 2.13
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_data_loader_resumes_in_the_middle_of_an_epoch(workers):

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.integrations._keras_losses import install as install_losses
 from learnit_r8.integrations._keras_state import (
     State,
     capture_state,
@@ -114,16 +115,17 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
             if index > self._asked:
                 raise ConfigError(["batches are asked for in a random order: give fit(..., shuffle=False)"])
             self._asked = max(self._asked, index + 1)
-            if threading.get_ident() != self._thread:
+            waits = threading.get_ident() != self._thread
+            if waits:
                 self._ready.wait_for(lambda: index < len(self._plan) or not self._running)
-                if not self._running:  # fetched ahead of the end, and dropped there
-                    return None
-            if index >= len(self._plan):
-                raise ProtocolError(
-                    f"batch {index} of this epoch is asked for and {len(self._plan)} are drawn: losses are due, is "
-                    "R8Callback(dataset) among the callbacks of fit?"
-                )
-            return self._plan[index]
+            if index < len(self._plan):
+                return self._plan[index]
+            if waits:  # the run ended meanwhile: what is fetched now is dropped
+                return None
+            raise ProtocolError(
+                f"batch {index} of this epoch is asked for and {len(self._plan)} are drawn: losses are due, is "
+                "R8Callback(dataset) among the callbacks of fit?"
+            )
 
     # What the callback uses -----------------------------------------------------------------
 
@@ -219,7 +221,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the model and start the run."""
         self._check()
-        self._losses = _install(self.model, self._dataset.scheduler.batch_size, self._sample_loss)
+        self._losses = install_losses(self.model, self._dataset.scheduler.batch_size, self._sample_loss)
         self._dataset.scheduler.attach_model(self._capture, self._restore)
         self._dataset.start()
 
@@ -275,73 +277,6 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 _RATE_SCHEDULE = keras.optimizers.schedules.LearningRateSchedule
-
-
-class _SampleLosses(keras.metrics.Metric):  # type: ignore[misc]
-    """One loss per sample, and the step's loss last. A metric: its state is no weight, so it is not saved."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(name="r8_sample_losses", dtype="float32")
-        self.size = size
-        self.values = self.add_variable((size + 1,), "zeros", name="values")
-        self.written = self.per_sample = False
-
-    def write(self, losses: Any, total: Any) -> None:
-        self.written, self.per_sample = True, losses is not None
-        ops = keras.ops
-        total = ops.reshape(ops.cast(total, "float32"), (1,))
-        if losses is None:
-            losses = total
-        # A shorter batch is filled up, without asking for its size, which a graph may not know.
-        filled = ops.concatenate([ops.cast(losses, "float32"), ops.zeros((self.size,), "float32")])[: self.size]
-        self.values.assign(ops.stop_gradient(ops.concatenate([filled, total])))
-
-    def update_state(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def reset_state(self) -> None:
-        pass
-
-    def result(self) -> dict[str, Any]:
-        return {}  # nothing for the logs
-
-
-def _install(model: Any, size: int, sample_loss: Callable[[Any, Any], Any] | None) -> _SampleLosses:
-    """Let the model's `compute_loss` write into a variable, once per model."""
-    for metric in model._metrics:
-        if isinstance(metric, _SampleLosses) and metric.size == size:
-            return metric
-    losses = _SampleLosses(size)
-    # Not by attribute: a built model refuses new state there, and would save it.
-    model._metrics.append(losses)
-    original = model.compute_loss
-
-    def compute_loss(
-        x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Any:
-        total = original(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
-        if training:
-            function = sample_loss or _per_sample(model.loss, y, y_pred)
-            losses.write(None if function is None else _one_per_sample(function(y, y_pred)), total)
-        return total
-
-    model.compute_loss = compute_loss
-    model.make_train_function(force=True)  # it may be compiled without
-    return losses
-
-
-def _per_sample(loss: Any, y: Any, y_pred: Any) -> Callable[[Any, Any], Any] | None:
-    """Return the compiled loss without its reduction; None where there is not just one."""
-    if loss is None or y is None or isinstance(loss, (dict, list, tuple)) or isinstance(y_pred, (dict, list, tuple)):
-        return None
-    function = keras.losses.get(loss)
-    unreduced: Callable[[Any, Any], Any] = function.call if isinstance(function, keras.losses.Loss) else function
-    return unreduced
-
-
-def _one_per_sample(values: Any) -> Any:
-    axes = tuple(range(1, len(values.shape)))
-    return keras.ops.mean(values, axis=axes) if axes else values
 
 
 def _strictly_in_step() -> bool:
