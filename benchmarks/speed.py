@@ -88,7 +88,10 @@ def per_step(quick: bool) -> list[dict[str, float]]:
         for batch in (32, 256, 1024):
             progress(f"N={size:,} B={batch}")
             blind, loop = torch_batches(size, batch), Loop(size, batch)
-            calls, rounds = max(min(200, size // batch // 4), 2), 9 if quick else 15
+            calls = max(min(200, size // batch // 4), 2)
+            rounds = max(
+                9 if quick else 15, 3000 // calls
+            )  # memory that is new costs a run's first thousand steps more
             rivals = {"r8": loop.step, "torch": lambda blind=blind: next(blind)}
             times = interleave(rivals, rounds=rounds, calls=calls)
             published = math.nan
@@ -99,6 +102,20 @@ def per_step(quick: bool) -> list[dict[str, float]]:
                 "N": size, "B": batch, "r8_us": times["r8"] * 1e6, "torch_us": times["torch"] * 1e6,
                 "published_us": published, "r8/torch": times["r8"] / times["torch"], "rounds": rounds, "calls": calls,
             })  # fmt: skip
+    return rows
+
+
+def per_epoch(quick: bool) -> list[dict[str, float]]:
+    """Return the cost of a step of 256 samples over whole epochs, what an epoch's start costs each rival included."""
+    rows = []
+    for size, rounds in ((10_000, 41), (1_000_000, 3 if quick else 7), *([] if quick else [(10_000_000, 3)])):
+        progress(f"whole epochs, N={size:,}")
+        blind, loop = torch_batches(size, 256), Loop(size, 256)
+        times = interleave({"r8": loop.step, "torch": lambda b=blind: next(b)}, rounds=rounds, calls=size // 256)
+        rows.append({
+            "N": size, "B": 256, "r8_us": times["r8"] * 1e6, "torch_us": times["torch"] * 1e6,
+            "r8/torch": times["r8"] / times["torch"], "rounds": rounds,
+        })  # fmt: skip
     return rows
 
 
@@ -141,7 +158,10 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     """Measure; `quick`: up to a million samples."""
     steps = per_step(quick)
     at = {row["N"]: row["r8_us"] for row in steps if row["B"] == 256}
-    return {"steps": steps, "growth": at[max(at)] / at[min(at)], "boundary": boundary(quick), "import": import_cost()}
+    return {
+        "steps": steps, "epochs": per_epoch(quick), "growth": at[max(at)] / at[min(at)], "boundary": boundary(quick),
+        "import": import_cost(),
+    }  # fmt: skip
 
 
 def table(results: dict[str, Any]) -> str:
@@ -150,10 +170,16 @@ def table(results: dict[str, Any]) -> str:
          f"{row['r8/torch']:.2f}"]
         for row in results["steps"]
     ]  # fmt: skip
+    epochs = [
+        [f"{row['N']:,}", row["B"], f"{row['r8_us']:.1f}", f"{row['torch_us']:.1f}", f"{row['r8/torch']:.2f}"]
+        for row in results["epochs"]
+    ]
     edge, largest = results["boundary"], max(row["N"] for row in results["steps"])
     return "\n".join([
-        "Draw + update, microseconds a step (median of interleaved rounds)",
+        "Draw + update between epoch starts, microseconds a step (median of interleaved rounds; goal at B=256: 10)",
         columns(("N", "B", "r8", "torch", "published", "r8/torch"), rows),
+        "The same over whole epochs, their starts included (goal 10)",
+        columns(("N", "B", "r8", "torch", "r8/torch"), epochs),
         f"B=256: N={largest:,} costs {results['growth']:.2f}x what N=10,000 costs (goal 1.3)",
         f"Epoch boundary at N={edge['N']:,}: {edge['boundary_s']:.2f} s, Generator.permutation "
         f"{edge['permutation_s']:.2f} s, {edge['ratio']:.2f}x (goal 4)",

@@ -21,7 +21,7 @@ from learnit_r8.types import Indices, Losses, Mask
 UNSEEN = 255
 """Quadrant code of a sample whose loss is unknown."""
 
-SMOOTHING = np.array(0.5, np.float32)
+SMOOTHING = 0.5
 """Weight of a new per-sample loss in its estimate. Reports are exact and losses move with the
 model, so a long memory only makes the estimate stale; one half still halves the jitter that
 augmentation and dropout cause."""
@@ -54,7 +54,7 @@ _OPAQUE = np.dtype(f"V{_ROW.itemsize}")  # numpy moves opaque rows twice as fast
 _ESTIMATE, _VARIANCE, _USES, _LAST_SEEN, _MEAN, _M2, _CORRECT = (slice(word, None, 8) for word in range(7))
 _REPORTED = slice(29, None, _ROW.itemsize)
 # Constants as arrays: numpy need not look up what a Python number's type would be.
-_ONE, _LIKELY_CORRECT = np.array(1, np.uint32), np.array(LIKELY_CORRECT, np.float32)
+_ONE, _HALF, _LIKELY = np.array(1, np.uint32), np.array(SMOOTHING, np.float32), np.array(LIKELY_CORRECT, np.float32)
 
 
 class Rows(NamedTuple):
@@ -259,8 +259,15 @@ class LossCatalog:
             total += unseen * self._sum / self._num_seen
         return Rows(indices, block, total / size, unseen)
 
-    def record(self, rows: Rows, losses: Losses, step: int) -> Losses:
-        """Take one finite loss per sample of a batch; return them."""
+    def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None) -> Losses:
+        """Take one finite loss per sample of a batch; return them.
+
+        Args:
+            rows: What `look_up` returned for the batch.
+            losses: float32 `[n]`.
+            step: Global step.
+            mean: Mean of `losses`, where it is known: it saves adding up.
+        """
         block = rows.block.copy()
         floats, words = block.view(np.float32), block.view(np.uint32)
         estimate, variance = floats[_ESTIMATE], floats[_VARIANCE]
@@ -268,17 +275,20 @@ class LossCatalog:
         change = values - estimate
         if rows.unseen:
             fresh = words[_USES] == 0
-            change *= np.where(fresh, np.float32(1), SMOOTHING)
+            change *= np.where(fresh, np.float32(1), _HALF)
             spread = np.where(fresh, np.float32(0), change)
         else:
-            change *= SMOOTHING
+            change *= _HALF
             spread = change
         estimate += change
         # Exponentially weighted variance (Finch 2009, "Incremental calculation of weighted mean and
         # variance", eq. 143) for a weight of one half: (1 - a) (v + a s^2) with a s = `spread`.
-        variance *= SMOOTHING
+        variance *= _HALF
         variance += spread * spread
-        self._sum += float(np.add.reduce(change))
+        if mean is None or rows.unseen or self._attribution is not None:
+            self._sum += float(np.add.reduce(change))
+        else:
+            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING
         self._commit(rows, block, floats, words, losses, step)
         return losses
 
@@ -318,7 +328,7 @@ class LossCatalog:
         mean += off / uses.astype(np.float32)  # Welford 1962
         off *= losses - mean
         m2 += off
-        correct += (losses < _LIKELY_CORRECT).astype(np.uint32)
+        correct += (losses < _LIKELY).astype(np.uint32)
         words[_LAST_SEEN] = step
         block.view(np.uint8)[_REPORTED] = 1
         self._num_seen += rows.unseen
@@ -516,7 +526,9 @@ class LossCatalog:
 _FIGURE_SAMPLES = 1 << 20
 """Figures for people are taken from about this many samples at most, evenly spaced."""
 
-_JOURNAL_BYTES = 64 << 20
+_JOURNAL_BYTES = 8 << 20
+"""How far back reports can be undone: a thousand steps of 256 samples. A longer journal would go on growing for longer,
+and memory that is touched for the first time costs more than all the rest of a step."""
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

@@ -492,7 +492,7 @@ class R8Scheduler:
         if reported.values is None:
             losses = self._catalog.record_batch(rows, reported.mean, step)
         else:
-            losses = self._catalog.record(rows, reported.values, step)
+            losses = self._catalog.record(rows, reported.values, step, reported.mean)
         self._progress.accept(reported.mean)
         if self._chooser.listens:
             per_sample = reported.values is not None
@@ -508,7 +508,7 @@ class R8Scheduler:
             self._control.interrupts.deliver(
                 self._saver.farewell(self._progress.global_step, writes=self._ranks.writes)
             )
-        if self._bus.commanding:
+        if self._bus and self._bus.commanding:
             self._control.obey(self._progress.global_step, self._save_if_possible)
         self._safety.before_step(self._progress.global_step)
         self._save_if_due()

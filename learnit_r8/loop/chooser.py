@@ -89,7 +89,7 @@ class Chooser:
             indices, weights = np.asarray(chosen), None
         if not self._trusted:
             self._check(indices, request)
-        indices = indices.astype(np.int64)
+        indices = indices.astype(np.int64, copy=not self._trusted)  # a stranger may go on writing into its array
         self.drawn += 1
         self._left -= len(indices)
         return indices, weights
