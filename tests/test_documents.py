@@ -151,7 +151,7 @@ def commands(text):
         lexer.whitespace_split = True
         for joint, words in itertools.groupby(lexer, key=lambda word: word in {"&&", "||", ";", "|"}):
             if not joint:
-                yield list(words)
+                yield list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z]\w+=.*", word), words))
 
 
 def complaint(words):
