@@ -14,4 +14,4 @@ lint:
 	ruff check . && ruff format --check . && mypy && lint-imports
 
 bench:
-	python -m benchmarks.speed && python -m benchmarks.attribution
+	python -m benchmarks

@@ -53,14 +53,14 @@ def main(run: Callable[..., dict[str, Any]], table: Callable[[Any], str], text: 
     results = run(**options)
     print(table(results), flush=True)
     if file is not None:
-        write(file, document(Path(sys.argv[0]).stem, options, results, time.monotonic() - begin))
+        given = {name: value for name, value in options.items() if value != parser.get_default(name)}
+        write(file, document(Path(sys.argv[0]).stem, given, results, time.monotonic() - begin))
     sys.exit(1 if results.get("failed") else 0)
 
 
 def document(name: str, options: Mapping[str, Any], results: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Return results with what is needed to judge them: command, date, machine, versions."""
-    words = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
-             for key, value in options.items() if value not in (False, None)]  # fmt: skip
+    """Return results with what is needed to judge them: command with the options given, date, machine, versions."""
+    words = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in options.items()]
     return {
         "benchmark": name,
         "command": " ".join([f"python -m benchmarks.{name}", *words]),

@@ -1,10 +1,13 @@
 """What a step costs: draw + update against blind shuffling and against the published algorithm.
 
 python -m benchmarks.speed [--quick]
+
+Times are of the thread's CPU: all of it is one thread's work, and so other processes disturb less.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
@@ -93,11 +96,11 @@ def per_step(quick: bool) -> list[dict[str, float]]:
                 9 if quick else 15, 3000 // calls
             )  # memory that is new costs a run's first thousand steps more
             rivals = {"r8": loop.step, "torch": lambda blind=blind: next(blind)}
-            times = interleave(rivals, rounds=rounds, calls=calls)
+            times = interleave(rivals, rounds=rounds, calls=calls, clock=time.thread_time)
             published = math.nan
             if size <= 1_000_000:
-                rival = Published(size, batch)
-                published = interleave({"p": lambda rival=rival: rival.step(1.0)}, rounds=1)["p"] * 1e6
+                lists = {"published": functools.partial(Published(size, batch).step, 1.0)}
+                published = interleave(lists, rounds=1, clock=time.thread_time)["published"] * 1e6
             rows.append({
                 "N": size, "B": batch, "r8_us": times["r8"] * 1e6, "torch_us": times["torch"] * 1e6,
                 "published_us": published, "r8/torch": times["r8"] / times["torch"], "rounds": rounds, "calls": calls,
@@ -133,7 +136,8 @@ def boundary(quick: bool) -> dict[str, float]:
         scheduler._start_epoch()
 
     rng = np.random.default_rng(0)
-    times = interleave({"boundary": turn, "permutation": lambda: rng.permutation(size)}, rounds=5)
+    rivals = {"boundary": turn, "permutation": lambda: rng.permutation(size)}
+    times = interleave(rivals, rounds=5, clock=time.thread_time)
     return {
         "N": size, "boundary_s": times["boundary"], "permutation_s": times["permutation"],
         "ratio": times["boundary"] / times["permutation"], "rounds": 5,
