@@ -46,15 +46,8 @@ def main() -> None:
     model = DistributedDataParallel(network) if distributed else network
     optimizer = torch.optim.AdamW(model.parameters())
 
-    scheduler = R8Scheduler(
-        len(train),
-        32,
-        num_epochs=epochs,
-        initial_lr=5e-3,
-        checkpoint_dir=None,
-        ui="off",
-        **rank_arguments(),  # R8
-    )
+    options = {"num_epochs": epochs, "initial_lr": 5e-3, "checkpoint_dir": None, "ui": "off"}
+    scheduler = R8Scheduler(len(train), 32, **options, **rank_arguments())  # R8
     scheduler.attach_model(
         lambda: capture_state(network, optimizer, copy=False), lambda state: restore_state(state, network, optimizer)
     )

@@ -30,8 +30,7 @@ def train_on_a_worker(config: dict[str, Any]) -> None:
     inputs = torch.randn(4096, 16)
     data = TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
     device = get_device()
-    network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
-    model = prepare_model(network)
+    model = prepare_model(network := nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2)))
     optimizer = torch.optim.AdamW(model.parameters())
 
     def save(path: str) -> None:

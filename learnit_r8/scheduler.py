@@ -67,7 +67,8 @@ class R8Scheduler:
         num_samples: Size of the data set; samples are the numbers 0 to N-1.
         batch_size: Samples a step, over all ranks.
         num_epochs: Budget in epochs; this or `train_duration_seconds`.
-        train_duration_seconds: Budget in seconds of wall-clock time, resumes included.
+        train_duration_seconds: Budget in seconds of wall-clock time, resumes included. An epoch in the middle of
+            which it is spent is not taken up again by a resume with more seconds; the next one begins.
         initial_lr: Peak learning rate, reached after warm-up.
         scheduler_mode: Name of a schedule (`learnit_r8.schedules.schedule_names()`), or a
             function of progress in [0, 1] that returns a factor of the peak.

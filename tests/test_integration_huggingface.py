@@ -352,8 +352,6 @@ def test_a_budget_in_seconds_ends_the_training(hf, tmp_path):
 def test_spaced_repetition_resumes_with_the_trainer(hf, tmp_path):
     from learnit_r8 import strategies
 
-    if not hasattr(strategies, "SpacedRepetitionSampler"):
-        pytest.skip("strategies without spaced repetition")
     _, huggingface = hf
 
     def build(**options):
