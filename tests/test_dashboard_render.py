@@ -270,8 +270,8 @@ def test_a_chart_waits_until_it_has_grown_by_a_dot_or_its_time_has_come():
     assert later == pictures(Painter(), model, view, (120, 35), T0 + 1.0, [])[4:14]
     for event in islice(events, 200):
         model.consume(event)
-    grown = pictures(painter, model, view, (120, 35), T0 + 1.2, [])[4:14]
-    assert grown == pictures(Painter(), model, view, (120, 35), T0 + 1.2, [])[4:14]
+    grown = pictures(painter, model, view, (120, 35), T0 + 1.6, [])[4:14]
+    assert grown == pictures(Painter(), model, view, (120, 35), T0 + 1.6, [])[4:14]
 
 
 @given(st.data())
