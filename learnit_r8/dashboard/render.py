@@ -121,7 +121,7 @@ class Painter:
         """Place the panes; where the places or the view are not those of the frame before, everything is drawn anew."""
         lines = len(console_lines) or bool(view.console_title)
         # What changes by itself is of no concern to the panes, or is looked at there.
-        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, console_title="")
+        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, gpus=(), console_title="")
         sizes = (min(height, len(model.entries)), len(model.metrics), model.quadrants is None, min(height, lines))
         layout = (steady, width, height, len(others), *sizes)
         if layout == self._layout and model is self._model:
