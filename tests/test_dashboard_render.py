@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from learnit_r8 import events as e
 from learnit_r8.dashboard.cells import Grid, Style, cell_width, clip
+from learnit_r8.dashboard.gpus import Gpu, GpuMeter
 from learnit_r8.dashboard.keys import AXES, GLYPH_SETS, SCALES, SMOOTHINGS, ViewState
 from learnit_r8.dashboard.layout import Band, Boxes, allot
 from learnit_r8.dashboard.model import DashboardModel
@@ -135,6 +137,7 @@ VIEWS = st.builds(
     scroll=st.integers(0, 10**6),
     readonly=st.booleans(),
     ui_share=st.none() | st.floats(0, 1),
+    gpus=st.lists(st.builds(Gpu, *[st.integers(0, 10**12)] * 5), max_size=9).map(tuple),
     utc_offset=st.just(0),
 )
 
@@ -270,8 +273,8 @@ def test_a_chart_waits_until_it_has_grown_by_a_dot_or_its_time_has_come():
     assert later == pictures(Painter(), model, view, (120, 35), T0 + 1.0, [])[4:14]
     for event in islice(events, 200):
         model.consume(event)
-    grown = pictures(painter, model, view, (120, 35), T0 + 1.2, [])[4:14]
-    assert grown == pictures(Painter(), model, view, (120, 35), T0 + 1.2, [])[4:14]
+    grown = pictures(painter, model, view, (120, 35), T0 + 1.6, [])[4:14]
+    assert grown == pictures(Painter(), model, view, (120, 35), T0 + 1.6, [])[4:14]
 
 
 @given(st.data())
@@ -372,6 +375,32 @@ def test_every_box_is_closed():
 
 
 # What is said ---------------------------------------------------------------------------------
+
+
+def test_gpus_have_a_row_each_and_the_narrow_screen_shows_the_first():
+    gpus = (Gpu(0, 0.93, 71, 10_952_000_000, 17_179_869_184), Gpu(3, 1.0, 88, 0, 17_179_869_184))
+    text = "\n".join(frame(120, 50, gpus=gpus).rows())
+    assert re.search(r"gpu0 +93%  71°C  10\.2/16\.0G", text)
+    assert re.search(r"gpu3 +100%  88°C  0\.0/16\.0G", text)
+    assert "gpu 93% 71°C 10.2/16G" in "\n".join(frame(80, 24, gpus=gpus).rows())
+    assert "gpu" not in "\n".join(frame(120, 50).rows())
+
+
+def test_the_gpu_meter_says_what_the_driver_says_or_nothing():
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except Exception:
+        count = 0
+    found = GpuMeter({}).read()
+    assert len(found) == min(8, count)
+    for gpu in found:
+        assert 0 <= gpu.busy <= 1
+        assert 0 <= gpu.used <= gpu.total
+    assert GpuMeter({"CUDA_VISIBLE_DEVICES": ""}).read() == ()
+    assert len(GpuMeter({"CUDA_VISIBLE_DEVICES": "0", "LOCAL_RANK": "0"}).read()) == min(1, count)
 
 
 def test_the_filter_hides_other_lines():

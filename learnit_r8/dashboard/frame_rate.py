@@ -7,7 +7,7 @@ NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 KEY_SECONDS = 2.0
 DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
-BUDGET = 0.006
+BUDGET = 0.01
 """Share of one core that frames may take at the usual rate: a pure Python loop waits for all of it (the GIL)."""
 
 
@@ -51,7 +51,7 @@ class FrameRate:
 
     def wait(self, now: float) -> float:
         """Return how long to sleep; the window's size is polled at least every `NORMAL` seconds."""
-        return AFTER_KEY if self._playing(now) else NORMAL
+        return AFTER_KEY if self._playing(now) else min(NORMAL, max(0.05, self._last + self.period - now))
 
     def _interval(self, now: float, fresh: bool) -> float:
         if self._playing(now):

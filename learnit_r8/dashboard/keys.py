@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
+from learnit_r8.dashboard.gpus import Gpu
 from learnit_r8.types import Command
 
 _T = TypeVar("_T")
@@ -53,6 +54,7 @@ class ViewState:
         opened: Wall-clock time at which the view was opened; a hint about glyphs shows for 10 s after it.
         hz: Frames a second, shown in the title; None leaves them out.
         ui_share: The part of one core that the display takes, shown as time a step; None leaves it out.
+        gpus: Readings of this process's GPUs.
         console_title: Path and length of the console file, shown in the console's frame.
         utc_offset: Seconds that local time is ahead of UTC; None asks the operating system.
     """
@@ -76,6 +78,7 @@ class ViewState:
     opened: float = float("-inf")
     hz: float | None = None
     ui_share: float | None = None
+    gpus: tuple[Gpu, ...] = ()
     console_title: str = ""
     utc_offset: int | None = None
 

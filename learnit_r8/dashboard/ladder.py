@@ -156,10 +156,11 @@ def _problem(name: str, around: Surroundings) -> str:
 
 def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
     """Return the facts about this process, its streams and its terminal."""
+    if os.name != "posix":
+        return Surroundings(posix=False, rank=rank)
     term = env.get("TERM", "")
     stdout_tty = _is_tty(sys.stdout) and _is_tty(sys.__stdout__)
     return Surroundings(
-        posix=os.name == "posix",
         stdin_tty=_is_tty(sys.stdin),
         stdout_tty=stdout_tty,
         stdout_open=sys.stdout is not None and not getattr(sys.stdout, "closed", False),

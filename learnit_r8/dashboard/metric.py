@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from learnit_r8.dashboard.series import Series
 
@@ -16,11 +17,13 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", name.casefold()))
 
 
+@lru_cache(maxsize=256)
 def is_validation(name: str) -> bool:
     """Say whether a metric's name is one of validation: `val_loss`, `eval/acc`, `test.f1`."""
     return not _words(name).isdisjoint(_VALIDATION)
 
 
+@lru_cache(maxsize=256)
 def better(name: str) -> int:
     """Return -1 where lower values are better, 1 where higher ones are, 0 where the name does not tell."""
     words = _words(name)

@@ -7,6 +7,7 @@ import math
 from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.cells import Grid, Style, clip
 from learnit_r8.dashboard.glyphs import sparkline
+from learnit_r8.dashboard.gpus import Gpu
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import Rect
 from learnit_r8.dashboard.metric import Metric, is_validation
@@ -14,6 +15,8 @@ from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.panels import Piece, heading, pieces
 
 _LABEL = 10
+HOT = 85
+"""Degrees Celsius from which a GPU's temperature stands out: most throttle a little above."""
 _WAITING = "waiting for the first loss"
 
 
@@ -101,6 +104,14 @@ def _metric(metric: Metric) -> list[Piece]:
     return _row(clip(metric.name, _LABEL - 1), *parts)
 
 
+def _gpu(gpu: Gpu) -> list[Piece]:
+    style = Style.BAD if gpu.celsius >= HOT else Style.NORMAL
+    memory = f"  {gpu.used / 2**30:.1f}/{gpu.total / 2**30:.1f}G"
+    return _row(
+        f"gpu{gpu.number}", (f"{gpu.busy:8.0%}", Style.BOLD), (f"  {gpu.celsius}°C", style), (memory, Style.NORMAL)
+    )
+
+
 def _safety(model: DashboardModel, now: float, width: int) -> list[list[Piece]]:
     places = []
     if model.backup_step is not None:
@@ -127,7 +138,7 @@ def now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now
     if not model.series["loss"].count:
         grid.put(rect.y + 1, rect.x, _WAITING, Style.DIM, rect.x + rect.width)
         return
-    metrics = [_metric(metric) for metric in _ordered(model)]
+    metrics = [*(_metric(metric) for metric in _ordered(model)), *map(_gpu, view.gpus)]
     safety = _safety(model, now, rect.width)
     steps = _steps(model, view)
     fixed = [_loss(model), _surprise(model), _lr(model)]
@@ -167,6 +178,9 @@ def short_now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewStat
         second.append(f"backup {max(0, model.step - 1 - model.backup_step)} steps ago")
     if model.checkpoint is not None:
         second.append(f"ckpt {f.rough(max(0.0, now - model.checkpoint.time))} ago")
+    if view.gpus:
+        gpu = view.gpus[0]
+        second.insert(0, f"gpu {gpu.busy:.0%} {gpu.celsius}°C {gpu.used / 2**30:.1f}/{gpu.total / 2**30:.0f}G")
     if model.alarms:
         second.insert(0, f"alarm: {list(model.alarms.values())[-1].kind}")
     for row, fields in enumerate((first, second)):

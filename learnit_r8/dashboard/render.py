@@ -45,8 +45,8 @@ class Painter:
     """Draws frames of a run that goes on; a pane is drawn anew where what it shows has changed.
 
     Args:
-        chart_seconds: A chart whose line has grown by less than a column of dots is drawn anew no more often than this,
-            and no frame draws more than one chart anew; 0 draws all of them in every frame.
+        chart_seconds: A chart is drawn anew no more often than this, or twice as often where its line has grown by a
+            column of dots; and a frame draws no more than one chart anew. 0: all of them in every frame.
         between: Called between panes: the place to let another thread run.
     """
 
@@ -121,22 +121,24 @@ class Painter:
         """Place the panes; where the places or the view are not those of the frame before, everything is drawn anew."""
         lines = len(console_lines) or bool(view.console_title)
         # What changes by itself is of no concern to the panes, or is looked at there.
-        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, console_title="")
+        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, gpus=(), console_title="")
         sizes = (min(height, len(model.entries)), len(model.metrics), model.quadrants is None, min(height, lines))
         layout = (steady, width, height, len(others), *sizes)
         if layout == self._layout and model is self._model:
             return
-        self._layout, self._model = layout, model
-        self._shown, self._charts = {}, {}
         boxes = Boxes()
         boxes.horizontal(0, 0, width - 1)
         boxes.horizontal(height - 1, 0, width - 1)
         boxes.vertical(0, 0, height - 1)
         boxes.vertical(width - 1, 0, height - 1)
-        self._rects = _arrange(model, view, width, height, boxes, lines)
+        rects = _arrange(model, view, width, height, boxes, lines)
         # Where only one of the two has room, its title names the key of the other.
-        both = {"events", "console"} <= {rect.name for rect in self._rects}
-        self._tabs = bool(console_lines) and not view.zoomed and not both
+        tabs = bool(console_lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
+        same = model is self._model and (rects, tabs, layout[:4]) == (self._rects, self._tabs, self._layout[:4])
+        self._layout, self._model, self._rects, self._tabs = layout, model, rects, tabs
+        if same:
+            return
+        self._shown, self._charts = {}, {}
         self._lines, self._grid = (Grid(width, height, ascii_only=view.glyphs == "ascii") for _ in range(2))
         boxes.draw(self._lines)
         for y in range(height):
@@ -156,8 +158,8 @@ class Painter:
             points = sum(line.count for line in series) + (model.step if view.window else 0)
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
-            dots = 2 * rect.width << view.window
-            waits = abs(now - when) < self._chart_seconds and (points - drawn) * dots < points
+            grown = (points - drawn) * (2 * rect.width << view.window) >= points
+            waits = abs(now - when) < self._chart_seconds / (1 + grown)
             if shown != before or (points != drawn and not waits):
                 found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
         found.sort(key=lambda chart: chart[:3])

@@ -14,6 +14,7 @@ from pathlib import Path
 from learnit_r8.dashboard.capture import Capture, ConsoleTail
 from learnit_r8.dashboard.faces import Detach, Face
 from learnit_r8.dashboard.frame_rate import FrameRate
+from learnit_r8.dashboard.gpus import GpuMeter
 from learnit_r8.dashboard.guardian import Guardian, stty_form
 from learnit_r8.dashboard.keyboard import KeyDecoder
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
@@ -84,6 +85,7 @@ class Screen(Face):
         self._look = look
         self._painter = Painter(_CHART_SECONDS, lambda: time.sleep(_BREATH))
         self._keys = KeyDecoder()
+        self._gpus = GpuMeter(environment)
         self._rate = FrameRate()
         self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
         self._lines: Sequence[str] = ()
@@ -162,6 +164,7 @@ class Screen(Face):
             self._view,
             hz=round(1 / self._rate.period, 1),
             ui_share=self._spent / max(1.0, time.monotonic() - self._opened) if scene.own else None,
+            gpus=self._gpus.read() if scene.own else (),
             console_title=scene.title,
         )
         grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)

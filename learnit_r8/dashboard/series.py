@@ -176,15 +176,18 @@ class Series:
         else:
             found = np.frombuffer(self._middle, self._type)[-MIDDLE_BINS:]
             if len(found) and found["first_time" if by_time else "first_step"][0] <= since:
-                found = np.concatenate([found, self._binned(self._pending, BLOCK)])
+                found = self._joined(found.tobytes(), self._binned(self._pending, BLOCK).tobytes())
             else:
-                started = [] if self._open is None else [self._open]
-                whole = np.frombuffer(self._whole, self._type)
-                found = np.concatenate([whole, *started, self._binned(self._pending, self._span)])
+                started = b"" if self._open is None else self._open.tobytes()
+                found = self._joined(self._whole, started, self._binned(self._pending, self._span).tobytes())
         if since == -math.inf:
             return found
         kept: Bins = found[found["last_time" if by_time else "last_step"] >= since]
         return kept
+
+    def _joined(self, *parts: bytes | bytearray) -> Bins:
+        # numpy's own concatenation of records looks at every field's type.
+        return np.frombuffer(b"".join(parts), self._type)
 
     def values(self, most: int) -> list[float]:
         """Return at most `most` values, spread evenly over the run, the newest last."""
