@@ -67,7 +67,7 @@ def test_calm_losses_are_accepted_and_lead_to_health():
     actions += calm(recovery, 15)
     assert recovery.phase is Phase.HEALTHY
     assert {a.kind for a in actions} == {Kind.ACCEPT}
-    assert recovery.lr_multiplier(16) == 1.0
+    assert recovery.aftermath.lr_multiplier(16) == 1.0
 
 
 def test_a_suspect_loss_is_held_and_backups_wait_for_eight_calm_ones():
@@ -101,7 +101,7 @@ def test_the_lr_is_halved_held_and_led_back_geometrically():
     recovery = healthy()
     fault(recovery, 100)
     recovery.rolled_back(100, 80, 1)
-    factors = np.array([recovery.lr_multiplier(101 + k) for k in range(82)])
+    factors = np.array([recovery.aftermath.lr_multiplier(101 + k) for k in range(82)])
     assert (factors[:40] == 0.5).all()
     ramp = factors[40:81]
     assert ramp[-1] == 1.0
@@ -120,8 +120,8 @@ def test_three_triggers_during_one_recovery_halve_the_peak_for_good():
         fault(recovery, step, loss=10.0**k)
         recovery.rolled_back(step, step - 1, k)
         step += 20
-    assert recovery.lr_multiplier(10**6) == 0.5
-    assert recovery.lr_multiplier(step) == 0.5 / 16
+    assert recovery.aftermath.lr_multiplier(10**6) == 0.5
+    assert recovery.aftermath.lr_multiplier(step) == 0.5 / 16
 
 
 def test_the_lr_factor_of_one_recovery_has_a_floor():
@@ -130,7 +130,7 @@ def test_the_lr_factor_of_one_recovery_has_a_floor():
     for k in range(12):
         fault(recovery, 100 + k, Verdict.NONFINITE)
         recovery.rolled_back(100 + k, 99, k)
-    assert recovery.lr_multiplier(112) == 1 / 64
+    assert recovery.aftermath.lr_multiplier(112) == 1 / 64
 
 
 def test_a_trigger_right_after_a_rollback_discards_that_backup():
@@ -361,7 +361,7 @@ def drive(recovery, history, start):
             log.append(action)
         if action.kind is Kind.RESTORE:
             recovery.rolled_back(step, max(0, step - 20), step % 3)
-        log += [recovery.phase, recovery.lr_multiplier(step + 1), recovery.stable_only(step + 1)]
+        log += [recovery.phase, recovery.aftermath.lr_multiplier(step + 1), recovery.stable_only(step + 1)]
     return log
 
 

@@ -135,7 +135,7 @@ class SafetyNet:
 
     def lr_multiplier(self, step: int) -> float:
         """Recovery's factor on the learning rate, in (0, 1]."""
-        return self._recovery.lr_multiplier(step)
+        return self._recovery.aftermath.lr_multiplier(step)
 
     def saw_lr(self, step: int, lr: float) -> None:
         """Take note of a batch's learning rate."""
@@ -362,7 +362,7 @@ class SafetyNet:
         self._ring.discard_after(to_step)
         self._next_backup = 0
         seconds = self._clock.monotonic() - began
-        multiplier, hold = self._recovery.lr_multiplier(step + 1), self._recovery.hold_steps
+        multiplier, hold = self._recovery.aftermath.lr_multiplier(step + 1), self._recovery.aftermath.hold
         self._emit(events.RolledBack, step, to_step, source, multiplier, hold, seconds)
 
     # LR search and state --------------------------------------------------------------------
