@@ -131,6 +131,7 @@ CLASSES: dict[str, tuple[Callable[[int, int], Iterator[Result]], int, int]] = {
     "loss": (fault_training.loss_faults, 504, 48),
     "slow rise": (fault_training.slow_loss_faults, 126, 14),
     "state": (fault_training.state_faults, 324, 36),
+    "rate from outside": (fault_training.rate_faults, 90, 9),
     "aliasing": (lambda count, seed: map(fault_training.aliasing, range(count)), 50, 5),
     "callbacks": (lambda count, seed: fault_training.callback_faults(count), 100, 10),
     "SIGKILL points": (kill_points, 20, 1),

@@ -11,8 +11,9 @@ bounds, a stretch of bad data), against which older backups are no better. The b
 * if two restores in a row led to a fault within 16 steps;
 * after three restores without a healthy stretch between them, whatever the reason.
 
-The run's last resort has only the last rule. No new backups are taken during the trial: what grows
-unseen would be in them, and they would take the place of those from before it.
+The run's last resort has only the last rule, and not even that where another backup led to the same: the
+fault is outside then, and may end before the budget of rollbacks does. No new backups are taken during
+the trial: what grows unseen would be in them, and they would take the place of those from before it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Aftermath:
         self._factor = self._peak = 1.0
         self._since = self._triggers = self._uses = self._trial = 0
         self._delay = 0  # steps from the backup's to the fault that it was first used for
+        self._tried = 0  # different backups since the last healthy stretch
         self._last_resort = False
 
     @property
@@ -92,6 +94,8 @@ class Aftermath:
     def to_blame(self) -> bool:
         """Say, of the fault that was reported last, whether it speaks against the backup used before."""
         if not self.on_trial:
+            return False
+        if self._last_resort and self._tried >= 2:
             return False
         if self._uses >= self.settings.per_backup:
             return True
@@ -117,6 +121,7 @@ class Aftermath:
         lost = self._reports if again else step - to_step
         if not again:
             self._delay = lost
+        self._tried = self._tried + (not again) if self.on_trial else 1
         self._uses = self._uses + 1 if again else 1
         self.used, self._last_resort = [backup_id, to_step], last_resort
         factor = self._recovery_factor(step)
@@ -158,5 +163,5 @@ class Aftermath:
 
 _SAVED = (
     "hold", "used", "calm", "_reports", "_factor", "_peak", "_since", "_triggers", "_uses", "_trial", "_delay",
-    "_last_resort",
+    "_tried", "_last_resort",
 )  # fmt: skip
