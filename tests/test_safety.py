@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -343,3 +344,43 @@ def test_the_divergence_example_ends_as_well_as_the_clean_run():
     assert rows["unprotected"][2] == "nan"
     assert accuracy["protected"] >= accuracy["clean"] - 0.5
     assert rows["protected"][4] == "123"
+
+
+# State --------------------------------------------------------------------------------------------
+
+
+def leaves(state, path=()):
+    for name, value in state.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, name))
+
+
+def damaged(state, path, how):
+    state = copy.deepcopy(state)
+    at = state
+    for name in path[:-1]:
+        at = at[name]
+    if how == "missing":
+        del at[path[-1]]
+    else:
+        at[path[-1]] = how
+    return state
+
+
+@pytest.mark.parametrize("how", ["missing", ["x"], {}, "junk"], ids=str)
+def test_a_damaged_state_is_refused_as_a_whole(how):
+    net = Run(3).go().scheduler._safety
+    other = Run(4)
+    other.go(before=poison_at(other, 50))
+    good, before = other.scheduler._safety.state_dict(), str(net.state_dict())
+    refused = 0
+    for path in leaves(good):
+        try:
+            net.load_state_dict(damaged(good, path, how))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            refused += 1
+            assert str(net.state_dict()) == before, path
+        else:  # an empty list may well be right
+            before = str(net.state_dict())
+    assert refused >= 30

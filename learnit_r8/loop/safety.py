@@ -395,10 +395,11 @@ class SafetyNet:
         return {"detector": self._detector.state_dict(), "recovery": self._recovery.state_dict(), "lr": self._lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Backups of another state of the model are forgotten."""
-        self._detector.load_state_dict(state["detector"])
-        self._recovery.load_state_dict(state["recovery"])
-        self._lr = float(state["lr"])
+        """Restore what `state_dict` returned, or nothing; backups of another state of the model are forgotten."""
+        detector, recovery, lr = Detector(), Recovery(self._catalog.num_samples), float(state["lr"])
+        detector.load_state_dict(state["detector"])
+        recovery.load_state_dict(state["recovery"])
+        self._detector, self._recovery, self._lr = detector, recovery, lr
         self._ring = BackupRing(clock=self._clock.monotonic)
         self._detector_then.clear()
         self._next_backup, self._scanned, self._step_began = 0, 0.0, None

@@ -144,13 +144,14 @@ class Aftermath:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later answers depend on, as plain numbers and lists."""
-        return {name.strip("_"): getattr(self, name) for name in _SAVED}
+        return {"used": self.used, **{name.strip("_"): getattr(self, name) for name in _SAVED}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name in _SAVED:
-            value = state[name.strip("_")]
-            setattr(self, name, list(value) if isinstance(value, list) else value)
+        for name, kind in _SAVED.items():
+            setattr(self, name, kind(state[name.strip("_")]))
+        used = state["used"]
+        self.used = None if used is None else [None if used[0] is None else int(used[0]), int(used[1])]
 
     def _recovery_factor(self, step: int) -> float:
         if self._factor >= 1.0:
@@ -161,7 +162,8 @@ class Aftermath:
         return 1.0 if beyond >= self.hold else float(self._factor ** (1.0 - beyond / self.hold))
 
 
-_SAVED = (
-    "hold", "used", "calm", "_reports", "_factor", "_peak", "_since", "_triggers", "_uses", "_trial", "_delay",
-    "_tried", "_last_resort",
-)  # fmt: skip
+_SAVED: dict[str, type[int] | type[float]] = {
+    **dict.fromkeys(("hold", "calm", "_reports", "_since", "_triggers", "_uses", "_trial", "_delay", "_tried"), int),
+    **dict.fromkeys(("_factor", "_peak"), float),
+    "_last_resort": bool,
+}

@@ -248,9 +248,9 @@ class Detector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name, absent in _SCALARS.items():
+        for name, (kind, absent) in _SCALARS.items():
             value = state[name.strip("_")]
-            setattr(self, name, absent if value is None else value)
+            setattr(self, name, absent if value is None else kind(value))
         self._window.fill(state["window"])
         self._composition.fill(state["composition"])
         self._recent.fill(state["recent"])
@@ -394,22 +394,22 @@ class Detector:
         self._drift_onset = self._high_steps = 0
 
 
-# Attributes that are saved, and their value where nothing is known yet.
-_SCALARS: dict[str, Any] = {
-    "first_suspect_step": None,
-    "_first": math.nan,
-    "_first_level": math.nan,
-    "_mean": math.nan,
-    "_relaxed_until": -1,
-    "_falling": 0,
-    "_soft_bits": 0,
-    "_hard_bits": 0,
-    "_soft_rate": _RATE_PRIOR,
-    "_hard_rate": _RATE_PRIOR,
-    "_best": math.inf,
-    "_margin": 0.0,
-    "_drift_onset": 0,
-    "_high_steps": 0,
+# Attributes that are saved, their type, and their value where nothing is known yet.
+_SCALARS: dict[str, tuple[type[int] | type[float], Any]] = {
+    "first_suspect_step": (int, None),
+    "_first": (float, math.nan),
+    "_first_level": (float, math.nan),
+    "_mean": (float, math.nan),
+    "_relaxed_until": (int, -1),
+    "_falling": (int, 0),
+    "_soft_bits": (int, 0),
+    "_hard_bits": (int, 0),
+    "_soft_rate": (float, _RATE_PRIOR),
+    "_hard_rate": (float, _RATE_PRIOR),
+    "_best": (float, math.inf),
+    "_margin": (float, 0.0),
+    "_drift_onset": (int, 0),
+    "_high_steps": (int, 0),
 }
 
 

@@ -284,7 +284,7 @@ class Recovery:
             resumes_at: Global step that is trained next; default `step + 1`.
         """
         self._move(Signal.RESTORED)
-        self._rollbacks.append(self._reports)
+        self._rollbacks = [*self._rollbacks, self._reports]
         resumes_at = step + 1 if resumes_at is None else resumes_at
         self.aftermath.rolled_back(step, to_step, backup_id, last_resort=last_resort, resumes_at=resumes_at)
 
@@ -324,18 +324,22 @@ class Recovery:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later actions depend on, as plain numbers, strings and lists."""
-        state = {name.strip("_"): getattr(self, name) for name in _SAVED}
+        names = ("failing_batches", "_rollbacks", "_excesses", "_before_step", *_SAVED)
+        state = {name.strip("_"): getattr(self, name) for name in names}
         state["phase"] = str(self.phase)
         state["level"] = None if math.isnan(self._level) else self._level
         return {**state, "quarantine": self._quarantine.state_dict(), "aftermath": self.aftermath.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name in _SAVED:
-            value = state[name.strip("_")]
-            setattr(self, name, list(value) if isinstance(value, list) else value)
+        for name, kind in _SAVED.items():
+            setattr(self, name, kind(state[name.strip("_")]))
+        self.failing_batches = [[int(i) for i in batch] for batch in state["failing_batches"]]
+        self._rollbacks = [int(at) for at in state["rollbacks"]]
+        self._excesses = [float(excess) for excess in state["excesses"]]
+        self._before_step = None if state["before_step"] is None else int(state["before_step"])
         self.phase = Phase(state["phase"])
-        self._level = math.nan if state["level"] is None else state["level"]
+        self._level = math.nan if state["level"] is None else float(state["level"])
         self._quarantine.load_state_dict(state["quarantine"])
         self.aftermath.load_state_dict(state["aftermath"])
 
@@ -409,7 +413,8 @@ class Recovery:
         return Action(Kind.RESTORE, reason, self._source, self._before_step, skip, discard)
 
 
-_SAVED = (
-    "failing_batches", "_reports", "_calm_run", "_uncounted", "_rollbacks", "_excesses", "_source", "_skip",
-    "_attempts", "_before_step", "_drifting", "_callback_failed",
-)  # fmt: skip
+_SAVED: dict[str, type[int] | type[str]] = {
+    **dict.fromkeys(("_reports", "_calm_run", "_uncounted", "_skip", "_attempts"), int),
+    **dict.fromkeys(("_drifting", "_callback_failed"), bool),
+    "_source": str,
+}
