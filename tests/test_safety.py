@@ -165,7 +165,7 @@ def test_reports_that_were_under_way_during_a_rollback_cause_no_second_one():
 
 def test_a_full_ring_is_filled_again_and_again_in_the_same_memory():
     run, seen = Run(7, backup_every=5), []
-    ring = run.scheduler._safety._ring
+    ring = run.scheduler._safety._backups.ring
 
     def before(step):
         # Arrays of one size may swap their buffers.
