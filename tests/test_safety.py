@@ -18,6 +18,7 @@ from benchmarks import clean_runs
 from benchmarks.fault_training import BATCH, EPOCHS, SAMPLES, STEPS, Run
 from learnit_r8 import R8Scheduler, TrainingDiverged, Verdict
 from learnit_r8.events import BackupTaken, BatchIssued, RollbackFailed, RolledBack, SampleQuarantined, SpikeSeen
+from learnit_r8.strategies.uniform import Uniform
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_EPOCH = SAMPLES // BATCH
@@ -344,6 +345,29 @@ def test_the_divergence_example_ends_as_well_as_the_clean_run():
     assert rows["unprotected"][2] == "nan"
     assert accuracy["protected"] >= accuracy["clean"] - 0.5
     assert rows["protected"][4] == "123"
+
+
+class TwoMinds(Uniform):
+    """Blind, but says that it has changed its mind at the 8th epoch."""
+
+    epochs = 0
+
+    def pop_decisions(self):
+        self.epochs += 1
+        return [("harder", "because", 1.0)] if self.epochs == 8 else []
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_change_of_strategy_may_change_the_loss(announced):
+    run = Run(1, strategy=TwoMinds() if announced else Uniform())
+    at = 7 * PER_EPOCH
+    level = 0.1
+
+    def report(step, losses):
+        return losses + (8 * level if step >= at else 0.0)
+
+    run.go(report)
+    assert (run.ear.of(SpikeSeen) == []) is announced
 
 
 # State --------------------------------------------------------------------------------------------
