@@ -275,6 +275,31 @@ def _problems(run: Run, seed: int) -> list[str]:
     return problems
 
 
+def rate_fault(factor: float, length: int, at: int, seed: int) -> Result:
+    """Multiply the learning rate behind the scheduler's back: no backup is at fault, and none may be burned."""
+    name = f"learning rate x {factor:g} for {length} steps at {at}, seed {seed}"
+    run, plain = Run(seed, num_epochs=4 * EPOCHS), clean(seed)
+    train, taken = run.model.step, itertools.count()
+    run.model.step = lambda indices, lr: train(indices, lr * (factor if at <= next(taken) < at + length else 1.0))
+    try:
+        run.go()
+    except TrainingDiverged as error:
+        return Result(name, False, str(error))
+    problems = [] if run.model.loss < 1.1 * plain[0] + 0.01 else [f"final loss {run.model.loss:.4g}"]
+    lost = sum(step - to for step, to in run.rollbacks)
+    return Result(name, not problems, "; ".join(problems), lost, None, sum(step < at for step, _ in run.rollbacks))
+
+
+def rate_faults(count: int, seed: int) -> Iterator[Result]:
+    """Yield `count` results over factors, lengths and random steps with two backups before them.
+
+    Where there is only the initial state, three rollbacks are all that is tried.
+    """
+    rng, kinds = np.random.default_rng(seed), list(itertools.product((30.0, 1e3, 1e6), (1, 5, 20)))
+    for k in range(count):
+        yield rate_fault(*kinds[k % len(kinds)], at=int(rng.integers(2 * BACKUP_EVERY, STEPS)), seed=k % 20)
+
+
 def aliasing(seed: int) -> Result:
     """Change what was backed up and what was restored, in place; a rollback must not see it."""
     run = Run(seed, state_callback=None)

@@ -414,6 +414,7 @@ class R8Scheduler:
         self._chooser.start_epoch(epoch, step, done / total, excluded, alike=alike)
         for decision, reason, figure in self._chooser.pop_decisions():
             self._bus.emit(events.StrategyDecided, step, decision, reason, figure)
+            self._safety.announce(step, decision)
         self._progress.start_epoch()
         self._epoch_started = self._clock.monotonic()
         self._bus.emit(events.EpochStarted, step, epoch, self._chooser.phase, self._chooser.batches)

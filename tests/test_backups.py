@@ -468,3 +468,25 @@ def test_the_pacer_goes_on_from_its_saved_state():
         pacer.stepped(0.1)
         other.stepped(0.1)
         assert pacer.due == other.due
+
+
+def test_the_oldest_backup_stays_until_it_is_four_intervals_old():
+    ring, held = BackupRing(), []
+    for step in range(0, 400, 20):
+        ring.take({"w": np.zeros(3)}, step)
+        proved(ring, step)
+        held.append([info.step for info in ring.backups])
+    assert held[3:8] == [[0, 40, 60], [0, 60, 80], [60, 80, 100], [60, 100, 120], [60, 120, 140]]
+    reach = [(steps[-1] - steps[0]) // 20 for steps in held[3:]]
+    assert min(reach) == 2
+    assert max(reach) == 4
+
+
+def test_restoring_the_newest_backup_leaves_the_oldest_where_it_is():
+    ring = BackupRing()
+    for step in (0, 20, 40):
+        ring.take({"w": np.full(3, step)}, step)
+        proved(ring, step)
+    info, state = ring.restore()
+    assert (info.step, state["w"][0]) == (40, 40)
+    assert [info.step for info in ring.backups] == [0, 40]

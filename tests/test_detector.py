@@ -207,3 +207,33 @@ def test_median_and_deviation_agree_with_numpy(values):
 def test_bad_settings_are_listed_together():
     with pytest.raises(ConfigError, match="3 problems"):
         DetectorSettings(hard_score=-1, chance=0.0, warmup=100)
+
+
+@pytest.mark.parametrize("after", [80, 100, 150])
+def test_a_spike_right_after_a_steep_fall_is_found(after):
+    rng = np.random.default_rng(after)
+    losses = (0.1 + 10 * np.exp(-np.arange(after + 3) / 12)) * rng.lognormal(0, 0.1, after + 3)
+    losses[after:] = 4.0
+    detector = Detector()
+    assert first_action(read(detector, losses.tolist())) == (after + 1, Verdict.SPIKE)
+    assert detector.first_suspect_step == after
+
+
+def test_a_drift_in_a_young_run_is_found_before_it_is_ten_times_the_level():
+    rng, k = np.random.default_rng(0), np.arange(400)
+    losses = (0.1 + 10 * np.exp(-k / 12)) * rng.lognormal(0, 0.1, 400) + 0.01 * np.maximum(0, k - 120)
+    detector = Detector()
+    at, verdict = first_action(read(Detector(), losses.tolist()))
+    assert verdict is Verdict.DRIFT
+    assert losses[at] < 1.0
+    read(detector, losses[: at + 1].tolist())
+    assert 110 <= detector.first_suspect_step <= 150
+
+
+def test_a_loss_that_swings_is_no_drift_but_a_rise_beyond_its_swings_is():
+    k = np.arange(4000)
+    swing = 1 + 0.45 * np.sin(2 * np.pi * k / 400) + 0.02 * np.random.default_rng(1).standard_normal(4000)
+    assert first_action(read(Detector(), swing.tolist())) is None
+    at, verdict = first_action(read(Detector(), (swing + np.maximum(0, k - 3000) / 100).tolist()))
+    assert verdict is Verdict.DRIFT
+    assert at > 3000

@@ -28,6 +28,16 @@ def test_a_damaged_model_is_brought_back_also_where_the_damage_shows_late(damage
     assert_survived([fault_training.state_fault(damage, at, lag, seed=3)])
 
 
+@pytest.mark.parametrize(("factor", "length"), [(30.0, 20), (1e3, 5), (1e3, 20), (1e6, 20)])
+def test_a_learning_rate_that_is_wrong_for_a_while_does_not_burn_the_backups(factor, length):
+    assert_survived([fault_training.rate_fault(factor, length, at=100, seed=2)])
+
+
+@pytest.mark.parametrize("at", [0, 1, 15, 39, 40, 41])
+def test_a_divergence_that_is_in_the_backups_before_it_shows_is_undone(at):
+    assert_survived([fault_training.loss_fault("exponential", at, seed=4, scalar=at % 2 == 0)])
+
+
 def test_changes_in_place_reach_neither_a_backup_nor_what_was_restored():
     assert_survived(map(fault_training.aliasing, range(3)))
 
@@ -53,5 +63,11 @@ def test_the_whole_matrix():
     assert found["failed"] == 0
     injected = {name: figures["injected"] for name, figures in found["classes"].items()}
     least = {"loss": 500, "state": 300, "aliasing": 50, "callbacks": 100, "SIGKILL points": 400, "I/O errors": 50}
-    least |= {"corruption": 1000, "bad input, fuzz": 1000, "kill -9 and resume": 200, "loss, slow rise": 100}
+    least |= {
+        "corruption": 1000,
+        "bad input": 1000,
+        "kill -9 and resume": 200,
+        "slow rise": 100,
+        "rate from outside": 90,
+    }
     assert {name: injected[name] >= count for name, count in least.items()} == dict.fromkeys(least, True)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.stability.aftermath import AftermathSettings
 from learnit_r8.stability.quarantine import Quarantine, named
 from learnit_r8.stability.recovery import TABLE, Action, Kind, Phase, Recovery, RecoverySettings, Signal, state_diagram
 from learnit_r8.types import Verdict
@@ -67,7 +68,7 @@ def test_calm_losses_are_accepted_and_lead_to_health():
     actions += calm(recovery, 15)
     assert recovery.phase is Phase.HEALTHY
     assert {a.kind for a in actions} == {Kind.ACCEPT}
-    assert recovery.lr_multiplier(16) == 1.0
+    assert recovery.aftermath.lr_multiplier(16) == 1.0
 
 
 def test_a_suspect_loss_is_held_and_backups_wait_for_eight_calm_ones():
@@ -101,7 +102,7 @@ def test_the_lr_is_halved_held_and_led_back_geometrically():
     recovery = healthy()
     fault(recovery, 100)
     recovery.rolled_back(100, 80, 1)
-    factors = np.array([recovery.lr_multiplier(101 + k) for k in range(82)])
+    factors = np.array([recovery.aftermath.lr_multiplier(101 + k) for k in range(82)])
     assert (factors[:40] == 0.5).all()
     ramp = factors[40:81]
     assert ramp[-1] == 1.0
@@ -120,40 +121,70 @@ def test_three_triggers_during_one_recovery_halve_the_peak_for_good():
         fault(recovery, step, loss=10.0**k)
         recovery.rolled_back(step, step - 1, k)
         step += 20
-    assert recovery.lr_multiplier(10**6) == 0.5
-    assert recovery.lr_multiplier(step) == 0.5 / 16
+    assert recovery.aftermath.lr_multiplier(10**6) == 0.5
+    assert recovery.aftermath.lr_multiplier(step) == 0.5 / 16
 
 
 def test_the_lr_factor_of_one_recovery_has_a_floor():
-    recovery = Recovery(1000, RecoverySettings(per_span=100, triggers_to_halve=1000))
+    recovery = Recovery(1000, RecoverySettings(per_span=100), AftermathSettings(triggers_to_halve=1000))
     calm(recovery, 0, 20)
     for k in range(12):
         fault(recovery, 100 + k, Verdict.NONFINITE)
         recovery.rolled_back(100 + k, 99, k)
-    assert recovery.lr_multiplier(112) == 1 / 64
+    assert recovery.aftermath.lr_multiplier(112) == 1 / 64
 
 
-def test_a_trigger_right_after_a_rollback_discards_that_backup():
+def back(recovery, step, calm_since, *, to=0, backup=7, loss=10.0, **details):
+    """Let a fault follow so many calm losses, and roll back; return the backup that was discarded."""
+    calm(recovery, step - calm_since, calm_since)
+    action = fault(recovery, step, Verdict.NONFINITE, loss=loss)
+    recovery.rolled_back(step, to, backup, **details)
+    return action.discard
+
+
+def test_a_backup_whose_own_loss_is_faulty_is_discarded_at_once():
     recovery = healthy()
-    fault(recovery, 100)
-    recovery.rolled_back(100, 80, 7)
-    calm(recovery, 101, 15)
-    assert fault(recovery, 116, loss=100.0).discard == 7
-    later = healthy()
-    fault(later, 100)
-    later.rolled_back(100, 80, 7)
-    calm(later, 101, 16)
-    assert fault(later, 117, loss=100.0).discard is None
+    assert back(recovery, 100, 0) is None
+    assert back(recovery, 101, 0) == 7
 
 
-@pytest.mark.parametrize(("calm_between", "discarded"), [(5, 7), (20, None)])
-def test_a_backup_is_used_three_times_at_most_unless_healthy_stretches_lie_between(calm_between, discarded):
-    recovery, discards = healthy(), []
-    for k in range(4):
-        discards.append(fault(recovery, 100 + 30 * k, Verdict.NONFINITE).discard)
-        recovery.rolled_back(100 + 30 * k, 80, 7, last_resort=True)
-        calm(recovery, 101 + 30 * k, calm_between)
-    assert discards == [None, None, None, discarded]
+def test_a_fault_that_takes_as_long_as_before_is_in_the_backup():
+    recovery = healthy()
+    assert back(recovery, 160, 60, to=100) is None  # it shows 60 steps after the backup
+    assert back(recovery, 225, 64, to=80, backup=8) == 7  # and again
+    assert back(recovery, 255, 29, to=80, backup=8) is None  # this one sooner: something else
+
+
+def test_a_fault_that_goes_on_outside_costs_a_backup_at_its_second_return_only():
+    recovery = healthy()
+    assert back(recovery, 140, 40, to=100) is None
+    assert back(recovery, 143, 2, to=100) is None
+    assert back(recovery, 146, 2, to=60, backup=3) == 7
+    assert recovery.aftermath.lr_multiplier(147) == 1 / 8
+
+
+def test_a_backup_is_used_three_times_at_most():
+    recovery = healthy()
+    discarded = [back(recovery, 200, 100, to=100), back(recovery, 230, 29, to=100)]
+    discarded += [back(recovery, 255, 24, to=100), back(recovery, 280, 24, to=100)]
+    assert discarded == [None, None, None, 7]
+
+
+def test_faults_with_healthy_stretches_between_them_are_no_loop():
+    recovery, step = healthy(), 100
+    for _ in range(6):
+        step += 100
+        assert back(recovery, step, 99, to=step - 10) is None
+
+
+def test_no_backup_is_taken_until_the_last_one_has_passed_its_trial():
+    recovery = healthy()
+    back(recovery, 160, 60, to=100)
+    calm(recovery, 161, 90)
+    assert not recovery.backups_allowed
+    calm(recovery, 251)
+    assert recovery.phase is Phase.PROBATION
+    assert recovery.backups_allowed
 
 
 def test_the_initial_state_gets_its_three_rollbacks_and_then_the_batch_is_named():
@@ -215,9 +246,8 @@ def test_a_checkpoint_that_leads_to_another_fault_at_once_is_passed_over():
     fault(recovery, 100, Verdict.NONFINITE)
     recovery.restore_failed(100, "none", empty=True)
     recovery.rolled_back(100, 50, None)
-    calm(recovery, 101, 3)
-    fault(recovery, 104, Verdict.NONFINITE)
-    assert recovery.restore_failed(104, "none", empty=True).skip == 1
+    fault(recovery, 101, Verdict.NONFINITE)
+    assert recovery.restore_failed(101, "none", empty=True).skip == 1
 
 
 def test_without_a_way_to_restore_ten_nonfinite_losses_in_a_row_are_divergence():
@@ -264,7 +294,9 @@ def test_a_verdict_amid_a_rollback_is_refused():
 
 def test_bad_settings_are_listed_together():
     with pytest.raises(ConfigError, match="2 problems"):
-        RecoverySettings(span=0, min_factor=-1.0)
+        RecoverySettings(span=0, per_span=-1)
+    with pytest.raises(ConfigError, match="2 problems"):
+        AftermathSettings(per_backup=0, min_factor=-1.0)
 
 
 def test_a_nonfinite_sample_is_quarantined_at_its_second_fault():
@@ -361,7 +393,7 @@ def drive(recovery, history, start):
             log.append(action)
         if action.kind is Kind.RESTORE:
             recovery.rolled_back(step, max(0, step - 20), step % 3)
-        log += [recovery.phase, recovery.lr_multiplier(step + 1), recovery.stable_only(step + 1)]
+        log += [recovery.phase, recovery.aftermath.lr_multiplier(step + 1), recovery.stable_only(step + 1)]
     return log
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from benchmarks import clean_runs
 from benchmarks.fault_training import BATCH, EPOCHS, SAMPLES, STEPS, Run
 from learnit_r8 import R8Scheduler, TrainingDiverged, Verdict
 from learnit_r8.events import BackupTaken, BatchIssued, RollbackFailed, RolledBack, SampleQuarantined, SpikeSeen
+from learnit_r8.strategies.uniform import Uniform
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_EPOCH = SAMPLES // BATCH
@@ -164,7 +166,7 @@ def test_reports_that_were_under_way_during_a_rollback_cause_no_second_one():
 
 def test_a_full_ring_is_filled_again_and_again_in_the_same_memory():
     run, seen = Run(7, backup_every=5), []
-    ring = run.scheduler._safety._ring
+    ring = run.scheduler._safety._backups.ring
 
     def before(step):
         # Arrays of one size may swap their buffers.
@@ -343,3 +345,66 @@ def test_the_divergence_example_ends_as_well_as_the_clean_run():
     assert rows["unprotected"][2] == "nan"
     assert accuracy["protected"] >= accuracy["clean"] - 0.5
     assert rows["protected"][4] == "123"
+
+
+class TwoMinds(Uniform):
+    """Blind, but says that it has changed its mind at the 8th epoch."""
+
+    epochs = 0
+
+    def pop_decisions(self):
+        self.epochs += 1
+        return [("harder", "because", 1.0)] if self.epochs == 8 else []
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_change_of_strategy_may_change_the_loss(announced):
+    run = Run(1, strategy=TwoMinds() if announced else Uniform())
+    at = 7 * PER_EPOCH
+    level = 0.1
+
+    def report(step, losses):
+        return losses + (8 * level if step >= at else 0.0)
+
+    run.go(report)
+    assert (run.ear.of(SpikeSeen) == []) is announced
+
+
+# State --------------------------------------------------------------------------------------------
+
+
+def leaves(state, path=()):
+    for name, value in state.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, name))
+
+
+def damaged(state, path, how):
+    state = copy.deepcopy(state)
+    at = state
+    for name in path[:-1]:
+        at = at[name]
+    if how == "missing":
+        del at[path[-1]]
+    else:
+        at[path[-1]] = how
+    return state
+
+
+@pytest.mark.parametrize("how", ["missing", ["x"], {}, "junk"], ids=str)
+def test_a_damaged_state_is_refused_as_a_whole(how):
+    net = Run(3).go().scheduler._safety
+    other = Run(4)
+    other.go(before=poison_at(other, 50))
+    good, before = other.scheduler._safety.state_dict(), str(net.state_dict())
+    refused = 0
+    for path in leaves(good):
+        try:
+            net.load_state_dict(damaged(good, path, how))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            refused += 1
+            assert str(net.state_dict()) == before, path
+        else:  # an empty list may well be right
+            before = str(net.state_dict())
+    assert refused >= 30

@@ -67,7 +67,7 @@ def train(damage, at, *, backup_every, seed=0, steps=600):
         if reading.verdict is Verdict.CALM:
             ring.healthy(step)
         state["v"] = 0.9 * state["v"] + 2 * error @ x[ids] / 32
-        state["w"] = state["w"] - 0.01 * recovery.lr_multiplier(step) * state["v"]
+        state["w"] = state["w"] - 0.01 * recovery.aftermath.lr_multiplier(step) * state["v"]
     return float(np.mean((x @ state["w"] - y) ** 2)), rollbacks
 
 

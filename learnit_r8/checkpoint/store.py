@@ -24,12 +24,10 @@ from __future__ import annotations
 
 import errno
 import operator
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,19 +43,15 @@ from learnit_r8.checkpoint.manifest import (
     STATE,
     Manifest,
     contents,
-    manifest_bytes,
     read_manifest,
 )
 from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.checkpoint.storage import (
-    Bytes,
-    FileRecord,
     FileSystem,
     hash_file,
     regular_size,
-    walk_files,
-    write_file,
 )
+from learnit_r8.checkpoint.writing import fill, hashing_threads, write_manifest
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 
 MIN_KEEP = 2
@@ -65,7 +59,6 @@ MIN_KEEP = 2
 
 _ADVICE = "give the checkpoint_dir of the run, or one of the step-... folders in it"
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
-_THREADS = min(4, os.cpu_count() or 1)
 _SAVING = threading.RLock()
 """Locks on files exclude other processes, not other threads of this one."""
 
@@ -173,9 +166,9 @@ class CheckpointStore:
             exclusive = self._directory.open()
             serial = self._directory.next_serial()
             with self._directory.temporary(exclusive=exclusive) as temporary:
-                files = self._fill(temporary, text, segments, write_model)
+                files = fill(self._fs, temporary, text, segments, write_model)
                 manifest = Manifest(step, serial, tag, self.version, files)
-                self._write_manifest(temporary, manifest)
+                write_manifest(self._fs, temporary, manifest)
                 path = self._directory.free_name(step, tag)
                 self._fs.rename(temporary, path)
             self._fs.sync_directory(self.directory)
@@ -200,7 +193,7 @@ class CheckpointStore:
             arrays = np.empty(manifest.files[ARRAYS].nbytes, np.uint8)
             text = np.empty(manifest.files[STATE].nbytes, np.uint8)
             targets = {ARRAYS: arrays, STATE: text}
-            with _pool() as pool:
+            with hashing_threads() as pool:
                 hashes = {
                     name: hash_file(self._fs, path / name, record.nbytes, pool, targets.get(name))
                     for name, record in manifest.files.items()
@@ -263,38 +256,6 @@ class CheckpointStore:
         except OSError as error:
             return f"; it stays under its name ({error})"
         return f"; it is now {target.name}"
-
-    def _fill(
-        self, root: Path, text: bytes, segments: list[Bytes], write_model: Callable[[Path], object] | None
-    ) -> dict[str, FileRecord]:
-        """Write and sync every file but the manifest."""
-        if write_model is not None:
-            _call_writer(write_model, root / MODEL)
-        with _pool() as pool:
-            files = self._adopt(root, pool)
-            files[ARRAYS] = write_file(self._fs, root / ARRAYS, segments, pool)
-            files[STATE] = write_file(self._fs, root / STATE, [np.frombuffer(text, np.uint8)], pool)
-        return files
-
-    def _adopt(self, root: Path, pool: Executor) -> dict[str, FileRecord]:
-        """Sync and hash the user's files."""
-        names = list(walk_files(self._fs, root))
-        taken = sorted({MANIFEST, STATE, ARRAYS} & set(names))
-        if taken:
-            raise CheckpointError(f"the callback wrote {taken[0]}, a name that the checkpoint needs: choose another")
-        sizes = {name: regular_size(root, name) for name in names}
-        hashes = {name: hash_file(self._fs, root / name, size, pool) for name, size in sizes.items()}
-        for name in names:
-            self._fs.sync_file(root / name)
-        for directory in {parent for name in names for parent in (root / name).parents if root in parent.parents}:
-            self._fs.sync_directory(directory)
-        return {name: FileRecord(sizes[name], tuple(block.result() for block in hashes[name])) for name in names}
-
-    def _write_manifest(self, root: Path, manifest: Manifest) -> None:
-        raw = np.frombuffer(manifest_bytes(manifest), np.uint8)
-        with _pool() as pool:
-            write_file(self._fs, root / MANIFEST, [raw], pool)
-        self._fs.sync_directory(root)
 
     def _strangers(self, serial: int) -> tuple[str, ...]:
         """Say so when someone else has saved here since the last save: the lock keeps other processes out only."""
@@ -373,24 +334,6 @@ def _checked(step: int, tag: str) -> int:
     if problems:
         raise ConfigError(problems)
     return step
-
-
-def _call_writer(write_model: Callable[[Path], object], path: Path) -> None:
-    try:
-        result = write_model(path)
-    except Exception as error:
-        raise CheckpointError(f"the save callback raised {type(error).__name__}: {error}") from error
-    if result is False or (isinstance(result, np.bool_) and not result):
-        raise CheckpointError("the save callback returned False")
-
-
-@contextmanager
-def _pool() -> Iterator[Executor]:
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="r8-hash")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from learnit_r8.config import Config
+from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.losses import Reported
 from learnit_r8.lr_finder import LrFinder, LrSuggestion, plan_steps
 from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.stability.backups import BackupRing
 from learnit_r8.types import Indices, StepResult, Verdict
 
 
@@ -69,3 +76,36 @@ class LrSearch:
         self._finder.record(reported.mean if reported.finite else math.nan)
         verdict = Verdict.CALM if reported.finite else Verdict.NONFINITE
         return StepResult(reported.finite, False, verdict, reported.mean, math.nan, math.nan, 0)
+
+
+@contextmanager
+def parked(
+    capture: Callable[[], Any] | None,
+    load: LoadCallback,
+    save: SaveCallback | None,
+    scheduler_state: Callable[[], dict[str, Any]],
+) -> Iterator[None]:
+    """Put the user's model aside and bring it back at the end, whatever was done to it meanwhile.
+
+    Args:
+        capture: Returns the model's state; where it is None, `save` writes the model to a temporary file.
+        load: Restores the model.
+        save: See `capture`.
+        scheduler_state: For a `save` that asks for it.
+    """
+    if capture is not None:
+        ring = BackupRing()
+        ring.take(capture(), 0, initial=True)
+        try:
+            yield
+        finally:
+            load(ring.restore()[1], from_ram=True)
+        return
+    assert save is not None
+    with tempfile.TemporaryDirectory(prefix="r8-lr-search-") as folder:
+        path = Path(folder) / "model"
+        save(scheduler_state, path)
+        try:
+            yield
+        finally:
+            load(str(path), from_ram=False)

@@ -8,8 +8,8 @@ happens here: the user's `load_callback`, the catalog, events.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +21,15 @@ from learnit_r8.clock import Clock
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported
+from learnit_r8.loop.lr_search import parked
+from learnit_r8.loop.ram_backups import Emit, RamBackups
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.saver import Saver
-from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, BackupStatus
+from learnit_r8.stability.backups import BackupInfo
 from learnit_r8.stability.detector import Detector
 from learnit_r8.stability.recovery import Action, Kind, Recovery
 from learnit_r8.types import Indices, Mask, Verdict
 
-Emit = Callable[..., None]
 LR_RISE = 1.5
 """A learning rate that grows by this factor in a step may well move the loss: the detector is told."""
 
@@ -91,23 +92,16 @@ class SafetyNet:
     ) -> None:
         self._load = load
         self._paced = backup_every is not None
-        self._state_callback = state_callback if self._paced and load is not None else None
         self._saver = saver
         self._catalog = catalog
         self._emit = emit
         self._clock = clock
         self._crash = crash
         self._everyone = ranks.everyone
-        self._several = ranks.world_size > 1
         self._detector = Detector()
         self._recovery = Recovery(catalog.num_samples)
-        self._ring = BackupRing(clock=clock.monotonic)
-        self._pacer = BackupPacer(backup_every=backup_every or 1)
-        self._detector_then: dict[int, dict[str, Any]] = {}  # by backup id: the detector when it was taken
-        self._next_backup = 0  # step; several ranks keep to it, their clocks differ
-        self._scanned = 0.0  # seconds on scans up to the last backup
-        self._step_began: float | None = None
-        self._step_counted = 0
+        capture = state_callback if self._paced and load is not None else None
+        self._backups = RamBackups(capture, backup_every or 1, emit, clock, ranks)
         self._lr = -1.0  # of the last batch; negative before the first one
         self._load_error: Exception | None = None
 
@@ -117,7 +111,7 @@ class SafetyNet:
         """Take callbacks where none were given at construction; of two pairs, halves would not fit."""
         if self._load is None:
             self._load = load
-            self._state_callback = state_callback if self._paced else None
+            self._backups.capture = state_callback if self._paced else None
 
     @property
     def quarantine(self) -> Mask | None:
@@ -135,7 +129,7 @@ class SafetyNet:
 
     def lr_multiplier(self, step: int) -> float:
         """Recovery's factor on the learning rate, in (0, 1]."""
-        return self._recovery.lr_multiplier(step)
+        return self._recovery.aftermath.lr_multiplier(step)
 
     def saw_lr(self, step: int, lr: float) -> None:
         """Take note of a batch's learning rate."""
@@ -147,41 +141,14 @@ class SafetyNet:
         """Tell the detector that the loss may change its level for a good reason."""
         self._detector.announce(step, why)
 
-    # Backups --------------------------------------------------------------------------------
-
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
-        if self._state_callback is None:
-            return
-        began = self._clock.monotonic()
-        if self._step_began is not None and step > self._step_counted:  # asked twice at the end of an epoch
-            self._pacer.stepped(began - self._step_began)
-        self._step_counted = step
-        if self._recovery.backups_allowed and self._backup_due(step):
-            self.keep(self._state_callback(), step)
-            scanned = self._ring.stats.scan_seconds
-            self._pacer.took(self._clock.monotonic() - began + scanned - self._scanned)
-            self._scanned = scanned
-            self._next_backup = step + int(self._everyone(self._pacer.interval).max())
-            began = self._clock.monotonic()
-        self._step_began = began
-
-    def _backup_due(self, step: int) -> bool:
-        if self._several:
-            return step >= self._next_backup
-        return not self._ring.backups or self._pacer.due
+        self._backups.before_step(step, self._detector, allowed=self._recovery.backups_allowed)
 
     def keep(self, state: Any, step: int) -> None:
         """Copy a state of the user's model into the ring, unless the model is suspect right now."""
-        if not self._recovery.backups_allowed:
-            return
-        # The first one has to serve until another is proved: it is all there is.
-        info = self._ring.take(state, step, initial=self._ring.find() is None)
-        if info is not None:
-            held = {backup.id for backup in self._ring.backups}
-            self._detector_then = {key: value for key, value in self._detector_then.items() if key in held}
-            self._detector_then[info.id] = self._detector.state_dict()
-            self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
+        if self._recovery.backups_allowed:
+            self._backups.keep(state, step, self._detector)
 
     # Judgement ------------------------------------------------------------------------------
 
@@ -214,9 +181,7 @@ class SafetyNet:
         self._crash.note(step, verdict, reported.mean, indices)
         if verdict is Verdict.CALM:
             action = self._recovery.react(step, verdict, can_restore=False, loss=reported.mean)
-            for info in self._ring.healthy(step):
-                if info.status is BackupStatus.VERIFIED:
-                    self._emit(events.BackupVerified, step, info.step)
+            self._backups.calm(step)
             return Judgement(verdict, score, action, action.kind is Kind.ACCEPT)
         if outdated:
             self._detector.reset_after_rollback()
@@ -236,28 +201,16 @@ class SafetyNet:
     def _can_restore(self, step: int) -> bool:
         if self._load is None:
             return False
-        return bool(self._everyone(bool(self._ring.backups)).all()) or self._may_be_on_disk(step + 1)
+        return bool(self._everyone(bool(self._backups.ring.backups)).all()) or self._may_be_on_disk(step + 1)
 
     def _suspect_since(self, verdict: Verdict) -> int | None:
         """Return the step before which the model was sound."""
         since = self._detector.first_suspect_step
-        if verdict is not Verdict.DRIFT or since is None or self._in_ram(since) or self._may_be_on_disk(since):
+        if verdict is not Verdict.DRIFT or since is None or self._backups.newest(since) or self._may_be_on_disk(since):
             return since
         # A drift may have begun before the oldest backup: going back to that is better than giving up.
-        proved = [info.step for info in self._ring.backups if info.status is BackupStatus.VERIFIED]
-        return min(proved) + 1 if proved else since
-
-    def _in_ram(self, before: int | None) -> BackupInfo | None:
-        """Return the newest backup of an earlier step that every rank has."""
-        while True:
-            mine = self._ring.find(before)
-            steps = self._everyone(-1.0 if mine is None else mine.step)
-            lowest = int(steps.min())
-            if lowest < 0 or steps.min() == steps.max():
-                return None if lowest < 0 else mine
-            if before == lowest + 1:  # an unproved first backup is found whatever is asked for
-                return None
-            before = lowest + 1
+        proved = self._backups.proved_steps()
+        return proved[0] + 1 if proved else since
 
     def _may_be_on_disk(self, before: int) -> bool:
         return bool(self._everyone(self._saver.has_before(before)).all())
@@ -303,32 +256,28 @@ class SafetyNet:
         return False
 
     def _prepare(self, step: int, action: Action) -> None:
-        for info in self._ring.backups:
-            if info.id == action.discard:
-                self._ring.discard(info)
+        self._backups.discard(action.discard)
         if action.quarantine:
             self._emit(events.SampleQuarantined, step, action.quarantine, "in the batches of several faults")
 
     def _from_ram(self, step: int, action: Action) -> Action | None:
         """Restore from the ring; None when it worked, else what to do next."""
-        found = self._in_ram(action.before_step)
+        found = self._backups.newest(action.before_step)
         if found is None:
             return self._recovery.restore_failed(step, "no backup in RAM is good", empty=True)
         began = self._clock.monotonic()
-        info, state = self._ring.restore(None if found.initial else found.step + 1)
+        info, state, detector = self._backups.restore(found)
         failure = self._try_load(state, from_ram=True)
         if failure:
             return self._recovery.restore_failed(step, failure, backup_id=info.id)
         self._recovery.rolled_back(step, info.step, info.id, last_resort=self._last_resort(info))
-        self._detector.reset_after_rollback(self._detector_then.get(info.id))
+        self._detector.reset_after_rollback(detector)
         self._after_rollback(step, info.step, "ram", began)
         return None
 
     def _last_resort(self, info: BackupInfo) -> bool:
         """Whether a second fault soon after would find nothing else: then the backup is not to blame at once."""
-        return not self._may_be_on_disk(info.step) and not any(
-            other.status is BackupStatus.VERIFIED and other.step < info.step for other in self._ring.backups
-        )
+        return not self._may_be_on_disk(info.step) and all(step >= info.step for step in self._backups.proved_steps())
 
     def _from_disk(self, step: int, action: Action) -> Action | None:
         found = self._on_disk(step + 1 if action.before_step is None else action.before_step, action.skip)
@@ -359,46 +308,28 @@ class SafetyNet:
 
     def _after_rollback(self, step: int, to_step: int, source: str, began: float) -> None:
         self._catalog.rewind(to_step)
-        self._ring.discard_after(to_step)
-        self._next_backup = 0
+        self._backups.rolled_back(to_step)
         seconds = self._clock.monotonic() - began
-        multiplier, hold = self._recovery.lr_multiplier(step + 1), self._recovery.hold_steps
+        multiplier, hold = self._recovery.aftermath.lr_multiplier(step + 1), self._recovery.aftermath.hold
         self._emit(events.RolledBack, step, to_step, source, multiplier, hold, seconds)
 
     # LR search and state --------------------------------------------------------------------
 
-    @contextmanager
-    def parked(self, save: SaveCallback | None, scheduler_state: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    def parked(
+        self, save: SaveCallback | None, scheduler_state: Callable[[], dict[str, Any]]
+    ) -> AbstractContextManager[None]:
         """Put the user's model aside and bring it back at the end, whatever was done to it meanwhile."""
         assert self._load is not None
-        if self._state_callback is not None:
-            ring = BackupRing()
-            ring.take(self._state_callback(), 0, initial=True)
-            try:
-                yield
-            finally:
-                self._load(ring.restore()[1], from_ram=True)
-            return
-        import tempfile
-
-        assert save is not None
-        with tempfile.TemporaryDirectory(prefix="r8-lr-search-") as folder:
-            path = Path(folder) / "model"
-            save(scheduler_state, path)
-            try:
-                yield
-            finally:
-                self._load(str(path), from_ram=False)
+        return parked(self._backups.capture, self._load, save, scheduler_state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next steps depend on; backups stay in RAM."""
         return {"detector": self._detector.state_dict(), "recovery": self._recovery.state_dict(), "lr": self._lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Backups of another state of the model are forgotten."""
-        self._detector.load_state_dict(state["detector"])
-        self._recovery.load_state_dict(state["recovery"])
-        self._lr = float(state["lr"])
-        self._ring = BackupRing(clock=self._clock.monotonic)
-        self._detector_then.clear()
-        self._next_backup, self._scanned, self._step_began = 0, 0.0, None
+        """Restore what `state_dict` returned, or nothing; backups of another state of the model are forgotten."""
+        detector, recovery, lr = Detector(), Recovery(self._catalog.num_samples), float(state["lr"])
+        detector.load_state_dict(state["detector"])
+        recovery.load_state_dict(state["recovery"])
+        self._detector, self._recovery, self._lr = detector, recovery, lr
+        self._backups.forget()

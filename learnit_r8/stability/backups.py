@@ -18,6 +18,7 @@ from typing import Any
 from learnit_r8.errors import ConfigError
 from learnit_r8.stability.tree_copy import CopyPlan, Pool, TreeCopy
 
+_REACH = 4  # intervals between two backups
 _PACE_WEIGHT = 0.05  # about the last 20 steps
 
 
@@ -74,9 +75,10 @@ class _Slot:
 class BackupRing:
     """A few deep copies of the training state, their buffers used again and again.
 
-    When the ring is full, a new backup replaces the oldest verified one, or the newest candidate
-    where only one is verified: so there is always a verified one once there was any, and the
-    oldest candidate lives to be proved even where a backup is taken at every step.
+    When the ring is full, a new backup replaces a verified one, or the newest candidate where only
+    one is verified: so there is always a verified one once there was any, and the oldest candidate
+    lives to be proved even where a backup is taken at every step. Of three verified ones the middle
+    one goes, until the oldest is four intervals old: a fault that grows unseen is in the newest ones.
 
     Args:
         capacity: Number of copies kept, at least 3.
@@ -128,7 +130,7 @@ class BackupRing:
         if self.suspended:
             return None
         start = self._clock()
-        victim = self._victim() if len(self._slots) >= self._capacity else None
+        victim = self._victim(step) if len(self._slots) >= self._capacity else None
         plan = CopyPlan(state, victim.copy.pool if victim else self._spare)
         if victim:
             self._slots.remove(victim)
@@ -179,7 +181,7 @@ class BackupRing:
 
         New memory costs far more than copying into it (page faults: 1.1 s against 0.03 s for
         500 MB), so the copy is made in the buffers of a backup that is of no more use where there is
-        one: of a later step, or the oldest when two others are left. That backup is gone.
+        one: of a later step, or the next older one when two others are left. That backup is gone.
 
         Args:
             before_step: Only backups of earlier steps. The initial state is exempt while nothing
@@ -229,14 +231,16 @@ class BackupRing:
             pool, self._spare = self._spare, None
             return pool
         later = [slot for slot in self._slots if slot.info.step > kept.info.step]
-        oldest = self._slots[:1] if len(self._slots) > 2 and self._slots[0] is not kept else []
-        for slot in [*later, *oldest][:1]:
+        others = [slot for slot in self._slots if slot is not kept]
+        for slot in [*later, *(others[-1:] if len(others) > 1 else [])][:1]:
             self._slots.remove(slot)
             return slot.copy.pool
         return None
 
-    def _victim(self) -> _Slot:
+    def _victim(self, step: int) -> _Slot:
         verified = [slot for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
+        if len(verified) >= 3 and step - verified[0].info.step <= _REACH * (step - verified[-1].info.step):
+            return verified[-2]
         if len(verified) >= 2:
             return verified[0]
         return next(slot for slot in reversed(self._slots) if slot.info.status is BackupStatus.CANDIDATE)

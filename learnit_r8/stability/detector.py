@@ -155,7 +155,7 @@ class Detector:
         self._falling = 0  # losses in a row below the median of the window
         self._soft_bits = self._hard_bits = 0
         self._soft_rate = self._hard_rate = _RATE_PRIOR
-        self._best, self._best_scale, self._best_mean = math.inf, 0.0, 0.0
+        self._best, self._margin = math.inf, 0.0
         self._drift_onset = self._high_steps = 0
 
     @property
@@ -248,9 +248,9 @@ class Detector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name, absent in _SCALARS.items():
+        for name, (kind, absent) in _SCALARS.items():
             value = state[name.strip("_")]
-            setattr(self, name, absent if value is None else value)
+            setattr(self, name, absent if value is None else kind(value))
         self._window.fill(state["window"])
         self._composition.fill(state["composition"])
         self._recent.fill(state["recent"])
@@ -357,21 +357,16 @@ class Detector:
             return False
         level = self._recent.median()
         self._highs.push(level)
-        if level < self._best:
-            self._best, self._best_scale, self._best_mean = level, s, self._mean
-        rise = level - self._best
-        # The margin is at least its second part: most steps end here.
-        if rise <= 0.25 * ease * settings.drift_score * self._best_scale:
-            self._best_scale, self._best_mean = min(self._best_scale, s), min(self._best_mean, self._mean)
-            self._drift_onset = step
-            self._high_steps = 0
-            return False
-        margin = ease * max(
-            settings.drift_rise * abs(self._best),
-            settings.drift_score * self._best_scale,
-            settings.drift_floor * self._first_level,
-            settings.drift_rise * min(self._best_mean, self._mean),  # the mean falls behind the first steep fall
-        )
+        if level + settings.drift_score * s < self._best + self._margin:  # it may be the new best
+            margin = max(
+                settings.drift_rise * abs(level),
+                settings.drift_score * s,
+                settings.drift_floor * self._first_level,
+                settings.drift_rise * self._mean,
+            )
+            if level + margin < self._best + self._margin:
+                self._best, self._margin = level, margin
+        rise, margin = level - self._best, ease * self._margin
         if rise <= 0.25 * margin:
             self._drift_onset = step
         high = rise > margin and rise > _SWING * (self._highs.highest - self._best)
@@ -395,27 +390,26 @@ class Detector:
         self.first_suspect_step = None
 
     def _reset_best(self) -> None:
-        self._best, self._best_scale, self._best_mean = math.inf, 0.0, 0.0
+        self._best, self._margin = math.inf, 0.0
         self._drift_onset = self._high_steps = 0
 
 
-# Attributes that are saved, and their value where nothing is known yet.
-_SCALARS: dict[str, Any] = {
-    "first_suspect_step": None,
-    "_first": math.nan,
-    "_first_level": math.nan,
-    "_mean": math.nan,
-    "_relaxed_until": -1,
-    "_falling": 0,
-    "_soft_bits": 0,
-    "_hard_bits": 0,
-    "_soft_rate": _RATE_PRIOR,
-    "_hard_rate": _RATE_PRIOR,
-    "_best": math.inf,
-    "_best_scale": 0.0,
-    "_best_mean": 0.0,
-    "_drift_onset": 0,
-    "_high_steps": 0,
+# Attributes that are saved, their type, and their value where nothing is known yet.
+_SCALARS: dict[str, tuple[type[int] | type[float], Any]] = {
+    "first_suspect_step": (int, None),
+    "_first": (float, math.nan),
+    "_first_level": (float, math.nan),
+    "_mean": (float, math.nan),
+    "_relaxed_until": (int, -1),
+    "_falling": (int, 0),
+    "_soft_bits": (int, 0),
+    "_hard_bits": (int, 0),
+    "_soft_rate": (float, _RATE_PRIOR),
+    "_hard_rate": (float, _RATE_PRIOR),
+    "_best": (float, math.inf),
+    "_margin": (float, 0.0),
+    "_drift_onset": (int, 0),
+    "_high_steps": (int, 0),
 }
 
 

@@ -12,9 +12,8 @@ another action. A signal is the detector's verdict on a loss, or a fact found on
   growth; or it drifts and nothing is left to try.
 * EXHAUSTED: the budget is spent.
 
-ROLLBACK is left within the step in which it is entered. After a rollback the LR is multiplied by
-`f <- max(f / 2, 1 / 64)`, held for `max(32, 2 x steps lost)` steps, and led back to 1 geometrically
-over as many steps; three triggers within such a recovery halve the peak for good.
+ROLLBACK is left within the step in which it is entered. What a rollback does to the learning rate,
+and when a backup is to blame for the next fault, is in `aftermath`.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.stability.aftermath import Aftermath, AftermathSettings
 from learnit_r8.stability.quarantine import Quarantine
 from learnit_r8.types import Verdict
 
@@ -126,26 +126,16 @@ class RecoverySettings:
     Attributes:
         warmup: Calm losses in WARMUP.
         settle: Calm losses in a row that end SUSPECT.
-        per_backup: Rollbacks to one backup, without `retrigger` calm losses between them, before it is discarded.
         per_span: Rollbacks within `span` steps before training has diverged.
         span: See `per_span`.
-        retrigger: A fault within so many steps of a rollback discards the backup that was used.
         uncounted: Faults in a row without any way to restore before training has diverged.
-        min_hold: Least number of steps for which the LR is held down.
-        min_factor: Least LR multiplier of one recovery.
-        triggers_to_halve: Triggers during one recovery that halve the peak for good.
     """
 
     warmup: int = 16
     settle: int = 8
-    per_backup: int = 3
     per_span: int = 10
     span: int = 1000
-    retrigger: int = 16
     uncounted: int = 10
-    min_hold: int = 32
-    min_factor: float = 1 / 64
-    triggers_to_halve: int = 3
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -187,14 +177,22 @@ class Recovery:
     Args:
         num_samples: Samples in the data set, for the quarantine's statistics.
         settings: Budgets and lengths.
+        aftermath: Those that hold after a rollback.
 
     Attributes:
+        aftermath: What follows the last rollback.
         phase: The present phase.
         failing_batches: Sample ids of the last faulty batches, oldest first, at most 3.
     """
 
-    def __init__(self, num_samples: int, settings: RecoverySettings | None = None) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        settings: RecoverySettings | None = None,
+        aftermath: AftermathSettings | None = None,
+    ) -> None:
         self.settings = settings or RecoverySettings()
+        self.aftermath = Aftermath(aftermath)
         self.phase = Phase.WARMUP
         self.failing_batches: list[list[int]] = []
         self._quarantine = Quarantine(num_samples)
@@ -202,19 +200,16 @@ class Recovery:
         self._rollbacks: list[int] = []
         self._excesses: list[float] = []
         self._level = math.nan
-        self._used: list[int | None] | None = None  # backup id (None: a checkpoint) and step of the last rollback
-        self._backup_uses = 0
-        self._last_resort = False
         self._source, self._skip, self._attempts = "ram", 0, 0
         self._before_step: int | None = None
-        self._factor = self._peak = 1.0
-        self._since = self._hold = self._triggers = self._calm_since_rollback = 0
         self._drifting = self._callback_failed = False
 
     @property
     def backups_allowed(self) -> bool:
         """Say whether the state is sound enough to be backed up."""
-        return self.phase in (Phase.WARMUP, Phase.HEALTHY, Phase.PROBATION)
+        if self.phase is Phase.PROBATION:
+            return not self.aftermath.on_trial
+        return self.phase is Phase.HEALTHY or self.phase is Phase.WARMUP
 
     @property
     def quarantined(self) -> NDArray[np.int64]:
@@ -244,6 +239,8 @@ class Recovery:
             first_suspect_step: The detector's.
         """
         self._reports += 1
+        if self.aftermath.used is not None:
+            self.aftermath.report(calm=verdict is Verdict.CALM)
         if verdict is Verdict.CALM:
             return self._calm(step, loss)
         if self.phase is Phase.FAILED or verdict is Verdict.SKIPPED:
@@ -261,7 +258,7 @@ class Recovery:
             return self._unrestorable(verdict, loss)
         self._drifting, self._callback_failed = verdict is Verdict.DRIFT, False
         excess = loss - self._level
-        if self._calm_since_rollback > _PROMPT:
+        if self.aftermath.calm > _PROMPT:
             self._excesses = []  # it took time to come back: it grows, however high it stood when it was noticed
         if verdict is not Verdict.NONFINITE and self._level_held(excess):
             self._excesses = []
@@ -283,23 +280,13 @@ class Recovery:
             step: Global step of the faulty loss.
             to_step: Step of the restored state.
             backup_id: Id of the RAM backup, None for a checkpoint.
-            last_resort: It is the initial state: kept for its full budget of rollbacks.
+            last_resort: There is nothing else to go back to: kept for its full budget of rollbacks.
             resumes_at: Global step that is trained next; default `step + 1`.
         """
         self._move(Signal.RESTORED)
-        self._rollbacks.append(self._reports)
-        # Faults with a healthy stretch between them are no loop, though no newer backup was due meanwhile.
-        looping = self._used == [backup_id, to_step] and self._calm_since_rollback < self.settings.retrigger
-        self._backup_uses = self._backup_uses + 1 if looping else 1
-        self._used, self._last_resort = [backup_id, to_step], last_resort
-        recovering = self._recovery_factor(step) < 1.0
-        self._triggers = self._triggers + 1 if recovering else 0
-        self._factor = max(self._recovery_factor(step) / 2, self.settings.min_factor)
-        if self._triggers >= self.settings.triggers_to_halve:
-            self._triggers, self._peak = 0, self._peak / 2
-        self._since = step + 1 if resumes_at is None else resumes_at
-        self._hold = max(self.settings.min_hold, 2 * (step - to_step))
-        self._calm_since_rollback = 0
+        self._rollbacks = [*self._rollbacks, self._reports]
+        resumes_at = step + 1 if resumes_at is None else resumes_at
+        self.aftermath.rolled_back(step, to_step, backup_id, last_resort=last_resort, resumes_at=resumes_at)
 
     def restore_failed(self, step: int, reason: str, *, backup_id: int | None = None, empty: bool = False) -> Action:
         """Take note that the restore failed and say what to try next.
@@ -331,34 +318,30 @@ class Recovery:
         if self.phase is Phase.ROLLBACK:
             self._move(Signal.UNRESTORABLE)
 
-    @property
-    def hold_steps(self) -> int:
-        """Return for how many steps the last rollback holds the LR down."""
-        return self._hold
-
-    def lr_multiplier(self, step: int) -> float:
-        """Return the factor on the scheduled LR at a step; 1 while nothing was ever rolled back."""
-        return self._peak * self._recovery_factor(step)
-
     def stable_only(self, step: int) -> bool:
         """Say whether a batch of this step should come from stable (low-loss) samples."""
-        return self.phase is Phase.PROBATION and step < self._since + self._hold
+        return self.phase is Phase.PROBATION and self.aftermath.holds(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later actions depend on, as plain numbers, strings and lists."""
-        state = {name.strip("_"): getattr(self, name) for name in _SAVED}
+        names = ("failing_batches", "_rollbacks", "_excesses", "_before_step", *_SAVED)
+        state = {name.strip("_"): getattr(self, name) for name in names}
         state["phase"] = str(self.phase)
         state["level"] = None if math.isnan(self._level) else self._level
-        return {**state, "quarantine": self._quarantine.state_dict()}
+        return {**state, "quarantine": self._quarantine.state_dict(), "aftermath": self.aftermath.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name in _SAVED:
-            value = state[name.strip("_")]
-            setattr(self, name, list(value) if isinstance(value, list) else value)
+        for name, kind in _SAVED.items():
+            setattr(self, name, kind(state[name.strip("_")]))
+        self.failing_batches = [[int(i) for i in batch] for batch in state["failing_batches"]]
+        self._rollbacks = [int(at) for at in state["rollbacks"]]
+        self._excesses = [float(excess) for excess in state["excesses"]]
+        self._before_step = None if state["before_step"] is None else int(state["before_step"])
         self.phase = Phase(state["phase"])
-        self._level = math.nan if state["level"] is None else state["level"]
+        self._level = math.nan if state["level"] is None else float(state["level"])
         self._quarantine.load_state_dict(state["quarantine"])
+        self.aftermath.load_state_dict(state["aftermath"])
 
     def _move(self, signal: Verdict | Signal, reason: str = "", **details: Any) -> Action:
         move = TABLE.get((self.phase, signal))
@@ -370,7 +353,6 @@ class Recovery:
     def _calm(self, step: int, loss: float) -> Action:
         self._quarantine.calm()
         self._calm_run += 1
-        self._calm_since_rollback += 1
         self._uncounted = 0
         if math.isfinite(loss):
             self._level = loss if math.isnan(self._level) else self._level + (loss - self._level) / 16
@@ -380,7 +362,7 @@ class Recovery:
         settled = {
             Phase.WARMUP: self._calm_run >= self.settings.warmup,
             Phase.SUSPECT: self._calm_run >= self.settings.settle,
-            Phase.PROBATION: step >= self._since + self._hold,
+            Phase.PROBATION: not self.aftermath.holds(step),
         }
         return self._move(Signal.SETTLED) if settled.get(self.phase) else action
 
@@ -416,12 +398,9 @@ class Recovery:
         settings, recent = self.settings, self._rollbacks
         if len(recent) >= settings.per_span:
             return self._give_up(f"{len(recent)} rollbacks within {settings.span} steps")
-        used_up = self._backup_uses >= settings.per_backup
-        retriggered = bool(recent) and self._reports - recent[-1] <= settings.retrigger and not self._last_resort
-        spent = used_up or retriggered
-        from_disk = bool(recent) and self._used is not None and self._used[0] is None
-        self._skip = self._skip + spent if from_disk else 0
-        discard = self._used[0] if spent and self._used else None
+        used, spent = self.aftermath.used, self.aftermath.to_blame()
+        self._skip = self._skip + spent if self.aftermath.from_disk and recent else 0
+        discard = used[0] if spent and used else None
         self._source, self._attempts, self._before_step = "ram", 0, before_step
         self._excesses = [*self._excesses, excess][-2:] if math.isfinite(excess) else []
         reason = f"fault at step {step}, first suspect at step {before_step}"
@@ -433,17 +412,9 @@ class Recovery:
         skip = self._skip if self._source == "disk" else 0
         return Action(Kind.RESTORE, reason, self._source, self._before_step, skip, discard)
 
-    def _recovery_factor(self, step: int) -> float:
-        if self._factor >= 1.0:
-            return 1.0
-        beyond = step - self._since - self._hold
-        if beyond < 0:
-            return self._factor
-        return 1.0 if beyond >= self._hold else float(self._factor ** (1.0 - beyond / self._hold))
 
-
-_SAVED = (
-    "failing_batches", "_reports", "_calm_run", "_uncounted", "_rollbacks", "_excesses",
-    "_used", "_backup_uses", "_last_resort", "_source", "_skip", "_attempts", "_before_step", "_factor",
-    "_peak", "_since", "_hold", "_triggers", "_calm_since_rollback", "_drifting", "_callback_failed",
-)  # fmt: skip
+_SAVED: dict[str, type[int] | type[str]] = {
+    **dict.fromkeys(("_reports", "_calm_run", "_uncounted", "_skip", "_attempts"), int),
+    **dict.fromkeys(("_drifting", "_callback_failed"), bool),
+    "_source": str,
+}

@@ -117,7 +117,8 @@ class Composition:
     def fill(self, state: Mapping[str, float]) -> None:
         """Restore what `state_dict` returned."""
         for name in self.__slots__:
-            setattr(self, name, state[name])
+            setattr(self, name, float(state[name]))
+        self.count = int(state["count"])
 
 
 class PastHighs:
@@ -146,7 +147,7 @@ class PastHighs:
 
     def fill(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._keep(list(state["blocks"]))
+        self._keep([float(level) for level in state["blocks"]])
         self.current = -math.inf if state["current"] is None else float(state["current"])
         self.steps = int(state["steps"])
 

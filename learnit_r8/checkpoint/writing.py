@@ -1,0 +1,92 @@
+"""Writes the files of one checkpoint into its directory: the user's model, the state, at last the manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from learnit_r8.checkpoint.manifest import ARRAYS, MANIFEST, MODEL, STATE, Manifest, manifest_bytes
+from learnit_r8.checkpoint.storage import (
+    Bytes,
+    FileRecord,
+    FileSystem,
+    hash_file,
+    regular_size,
+    walk_files,
+    write_file,
+)
+from learnit_r8.errors import CheckpointError
+
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+@contextmanager
+def hashing_threads() -> Iterator[Executor]:
+    """Give threads for hashing; what has not begun at the end is dropped."""
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="r8-hash")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def fill(
+    fs: FileSystem, root: Path, text: bytes, segments: list[Bytes], write_model: Callable[[Path], object] | None
+) -> dict[str, FileRecord]:
+    """Write and sync every file but the manifest.
+
+    Args:
+        fs: Where to write.
+        root: An empty directory.
+        text: The state's JSON.
+        segments: The state's arrays.
+        write_model: The user's function, called with a path below `root`.
+
+    Raises:
+        CheckpointError: The user's function failed, or wrote what does not belong into a checkpoint.
+        OSError: A write or sync failed.
+    """
+    if write_model is not None:
+        _call_writer(write_model, root / MODEL)
+    with hashing_threads() as pool:
+        files = _adopt(fs, root, pool)
+        files[ARRAYS] = write_file(fs, root / ARRAYS, segments, pool)
+        files[STATE] = write_file(fs, root / STATE, [np.frombuffer(text, np.uint8)], pool)
+    return files
+
+
+def _adopt(fs: FileSystem, root: Path, pool: Executor) -> dict[str, FileRecord]:
+    """Sync and hash the user's files."""
+    names = list(walk_files(fs, root))
+    taken = sorted({MANIFEST, STATE, ARRAYS} & set(names))
+    if taken:
+        raise CheckpointError(f"the callback wrote {taken[0]}, a name that the checkpoint needs: choose another")
+    sizes = {name: regular_size(root, name) for name in names}
+    hashes = {name: hash_file(fs, root / name, size, pool) for name, size in sizes.items()}
+    for name in names:
+        fs.sync_file(root / name)
+    for directory in {parent for name in names for parent in (root / name).parents if root in parent.parents}:
+        fs.sync_directory(directory)
+    return {name: FileRecord(sizes[name], tuple(block.result() for block in hashes[name])) for name in names}
+
+
+def write_manifest(fs: FileSystem, root: Path, manifest: Manifest) -> None:
+    """Write and sync the manifest, which makes the directory a checkpoint."""
+    raw = np.frombuffer(manifest_bytes(manifest), np.uint8)
+    with hashing_threads() as pool:
+        write_file(fs, root / MANIFEST, [raw], pool)
+    fs.sync_directory(root)
+
+
+def _call_writer(write_model: Callable[[Path], object], path: Path) -> None:
+    try:
+        result = write_model(path)
+    except Exception as error:
+        raise CheckpointError(f"the save callback raised {type(error).__name__}: {error}") from error
+    if result is False or (isinstance(result, np.bool_) and not result):
+        raise CheckpointError("the save callback returned False")
