@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -30,7 +31,7 @@ from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.config import Config
-from learnit_r8.errors import CheckpointError, ProtocolError
+from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
@@ -588,10 +589,10 @@ class R8Scheduler:
         self._restore(self._saver.find(path))
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
-        check_state(loaded.state, self._config)
-        if self._args.load is not None:
-            self._args.load(str(loaded.model_path), from_ram=False)
-        self.load_state_dict(loaded.state)
+        with self._all_or_nothing():
+            self.load_state_dict(loaded.state)
+            if self._args.load is not None:
+                self._args.load(str(loaded.model_path), from_ram=False)
         self._saver.restored(loaded, self._progress.finished_epoch)
 
     @classmethod
@@ -652,9 +653,29 @@ class R8Scheduler:
         """Restore what `state_dict` returned; a finished run goes on where there are more epochs now.
 
         Raises:
-            ConfigError: The state belongs to another data set, strategy or seed.
+            ConfigError: The state belongs to another data set, strategy or seed, or is damaged; the run is as it was.
         """
         check_state(state, self._config)
+        try:
+            with self._all_or_nothing():
+                self._apply(state)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            reason = f"the state is damaged ({type(error).__name__}: {error}): load another one, or start a new run"
+            raise ConfigError([reason]) from error
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Let what fails within leave the run as it was."""
+        before = self.state_dict()
+        flags = self._search, self._control.stop, self._begun, self._resumed
+        try:
+            yield
+        except BaseException:
+            self._apply(before)
+            self._search, self._control.stop, self._begun, self._resumed = flags
+            raise
+
+    def _apply(self, state: Mapping[str, Any]) -> None:
         self._progress = Progress.from_state(state)
         if state["searched"]:
             self._search = None

@@ -282,6 +282,27 @@ def test_a_load_callback_that_fails_leaves_the_run_as_it_was(tmp_path):
     assert fresh.catalog.num_seen == 0
 
 
+@pytest.mark.parametrize("wrong", [{}, [1], "x"], ids=str)
+@pytest.mark.parametrize(
+    "part", ["config", "epoch", "stage", "budget", "tickets", "chooser", "catalog", "guard", "safety"]
+)
+def test_a_state_with_a_damaged_part_is_refused_and_the_run_goes_on_as_it_was(part, wrong, tmp_path):
+    runs = []
+    for _ in range(2):
+        model = Model()
+        scheduler = make(model, tmp_path, strategy="spaced", noise_guard="cap")
+        early = train(scheduler, model, stop=5).state_dict()
+        train(scheduler, model, stop=21)
+        runs.append((scheduler, model))
+    with pytest.raises(ConfigError, match="the state is damaged"):
+        runs[0][0].load_state_dict(early | {part: wrong})
+    for scheduler, model in runs:
+        train(scheduler, model)
+    (tried, model), (never, other) = runs
+    np.testing.assert_array_equal(tried.catalog.uses, never.catalog.uses)
+    np.testing.assert_array_equal(model.w, other.w)
+
+
 @pytest.mark.parametrize(("every", "steps"), [("epoch", [9, 18, 27]), (10, [10, 20]), (9, [9, 18, 27]), (None, [])])
 def test_checkpoints_are_written_at_their_cadence(every, steps, tmp_path):
     heard = []

@@ -91,6 +91,9 @@ _PARTS = (
 )  # fmt: skip
 
 
+_FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot change
+
+
 def check_state(state: Mapping[str, Any], config: Config) -> None:
     """Raise unless a scheduler's state is complete and belongs to this run.
 
@@ -103,10 +106,12 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
     if missing:
         raise ConfigError([f"this is no state of a scheduler: {', '.join(missing)} missing, got {list(state)}"])
     saved = state["config"]
+    if not isinstance(saved, Mapping) or not saved.keys() >= set(_FIXED):
+        raise ConfigError([f"the state is damaged: its config lacks some of {', '.join(_FIXED)}, got {saved!r}"])
     problems = [
         f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(config, name)!r}: use what it was "
         "saved with, or start a new run"
-        for name in ("num_samples", "strategy", "seed", "drop_last")
+        for name in _FIXED
         if saved[name] != getattr(config, name)
     ]
     if problems:
