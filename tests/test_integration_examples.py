@@ -33,7 +33,8 @@ def test_an_example_fits_on_a_page(name):
 def test_the_pytorch_loop_survives_a_nan_under_prefetching_workers():
     output = run(sys.executable, "examples/pytorch_loop.py", "--workers", "2", "--nan")
     assert "step 176: loss nan, the model was restored" in output
-    assert float(output.split("accuracy ")[1].split()[0]) > 0.9
+    # Backups are paced by time: on a busy machine the only one may be that of the untrained model.
+    assert float(output.split("accuracy ")[1].split()[0]) > 0.7
 
 
 @pytest.mark.slow
