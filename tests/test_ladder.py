@@ -238,7 +238,7 @@ def frames(rate, seconds, fresh, cost=0.001, start=0.0):
 def test_the_frame_rate_follows_what_happens():
     assert frames(FrameRate(), 10, fresh=True) == 40
     assert frames(FrameRate(), 10, fresh=False) == 10
-    assert frames(FrameRate(), 10, fresh=True, cost=0.005) == 20, "frames take one percent of a core at most"
+    assert frames(FrameRate(), 10, fresh=True, cost=0.0025) == 20, "frames take half a percent of a core at most"
     assert frames(FrameRate(), 10, fresh=True, cost=0.02) == 10
     pressed = FrameRate()
     pressed.key(0.0)
