@@ -159,7 +159,8 @@ class Screen(Face):
         self._shown = True
 
     def _draw(self, model: DashboardModel, now: float) -> None:
-        began = self._spent = time.thread_time()
+        began = time.thread_time()
+        others, self._spent = began - self._spent, began
         if model.paused != self._view.paused:
             self._view = replace(self._view, paused=model.paused)
         scene = self._own_scene(model) if self._look is None else self._look()
@@ -173,7 +174,8 @@ class Screen(Face):
         )
         grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)
         data = self._canvas.draw(grid)
-        self._rate.drew(time.monotonic(), time.thread_time() - began)
+        self._spent = time.thread_time()
+        self._rate.drew(time.monotonic(), self._spent - began, others)
         self._tty.send(data)
         self._news = False
 
