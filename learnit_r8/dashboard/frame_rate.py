@@ -7,7 +7,7 @@ NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 KEY_SECONDS = 2.0
 DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
-BUDGET = 0.01
+BUDGET = 0.008
 """Share of one core that the dashboard's thread may take: a pure Python loop waits for all of it (the GIL)."""
 LEAST = 0.3
 """Part of the budget that frames have, however many events come."""
