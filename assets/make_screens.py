@@ -13,6 +13,7 @@ import re
 import select
 import struct
 import sys
+import tempfile
 import termios
 import time
 from pathlib import Path
@@ -40,8 +41,12 @@ def record(columns: int, rows: int, share: float) -> Screen:
     if pid == 0:
         os.environ.update(TERM="xterm-256color", LANG="C.UTF-8")
         os.environ.pop("CI", None)
-        os.chdir(HERE.parent)
-        os.execv(sys.executable, [sys.executable, "example.py", "--ui", "curses"])
+        # A run is called what its folder is called.
+        folder = Path(tempfile.mkdtemp()) / "digits"
+        folder.mkdir()
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = str(HERE.parent)
+        os.execv(sys.executable, [sys.executable, str(HERE.parent / "example.py"), "--ui", "curses"])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     deadline = time.monotonic() + 120
     settled = deadline

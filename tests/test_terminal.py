@@ -266,7 +266,7 @@ d = open_dashboard('curses', log_dir='run')
 train(d, 0.3)
 def broken(*args, **kw):
     raise ZeroDivisionError('a bug in a chart')
-screen.Painter.draw = broken
+screen.Screen._own_scene = broken
 train(d, 1.0)
 name, fault = d.name, d.fault
 d.close()

@@ -7,15 +7,17 @@ NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 KEY_SECONDS = 2.0
 DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
-BUDGET = 0.01
-"""Share of one core that frames may take at the usual rate: a pure Python loop waits for all of it (the GIL)."""
+BUDGET = 0.008
+"""Share of one core that the dashboard's thread may take: a pure Python loop waits for all of it (the GIL)."""
+LEAST = 0.3
+"""Part of the budget that frames have, however many events come."""
 
 
 class FrameRate:
     """Decides when the next frame is due. `now` is seconds of one monotonic clock, a cost is CPU seconds."""
 
     def __init__(self) -> None:
-        self.cost = 0.0
+        self.cost = self.others = 0.0
         self._last = float("-inf")
         self._last_key = float("-inf")
         self._urgent = True
@@ -23,7 +25,8 @@ class FrameRate:
     @property
     def period(self) -> float:
         """Seconds between frames at the usual rate and the present cost."""
-        return max(NORMAL * self._slowed, min(self.cost / BUDGET, IDLE))
+        budget = max(LEAST * BUDGET, BUDGET - self.others)
+        return max(NORMAL * self._slowed, min(self.cost / budget, IDLE))
 
     @property
     def _slowed(self) -> int:
@@ -42,8 +45,10 @@ class FrameRate:
         """Return whether to draw now; `fresh` says that something changed since the last frame."""
         return self._urgent or now - self._last >= self._interval(now, fresh) * 0.98
 
-    def drew(self, now: float, cost: float) -> None:
-        """A frame was drawn."""
+    def drew(self, now: float, cost: float, others: float = 0.0) -> None:
+        """A frame was drawn; `others` is the CPU time that the thread has spent on events since the one before."""
+        if self._last > 0 and now > self._last:
+            self.others += 0.2 * (others / (now - self._last) - self.others)
         self._last = now
         self._urgent = False
         # Frames that draw charts anew are dearer than those between; one of many should not decide.

@@ -83,7 +83,7 @@ class DashboardModel:
         self.recent_steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self.series: dict[str, Series] = {
             "loss": Series(DECAYS),
-            "surprise": Series(DECAYS),
+            "surprise": Series(DECAYS[:1]),
             "lr": Series(),
             "step ms": Series(DECAYS[:1]),
         }

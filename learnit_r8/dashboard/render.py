@@ -45,8 +45,8 @@ class Painter:
     """Draws frames of a run that goes on; a pane is drawn anew where what it shows has changed.
 
     Args:
-        chart_seconds: A chart is drawn anew no more often than this, or twice as often where its line has grown by a
-            column of dots; and a frame draws no more than one chart anew. 0: all of them in every frame.
+        chart_seconds: A chart whose line has grown is drawn anew no more often than this, and a frame draws no more
+            than one chart anew. 0: all of them in every frame.
         between: Called between panes: the place to let another thread run.
     """
 
@@ -97,6 +97,7 @@ class Painter:
         title(grid, model, view, now)
         progress(grid, 1, 2, width - 4, model, view, now)
         key_line(grid, height - 2, 2, width - 4, view, now)
+        self._between()
         late = self._late_charts(model, view, now, others)
         for rect in self._rects:
             if rect in late or self._changed(rect, model, view, console_lines):
@@ -158,8 +159,7 @@ class Painter:
             points = sum(line.count for line in series) + (model.step if view.window else 0)
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
-            grown = (points - drawn) * (2 * rect.width << view.window) >= points
-            waits = abs(now - when) < self._chart_seconds / (1 + grown)
+            waits = abs(now - when) < self._chart_seconds
             if shown != before or (points != drawn and not waits):
                 found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
         found.sort(key=lambda chart: chart[:3])

@@ -29,11 +29,15 @@ from learnit_r8.types import Command
 _LEAVE_SECONDS = 0.3
 _CHART_SECONDS = 1.0
 _BREATH = 5e-5
-"""A nap between panes lets the training thread have the GIL; one of 0 s would hardly ever hand it over."""
+"""A nap now and then lets the training thread have the GIL; one of 0 s would hardly ever hand it over."""
 _ESCAPE_SECONDS = 0.05
 """A lone Escape byte is the Escape key when nothing follows it for this long; sequences arrive in one piece."""
 _GAP_SECONDS = 3.0
 """A tick this late means that the process was stopped or the machine slept: the screen may hold anything."""
+
+
+def _breathe() -> None:
+    time.sleep(_BREATH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class Screen(Face):
     ) -> None:
         self._commands = commands
         self._look = look
-        self._painter = Painter(_CHART_SECONDS, lambda: time.sleep(_BREATH))
+        self._painter = Painter(_CHART_SECONDS, _breathe)
         self._keys = KeyDecoder()
         self._gpus = GpuMeter(environment)
         self._rate = FrameRate()
@@ -155,7 +159,8 @@ class Screen(Face):
         self._shown = True
 
     def _draw(self, model: DashboardModel, now: float) -> None:
-        began = self._spent = time.thread_time()
+        began = time.thread_time()
+        others, self._spent = began - self._spent, began
         if model.paused != self._view.paused:
             self._view = replace(self._view, paused=model.paused)
         scene = self._own_scene(model) if self._look is None else self._look()
@@ -169,7 +174,8 @@ class Screen(Face):
         )
         grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)
         data = self._canvas.draw(grid)
-        self._rate.drew(time.monotonic(), time.thread_time() - began)
+        self._spent = time.thread_time()
+        self._rate.drew(time.monotonic(), self._spent - began, others)
         self._tty.send(data)
         self._news = False
 

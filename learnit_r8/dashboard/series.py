@@ -110,12 +110,13 @@ class Series:
 
     def _average(self, value: float) -> None:
         finite = self.count - self.bad
-        if finite == 1:
-            self._gains = (1.0,) * len(self.decays)
-            self.averages = (value,) * len(self.decays)
+        if finite > self._settled:
+            # A list of one or three: faster than anything that takes an iterator.
+            self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, self._gains)])  # noqa: B905
             return
-        if finite <= self._settled:
-            self._gains = tuple([(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays])
+        self._gains = tuple([(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays])
+        if finite == 1:
+            self.averages = (value,) * len(self.decays)
         self.averages = tuple(
             [old + gain * (value - old) for old, gain in zip(self.averages, self._gains, strict=True)]
         )

@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from learnit_r8.dashboard.cells import Grid, Style, cell_width
 
@@ -41,6 +41,8 @@ _ATTRIBUTES: dict[Style, int] = {
     Style.TITLE: curses.A_BOLD,
     Style.REVERSE: curses.A_REVERSE,
 }
+_ROWS = 12
+"""Rows written at a stretch."""
 _REPLACED_BY_INITSCR = ("SIGINT", "SIGTERM", "SIGTSTP", "SIGWINCH")
 
 
@@ -86,8 +88,8 @@ class Canvas:
         with contextlib.suppress(curses.error):
             self._window.clearok(True)
 
-    def draw(self, grid: Grid) -> bytes:
-        """Return the bytes that turn what was drawn before into `grid`."""
+    def draw(self, grid: Grid, between: Callable[[], object] = lambda: None) -> bytes:
+        """Return the bytes that turn what was drawn before into `grid`; `between` is called now and then."""
         if (grid.width, grid.height) != self._size:
             self._resize(grid.width, grid.height)
         for y in range(grid.height):
@@ -96,6 +98,8 @@ class Canvas:
                 self._put(y, x, text, self._styles.get(style, 0))
             if runs:
                 self._shown.restore(grid, y, 0, grid.width)
+            if y % _ROWS == 0:
+                between()
         self._whole = False
         with contextlib.suppress(curses.error):
             self._window.refresh()
