@@ -429,7 +429,10 @@ def test_readonly_offers_no_control_keys():
     keys = frame(120, 35, readonly=True).rows()[-2]
     assert "stop" not in keys
     assert "close" in keys
-    assert "if the chart looks broken" in frame(120, 35, opened=run().last_time).rows()[-2]
+    for width, height in ((120, 35), (80, 24)):
+        keys = frame(width, height, opened=run().last_time).rows()[-2]
+        assert "if the chart looks broken" in keys
+        assert "? help" in keys
 
 
 def test_several_runs_are_overlaid_with_letters():

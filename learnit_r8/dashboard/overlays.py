@@ -43,13 +43,15 @@ def key_line(grid: Grid, y: int, x: int, width: int, view: ViewState, now: float
         return
     control = [] if view.readonly else [("s", "stop…"), ("c", "ckpt"), ("p", "go on" if view.paused else "pause")]
     keys = [("q", "close" if view.readonly else "detach"), *control]
-    if 0 <= now - view.opened < GLYPH_HINT_SECONDS:
-        keys.append(("g", "if the chart looks broken"))
+    hint = 0 <= now - view.opened < GLYPH_HINT_SECONDS
+    if hint:
+        keys += [("g", "if the chart looks broken"), ("?", "help")]
     if grid.width >= WIDE:
         keys += [("1-6", "focus"), ("←→", "metric"), ("y", "log"), ("z", "smooth"), ("x", "axis"), ("/", "filter")]
-        keys += [("g", "glyphs"), ("?", "help")]
     else:
-        keys += [("←→", "metric"), ("y", "log"), ("z", "smooth"), ("?", "help")]
+        keys += [("←→", "metric"), ("y", "log"), ("z", "smooth")]
+    if not hint:
+        keys += [("g", "glyphs"), ("?", "help")] if grid.width >= WIDE else [("?", "help")]
     end = x + width
     for key, meaning in keys:
         if x + len(key) + len(meaning) + 1 > end:
