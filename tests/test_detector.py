@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.stability.detector import Detector, DetectorSettings
+from learnit_r8.stability.detector import Detector
+from learnit_r8.stability.thresholds import DetectorSettings
 from learnit_r8.stability.windows import SortedWindow
 from learnit_r8.types import Verdict
 
