@@ -18,7 +18,8 @@ from benchmarks import stability_curves as curves
 from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.stability.backups import BackupRing
-from learnit_r8.stability.detector import Detector, DetectorSettings
+from learnit_r8.stability.detector import Detector
+from learnit_r8.stability.thresholds import DetectorSettings
 from learnit_r8.types import Verdict
 
 ACT = (Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE)

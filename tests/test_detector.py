@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.stability.detector import Detector, DetectorSettings
+from learnit_r8.stability.detector import Detector
+from learnit_r8.stability.thresholds import DetectorSettings
 from learnit_r8.stability.windows import SortedWindow
 from learnit_r8.types import Verdict
 
@@ -76,9 +77,10 @@ def test_one_nonfinite_sample_in_a_finite_mean_is_a_fault():
 def test_any_floats_are_read_and_state_stays_finite_strict_json(losses):
     detector = Detector()
     read(detector, [1.0] * 16 + losses)
-    for name in ("window", "recent"):
-        assert all(math.isfinite(x) for x in detector.state_dict()[name])
-    json.dumps(detector.state_dict(), allow_nan=False)
+    state = detector.state_dict()
+    for numbers in (state["window"], state["level"]["recent"]):
+        assert all(math.isfinite(x) for x in numbers)
+    json.dumps(state, allow_nan=False)
 
 
 @pytest.mark.parametrize("kind", ["noisy", "crossing zero", "negative", "constant"])

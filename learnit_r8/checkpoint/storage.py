@@ -281,12 +281,18 @@ def _digest(fs: FileSystem, path: Path, offset: int, block: Iterable[Bytes], *, 
                 target = piece if scratch is None else scratch[: piece.size]
                 _read_all(fs, file, target.data, path)
                 sha256.update(target.data)
-                if scratch is not None and not np.array_equal(target, piece):
+                if scratch is not None and not _same(target, piece):
                     raise CheckpointCorrupt(
                         f"{path}: the bytes read back differ from those in memory: either the disk is failing "
                         "or the state was changed by another thread while it was being saved"
                     )
     return sha256.hexdigest()
+
+
+def _same(one: Bytes, other: Bytes) -> bool:
+    if one.size % 8 == 0:  # whole words are compared in half the time
+        return np.array_equal(one.view(np.uint64), other.view(np.uint64))
+    return np.array_equal(one, other)
 
 
 def _discard_digest(fs: FileSystem, path: Path, offset: int, length: int) -> str:

@@ -55,9 +55,8 @@ class RamBackups:
         self._step_counted = 0
 
     def before_step(self, step: int, detector: Detector, *, allowed: bool) -> None:
-        """Take an automatic backup when one is due."""
-        if self.capture is None:
-            return
+        """Take an automatic backup when one is due; there must be a `capture`."""
+        assert self.capture is not None
         began = self._clock.monotonic()
         if self._step_began is not None and step > self._step_counted:  # asked twice at the end of an epoch
             self._pacer.stepped(began - self._step_began)

@@ -143,7 +143,8 @@ class SafetyNet:
 
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
-        self._backups.before_step(step, self._detector, allowed=self._recovery.backups_allowed)
+        if self._backups.capture is not None:
+            self._backups.before_step(step, self._detector, allowed=self._recovery.backups_allowed)
 
     def keep(self, state: Any, step: int) -> None:
         """Copy a state of the user's model into the ring, unless the model is suspect right now."""

@@ -140,7 +140,7 @@ class Aftermath:
 
     def lr_multiplier(self, step: int) -> float:
         """Return the factor on the scheduled LR at a step; 1 while nothing was ever rolled back."""
-        return self._peak * self._recovery_factor(step)
+        return self._peak * self._recovery_factor(step) if self.used is not None else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later answers depend on, as plain numbers and lists."""

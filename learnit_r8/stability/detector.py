@@ -24,10 +24,12 @@ stay out of the window. One flag proves nothing: a spike is 2 hard flags in 3 st
 * where the losses of the samples are known, an outlier that comes from an eighth of the batch or
   less is suspect, but no proof: weights that are broken are so for all samples.
 
-What rises too slowly for the window, which follows it, is found as *drift*: the median of the last
-16 losses stays far above the best it has been, and above what it was before this rise began (256
-to 1024 steps ago), so that a loss that swings is left alone. The rise must exceed the best level and
-the mean of its time, which is far above the median where a few losses are all that matters.
+What rises too slowly for the window, which follows it, is found as *drift* (see `level`): the median of the
+last 16 losses stays far above the best it has been. The rise must exceed the best level and the mean of its
+time, which is far above the median where a few losses are all that matters.
+
+16 losses in a row below the median whose level is less than half of it are a steep fall: the window keeps
+only them, or the start of a run would count as usual spread for long.
 
 NaN and infinity are faults from the first step on.
 """
@@ -36,14 +38,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.errors import ConfigError
-from learnit_r8.stability.windows import HARMLESS_AFTER, Composition, HarmlessOutliers, PastHighs, SortedWindow
+from learnit_r8.stability.level import Level
+from learnit_r8.stability.thresholds import DetectorSettings
+from learnit_r8.stability.windows import HARMLESS_AFTER, Composition, HarmlessOutliers, SortedWindow
 from learnit_r8.types import Verdict
 
 _MAD_TO_STD = 1.4826  # of a normal distribution
@@ -61,60 +63,7 @@ _RATE_PRIOR = 5e-4
 _MEAN_WEIGHT, _MEAN_LIMIT = 1 / 64, 10.0  # of the mean loss; one loss counts for so many L0 at most
 _FEW = 8  # an outlier in this part of a batch or less says nothing of the weights
 _STEEP = 0.5  # relative to the median
-_SWING = 1.25  # times the rise that was seen before
 _MIN_BATCH = 4  # samples in a batch that can tell a few bad ones from a bad model
-
-
-@dataclass(frozen=True, slots=True)
-class DetectorSettings:
-    """Thresholds. The defaults come from clean curves; see `python -m benchmarks.stability`.
-
-    Attributes:
-        window: Accepted losses that are compared with.
-        warmup: Losses before the detector is active; until then only NaN, infinity and losses
-            `warmup_rise` times the first one are faults.
-        warmup_rise: See `warmup`.
-        hard_score: z of a hard flag.
-        hard_rise: a of a hard flag.
-        soft_score: z of a soft flag.
-        soft_rise: a of a soft flag.
-        chance: Bound on the probability, per step, that independent outliers pass for a spike.
-        outlier_memory: Steps for which a harmless outlier is remembered.
-        outlier_count: A loss is flagged only where it rises further than the so-manieth highest of them.
-        fall: So many losses in a row below the median are a steep fall: the window keeps only them.
-        drift_span: Losses in the level (their median), and steps that it must stay high.
-        drift_rise: Rise over the best level, relative to it, that is drift.
-        drift_score: The same in units of s at the best level.
-        drift_floor: The same in units of L0.
-        regime_factor: Factor on all thresholds after an announced change.
-        regime_steps: For so many steps.
-    """
-
-    window: int = 64
-    warmup: int = 16
-    warmup_rise: float = 100.0
-    hard_score: float = 16.0
-    hard_rise: float = 1.0
-    soft_score: float = 6.0
-    soft_rise: float = 0.5
-    chance: float = 2.5e-6
-    outlier_memory: int = 1024
-    outlier_count: int = 2
-    fall: int = 16
-    drift_span: int = 16
-    drift_rise: float = 1.0
-    drift_score: float = 12.0
-    drift_floor: float = 3e-3
-    regime_factor: float = 3.0
-    regime_steps: int = 128
-
-    def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        problems = [f"{name} must be positive, got {value!r}" for name, value in values.items() if not value > 0]
-        if self.window < self.warmup or self.warmup < 4:
-            problems.append(f"4 <= warmup <= window must hold, got {self.warmup=}, {self.window=}")
-        if problems:
-            raise ConfigError(problems)
 
 
 class Reading(NamedTuple):
@@ -146,8 +95,7 @@ class Detector:
         self._needed_hard = _limits(_HARD_SPAN, 2, self.settings.chance)
         self._needed_soft = _limits(_SOFT_SPAN, 4, self.settings.chance)
         self._window = SortedWindow(self.settings.window)
-        self._recent = SortedWindow(self.settings.drift_span)
-        self._highs = PastHighs()
+        self._level = Level(self.settings)
         self._composition = Composition()
         self._outliers = HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
         self._first = self._first_level = self._mean = math.nan
@@ -155,8 +103,6 @@ class Detector:
         self._falling = 0  # losses in a row below the median of the window
         self._soft_bits = self._hard_bits = 0
         self._soft_rate = self._hard_rate = _RATE_PRIOR
-        self._best, self._margin = math.inf, 0.0
-        self._drift_onset = self._high_steps = 0
 
     @property
     def active(self) -> bool:
@@ -213,14 +159,12 @@ class Detector:
         if not self.active:  # nothing to compare with yet: this is the schedule's warm-up
             return
         self._relaxed_until = step + self.settings.regime_steps
-        self._reset_best()
+        self._level.forget_best()
 
     def rebaseline(self) -> None:
         """Accept the present level: forget what losses were compared with, and learn again."""
         self._window.fill(())
-        self._recent.fill(())
-        self._highs = PastHighs()
-        self._reset_best()
+        self._level.forget_all()
         self._clear_flags()
 
     def reset_after_rollback(self, state: Mapping[str, Any] | None = None) -> None:
@@ -234,7 +178,7 @@ class Detector:
             announced = self._relaxed_until
             self.load_state_dict(state)
             self._relaxed_until = max(announced, self._relaxed_until)  # the learning rate does not go back
-        self._recent.fill(())
+        self._level.forget_recent()
         self._clear_flags()
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,9 +186,13 @@ class Detector:
         state: dict[str, Any] = {name.strip("_"): getattr(self, name) for name in _SCALARS}
         # Strict JSON knows no infinity or NaN: what is not there yet is None.
         state = {name: value if value is None or math.isfinite(value) else None for name, value in state.items()}
-        windows: dict[str, Any] = {"window": list(self._window.arrivals), "recent": list(self._recent.arrivals)}
-        windows["composition"] = self._composition.state_dict()
-        return {**state, **windows, "highs": self._highs.state_dict(), "outliers": self._outliers.state_dict()}
+        return {
+            **state,
+            "window": list(self._window.arrivals),
+            "composition": self._composition.state_dict(),
+            "level": self._level.state_dict(),
+            "outliers": self._outliers.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -253,8 +201,7 @@ class Detector:
             setattr(self, name, absent if value is None else kind(value))
         self._window.fill(state["window"])
         self._composition.fill(state["composition"])
-        self._recent.fill(state["recent"])
-        self._highs.fill(state["highs"])
+        self._level.load_state_dict(state["level"])
         self._outliers.fill(state["outliers"])
 
     def _learn(self, step: int, loss: float) -> Reading:
@@ -272,7 +219,7 @@ class Detector:
         if not self._hard_bits:
             self.first_suspect_step = None
         self._window.push(loss)
-        self._recent.push(loss)
+        self._level.recent.push(loss)
         if self.active and math.isnan(self._first_level):
             median = self._window.median()
             self._first_level = max(abs(median), self._window.deviation(median), _TINY)
@@ -287,7 +234,7 @@ class Detector:
         z = rise / s
         if 0 <= self._relaxed_until <= step:
             self._relaxed_until = -1
-            self._reset_best()
+            self._level.forget_best()
         ease = settings.regime_factor if step < self._relaxed_until else 1.0
         soft = hard = False
         self._outliers.pass_step()
@@ -306,12 +253,12 @@ class Detector:
                 self._mark_suspect(step)
                 return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples")
         self._shift_flags(soft, hard)
-        self._recent.push(loss)
-        drifting = self._follow_level(step, s, ease)
+        self._level.recent.push(loss)
+        drifting = self._level.drifts(step, s, self._mean, self._first_level, ease)
         if not soft:
             self._window.push(loss)
             self._falling = self._falling + 1 if loss < m else 0
-            if self._falling >= settings.fall and m - self._recent.median() > _STEEP * abs(m):
+            if self._falling >= settings.fall and m - self._level.recent.median() > _STEEP * abs(m):
                 self._forget_fall()
             if not drifting:
                 if not self._soft_bits:
@@ -325,8 +272,8 @@ class Detector:
             flags = self._soft_bits.bit_count()
             return Reading(Verdict.SPIKE, z, f"{flags} of {_SOFT_SPAN} losses far above the median of {m:.4g}")
         if drifting:
-            self.first_suspect_step = min(self._drift_onset, step)
-            level = f"the level has risen to {self._recent.median():.4g} from {self._best:.4g}"
+            self.first_suspect_step = min(self._level.onset, step)
+            level = f"the level has risen to {self._level.recent.median():.4g} from {self._level.best:.4g}"
             return Reading(Verdict.DRIFT, z, level)
         self._mark_suspect(step)
         return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}: z = {z:.3g}")
@@ -350,29 +297,6 @@ class Detector:
         self._soft_bits = (self._soft_bits << 1 | soft) & _SOFT_MASK
         self._hard_bits = (self._hard_bits << 1 | hard) & _SOFT_MASK
 
-    def _follow_level(self, step: int, s: float, ease: float) -> bool:
-        """Keep the best level; say whether the present one has been far above it for long."""
-        settings = self.settings
-        if len(self._recent) < settings.drift_span:
-            return False
-        level = self._recent.median()
-        self._highs.push(level)
-        if level + settings.drift_score * s < self._best + self._margin:  # it may be the new best
-            margin = max(
-                settings.drift_rise * abs(level),
-                settings.drift_score * s,
-                settings.drift_floor * self._first_level,
-                settings.drift_rise * self._mean,
-            )
-            if level + margin < self._best + self._margin:
-                self._best, self._margin = level, margin
-        rise, margin = level - self._best, ease * self._margin
-        if rise <= 0.25 * margin:
-            self._drift_onset = step
-        high = rise > margin and rise > _SWING * (self._highs.highest - self._best)
-        self._high_steps = self._high_steps + 1 if high else 0
-        return self._high_steps >= settings.drift_span
-
     def _forget_fall(self) -> None:
         """Drop what was before a steep fall: it says nothing of what is usual now."""
         self._falling = 0
@@ -385,13 +309,9 @@ class Detector:
             self.first_suspect_step = step
 
     def _clear_flags(self) -> None:
-        self._soft_bits = self._hard_bits = self._high_steps = 0
+        self._soft_bits = self._hard_bits = 0
         self._outliers.drop_pending()
         self.first_suspect_step = None
-
-    def _reset_best(self) -> None:
-        self._best, self._margin = math.inf, 0.0
-        self._drift_onset = self._high_steps = 0
 
 
 # Attributes that are saved, their type, and their value where nothing is known yet.
@@ -406,10 +326,6 @@ _SCALARS: dict[str, tuple[type[int] | type[float], Any]] = {
     "_hard_bits": (int, 0),
     "_soft_rate": (float, _RATE_PRIOR),
     "_hard_rate": (float, _RATE_PRIOR),
-    "_best": (float, math.inf),
-    "_margin": (float, 0.0),
-    "_drift_onset": (int, 0),
-    "_high_steps": (int, 0),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,6 @@ from typing import Any
 
 HARMLESS_AFTER = 8  # steps that pass over an outlier before it counts as harmless
 _SLOPE_MEMORY = 64  # calm losses
-_BLOCK, _RECENT_BLOCKS, _PAST_BLOCKS = 64, 4, 16  # steps; blocks
 
 
 class SortedWindow:
@@ -119,45 +117,6 @@ class Composition:
         for name in self.__slots__:
             setattr(self, name, float(state[name]))
         self.count = int(state["count"])
-
-
-class PastHighs:
-    """The highest level of 256 to 1024 steps ago, by blocks of steps.
-
-    Attributes:
-        highest: It; minus infinity while the run is younger.
-    """
-
-    __slots__ = ("blocks", "current", "highest", "steps")
-
-    def __init__(self) -> None:
-        self.blocks: list[float] = []
-        self.highest = -math.inf
-        self.current = -math.inf
-        self.steps = 0
-
-    def push(self, level: float) -> None:
-        """Add the level of one step."""
-        if level > self.current:
-            self.current = level
-        self.steps += 1
-        if self.steps == _BLOCK:
-            self._keep([*self.blocks, self.current][-_PAST_BLOCKS:])
-            self.current, self.steps = -math.inf, 0
-
-    def fill(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._keep([float(level) for level in state["blocks"]])
-        self.current = -math.inf if state["current"] is None else float(state["current"])
-        self.steps = int(state["steps"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain numbers and lists."""
-        return {"blocks": self.blocks, "current": self.current if self.steps else None, "steps": self.steps}
-
-    def _keep(self, blocks: list[float]) -> None:
-        self.blocks = blocks
-        self.highest = max(blocks[:-_RECENT_BLOCKS], default=-math.inf)
 
 
 class HarmlessOutliers:
