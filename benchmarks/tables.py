@@ -59,7 +59,7 @@ def rivals(results: Results) -> str:
         ["learning rate × 1000 for three steps", *(end(found[name]["bad rate"]) for name in names)],
         ["killed in mid-epoch and resumed: largest difference of a weight at the end",
          *(difference(found[name]["killed"]) for name in names)],
-        ["a step of this tiny training, relative", *(f"{cost[name]['ratio']:.2f}" for name in names)],
+        ["CPU time of a step of this tiny training, relative", *(f"{cost[name]['ratio']:.2f}" for name in names)],
     ]  # fmt: skip
     return markdown(["", *names], rows)
 
