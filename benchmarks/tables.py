@@ -69,7 +69,7 @@ def costs(results: Results) -> str:
     rows: list[list[str]] = []
 
     def row(what: str, rival: str, ratio: float) -> None:
-        rows.append([what, rival, f"{ratio:.2f}"])
+        rows.append([what, rival, f"{ratio:.3g}"])
 
     for step in results["speed"]["results"]["steps"]:
         if step["B"] in (32, 256) and step["N"] == 1_000_000:
