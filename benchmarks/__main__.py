@@ -13,7 +13,7 @@ fails takes no other with it. Options of one benchmark: `python -m benchmarks.sp
 from __future__ import annotations
 
 import argparse
-import importlib
+import ast
 import os
 import subprocess
 import sys
@@ -62,7 +62,7 @@ def main() -> int:
     asked = options()
     if asked.list:
         for name in NAMES:
-            text = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
+            text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{name}.py").read_text("utf8"))) or ""
             print(f"{name:14} {text.splitlines()[0]}")
         return 0
     results = asked.out or (ROOT / "build" / "benchmarks" if asked.quick else RESULTS)

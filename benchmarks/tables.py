@@ -59,7 +59,7 @@ def rivals(results: Results) -> str:
         ["learning rate × 1000 for three steps", *(end(found[name]["bad rate"]) for name in names)],
         ["killed in mid-epoch and resumed: largest difference of a weight at the end",
          *(difference(found[name]["killed"]) for name in names)],
-        ["a step of this tiny training, relative", *(f"{cost[name]['ratio']:.2f}" for name in names)],
+        ["CPU time of a step of this tiny training, relative", *(f"{cost[name]['ratio']:.2f}" for name in names)],
     ]  # fmt: skip
     return markdown(["", *names], rows)
 
@@ -69,7 +69,7 @@ def costs(results: Results) -> str:
     rows: list[list[str]] = []
 
     def row(what: str, rival: str, ratio: float) -> None:
-        rows.append([what, rival, f"{ratio:.2f}"])
+        rows.append([what, rival, f"{ratio:.3g}"])
 
     for step in results["speed"]["results"]["steps"]:
         if step["B"] in (32, 256) and step["N"] == 1_000_000:
