@@ -134,10 +134,10 @@ def test_the_lr_factor_of_one_recovery_has_a_floor():
     assert recovery.aftermath.lr_multiplier(112) == 1 / 64
 
 
-def back(recovery, step, calm_since, *, to=0, backup=7, loss=10.0, **details):
-    """Let a fault follow so many calm losses, and roll back; return the backup that was discarded."""
+def back(recovery, step, calm_since, *, to=0, backup=7, loss=10.0, suspect=1, **details):
+    """Let a fault that was suspected a step before follow calm losses, and roll back; return the backup discarded."""
     calm(recovery, step - calm_since, calm_since)
-    action = fault(recovery, step, Verdict.NONFINITE, loss=loss)
+    action = fault(recovery, step, Verdict.NONFINITE, loss=loss, first_suspect_step=step - suspect)
     recovery.rolled_back(step, to, backup, **details)
     return action.discard
 
@@ -175,6 +175,18 @@ def test_faults_with_healthy_stretches_between_them_are_no_loop():
     for _ in range(6):
         step += 100
         assert back(recovery, step, 99, to=step - 10) is None
+
+
+def test_sudden_faults_use_no_backup_up_and_backups_go_on_soon():
+    recovery, step = healthy(), 160
+    assert back(recovery, step, 60, to=100, suspect=0) is None
+    for _ in range(8):  # as late after the restore as each other, which would speak against the backup had they grown
+        calm(recovery, step + 1, 16)
+        assert not recovery.backups_allowed
+        calm(recovery, step + 17, 1)
+        assert recovery.backups_allowed
+        step += 25
+        assert back(recovery, step, 7, to=100, suspect=0) is None
 
 
 def test_no_backup_is_taken_until_the_last_one_has_passed_its_trial():

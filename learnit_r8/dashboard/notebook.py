@@ -27,7 +27,8 @@ class Notebook(Face):
 
         self._view = ViewState(readonly=True, glyphs="braille")
         self._painter = Painter()
-        self._handle: Any = display(_bundle("..."), raw=True, display_id=True)
+        show: Any = display  # IPython has no types
+        self._handle = show(_bundle("..."), raw=True, display_id=True)
         self._last = float("-inf")
         self._newest: tuple[DashboardModel, float] | None = None
 

@@ -7,13 +7,14 @@ A fault that comes back soon may be in the backup, or come from outside (a learn
 bounds, a stretch of bad data), against which older backups are no better. The backup is to blame
 
 * at once, if the very first loss after the restore, which tests its weights as they are, is faulty;
-* at once, if the fault needs as many steps to show as it did the first time: it grows from the backup;
+* at once, if the fault was seen growing and needs as many steps to show as it did the first time;
 * if two restores in a row led to a fault within 16 steps;
 * after three restores without a healthy stretch between them, whatever the reason.
 
 The run's last resort has only the last rule, and not even that where another backup led to the same: the
 fault is outside then, and may end before the budget of rollbacks does. No new backups are taken during
-the trial: what grows unseen would be in them, and they would take the place of those from before it.
+the trial: what grows unseen would be in them, and they would take the place of those from before it. A
+fault that came out of calm losses, as most NaN do, grew from nothing: its trial is short.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Aftermath:
         self._reports = 0  # since the rollback
         self._factor = self._peak = 1.0
         self._since = self._triggers = self._uses = self._trial = 0
-        self._delay = 0  # steps from the backup's to the fault that it was first used for
+        self._delay = 0  # steps from the backup's to the fault that it was first used for; 0: it was sudden
         self._tried = 0  # different backups since the last healthy stretch
         self._last_resort = False
 
@@ -101,12 +102,12 @@ class Aftermath:
             return True
         if self._last_resort:
             return False
-        if not self.calm or abs(self._reports - self._delay) <= max(2, _ALIKE * self._delay):
+        if not self.calm or (self._delay and abs(self._reports - self._delay) <= max(2, _ALIKE * self._delay)):
             return True
         return self._uses >= 2 and self._reports <= self.settings.retrigger
 
     def rolled_back(
-        self, step: int, to_step: int, backup_id: int | None, *, last_resort: bool, resumes_at: int
+        self, step: int, to_step: int, backup_id: int | None, *, last_resort: bool, resumes_at: int, sudden: bool
     ) -> None:
         """Begin anew.
 
@@ -116,11 +117,13 @@ class Aftermath:
             backup_id: Id of the RAM backup, None for a checkpoint.
             last_resort: There is nothing else to go back to.
             resumes_at: Global step that is trained next.
+            sudden: The losses before the fault were calm.
         """
-        settings, again = self.settings, self.on_trial and self.used == [backup_id, to_step]
-        lost = self._reports if again else step - to_step
+        settings, same = self.settings, self.used == [backup_id, to_step]
+        again = same and self.on_trial
+        lost = self._reports if same else step - to_step
         if not again:
-            self._delay = lost
+            self._delay = 0 if sudden else lost
         self._tried = self._tried + (not again) if self.on_trial else 1
         self._uses = self._uses + 1 if again else 1
         self.used, self._last_resort = [backup_id, to_step], last_resort
@@ -131,7 +134,7 @@ class Aftermath:
             self._triggers, self._peak = 0, self._peak / 2
         self._since = resumes_at
         self.hold = max(settings.min_hold, 2 * lost)
-        self._trial = max(settings.retrigger, round((1.0 + _ALIKE) * lost))
+        self._trial = max(settings.retrigger, round((1.0 + _ALIKE) * self._delay))
         self.calm = self._reports = 0
 
     def holds(self, step: int) -> bool:

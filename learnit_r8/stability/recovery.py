@@ -202,7 +202,7 @@ class Recovery:
         self._level = math.nan
         self._source, self._skip, self._attempts = "ram", 0, 0
         self._before_step: int | None = None
-        self._drifting = self._callback_failed = False
+        self._drifting = self._callback_failed = self._sudden = False
 
     @property
     def backups_allowed(self) -> bool:
@@ -257,6 +257,7 @@ class Recovery:
         if not can_restore:
             return self._unrestorable(verdict, loss)
         self._drifting, self._callback_failed = verdict is Verdict.DRIFT, False
+        self._sudden = verdict is Verdict.NONFINITE and first_suspect_step in (None, step)
         excess = loss - self._level
         if self.aftermath.calm > _PROMPT:
             self._excesses = []  # it took time to come back: it grows, however high it stood when it was noticed
@@ -286,7 +287,9 @@ class Recovery:
         self._move(Signal.RESTORED)
         self._rollbacks = [*self._rollbacks, self._reports]
         resumes_at = step + 1 if resumes_at is None else resumes_at
-        self.aftermath.rolled_back(step, to_step, backup_id, last_resort=last_resort, resumes_at=resumes_at)
+        self.aftermath.rolled_back(
+            step, to_step, backup_id, last_resort=last_resort, resumes_at=resumes_at, sudden=self._sudden
+        )
 
     def restore_failed(self, step: int, reason: str, *, backup_id: int | None = None, empty: bool = False) -> Action:
         """Take note that the restore failed and say what to try next.
@@ -415,6 +418,6 @@ class Recovery:
 
 _SAVED: dict[str, type[int] | type[str]] = {
     **dict.fromkeys(("_reports", "_calm_run", "_uncounted", "_skip", "_attempts"), int),
-    **dict.fromkeys(("_drifting", "_callback_failed"), bool),
+    **dict.fromkeys(("_drifting", "_callback_failed", "_sudden"), bool),
     "_source": str,
 }
