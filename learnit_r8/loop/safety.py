@@ -177,6 +177,7 @@ class SafetyNet:
                 expected_all=catalog.mean_expected if known else math.nan,
                 finite=reported.finite,
                 samples=reported.values,
+                easy=self._recovery.stable_only(step),
             )
             verdict, score = reading.verdict, reading.score
         self._crash.note(step, verdict, reported.mean, indices)

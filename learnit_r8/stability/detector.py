@@ -118,6 +118,7 @@ class Detector:
         expected_all: float = math.nan,
         finite: bool = True,
         samples: NDArray[Any] | None = None,
+        easy: bool = False,
     ) -> Reading:
         """Read the loss reported for one step.
 
@@ -129,6 +130,8 @@ class Detector:
             expected_all: The same for the whole data set.
             finite: False where a single sample's loss was not finite.
             samples: The losses of the batch's samples, shape `[n]`, where they are known.
+            easy: The batch was made of easy samples only: its loss is compared with the others', and they
+                are not with it.
         """
         if not finite or not math.isfinite(loss):
             self._mark_suspect(step)
@@ -142,9 +145,9 @@ class Detector:
         if not -_HUGE < corrected < _HUGE:
             corrected = math.copysign(_HUGE, corrected)
         if len(self._window) < self.settings.warmup:
-            reading = self._learn(step, corrected)
+            reading = self._learn(step, corrected, easy)
         else:
-            reading = self._judge(step, corrected, corrected - loss, samples)
+            reading = self._judge(step, corrected, corrected - loss, samples, easy)
         if known and reading.verdict is Verdict.CALM and abs(excess) < 1e75:
             self._composition.learn(loss, excess)
         return reading
@@ -204,7 +207,7 @@ class Detector:
         self._level.load_state_dict(state["level"])
         self._outliers.fill(state["outliers"])
 
-    def _learn(self, step: int, loss: float) -> Reading:
+    def _learn(self, step: int, loss: float, easy: bool) -> Reading:
         """Read a loss before the detector is active."""
         settings = self.settings
         if math.isnan(self._first):
@@ -218,6 +221,8 @@ class Detector:
         self._hard_bits = self._hard_bits << 1 & _HARD_MASK
         if not self._hard_bits:
             self.first_suspect_step = None
+        if easy:
+            return Reading(Verdict.CALM, math.nan)
         self._window.push(loss)
         self._level.recent.push(loss)
         if self.active and math.isnan(self._first_level):
@@ -226,7 +231,7 @@ class Detector:
             self._mean = median
         return Reading(Verdict.CALM, math.nan)
 
-    def _judge(self, step: int, loss: float, shift: float, samples: NDArray[Any] | None) -> Reading:
+    def _judge(self, step: int, loss: float, shift: float, samples: NDArray[Any] | None, easy: bool) -> Reading:
         settings = self.settings
         m = self._window.median()
         s = self._scale(m)
@@ -244,8 +249,9 @@ class Detector:
                 soft = rise > self._outliers.envelope
                 hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
                 self._outliers.add(rise)
-        ceiling = abs(m) + _MEAN_LIMIT * self._first_level
-        self._mean += _MEAN_WEIGHT * (min(ceiling, loss) - self._mean)
+        if not easy:
+            ceiling = abs(m) + _MEAN_LIMIT * self._first_level
+            self._mean += _MEAN_WEIGHT * (min(ceiling, loss) - self._mean)
         if soft and samples is not None and len(samples) >= _MIN_BATCH:
             rest = bulk_mean(samples) + shift
             if rest - m <= max(settings.soft_score * s, settings.soft_rise * abs(m)) * ease:
@@ -253,13 +259,13 @@ class Detector:
                 self._mark_suspect(step)
                 return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples")
         self._shift_flags(soft, hard)
-        self._level.recent.push(loss)
-        drifting = self._level.drifts(step, s, self._mean, self._first_level, ease)
+        drifting = False
+        if not easy:
+            self._level.recent.push(loss)
+            drifting = self._level.drifts(step, s, self._mean, self._first_level, ease)
         if not soft:
-            self._window.push(loss)
-            self._falling = self._falling + 1 if loss < m else 0
-            if self._falling >= settings.fall and m - self._level.recent.median() > _STEEP * abs(m):
-                self._forget_fall()
+            if not easy:
+                self._accept(loss, m)
             if not drifting:
                 if not self._soft_bits:
                     self.first_suspect_step = None
@@ -277,6 +283,13 @@ class Detector:
             return Reading(Verdict.DRIFT, z, level)
         self._mark_suspect(step)
         return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}: z = {z:.3g}")
+
+    def _accept(self, loss: float, m: float) -> None:
+        """Let a loss be compared with from now on; forget what was before a steep fall."""
+        self._window.push(loss)
+        self._falling = self._falling + 1 if loss < m else 0
+        if self._falling >= self.settings.fall and m - self._level.recent.median() > _STEEP * abs(m):
+            self._forget_fall()
 
     def _scale(self, m: float) -> float:
         """Return s, the spread that is usual around the median `m`."""
