@@ -262,7 +262,8 @@ class BackupPacer:
     """Says when an automatic backup is due, so that backups cost a bounded share of the time.
 
     A token bucket: each step earns `max_share` of its seconds, each backup spends what it took,
-    and the next one waits until its price is there. No backups are saved up.
+    and the next one waits until its price is there. No backups are saved up. The first one of a process
+    is free: most of its time goes into memory that is new, which says nothing of the next ones' price.
 
     Args:
         max_share: Largest share of the training time that backups may take, in (0, 1].
@@ -283,6 +284,7 @@ class BackupPacer:
         self._price = 0.0
         self._purse = 0.0
         self._pace = 0.0
+        self._taken = 0  # in this process
 
     @property
     def interval(self) -> int:
@@ -306,12 +308,14 @@ class BackupPacer:
         """Count a backup whose copy cost `seconds`."""
         self._steps = 0
         self._price = 0.0
+        self._taken += 1
         self.charge(seconds)
 
     def charge(self, seconds: float) -> None:
         """Count what the last backup cost besides its copy: the scan."""
-        self._price += seconds
-        self._purse -= seconds
+        if self._taken > 1:
+            self._price += seconds
+            self._purse -= seconds
 
     def state_dict(self) -> dict[str, float]:
         """Return the state as plain numbers."""
