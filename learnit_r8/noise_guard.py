@@ -340,7 +340,7 @@ class NoiseGuard:
 
     def _agreement(self, catalog: LossCatalog, found: Mask, judged: Mask) -> float:
         bounds = _CUT[0] * self.untrained, _CUT[1] * self.untrained
-        return agreement(catalog.expected_loss[judged], np.count_nonzero(found), *bounds)
+        return agreement(catalog.expected_loss[judged], int(np.count_nonzero(found)), *bounds)
 
     # State --------------------------------------------------------------------------------
 

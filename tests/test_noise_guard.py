@@ -10,7 +10,7 @@ from learnit_r8 import R8Scheduler
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.checkpoint import state_codec
 from learnit_r8.events import StrategyDecided, SuspectsNamed
-from learnit_r8.noise_cut import half_way
+from learnit_r8.noise_cut import agreement, half_way
 from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.strategies import names
 
@@ -190,6 +190,34 @@ def test_suspects_are_not_believed_where_the_others_are_learned_too_well_for_so_
             catalog.record(catalog.look_up(ids), losses, epoch)
             guard.end_epoch(catalog, (epoch + 1) / 30)
         assert guard.flagged.sum() == (200 if believed else 0)
+
+
+@given(st.integers(1, 49), st.floats(0.5, 2.0), st.integers(0, 60))
+def test_suspects_agree_with_others_that_keep_the_loss_so_many_wrong_labels_imply(wrong, factor, named):
+    """A share s of wrong labels keeps the others at -ln(1 - s); more suspects than losses above the cut count."""
+    share = wrong / 100
+    others = -np.log1p(-share) * factor
+    losses = np.where(np.arange(100) < wrong, 5.0, others).astype(np.float32)
+    expected = -np.expm1(-others) / max(share, named / 100)
+    assert agreement(losses, named, 1.5, 2.3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_trial_that_acquits_is_followed_by_another_and_by_no_fourth():
+    guard, catalog = NoiseGuard("cap", 1000), LossCatalog(1000)
+    ids = np.arange(1000)
+    away, decisions = np.zeros(1000, bool), []
+    for epoch in range(60):
+        mask = guard.start_epoch(catalog, epoch / 60, np.random.default_rng(epoch))
+        drawn = ids if mask is None else ids[~mask]
+        high = np.where(away[drawn], 0.5, 3.0)  # left out, suspects turn out to be taught by the others
+        losses = np.where(drawn < 200, high, 2.3 if epoch == 0 else 0.3).astype(np.float32)
+        catalog.record(catalog.look_up(drawn), losses, epoch)
+        report = guard.end_epoch(catalog, (epoch + 1) / 60)
+        away = np.zeros(1000, bool) if mask is None else mask
+        if report is not None:
+            decisions.append(report.decision)
+    assert decisions == ["noise trial", "noise guard shut"] * 3
+    assert not guard.flagged.any()
 
 
 @pytest.mark.parametrize("cut", [5, 50, 61, 77, 90, 110, 140, 200])
