@@ -218,11 +218,11 @@ def run(
     processes: int = 2,
 ) -> dict[str, Any]:  # fmt: skip
     """Train; `seeds` 0: 10 of them, 3 with `quick`; `minutes`: report the seeds that are done by then."""
-    from benchmarks.tasks import TUNED, UNSEEN
+    from benchmarks.tasks import SEEN, TUNED, UNSEEN
 
     known = all_arms()
     chosen = [known[name] for name in ["uniform", *arms.split(",")]] if arms else list(known.values())
-    named = ["digits", "digits 20%", "longtail", "separated"] if quick else TUNED + UNSEEN
+    named = ["digits", "digits 20%", "longtail", "separated"] if quick else TUNED + SEEN + UNSEEN
     named = tasks.split(",") if tasks else named
     figures = measure(named, chosen, seeds or (3 if quick else 10), processes, minutes)
     return {"seeds": len(figures[named[0]]["uniform"]["scores"]), "batch": BATCH, "tasks": figures}

@@ -95,8 +95,8 @@ def learning(results: Results) -> str:
     """Gains of every strategy on every task."""
     rows = []
     for task, found in results["learning"]["results"]["tasks"].items():
-        gains = [found[arm]["against matched uniform"] for arm in STRATEGIES]
-        rows.append([task, *(f"{round(gain, 1) + 0.0:+.1f} ±{half:.1f}" for gain, half in gains)])
+        gains = [found[arm]["against matched uniform"] if arm in found else None for arm in STRATEGIES]
+        rows.append([task, *("" if g is None else f"{round(g[0], 1) + 0.0:+.1f} ±{g[1]:.1f}" for g in gains)])
     return markdown(["task", *STRATEGIES], rows)
 
 

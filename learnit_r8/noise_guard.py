@@ -9,10 +9,11 @@ the untrained model's loss (ln K for K balanced classes), and two questions are 
   half-way between their medians (within `_CUT` times the untrained loss).
 * **Wrong or rare?** The gate. Suspects whose latest losses have fallen below `_TRY` times the
   untrained loss are being learned, and nothing happens. Where there are more of them than the loss
-  of the others allows (`_agrees`), the model has not got round to a region of the data, and the
-  gate is shut. Otherwise a trial: for two epochs half of the candidates are left out in turn. A loss
-  reported right after that is a held-out one; only where the suspects' mean held-out loss is above
-  the untrained loss does the gate open.
+  of the others allows (`noise_cut.agreement`), the model has not got round to a region of the data: wait.
+  Otherwise a trial: for two epochs half of the candidates are left out in turn. A loss reported right
+  after that is a held-out one; the gate opens where the suspects' held-out losses are above the
+  untrained loss, in the mean and mostly, and there are still no more of them than the others allow.
+  Else it watches on, and tries again, up to `_TRIALS` times.
 
 Behind the gate ("cap") a suspect is drawn in every tenth epoch, in rotation, and each return is a
 further held-out look: what has fallen is released. From the middle of the budget on suspects stay
@@ -34,10 +35,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog
+from learnit_r8.noise_cut import Classes, agreement, half_way
 from learnit_r8.types import Indices, Losses, Mask
 
-START = 0.2
+START = 0.1
 """Share of the budget before which nobody is suspected: the losses do not tell yet."""
+
+START_UNTRIED = 0.2
+"""The same for "report", which has no trial; until then "cap" lets no strategy seek high losses either."""
 
 START_ATTRIBUTED = 0.5
 """The same where one loss a batch is reported: estimates of single samples take many epochs."""
@@ -50,19 +55,21 @@ _CUT = (0.6, 1.0)
 """Range of the cut between suspects and the others, in untrained losses."""
 _OPEN_ATTRIBUTED, _CUT_ATTRIBUTED = 0.5, (0.3, 1.0)
 """The same for estimates from batch losses, which lie nearer together; there is no trial."""
-_AGREE = 1.1
-"""The share of wrong labels that the others' loss implies, over the share of suspects, from which they agree."""
+_AGREE = 1.05
+"""Agreement (see `noise_cut.agreement`) from which there is a trial."""
 _CANDIDATE = 0.6
 """Mean loss, in untrained losses, from which a sample takes part in the trial."""
-_MIN_USES, _MIN_USES_GROUPED = 5, 3
+_MIN_USES = 5
 """Times that samples were trained on, on average, before a trial: until then rare ones were hardly seen."""
 _SEEKING = 0.5
 """Under a strategy that seeks high losses also samples above this share of the cut are left out,
 without being called suspects, and suspects at once for good: it finds every wrong one that is left."""
-_LOOK = 0.3
-"""Weight of the held-out looks in a sample's score, beside its mean loss."""
-_MIN_GROUP = 20
-"""A class with fewer samples has too few kin to tell by; the guard leaves it alone."""
+_EVIDENCE = 0.6
+"""Share of the suspects whose held-out loss is above the untrained one, times the agreement, that opens the gate."""
+_TRIALS = 3
+"""Trials, before the middle of the budget, after which the gate stays shut."""
+_LOOK, _LOOK_OPEN = 0.3, 0.5
+"""Weight of the held-out looks in a sample's score, beside its mean loss; the same behind the gate."""
 _MOST = 0.5
 """More suspects than this share of the data set are none."""
 _FIRST_STEPS = 8
@@ -129,7 +136,7 @@ class NoiseGuard:
         self._seeking = seeking
         self.num_samples = num_samples
         self.untrained = math.nan
-        self._classes = None if groups is None else _Classes(groups)
+        self._classes = None if groups is None else Classes(groups)
         self._stage = Stage.WATCHING
         self._suspect = np.zeros(num_samples, np.bool_)
         self._doubtful: Mask | None = None  # the suspects, and with `seeking` those that come near
@@ -137,6 +144,7 @@ class NoiseGuard:
         self._phase: NDArray[np.uint8] | None = None
         self._held: NDArray[np.float16] | None = None
         self._turn = 0.0
+        self._trials = 0
         self._excluded: Mask | None = None
         self._returned: tuple[Indices, NDArray[np.float64], NDArray[np.uint32]] | None = None
 
@@ -153,7 +161,7 @@ class NoiseGuard:
         A strategy that seeks high losses would teach the model the wrong labels before they can
         be told from hard ones.
         """
-        early = progress < START - 1e-9
+        early = progress < START_UNTRIED - 1e-9
         return self.mode == "cap" and (early or self._stage in (Stage.TRIAL_1, Stage.TRIAL_2))
 
     def suspects(self, catalog: LossCatalog, k: int) -> Indices:
@@ -212,7 +220,9 @@ class NoiseGuard:
             self._look(catalog)
         if math.isnan(self.untrained):
             self.untrained = self._untrained(catalog)
-        start, cuts = (START_ATTRIBUTED, _CUT_ATTRIBUTED) if catalog.attributed else (START, _CUT)
+        start, cuts = START if self.mode == "cap" else START_UNTRIED, _CUT
+        if catalog.attributed:
+            start, cuts = START_ATTRIBUTED, _CUT_ATTRIBUTED
         if progress < start - 1e-9 or not self.untrained > 0:
             return None
         scores = self._scores(catalog)
@@ -278,7 +288,8 @@ class NoiseGuard:
         if self._classes is not None:
             scores -= self._classes.excess(scores)
         if self._held is not None:
-            scores = np.where(np.isnan(self._held), scores, (1 - _LOOK) * scores + _LOOK * self._held)
+            look = _LOOK_OPEN if self._stage is Stage.OPEN else _LOOK
+            scores = np.where(np.isnan(self._held), scores, (1 - look) * scores + look * self._held)
         return scores
 
     def _above(self, cut: float, scores: Scores, judged: Mask) -> Mask:
@@ -293,27 +304,17 @@ class NoiseGuard:
         if self._stage is Stage.TRIAL_1:
             self._stage = Stage.TRIAL_2
             return "", "", math.nan
-        looked = found if self._held is None else found & ~np.isnan(self._held)
         if self._stage is Stage.TRIAL_2:
-            losses = np.empty(0) if self._held is None else self._held[looked].astype(np.float64)
-            level = float(np.mean(losses)) / self.untrained if len(losses) else 0.0
-            self._stage = Stage.OPEN if level > _OPEN else Stage.SHUT
-            if self._stage is Stage.OPEN:
-                return "noise guard open", f"left out, suspects have {level:.2f} of the untrained loss", level
-            return "noise guard shut", f"suspects were rare or hard: left out, they fell to {level:.2f}", level
+            return self._end_trial(catalog, found, judged)
         if self._stage is Stage.WATCHING and found.any():
             level = float(np.mean(catalog.expected_loss[found], dtype=np.float64)) / self.untrained
             why = f"suspects' loss stays at {level:.2f} of the untrained one"
             if catalog.attributed or self.mode == "report":
                 ripe = level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN)
             else:
-                times = _MIN_USES if self._classes is None else _MIN_USES_GROUPED
-                ripe = level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= times
-            if not ripe:
+                ripe = level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= _MIN_USES
+            if not ripe or (not catalog.attributed and self._agreement(catalog, found, judged) < _AGREE):
                 return "", "", math.nan
-            if not catalog.attributed and not self._agrees(catalog, judged):
-                self._stage = Stage.SHUT
-                return "noise guard shut", "more suspects than the loss of the others allows", level
             if catalog.attributed or self.mode == "report":
                 self._stage = Stage.OPEN
                 return "noise guard open" if self.mode == "cap" else "suspects named", why, level
@@ -322,19 +323,24 @@ class NoiseGuard:
             return "noise trial", why, level
         return "", "", math.nan
 
-    def _agrees(self, catalog: LossCatalog, judged: Mask) -> bool:
-        """Whether there are as many suspects as the loss of the others allows.
+    def _end_trial(self, catalog: LossCatalog, found: Mask, judged: Mask) -> tuple[str, str, float]:
+        """Open the gate, or watch on."""
+        self._trials += 1
+        held = np.empty(0) if self._held is None else self._held[found].astype(np.float64) / self.untrained
+        held = held[~np.isnan(held)]
+        level, above = (float(np.mean(held)), float(np.mean(held > 1))) if len(held) else (0.0, 0.0)
+        if level > _OPEN and above * self._agreement(catalog, found, judged) > _EVIDENCE:
+            self._stage = Stage.OPEN
+            return "noise guard open", f"left out, suspects have {level:.2f} of the untrained loss", level
+        self._stage = Stage.WATCHING if self._trials < _TRIALS else Stage.SHUT
+        self._held = self._candidate = None
+        if level > _OPEN:
+            return "noise guard shut", f"left out, suspects have {level:.2f} of the untrained loss, but not most", level
+        return "noise guard shut", f"suspects were rare or hard: left out, they fell to {level:.2f}", level
 
-        While a share s of the labels is wrong, whichever, a model gives right ones a probability of
-        1 - s at best, a loss of -ln(1 - s): until it learns by heart. Where the others' loss is lower
-        than the number of suspects implies, the suspects lie together: a part of the data that was
-        not learned yet. Judged by the latest losses, and for cross-entropies in nats only.
-        """
-        losses = np.array(catalog.expected_loss[judged], np.float32)
-        cut = half_way(losses, _CUT[0] * self.untrained, _CUT[1] * self.untrained)
-        share = float(np.mean(losses > cut))
-        implied = -math.expm1(-float(np.median(losses[losses <= cut]))) if share < 1 else 0.0
-        return implied >= _AGREE * share
+    def _agreement(self, catalog: LossCatalog, found: Mask, judged: Mask) -> float:
+        bounds = _CUT[0] * self.untrained, _CUT[1] * self.untrained
+        return agreement(catalog.expected_loss[judged], int(np.count_nonzero(found)), *bounds)
 
     # State --------------------------------------------------------------------------------
 
@@ -345,6 +351,7 @@ class NoiseGuard:
             "untrained": None if math.isnan(self.untrained) else self.untrained,
             "stage": self._stage.value,
             "turn": self._turn,
+            "trials": self._trials,
             "suspect": _pack(self._suspect),
             "doubtful": _pack(self._doubtful),
             "candidate": _pack(self._candidate),
@@ -361,6 +368,7 @@ class NoiseGuard:
         assert suspect is not None
         self.untrained = math.nan if state["untrained"] is None else float(state["untrained"])
         self._stage, self._turn = Stage(state["stage"]), float(state["turn"])
+        self._trials = int(state["trials"])
         self._suspect, self._candidate = suspect, _unpack(state["candidate"], n)
         self._doubtful = _unpack(state["doubtful"], n)
         self._excluded = _unpack(state["excluded"], n)
@@ -376,57 +384,6 @@ class NoiseGuard:
                 np.array(back["uses"], np.uint32),
             )
         )
-
-
-class _Classes:
-    """Samples by class.
-
-    Args:
-        groups: Class of each sample, `[N]`.
-    """
-
-    def __init__(self, groups: NDArray[np.integer[Any]]) -> None:
-        _, self._of = np.unique(groups, return_inverse=True)
-        counts = np.bincount(self._of)
-        self._ends = np.cumsum(counts)
-        self._middles = self._ends - counts + counts // 2
-        self.large: Mask = (counts >= _MIN_GROUP)[self._of]
-        shares = counts / len(self._of)
-        self.entropy = -float(np.sum(shares * np.log(shares)))
-
-    def excess(self, losses: Scores) -> Scores:
-        """Return by how much the median loss of each sample's class exceeds the median class's, `[N]`."""
-        medians = losses[np.lexsort((losses, self._of))][self._middles]
-        excess: Scores = np.maximum(medians - np.median(medians), 0).astype(np.float32)
-        return excess[self._of]
-
-
-def half_way(losses: Scores, low: float, high: float) -> float:
-    """Return the cut half-way between the medians of the losses below and above it.
-
-    Medians, not the means of 2-means clustering: the wrong samples' losses have a long tail that
-    would draw the cut up.
-
-    Args:
-        losses: Shape `[n]`.
-        low: The cut is at least this.
-        high: And at most this, where the search starts.
-    """
-    ordered = np.sort(losses[:: 1 + len(losses) // _SORTED])
-    cut = high
-    for _ in range(50):
-        below = int(np.searchsorted(ordered, cut, "right"))
-        if below in (0, len(ordered)):
-            break
-        middle = (float(ordered[below // 2]) + float(ordered[(below + len(ordered)) // 2])) / 2
-        before, cut = cut, min(max(middle, low), high)
-        if cut == before:
-            break
-    return cut
-
-
-_SORTED = 1 << 20
-"""The cut is found on about this many samples at most."""
 
 
 def either(one: Mask | None, other: Mask | None) -> Mask | None:

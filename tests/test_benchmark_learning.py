@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import harness, learning
-from benchmarks.tasks import TUNED, UNSEEN, make_task
+from benchmarks.tasks import SEEN, TUNED, UNSEEN, make_task
 
 
-@pytest.mark.parametrize("name", [*TUNED, *UNSEEN])
+@pytest.mark.parametrize("name", [*TUNED, *SEEN, *UNSEEN])
 def test_a_task_has_the_share_of_wrong_labels_that_its_name_says(name):
     task = make_task(name, 0)
     share = float(name.partition(" ")[2].rstrip("%") or 0) / 100

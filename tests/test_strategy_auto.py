@@ -32,7 +32,7 @@ class Kinds:
 
     def losses(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         common = np.exp(-epoch / 2.0)
-        level = np.where(self.hard, np.exp(-epoch / 5.0), common)
+        level = np.where(self.hard, np.exp(-epoch / 4.0), common)
         by_heart = (self.last[ids] >= epoch - 1) & (epoch > 0)
         wrong = np.where(by_heart, 1.0, 2.5)
         self.last[ids] = epoch
@@ -79,7 +79,7 @@ def test_hard_samples_that_are_learnable_are_drawn_more_often():
     kinds = Kinds(hard=0.2, wrong=0.0)
     decisions, late = run(kinds)
     assert decisions[-1].decision == "seek hard samples"
-    assert late[kinds.hard].mean() > 1.2 * late[~kinds.hard].mean()
+    assert late[kinds.hard].mean() > 1.1 * late[~kinds.hard].mean()
 
 
 def test_unexplained_samples_are_drawn_less_and_are_not_sought():
@@ -87,6 +87,24 @@ def test_unexplained_samples_are_drawn_less_and_are_not_sought():
     decisions, late = run(kinds)
     assert "avoid" in decisions[-1].decision
     assert late[kinds.wrong].mean() < 0.5 * late[~kinds.wrong].mean()
+
+
+def test_a_suspect_that_its_like_explain_after_all_is_drawn_like_the_others_again():
+    kinds = Kinds(hard=0.0, wrong=0.2)
+    explained = np.flatnonzero(kinds.wrong)[:60]
+    suspected = []
+
+    class Watched(Auto):
+        def start_epoch(self, request):
+            if request.epoch == 9:
+                kinds.wrong[explained] = False
+            count = super().start_epoch(request)
+            suspected.append(self.state_dict()["samples"]["suspect"][explained].mean())
+            return count
+
+    run(kinds, strategy=Watched())
+    assert max(suspected[:9]) > 0.8
+    assert suspected[-1] < 0.2 * max(suspected[:9])
 
 
 def test_with_avoid_off_unexplained_samples_only_stop_the_seeking():

@@ -11,8 +11,9 @@ Worth Learning, and Not Yet Learnt"), which needs a second model and held-out da
    next; the first loss after the return is the measurement. Every draw after an absence counts.
 2. Avoid. A sample fails where its first measurement is nearer to the untrained loss than to the
    median one (later ones follow more training on the sample itself). A decision stump over the
-   rank of the mean loss: the cut above which failures outnumber passes by the most. What is above
-   it and did not pass is a suspect, and is drawn at a small share of the rate.
+   rank of the mean loss: the cut above which failures outnumber passes, which count twice, by the
+   most. What is above it and did not pass is a suspect, and is drawn less. Each return is a further
+   measurement: a suspect that passes is none any more, one that fails again is hardly drawn.
 3. Seek. Of those that are not suspects, the harder half of the measured ones: the lower their
    mean held-out ratio, the more the draw leans to `expected loss ** alpha`, over at least a fifth of
    uniform draws. Weights stay 1: the bias is the purpose.
@@ -31,9 +32,9 @@ from learnit_r8.strategies.weighting import Floats, MixtureSampler, draw_stable,
 from learnit_r8.types import LossReport, Mask
 
 _UNTRAINED_BATCHES = 8
-_FAILS = 0.5
+_FAILS = 0.6
 """Where between the median loss (0) and the untrained loss (1) an unexplained sample's held-out loss begins."""
-_SEEK_FULLY, _SEEK_NOT = 0.1, 0.18
+_SEEK_FULLY, _SEEK_NOT = 0.08, 0.15
 """Mean held-out ratio of the hard samples below which they are sought fully, above which not at all."""
 _PROBED = 0.4
 """Share of the samples, those of highest mean loss, that probes are taken from."""
@@ -41,10 +42,13 @@ _PROBE = 0.15
 """Share of these that is left out at a time."""
 _FIRST, _LAST = 0.1, 0.4
 """Share of the budget at which probes begin and end."""
-_AVOIDED = 0.05
-"""Rate at which suspects are drawn."""
+_AVOIDED, _DOUBTED = 0.03, 0.3
+"""Rate at which suspects are drawn, and until they failed `_CONFIRMED` times in a row."""
+_CONFIRMED = 2
+_PASS = 2
+"""Failures that a pass above the cut weighs as much as."""
 _LEAST_MAJORITY = 6
-"""Failures above the cut, less passes, that make suspects."""
+"""Failures above the cut, less passes by their weight, that make suspects."""
 _FEWEST = 4
 """Measured samples that allow a decision to seek."""
 _TOLD_CHANGE = 0.25
@@ -73,6 +77,7 @@ class Auto:
         self._samples: dict[str, NDArray[Any]] | None = None
         self._level = 0.0  # median loss over the untrained one, at the epoch's start
         self._strength = 0.0
+        self._progress = 0.0  # of the budget, at the epoch's start
         self._told: tuple[str, float] | None = None
         self._decisions: list[tuple[str, str, float]] = []
         self._sampler: MixtureSampler | None = None
@@ -88,11 +93,13 @@ class Auto:
         np.copyto(arrays["rank"], ranks, where=arrays["away"] <= 1)  # an absent one's mean stays while others fall
         if self._reference > 0:
             self._level = float(np.median(request.catalog.expected_loss)) / self._reference
+        self._progress = request.progress
         if request.progress >= _FIRST:
             self._decide(arrays)
         hidden = self._probe(arrays, request, barred)
         suspect = arrays["suspect"]
-        hidden |= suspect & (request.rng.random(request.num_samples) >= _AVOIDED)
+        rate = np.where(arrays["fails"] >= _CONFIRMED, _AVOIDED, _DOUBTED)
+        hidden |= suspect & (request.rng.random(request.num_samples) >= rate)
         if (hidden | barred).all():
             hidden[:] = False
         if self._sampler is None:
@@ -105,7 +112,8 @@ class Auto:
             self._samples = {
                 "away": np.zeros(count, np.uint8),  # epochs since it was drawn
                 "held": np.full(count, np.nan, np.float32),  # held-out ratio, the last time
-                "failed": np.zeros(count, bool),  # it was unexplained, the first time
+                "failed": np.zeros(count, bool),  # it was unexplained, the first time or as a suspect
+                "fails": np.zeros(count, np.uint8),  # times in a row
                 "rank": np.zeros(count, np.float32),  # of the mean loss, 0 to 1, after it was drawn last
                 "rank_first": np.zeros(count, np.float32),  # the same before the first measurement
                 "rank_held": np.zeros(count, np.float32),  # before the last one
@@ -117,7 +125,9 @@ class Auto:
         """Return the samples that this epoch leaves out to measure them."""
         hidden = np.zeros(request.num_samples, bool)
         if self._measuring and _FIRST <= request.progress < _LAST:
-            pool = np.flatnonzero((arrays["rank"] >= 1 - _PROBED) & np.isnan(arrays["held"]) & ~barred)
+            pool = np.flatnonzero(
+                (arrays["rank"] >= 1 - _PROBED) & np.isnan(arrays["held"]) & ~arrays["suspect"] & ~barred
+            )
             size = int(_PROBED * _PROBE * request.num_samples)
             hidden[request.rng.permutation(pool)[:size]] = True
         return hidden
@@ -163,7 +173,7 @@ class Auto:
         self._announce(int(arrays["suspect"].sum()), len(held), figure)
 
     def _suspect(self, arrays: dict[str, NDArray[Any]], measured: NDArray[np.int64]) -> None:
-        """Mark the unexplained. First measurements count: later ones follow more training on the sample itself."""
+        """Mark the unexplained."""
         rank = arrays["rank_first"][measured]
         failed = arrays["failed"][measured]
         cut = _stump(rank, failed)
@@ -212,13 +222,16 @@ class Auto:
         away = self._samples["away"]
         back = away[report.indices] > 1
         away[report.indices] = 0
-        if back.any():
+        if back.any() and self._progress >= _FIRST:
             ids = report.indices[back]
             samples = self._samples
             ratios = report.losses[back] / self._reference
             first = np.isnan(samples["held"][ids])
             samples["held"][ids] = ratios
-            samples["failed"][ids[first]] = ratios[first] > self._level + _FAILS * (1 - self._level)
+            judged = first | samples["suspect"][ids]
+            failed = ratios > self._level + _FAILS * (1 - self._level)
+            samples["failed"][ids[judged]] = failed[judged]
+            samples["fails"][ids] = np.where(failed, np.minimum(samples["fails"][ids], 250) + 1, 0)
             samples["rank_first"][ids[first]] = samples["rank"][ids[first]]
             samples["rank_held"][ids] = samples["rank"][ids]
 
@@ -231,6 +244,7 @@ class Auto:
             "per_sample": self._per_sample,
             "samples": None if self._samples is None else {key: array.copy() for key, array in self._samples.items()},
             "level": self._level,
+            "progress": self._progress,
             "strength": self._strength,
             "told": None if self._told is None else list(self._told),
             "decisions": [list(decision) for decision in self._decisions],
@@ -243,7 +257,7 @@ class Auto:
         self._untrained = [float(loss) for loss in state["untrained"]]
         self._per_sample = bool(state["per_sample"])
         self._samples = None if samples is None else {key: np.array(array) for key, array in samples.items()}
-        self._level = float(state["level"])
+        self._level, self._progress = float(state["level"]), float(state["progress"])
         self._strength = float(state["strength"])
         self._told = None if state["told"] is None else (str(state["told"][0]), float(state["told"][1]))
         self._decisions = [(str(what), str(why), float(figure)) for what, why, figure in state["decisions"]]
@@ -259,8 +273,8 @@ def _ranks(mean_loss: NDArray[np.float32], uses: NDArray[np.uint32]) -> NDArray[
 
 
 def _stump(rank: NDArray[np.float32], failed: Mask) -> float:
-    """Return the rank above which failures outnumber passes by the most; infinity without a clear majority."""
+    """Return the rank above which failures most outnumber passes by their weight; infinity without a clear majority."""
     order = np.argsort(-rank, kind="stable")
-    majority = np.cumsum(np.where(failed[order], 1, -1))
+    majority = np.cumsum(np.where(failed[order], 1, -_PASS))
     best = int(np.argmax(majority))
     return float(rank[order][best]) if majority[best] >= _LEAST_MAJORITY else np.inf

@@ -4,6 +4,11 @@ A loss below mean + success_threshold_std standard deviations is a success: it m
 sample's interval by growth_rate, up to max_interval; a miss sets it back to 1. The next review
 is due after `spacing_steps * interval * m` steps, m = 4, 2, 1, 0.5, 0.25 for a loss below -2,
 below -1, within 1, within 2, above 2 standard deviations from the mean.
+
+Warning: it repeats whatever does not get learned. Measured against blind shuffling with as many
+gradients, it loses 1 to 13 points where 3 to 40% of the labels are wrong, and 54 on clean spirals,
+where a region that takes long to learn fills the batches. It helps where every sample can be
+learned and none takes much longer than the others.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ __all__ = ["ExponentialMovingStats", "SpacedRepetition", "SpacedRepetitionSample
 @register("spaced")
 class SpacedRepetition:
     """Chooses by review date. It meets unseen samples by itself, so there is no cataloging epoch.
+
+    Not for data with wrong labels, or of which a part is slow to learn: see the module's warning.
 
     Args:
         spacing_steps: Steps of a review interval of 1. None: as many as make an epoch, so that

@@ -1,0 +1,83 @@
+"""How many losses are too high: the cut between suspects and the others, by class, and a check of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.types import Losses, Mask
+
+_MIN_GROUP = 20
+"""A class with fewer samples has too few kin to tell by; the guard leaves it alone."""
+_SORTED = 1 << 20
+"""The cut is found on about this many samples at most."""
+
+
+class Classes:
+    """Samples by class.
+
+    Args:
+        groups: Class of each sample, `[N]`.
+    """
+
+    def __init__(self, groups: NDArray[np.integer[Any]]) -> None:
+        _, self._of = np.unique(groups, return_inverse=True)
+        counts = np.bincount(self._of)
+        self._ends = np.cumsum(counts)
+        self._middles = self._ends - counts + counts // 2
+        self.large: Mask = (counts >= _MIN_GROUP)[self._of]
+        shares = counts / len(self._of)
+        self.entropy = -float(np.sum(shares * np.log(shares)))
+
+    def excess(self, losses: Losses) -> Losses:
+        """Return by how much the median loss of each sample's class exceeds the median class's, `[N]`."""
+        medians = losses[np.lexsort((losses, self._of))][self._middles]
+        excess: Losses = np.maximum(medians - np.median(medians), 0).astype(np.float32)
+        return excess[self._of]
+
+
+def half_way(losses: Losses, low: float, high: float) -> float:
+    """Return the cut half-way between the medians of the losses below and above it.
+
+    Medians, not the means of 2-means clustering: the wrong samples' losses have a long tail that
+    would draw the cut up.
+
+    Args:
+        losses: Shape `[n]`.
+        low: The cut is at least this.
+        high: And at most this, where the search starts.
+    """
+    ordered = np.sort(losses[:: 1 + len(losses) // _SORTED])
+    cut = high
+    for _ in range(50):
+        below = int(np.searchsorted(ordered, cut, "right"))
+        if below in (0, len(ordered)):
+            break
+        middle = (float(ordered[below // 2]) + float(ordered[(below + len(ordered)) // 2])) / 2
+        before, cut = cut, min(max(middle, low), high)
+        if cut == before:
+            break
+    return cut
+
+
+def agreement(losses: Losses, suspects: int, low: float, high: float) -> float:
+    """Return the share of wrong labels that the others' loss implies, over the share of suspects.
+
+    While a share s of the labels is wrong, whichever, a model gives right ones a probability of
+    1 - s at best, a loss of -ln(1 - s): until it learns by heart. Where the others' loss is lower
+    than the number of suspects implies (below 1), the suspects lie together: a part of the data
+    that was not learned yet. For cross-entropies in nats only.
+
+    Args:
+        losses: The latest losses, shape `[n]`, n >= 1.
+        suspects: How many there are by their mean loss; the larger of the two numbers counts.
+        low: Bound of the cut.
+        high: The other one.
+    """
+    cut = half_way(losses, low, high)
+    others = losses[losses <= cut]
+    share = max(1 - len(others) / len(losses), suspects / len(losses), 1e-9)
+    return -math.expm1(-float(np.median(others))) / share if len(others) else 0.0
