@@ -120,7 +120,7 @@ class DashboardModel:
     def consume(self, event: Any) -> None:
         """Take one event of `learnit_r8.events`; other objects are ignored."""
         kind = type(event)
-        if kind is e.BatchIssued or not isinstance(event, e.Event):
+        if kind is e.BatchIssued or (kind is not e.LossReported and not isinstance(event, e.Event)):
             return
         if not -LATEST < event.time < LATEST:
             # A log may hold anything; a chart needs a place for it.

@@ -9,7 +9,7 @@ Three levels, each finer and shorter than the one before:
 A bin keeps minimum, maximum, last value and counts, so a spike of one point survives every merge;
 keeping every other point, or means, would lose it. The moving averages run over every point.
 
-Points arrive one at a time and are binned 64 at a time, by numpy.
+Points arrive one at a time and are binned 256 at a time, by numpy.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MIDDLE_BINS = 512
 RECENT_POINTS = 512
 BLOCK = 64
 """Points in a bin of the middle level."""
+_CHUNK = 256
 HUGE = 1e300
 """Larger values count as infinite: their differences would overflow."""
 
@@ -105,8 +106,8 @@ class Series:
             value = math.nan
         self._points += (step, time, value, *self.averages)
         self._pending += 1
-        if self._pending == BLOCK:
-            self._close_block()
+        if self._pending == _CHUNK:
+            self._close_chunk()
 
     def _average(self, value: float) -> None:
         finite = self.count - self.bad
@@ -121,20 +122,22 @@ class Series:
             [old + gain * (value - old) for old, gain in zip(self.averages, self._gains, strict=True)]
         )
 
-    def _close_block(self) -> None:
-        block = self._binned(BLOCK, self._span)
+    def _close_chunk(self) -> None:
+        middle = self._binned(_CHUNK, BLOCK) if self._span > BLOCK else None
+        bins = self._binned(_CHUNK, self._span)
         self._pending = 0
         if len(self._points) >= 2 * RECENT_POINTS * self._columns:
             del self._points[: -RECENT_POINTS * self._columns]
-        if self._span > BLOCK:
-            self._middle += block.tobytes()
+        if middle is not None:
+            self._middle += middle.tobytes()
             if len(self._middle) >= 2 * MIDDLE_BINS * self._type.itemsize:
                 del self._middle[: -MIDDLE_BINS * self._type.itemsize]
-            block = block if self._open is None else merge(self._open, block)
-            self._open = block if block["points"][0] < self._span else None
+        if self._span > _CHUNK:
+            bins = bins if self._open is None else merge(self._open, bins)
+            self._open = bins if bins["points"][0] < self._span else None
             if self._open is not None:
                 return
-        self._whole += block.tobytes()
+        self._whole += bins.tobytes()
         if len(self._whole) >= WHOLE_BINS * self._type.itemsize:
             bins = np.frombuffer(self._whole, self._type)
             self._whole = bytearray(merge(bins[::2], bins[1::2]).tobytes())
