@@ -161,7 +161,7 @@ def test_ctrl_z_and_fg(run):
 
 
 def test_the_example_shows_its_rollback_and_ends_with_its_table(tmp_path):
-    argv = [sys.executable, str(ROOT / "example.py"), "--epochs", "8", "--ui", "curses"]
+    argv = [sys.executable, str(ROOT / "example.py"), "--epochs", "16", "--ui", "curses"]  # time to look
     with Terminal("", tmp_path, (120, 35), argv=argv) as terminal:
         terminal.until("rollbacks 1", 60)
         terminal.until("the model was restored")
