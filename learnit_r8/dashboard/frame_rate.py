@@ -9,6 +9,8 @@ DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
 BUDGET = 0.008
 """Share of one core that the dashboard's thread may take: a pure Python loop waits for all of it (the GIL)."""
+_FIRST = 3
+"""Frames that are dearer than those to come: modules are loaded, every pane is drawn."""
 LEAST = 0.3
 """Part of the budget that frames have, however many events come."""
 
@@ -18,6 +20,7 @@ class FrameRate:
 
     def __init__(self) -> None:
         self.cost = self.others = 0.0
+        self._drawn = 0
         self._last = float("-inf")
         self._last_key = float("-inf")
         self._urgent = True
@@ -52,7 +55,8 @@ class FrameRate:
         self._last = now
         self._urgent = False
         # Frames that draw charts anew are dearer than those between; one of many should not decide.
-        self.cost += 0.2 * (cost - self.cost) if self.cost else cost
+        self._drawn += 1
+        self.cost += (cost - self.cost) * (1.0 if self._drawn <= _FIRST else 0.2)
 
     def wait(self, now: float) -> float:
         """Return how long to sleep; the window's size is polled at least every `NORMAL` seconds."""

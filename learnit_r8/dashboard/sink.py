@@ -38,7 +38,7 @@ from learnit_r8.types import Command
 
 QUEUE = 65536
 """Events that wait for the thread; more than that drops the oldest."""
-_SLICE = 25
+_SLICE = 60
 _BREATH = 5e-5
 """After so many events the thread naps for so long: the training thread may be waiting for the GIL."""
 _JOIN_SECONDS = 1.0
