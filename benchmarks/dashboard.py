@@ -38,7 +38,7 @@ import json, os, sys, time
 import numpy as np
 out, kind, rounds, with_tqdm = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "tqdm"
 from learnit_r8.dashboard import open_dashboard
-from learnit_r8.events import BatchIssued, LossReported, RunStarted
+from learnit_r8.events import LossReported, RunStarted
 weights, batch = (np.random.default_rng(0).normal(0, 0.06, shape).astype("f4") for shape in ((512, 512), (32, 512)))
 
 def with_numpy(n):
@@ -76,10 +76,8 @@ def steps(number, record, bar):
     for at in range(at, at + number):
         work(count)
         now = time.time()
-        issued = BatchIssued(now, at, 0, 32, 1e-3, 1e-4)
         reported = LossReported(now, at, 0, 1.0 + at % 7, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4)
         if record is not None:
-            record(issued)
             record(reported)
         if bar is not None:
             bar.update()

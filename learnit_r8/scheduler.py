@@ -484,7 +484,7 @@ class R8Scheduler:
         mine = indices[part].copy()
         shown = (self._ones[: len(mine)] if weights is None else weights[part]).copy()
         now = self._clock.monotonic()
-        if self._bus:
+        if self._bus and self._bus.wants_batches:
             self._bus.emit(events.BatchIssued, step, self._progress.epoch, len(indices), self._lr, now - started)
         batch = Batch(mine, self._lr, shown, number, step, self._progress.epoch)
         return Ticket(batch, indices, weights, cursor, now, now - started)

@@ -118,7 +118,9 @@ class Sink(Protocol):
     append to a `collections.deque` and work elsewhere. An exception drops the sink.
 
     Optional members, used where present: `close()`, called once at the end, and
-    `commands`, a `collections.deque` of `Command` that the loop polls between steps.
+    `commands`, a `collections.deque` of `Command` that the loop polls between steps;
+    `ignores_batches`, True where `BatchIssued` tells nothing that `LossReported` does not: it
+    is then only sent if another sink wants it.
     """
 
     def record(self, event: Any) -> None:

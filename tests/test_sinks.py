@@ -283,6 +283,19 @@ def test_the_log_holds_the_run_and_reads_back_as_it_was(tmp_path):
     assert list(map(repr, read)) == list(map(repr, expected))
 
 
+def test_a_batch_is_announced_only_where_a_sink_wants_it(tmp_path):
+    class Deaf(Ear):
+        ignores_batches = True
+
+    deaf, ear = Deaf(), Ear()
+    for sinks in ([deaf], [deaf, ear]):
+        with make(sinks, log_dir=tmp_path / "run") as scheduler:
+            train(scheduler)
+        assert len(deaf.of(events.BatchIssued)) == len(ear.of(events.BatchIssued))
+        assert len(deaf.of(events.LossReported)) >= 12
+    assert len(ear.of(events.BatchIssued)) == 12
+
+
 def test_the_log_is_strict_json(tmp_path):
     def refuse(literal):
         raise AssertionError(f"{literal} is not JSON")

@@ -112,8 +112,11 @@ class Series:
     def _average(self, value: float) -> None:
         finite = self.count - self.bad
         if finite > self._settled:
-            # A list of one or three: faster than anything that takes an iterator.
-            self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, self._gains)])  # noqa: B905
+            if len(self._gains) == 3:  # the loss, at every step: a loop would take three times as long
+                (a, b, c), (x, y, z) = self.averages, self._gains
+                self.averages = a + x * (value - a), b + y * (value - b), c + z * (value - c)
+            else:
+                self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, self._gains)])  # noqa: B905
             return
         self._gains = tuple([(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays])
         if finite == 1:

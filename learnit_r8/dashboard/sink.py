@@ -77,6 +77,8 @@ class Dashboard:
         fault: The last exception that cost a rung; empty when there was none.
     """
 
+    ignores_batches = True
+
     def __init__(
         self,
         name: str,

@@ -41,6 +41,11 @@ class EventBus:
         self._sinks.append(sink)
         self._record.append(sink.record)
 
+    @property
+    def wants_batches(self) -> bool:
+        """Whether any sink has a use for `BatchIssued`; without one it need not even be built."""
+        return not all(getattr(sink, "ignores_batches", False) for sink in self._sinks)
+
     def emit(self, kind: type[Event], step: int, *fields: Any, **more: Any) -> None:
         """Build an event of that kind and let every sink hear it."""
         event = kind(self._clock.wall(), step, *fields, **more)

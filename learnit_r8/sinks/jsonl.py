@@ -18,6 +18,8 @@ class JsonlSink:
         flush_every: Buffered loss lines before a flush.
     """
 
+    ignores_batches = True
+
     def __init__(self, path: str | Path, flush_every: int = 100) -> None:
         self.path = Path(path)
         self._flush_every = flush_every
