@@ -358,5 +358,6 @@ def test_losses_that_are_not_finite_never_enter_the_catalog(arguments, scalar, b
     catalog = scheduler.catalog
     for values in (catalog.expected_loss, catalog.variance, catalog.mean_loss, catalog.variability):
         assert np.isfinite(values).all()
-    assert diverged or scheduler.global_step == scheduler.total_steps
+    # A sample that was in two faulty batches of one is put in quarantine: its steps are not taken.
+    assert diverged or scheduler.global_step == scheduler.total_steps or scheduler._safety.quarantine is not None
     assert catalog.num_seen == np.count_nonzero(catalog.uses)
