@@ -15,6 +15,7 @@ from learnit_r8.errors import ConfigError
 
 UI_NAMES = ("auto", "curses", "rich", "log", "off")
 NOISE_GUARDS = ("off", "report", "cap")
+ROLLBACK_DATA = ("skip", "replay")
 
 # Numbers of samples are stored as uint32 in plans and reports.
 MAX_SAMPLES = 2**32 - 1
@@ -46,6 +47,7 @@ class Config:
     drop_last: bool
     lookahead: int
     world_size: int
+    rollback_data: str = "skip"
 
     @property
     def steps_per_epoch(self) -> int:

@@ -50,7 +50,7 @@ from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus
 from learnit_r8.strategies.base import Strategy
-from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult
+from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdict
 
 if TYPE_CHECKING:
     from learnit_r8.checkpoint import LoadedCheckpoint
@@ -96,6 +96,8 @@ class R8Scheduler:
         seed: Decides every random draw.
         drop_last: Leave out an epoch's last, shorter batch.
         lookahead: How many batches may be out before their losses come back.
+        rollback_data: "skip": after a rollback the data move on; "replay": the batches of the epoch since the
+            backup whose losses were calm are trained on once more.
         rank: Number of this process, with several.
         world_size: Number of processes.
         all_gather: `(array) -> array`: all ranks' arrays, concatenated in rank order.
@@ -134,6 +136,7 @@ class R8Scheduler:
         seed: int = 0,
         drop_last: bool = False,
         lookahead: int = 1,
+        rollback_data: str = "skip",
         rank: int = 0,
         world_size: int = 1,
         all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
@@ -167,6 +170,7 @@ class R8Scheduler:
         )
         self._control = Control(self._bus, self._ranks, args.clock, saves=config.checkpoint_dir is not None)
         self._presence = Presence(args, self._bus, self._catalog, self._ranks.rank)
+        self._replays = config.rollback_data == "replay"
         self._ones = np.ones(config.batch_size, np.float32)
         self._progress = Progress()
         self._epoch_started = 0.0  # monotonic seconds
@@ -357,6 +361,8 @@ class R8Scheduler:
         )
         if judgement.accepted:
             self._record(ticket, rows, reported)
+            if self._replays and judgement.verdict is Verdict.CALM:
+                self._desk.remember(step, ticket, reported.mean)
         progress.global_step += 1
         progress.reported += 1
         if self._bus:
@@ -378,6 +384,8 @@ class R8Scheduler:
         )
         if rolled_back:
             self._desk.outdate()
+            if self._replays:
+                progress.take_back(*self._desk.replay(self._safety.restored_step))
         if progress.reported == self._chooser.batches:
             self._end_epoch(completed=True)
         surprise = reported.mean - rows.expected

@@ -89,6 +89,7 @@ BAD += [
 ]  # fmt: skip
 BAD += [("seed", value, "seed must be a whole number >= 0") for value in (-1, 1.5, None, "0", True, NAN)]
 BAD += [("lookahead", value, "lookahead must be a whole number >= 1") for value in (0, -1, 1.5, None, "2", True)]
+BAD += [("rollback_data", value, "rollback_data must be one of 'skip', 'replay'") for value in ("again", None, True, 2)]
 BAD += [("rank", value, "rank must be a whole number from 0 to 0") for value in (-1, 1, 0.0, None, "0")]
 BAD += [("world_size", value, "world_size must be a whole number >= 1") for value in (0, -1, 1.5, None, "1")]
 BAD += [("world_size", 2, "all_gather is needed when world_size=2")]
@@ -189,6 +190,7 @@ def test_all_bad_arguments_are_listed_at_once():
             seed=-1,
             drop_last=2,
             lookahead=0,
+            rollback_data="again",
             rank=-1,
             world_size=0,
             all_gather=9,

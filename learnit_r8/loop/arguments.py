@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.clock import Clock
-from learnit_r8.config import MAX_SAMPLES, NOISE_GUARDS, UI_NAMES, Config, Problems
+from learnit_r8.config import MAX_SAMPLES, NOISE_GUARDS, ROLLBACK_DATA, UI_NAMES, Config, Problems
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
 from learnit_r8.schedules import Schedule, make_schedule
@@ -67,6 +67,7 @@ def check_arguments(
     seed: Any,
     drop_last: Any,
     lookahead: Any,
+    rollback_data: Any,
     rank: Any,
     world_size: Any,
     all_gather: Any,
@@ -139,6 +140,7 @@ def check_arguments(
         drop_last=whole,
         lookahead=ahead,
         world_size=world,
+        rollback_data=problems.choice("rollback_data", rollback_data, ROLLBACK_DATA),
     )
     arguments = Arguments(
         config=config,

@@ -68,6 +68,12 @@ class Progress:
         self.accepted += 1
         self.loss_sum += loss
 
+    def take_back(self, batches: int, loss_sum: float) -> None:
+        """Uncount accepted batches of this epoch that will be trained on again."""
+        self.reported -= batches
+        self.accepted -= batches
+        self.loss_sum -= loss_sum
+
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as JSON scalars."""
         return {**asdict(self), "stage": self.stage.value}

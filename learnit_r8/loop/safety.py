@@ -76,6 +76,9 @@ class SafetyNet:
         crash: Writes down what is known when training has diverged.
         ranks: They must take the same backups and go back to the same step, or each would go on with
             another model.
+
+    Attributes:
+        restored_step: Step of the state that the last rollback went back to.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class SafetyNet:
         self._backups = RamBackups(capture, backup_every or 1, emit, clock, ranks)
         self._lr = -1.0  # of the last batch; negative before the first one
         self._load_error: Exception | None = None
+        self.restored_step = 0
 
     # What the loop asks ---------------------------------------------------------------------
 
@@ -309,6 +313,7 @@ class SafetyNet:
         return ""
 
     def _after_rollback(self, step: int, to_step: int, source: str, began: float) -> None:
+        self.restored_step = to_step
         self._catalog.rewind(to_step)
         self._backups.rolled_back(to_step)
         seconds = self._clock.monotonic() - began

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from learnit_r8.errors import ProtocolError
 from learnit_r8.types import Batch, Indices
 
+REPLAYED = 4096
+"""Batches that can be replayed after a rollback, at most."""
+
 
 class Ticket(NamedTuple):
     """An issued batch and what the scheduler keeps of it.
@@ -46,6 +49,7 @@ class TicketDesk:
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
         self._outdated: set[int] = set()
+        self._calm: deque[tuple[int, Ticket, float]] = deque(maxlen=REPLAYED)  # step, ticket, mean loss
 
     @property
     def open(self) -> int:
@@ -98,6 +102,7 @@ class TicketDesk:
         dropped = [*self._open.values(), *self._waiting]
         self._open.clear()
         self._waiting.clear()
+        self._calm.clear()
         return dropped
 
     def find(self, batch: Batch | None) -> Ticket:
@@ -136,6 +141,22 @@ class TicketDesk:
         """Remove a reported ticket; return whether it was out when the model was restored."""
         del self._open[ticket.batch.id]
         return ticket.batch.id in self._outdated
+
+    def remember(self, step: int, ticket: Ticket, loss: float) -> None:
+        """Keep a ticket whose loss was calm, so that it can be replayed in this epoch."""
+        self._calm.append((step, ticket, loss))
+
+    def replay(self, from_step: int) -> tuple[int, float]:
+        """Let the tickets remembered since a step come again, next and in order.
+
+        Returns:
+            Their number, and the sum of their losses.
+        """
+        again = [(ticket, loss) for step, ticket, loss in self._calm if step >= from_step]
+        for _ in again:
+            self._calm.pop()
+        self._waiting.extendleft(ticket for ticket, _ in reversed(again))
+        return len(again), sum(loss for _, loss in again)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all unreported batches, in order; they are issued again after a restore."""
