@@ -14,7 +14,8 @@ bounds, a stretch of bad data), against which older backups are no better. The b
 The run's last resort has only the last rule, and not even that where another backup led to the same: the
 fault is outside then, and may end before the budget of rollbacks does. No new backups are taken during
 the trial: what grows unseen would be in them, and they would take the place of those from before it. A
-fault that came out of calm losses, as most NaN do, grew from nothing: its trial is short.
+fault that came out of calm losses, as most NaN do, grew from nothing: its trial is short, and what took longer
+than that to show is no measure of the next one.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Aftermath:
         self._reports = 0  # since the rollback
         self._factor = self._peak = 1.0
         self._since = self._triggers = self._uses = self._trial = 0
-        self._delay = 0  # steps from the backup's to the fault that it was first used for; 0: it was sudden
+        self._delay = 0  # steps from the backup's to the fault that it was first used for; 0: they tell nothing
         self._tried = 0  # different backups since the last healthy stretch
         self._last_resort = False
 
@@ -123,7 +124,7 @@ class Aftermath:
         again = same and self.on_trial
         lost = self._reports if same else step - to_step
         if not again:
-            self._delay = 0 if sudden else lost
+            self._delay = 0 if sudden and lost > settings.retrigger else lost
         self._tried = self._tried + (not again) if self.on_trial else 1
         self._uses = self._uses + 1 if again else 1
         self.used, self._last_resort = [backup_id, to_step], last_resort
@@ -134,7 +135,7 @@ class Aftermath:
             self._triggers, self._peak = 0, self._peak / 2
         self._since = resumes_at
         self.hold = max(settings.min_hold, 2 * lost)
-        self._trial = max(settings.retrigger, round((1.0 + _ALIKE) * self._delay))
+        self._trial = settings.retrigger if sudden else max(settings.retrigger, round((1.0 + _ALIKE) * self._delay))
         self.calm = self._reports = 0
 
     def holds(self, step: int) -> bool:
