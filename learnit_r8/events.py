@@ -7,6 +7,7 @@ for everything but non-finite floats, which strict JSON lacks: they travel as st
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -288,13 +289,21 @@ def from_json(data: Mapping[str, Any]) -> Event:
     if kind is None:
         raise ValueError(f"unknown event {data.get('event')!r}")
     values = {}
-    for field in dataclasses.fields(kind):
-        if field.name in data:
-            values[field.name] = _revive(data[field.name], str(field.type))
+    for name, annotation, simple in _fields(kind):
+        if name in data:
+            value = data[name]
+            values[name] = value if simple or type(value) is float else _revive(value, annotation)
     try:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"incomplete {kind.__name__}: {error}") from error
+
+
+@functools.cache
+def _fields(kind: Any) -> list[tuple[str, str, bool]]:
+    """Return name and type of each field of an event class, and whether it stands in JSON as it is."""
+    fields = [(field.name, str(field.type)) for field in dataclasses.fields(kind)]
+    return [(name, annotation, annotation in ("int", "str", "bool")) for name, annotation in fields]
 
 
 def plain(value: Any) -> Any:
