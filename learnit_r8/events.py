@@ -7,7 +7,6 @@ for everything but non-finite floats, which strict JSON lacks: they travel as st
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -268,6 +267,12 @@ class RunEnded(Event):
 
 EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}
 
+_FIELDS = {
+    kind: [(field.name, str(field.type), field.type in ("int", "str", "bool")) for field in dataclasses.fields(kind)]
+    for kind in EVENT_TYPES.values()
+}
+"""Name and type of each event's fields, and whether they stand in JSON as they are."""
+
 
 def to_json(event: Event) -> dict[str, Any]:
     """Return the event as strict-JSON data, its class under "event"."""
@@ -289,7 +294,7 @@ def from_json(data: Mapping[str, Any]) -> Event:
     if kind is None:
         raise ValueError(f"unknown event {data.get('event')!r}")
     values = {}
-    for name, annotation, simple in _fields(kind):
+    for name, annotation, simple in _FIELDS[kind]:
         if name in data:
             value = data[name]
             values[name] = value if simple or type(value) is float else _revive(value, annotation)
@@ -297,13 +302,6 @@ def from_json(data: Mapping[str, Any]) -> Event:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"incomplete {kind.__name__}: {error}") from error
-
-
-@functools.cache
-def _fields(kind: Any) -> list[tuple[str, str, bool]]:
-    """Return name and type of each field of an event class, and whether it stands in JSON as it is."""
-    fields = [(field.name, str(field.type)) for field in dataclasses.fields(kind)]
-    return [(name, annotation, annotation in ("int", "str", "bool")) for name, annotation in fields]
 
 
 def plain(value: Any) -> Any:
