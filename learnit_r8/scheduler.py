@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -597,10 +596,10 @@ class R8Scheduler:
         self._restore(self._saver.find(path))
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
-        with self._all_or_nothing():
-            self.load_state_dict(loaded.state)
-            if self._args.load is not None:
-                self._args.load(str(loaded.model_path), from_ram=False)
+        check_state(loaded.state, self._config)
+        if self._args.load is not None:  # first: it may fail, and nothing has changed yet
+            self._args.load(str(loaded.model_path), from_ram=False)
+        self.load_state_dict(loaded.state)
         self._saver.restored(loaded, self._progress.finished_epoch)
 
     @classmethod
@@ -661,27 +660,19 @@ class R8Scheduler:
         """Restore what `state_dict` returned; a finished run goes on where there are more epochs now.
 
         Raises:
-            ConfigError: The state belongs to another data set, strategy or seed, or is damaged; the run is as it was.
+            ConfigError: The state belongs to another data set, strategy or seed, and nothing has changed; or it is
+                damaged, and the run goes on as before, without the backups in RAM that it had.
+            ProtocolError: The search of `auto_find_lr` is running.
         """
         check_state(state, self._config)
+        before, flags = self.state_dict(), (self._search, self._control.stop, self._begun, self._resumed)
         try:
-            with self._all_or_nothing():
-                self._apply(state)
+            self._apply(state)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            reason = f"the state is damaged ({type(error).__name__}: {error}): load another one, or start a new run"
-            raise ConfigError([reason]) from error
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Let what fails within leave the run as it was."""
-        before = self.state_dict()
-        flags = self._search, self._control.stop, self._begun, self._resumed
-        try:
-            yield
-        except BaseException:
             self._apply(before)
             self._search, self._control.stop, self._begun, self._resumed = flags
-            raise
+            reason = f"the state is damaged ({type(error).__name__}: {error}): load another one, or start a new run"
+            raise ConfigError([reason]) from error
 
     def _apply(self, state: Mapping[str, Any]) -> None:
         self._progress = Progress.from_state(state)

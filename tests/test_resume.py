@@ -282,6 +282,24 @@ def test_a_load_callback_that_fails_leaves_the_run_as_it_was(tmp_path):
     assert fresh.catalog.num_seen == 0
 
 
+def test_a_load_callback_that_fails_takes_no_open_batch_and_no_backup_away(tmp_path):
+    model = Model()
+    path = train(make(model, tmp_path), model, stop=5).save_checkpoint()
+
+    def load(source, from_ram=False):
+        if not from_ram:
+            raise OSError("the disk is gone")
+        model.load(source, from_ram)
+
+    running = R8Scheduler(60, 7, num_epochs=6, use_curses=False, checkpoint_dir=tmp_path, seed=3, load_callback=load)
+    batch = next(iter(running.batch_iterator()))
+    running.update_cpu_backup(model.state())
+    with pytest.raises(OSError, match="the disk is gone"):
+        running.load_checkpoint(path)
+    assert running.open_batches == (batch,)
+    assert running.update_with_loss(math.nan).rolled_back
+
+
 @pytest.mark.parametrize("wrong", [{}, [1], "x"], ids=str)
 @pytest.mark.parametrize(
     "part", ["config", "epoch", "stage", "budget", "tickets", "chooser", "catalog", "guard", "safety"]
