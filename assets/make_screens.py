@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from tests.terminal_driver import Screen, Stream  # noqa: E402 - pyte's own lack two sequences that ncurses sends
 
+TEMPORARY = re.compile(r"/\S*\.console\.log")  # the prints' file, whose name says where the picture was made
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 8.4, 17, 14
 BACKGROUND, FOREGROUND = "#11151c", "#d7dce4"
 COLOURS = {
@@ -125,7 +126,8 @@ def run(screen: pyte.Screen, row: int, start: int, end: int) -> list[str]:
     # Words of ASCII hold together in any monospace font; braille and boxes do not, so each has its own place.
     for word in re.finditer(r"[!-~]+|[^ -~]", "".join(cell.data or " " for cell in cells)):
         place = x + word.start() * CELL_WIDTH
-        parts.append(f'<text x="{place:.1f}" y="{y + 14:.1f}" fill="{fill}"{weight}>{html.escape(word[0])}</text>')
+        shown = TEMPORARY.sub("console.log", word[0])
+        parts.append(f'<text x="{place:.1f}" y="{y + 14:.1f}" fill="{fill}"{weight}>{html.escape(shown)}</text>')
     return parts
 
 
