@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from learnit_r8.dashboard.cells import Grid, Style
@@ -154,6 +154,7 @@ def test_horizontal_ticks_lie_inside_and_do_not_crowd(low, width, cells, kind):
 
 
 @given(st.lists(st.floats(-1e12, 1e12).filter(lambda value: not 0 < abs(value) < 1e-99), min_size=1, max_size=8))
+@example([100.0, -0.0625])
 def test_tick_labels_fit_their_column(values):
     assert all(len(label) <= 6 for label in tick_labels(values))
 

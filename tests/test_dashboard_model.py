@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,6 +214,43 @@ def test_lr_search_ends_and_the_epochs_phase_comes_back():
     assert (model.searching, model.phase) == (True, "LR search")
     model.consume(e.LrFound(T0, 0, 0.1, {}, 50))
     assert (model.searching, model.phase) == (False, "cataloging")
+
+
+def rough_loss(rng, number):
+    """A loss of a run in which everything happens: gaps, clocks that go backwards, values of any size."""
+    value = rng.choice([rng.random(), rng.gauss(1, 5), math.nan, math.inf, 1e305, -1e200])
+    seconds = rng.choice([0.01, 0.3, 2.0, math.nan, -1.0, 1e12])
+    time = T0 + number * 0.4 + rng.choice([0.0, 0.0, -30.0, 500.0])
+    expected = rng.choice([1.0, math.nan])
+    return loss(time, number, value, epoch=number // 100, seconds=seconds, expected=expected, lr=0.1 * 0.999**number)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("rough", [False, True])
+def test_events_in_blocks_are_the_same_as_events_one_by_one(rough, seed):
+    rng = random.Random(seed)
+    events = list(training(epochs=6, seconds=0.4, checkpoint=2.0))
+    if rough:
+        events = [rough_loss(rng, i) if isinstance(old, e.LossReported) else old for i, old in enumerate(events)]
+        events.insert(rng.randrange(len(events)), loss(1e15, 7))
+    events.insert(rng.randrange(len(events)), e.PhaseChanged(T0, 0, "LR search", ""))
+    single, block = fed(*events), DashboardModel()
+    while events:
+        some = rng.choice([1, 30, 1000])
+        block.consume_all(events[:some])
+        del events[:some]
+
+    def flat(value):
+        return [x for v in value.values() for x in flat(v)] if isinstance(value, dict) else [value]
+
+    for one, other in zip(flat(single.to_json()), flat(block.to_json()), strict=True):
+        assert other == (pytest.approx(one, rel=1e-9, abs=1e-12) if isinstance(one, float) else one)
+    assert list(block.recent_steps) == pytest.approx(list(single.recent_steps), nan_ok=True)
+    for name, series in single.series.items():
+        np.testing.assert_array_equal(series.bins()["hi"], block.series[name].bins()["hi"])
+    for one, other in ((single.pace.train, block.pace.train), (single.pace.cataloging, block.pace.cataloging)):
+        assert (one.steps, one.total_steps, one.blocks.count) == (other.steps, other.total_steps, other.blocks.count)
+        assert other.blocks.variance == pytest.approx(one.blocks.variance, nan_ok=True)
 
 
 def test_a_copy_stays_as_it_is():

@@ -252,8 +252,8 @@ def test_a_painter_that_goes_on_draws_what_a_new_one_draws(changes):
         assert pictures(painter, model, view, size, now, console) == fresh(model, view, size, now, console)
     # One chart a frame: after as many frames as there are charts, all are up to date.
     for later in range(6):
-        shown = pictures(lazy, model, view, size, T0 + waited + 2 * later, console)
-    assert shown == fresh(model, view, size, T0 + waited + 10, console)
+        shown = pictures(lazy, model, view, size, T0 + waited + 4 * later, console)
+    assert shown == fresh(model, view, size, T0 + waited + 20, console)
 
 
 def test_a_chart_waits_for_its_second_and_numbers_do_not():

@@ -103,6 +103,40 @@ def test_a_copy_is_independent():
     assert (twin.count, twin.hi, len(twin.bins())) == (2, 2.0, 2)
 
 
+def blocks_of(count, cuts):
+    edges = [0, *sorted(cut % (count + 1) for cut in cuts), count]
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+@given(
+    st.lists(st.one_of(st.floats(-1e6, 1e6), VALUES), max_size=300),
+    st.integers(1, 12),
+    st.lists(st.integers(0, 5000), max_size=6),
+    st.lists(st.sampled_from([0.5, 0.9, 0.98, 0.995]), max_size=3, unique=True),
+)
+@settings(max_examples=80, deadline=None)
+def test_points_in_blocks_are_the_same_as_points_one_by_one(values, repeats, cuts, decays):
+    values = np.array(values * repeats, float)
+    single, block = filled(values.tolist(), decays), Series(decays)
+    steps = np.arange(len(values), dtype=float)
+    for number, part in enumerate(blocks_of(len(values), cuts)):
+        if number % 3 == 2:
+            for step in steps[part]:
+                block.add(step, 0.5 * step, values[int(step)])
+        else:
+            averages = block.extend(steps[part], 0.5 * steps[part], values[part])
+            for last in averages[-1:]:
+                np.testing.assert_array_equal(last, block.averages)
+    assert (block.count, block.bad, block.lo, block.hi) == (single.count, single.bad, single.lo, single.hi)
+    one, other = single.bins(), block.bins()
+    for name in set(one.dtype.names) - {"averages"}:
+        np.testing.assert_array_equal(one[name], other[name])
+    # Rounding is relative to the largest value that an average has seen.
+    close = {"rtol": 1e-9, "atol": 1e-11 * max((abs(v) for v in values if abs(v) < 1e300), default=0.0)}
+    np.testing.assert_allclose(one["averages"], other["averages"], **close)
+    np.testing.assert_allclose(block.averages, single.averages, **close)
+
+
 def held(series):
     """Bytes of the three levels."""
     return len(series._whole) + len(series._middle) + 8 * len(series._points)

@@ -467,6 +467,7 @@ for turn in range(120):
         grid._cells[1:], grid._styles[1:] = grid._cells[:-1], grid._styles[:-1]
         grid._cells = [list(row) for row in grid._cells]
         grid._styles = [list(row) for row in grid._styles]
+        grid._touched.update(range(grid.height))
     data = board.draw(grid)
     frames.append([grid.width, grid.height, base64.b64encode(data).decode(), grid.rows()])
 print(json.dumps(frames))

@@ -110,6 +110,7 @@ class Grid:
         # A wide character's second cell holds the empty string.
         self._cells = [[" "] * self.width for _ in range(self.height)]
         self._styles = [[Style.NORMAL] * self.width for _ in range(self.height)]
+        self._touched = set(range(self.height))
 
     def put(self, y: int, x: int, text: str, style: Style = Style.NORMAL, limit: int | None = None) -> int:
         """Write `text` from cell (`y`, `x`) to the right and return the cell after it.
@@ -124,6 +125,7 @@ class Grid:
         end = self.width if limit is None else min(limit, self.width)
         if not 0 <= y < self.height:
             return x
+        self._touched.add(y)
         if self.ascii_only and not text.isascii():
             text = "".join(char if char.isascii() else "?" for char in self._unwide(text.translate(_ASCII)))
         if x >= 0 and _PLAIN.issuperset(text):
@@ -143,6 +145,7 @@ class Grid:
     def put_row(self, y: int, x: int, chars: Sequence[str], styles: Sequence[int]) -> None:
         """Write characters of one cell each that lie within the grid; those that are blank leave the cell as it is."""
         row, kinds = self._cells[y], self._styles[y]
+        self._touched.add(y)
         for at, char in enumerate(chars, x):
             if char != " ":
                 row[at], kinds[at] = char, STYLES[styles[at - x]]
@@ -186,8 +189,15 @@ class Grid:
     def restore(self, source: Grid, y: int, x: int, width: int) -> None:
         """Copy `width` cells of row `y` from a grid of the same size."""
         cells = slice(max(0, x), x + width)
+        self._touched.add(y)
         self._cells[y][cells] = source._cells[y][cells]
         self._styles[y][cells] = source._styles[y][cells]
+
+    def take_touched(self) -> list[int]:
+        """Return the rows that were written to since the last call, or since the grid was made, in order."""
+        touched = sorted(self._touched)
+        self._touched.clear()
+        return touched
 
     def changes(self, before: Grid, y: int) -> list[tuple[int, str, Style]]:
         """Return `runs` of row `y` from the first to the last cell that differs in a grid of the same size."""

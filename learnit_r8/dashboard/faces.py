@@ -26,6 +26,10 @@ class Face:
         """Descriptors whose input should end the wait between two ticks."""
         return ()
 
+    def due(self) -> bool:
+        """Return whether the next `tick` has a use for what happened; until then events may wait, which is cheaper."""
+        return True
+
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Take input, draw if it is time, and return the seconds until the next call.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 """Seconds between frames: usually, for `KEY_SECONDS` after a key, and when no event came."""
 KEY_SECONDS = 2.0
 DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
-BUDGET = 0.008
-"""Share of one core that the dashboard's thread may take: a pure Python loop waits for all of it (the GIL)."""
+BUDGET, BUDGET_WAITING = 0.007, 0.016
+"""Share of one core that the dashboard's thread may take: while the process computes, which has to wait for all of it
+(the GIL), and while it waits itself, for a GPU or for data."""
+WAITING = 0.5
+"""The process waits where its other threads take less than this share of one core."""
 _FIRST = 3
 """Frames that are dearer than those to come: modules are loaded, every pane is drawn."""
 LEAST = 0.3
@@ -20,6 +25,7 @@ class FrameRate:
 
     def __init__(self) -> None:
         self.cost = self.others = 0.0
+        self.busy = 1.0
         self._drawn = 0
         self._last = float("-inf")
         self._last_key = float("-inf")
@@ -28,7 +34,8 @@ class FrameRate:
     @property
     def period(self) -> float:
         """Seconds between frames at the usual rate and the present cost."""
-        budget = max(LEAST * BUDGET, BUDGET - self.others)
+        allowed = BUDGET_WAITING if self.busy < WAITING else BUDGET
+        budget = max(LEAST * allowed, allowed - self.others)
         return max(NORMAL * self._slowed, min(self.cost / budget, IDLE))
 
     @property
@@ -48,10 +55,18 @@ class FrameRate:
         """Return whether to draw now; `fresh` says that something changed since the last frame."""
         return self._urgent or now - self._last >= self._interval(now, fresh) * 0.98
 
-    def drew(self, now: float, cost: float, others: float = 0.0) -> None:
-        """A frame was drawn; `others` is the CPU time that the thread has spent on events since the one before."""
+    def drew(self, now: float, cost: float, others: float = 0.0, busy: float = math.inf) -> None:
+        """Take note of a frame.
+
+        Args:
+            now: Seconds of the clock.
+            cost: CPU seconds that it took.
+            others: CPU seconds that this thread has spent on events since the frame before.
+            busy: CPU seconds that the process's other threads have spent since then.
+        """
         if self._last > 0 and now > self._last:
             self.others += 0.2 * (others / (now - self._last) - self.others)
+            self.busy += 0.2 * (min(1.0, busy / (now - self._last)) - self.busy)
         self._last = now
         self._urgent = False
         # Frames that draw charts anew are dearer than those between; one of many should not decide.

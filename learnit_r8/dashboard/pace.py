@@ -12,6 +12,9 @@ import copy
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 MIN_STEPS = 20
 MIN_SECONDS = 10.0
 """No estimate before both: the first steps compile, fill caches and start workers."""
@@ -69,6 +72,19 @@ class StepTimes:
             self.blocks.add(self.seconds / self.steps)
             self.steps, self.seconds = 0, 0.0
 
+    def extend(self, seconds: npt.NDArray[np.float64]) -> None:
+        """Take consecutive steps' durations, float64 `[n]`, as `add` does one by one."""
+        self.total_steps += len(seconds)
+        while len(seconds):
+            sums = self.seconds + np.cumsum(seconds)
+            full = int(np.searchsorted(sums, BLOCK_SECONDS))
+            end = max(full, BLOCK_STEPS - 1 - self.steps) + 1
+            if end > len(seconds):
+                self.steps, self.seconds = self.steps + len(seconds), float(sums[-1])
+                return
+            self.blocks.add(float(sums[end - 1]) / (self.steps + end))
+            self.steps, self.seconds, seconds = 0, 0.0, seconds[end:]
+
     @property
     def mean(self) -> float:
         """Seconds a step; NaN before the first one."""
@@ -113,6 +129,25 @@ class Pace:
         # The first step compiles and warms up; it says nothing about the others.
         if self.steps > 1 and kind != "search":
             (self.cataloging if kind == "cataloging" else self.train).add(duration)
+
+    def report_all(
+        self,
+        times: npt.NDArray[np.float64],
+        step_seconds: npt.NDArray[np.float64],
+        r8_seconds: npt.NDArray[np.float64],
+        kind: str,
+    ) -> None:
+        """Take consecutive reported steps, each argument `[n]`, as `report` does one by one."""
+        self.report(float(times[0]), float(step_seconds[0]), float(r8_seconds[0]), kind)
+        user, own = (np.minimum(np.fmax(seconds[1:], 0.0), LONGEST) for seconds in (step_seconds, r8_seconds))
+        gaps = np.maximum(np.diff(times) - user - own, 0.0)
+        self.spent["between steps"] += float(gaps.sum())
+        self.spent["user step"] += float(user.sum())
+        self.spent["r8 overhead"] += float(own.sum())
+        self._last_report = float(times[-1])
+        self.steps += len(user)
+        if kind != "search":
+            (self.cataloging if kind == "cataloging" else self.train).extend(user + own + gaps)
 
     def set_aside(self, what: str, seconds: float) -> None:
         """Take time that was neither step nor validation: "checkpoints", "rollbacks" or "paused"."""

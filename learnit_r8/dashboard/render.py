@@ -25,6 +25,7 @@ from learnit_r8.dashboard.progress import bare_lines, progress, title
 __all__ = ["Grid", "Painter", "Style", "render", "scroll_limit"]
 
 _PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
+_CHART_PERIODS = 4
 _NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH = 46, 62, 48
 
 
@@ -45,8 +46,8 @@ class Painter:
     """Draws frames of a run that goes on; a pane is drawn anew where what it shows has changed.
 
     Args:
-        chart_seconds: A chart whose line has grown is drawn anew no more often than this, and a frame draws no more
-            than one chart anew. 0: all of them in every frame.
+        chart_seconds: A chart is drawn anew when its line has grown by a column of dots, no more often than this and at
+            least every fourth of these periods, and a frame draws no more than one chart anew. 0: all in every frame.
         between: Called between panes: the place to let another thread run.
     """
 
@@ -159,8 +160,9 @@ class Painter:
             points = sum(line.count for line in series) + (model.step if view.window else 0)
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
-            waits = abs(now - when) < self._chart_seconds
-            if shown != before or (points != drawn and not waits):
+            grown = points - drawn >= points * 0.5**view.window / (2 * rect.width)
+            patience = self._chart_seconds * (1 if grown else _CHART_PERIODS)
+            if shown != before or (points != drawn and abs(now - when) >= patience):
                 found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
         found.sort(key=lambda chart: chart[:3])
         most = sum(not chart[0] for chart in found) or 1

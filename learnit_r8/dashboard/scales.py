@@ -162,7 +162,7 @@ def _compact(value: float) -> str:
     if 1e3 <= abs(value) < 1e15:
         return f.count(value)
     if 0.0095 < abs(value) < 1e3:
-        return f"{value:.3g}"
+        return next(text for digits in (3, 2) if len(text := f"{value:.{digits}g}") <= 6)
     return _scientific(value)
 
 

@@ -96,7 +96,7 @@ class Screen(Face):
         self._still: DashboardModel | None = None
         self._shown = False
         self._opened = self._last_tick = time.monotonic()
-        self._spent = 0.0
+        self._spent = self._computed = 0.0
         self._size = (0, 0)
         self._news = True
         self._undo = contextlib.ExitStack()
@@ -132,6 +132,10 @@ class Screen(Face):
         """The terminal, while it is this process's turn to read it."""
         return (self._tty.fd,) if self._shown else ()
 
+    def due(self) -> bool:
+        """Return whether the next tick will draw, if anything happened."""
+        return self._rate.due(time.monotonic(), fresh=True)
+
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Handle keys and size, and draw when due."""
         began = time.monotonic()
@@ -159,7 +163,7 @@ class Screen(Face):
         self._shown = True
 
     def _draw(self, model: DashboardModel, now: float) -> None:
-        began = time.thread_time()
+        began, computed = time.thread_time(), time.process_time()
         others, self._spent = began - self._spent, began
         if model.paused != self._view.paused:
             self._view = replace(self._view, paused=model.paused)
@@ -175,7 +179,8 @@ class Screen(Face):
         grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)
         data = self._canvas.draw(grid)
         self._spent = time.thread_time()
-        self._rate.drew(time.monotonic(), self._spent - began, others)
+        self._rate.drew(time.monotonic(), self._spent - began, others, computed - self._computed - others)
+        self._computed = time.process_time()
         self._tty.send(data)
         self._news = False
 

@@ -9,12 +9,13 @@ Three levels, each finer and shorter than the one before:
 A bin keeps minimum, maximum, last value and counts, so a spike of one point survives every merge;
 keeping every other point, or means, would lose it. The moving averages run over every point.
 
-Points arrive one at a time and are binned 256 at a time, by numpy.
+Points arrive one at a time or in blocks, and are binned 512 at a time, by numpy.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from functools import cache
 
@@ -26,7 +27,7 @@ MIDDLE_BINS = 512
 RECENT_POINTS = 512
 BLOCK = 64
 """Points in a bin of the middle level."""
-_CHUNK = 256
+_CHUNK = 512
 HUGE = 1e300
 """Larger values count as infinite: their differences would overflow."""
 
@@ -57,6 +58,37 @@ def merge(left: Bins, right: Bins) -> Bins:
     return both
 
 
+@cache
+def _powers(decays: tuple[float, ...]) -> tuple[Floats, Floats]:
+    """Return `decay ** n` for n = 1, 2, ..., float64 `[b, d]`, and the gains `(1 - decay) / decay ** n`.
+
+    The powers end at 1e-4: what is summed up has then lost no digits that its result would have.
+    """
+    block = max(1, min(256, int(math.log(1e4) / -math.log(min(decays)))))
+    powers: Floats = np.array(decays) ** np.arange(1, block + 1)[:, None]
+    return powers, (1.0 - np.array(decays)) / powers
+
+
+def smoothed(values: Floats, start: Floats | Sequence[float], decays: tuple[float, ...]) -> Floats:
+    """Return the exponential moving averages after each value, `a <- decay * a + (1 - decay) * value`.
+
+    Args:
+        values: Float64 `[n]`.
+        start: The averages before the first, `[d]`.
+        decays: `[d]` of them, each between 0 and 1.
+
+    Returns:
+        Float64 `[n, d]`.
+    """
+    powers, gains = _powers(decays)
+    result = np.empty((len(values), len(decays)))
+    for first in range(0, len(values), len(powers)):
+        some = values[first : first + len(powers), None]
+        result[first : first + len(some)] = powers[: len(some)] * (start + (gains[: len(some)] * some).cumsum(axis=0))
+        start = result[first + len(some) - 1]
+    return result
+
+
 class Series:
     """A stream of (step, time, value), binned. Adding is O(1) amortised; memory is constant.
 
@@ -78,7 +110,7 @@ class Series:
         self.count = self.bad = 0
         self.lo, self.hi, self.last = math.inf, -math.inf, math.nan
         self.averages: tuple[float, ...] = (math.nan,) * len(self.decays)
-        self._gains: tuple[float, ...] = ()
+        self._gains = tuple([1.0 - decay for decay in self.decays])
         # From here on `1 - decay ** n` is 1 to double precision.
         self._settled = max((math.ceil(-37.0 / math.log(d)) for d in self.decays if 0 < d < 1), default=1)
         self._type = bin_type(len(self.decays))
@@ -86,7 +118,7 @@ class Series:
         self._open: Bins | None = None
         self._span = 1
         # Rows of step, time, value and averages, one after the other; the last `_pending` of them are in no bin yet.
-        self._points: list[float] = []
+        self._points = array("d")
         self._columns = 3 + len(self.decays)
         self._pending = 0
 
@@ -104,10 +136,41 @@ class Series:
         else:
             self.bad += 1
             value = math.nan
-        self._points += (step, time, value, *self.averages)
+        self._points.extend((step, time, value, *self.averages))
         self._pending += 1
         if self._pending == _CHUNK:
             self._close_chunk()
+
+    def extend(self, steps: Floats, times: Floats, values: Floats) -> Floats:
+        """Append points, as `add` does one by one, and return the moving averages after each, float64 `[n, d]`.
+
+        Args:
+            steps: Steps, float64 `[n]`.
+            times: Seconds since the Unix epoch, float64 `[n]`.
+            values: Float64 `[n]`.
+        """
+        good = (values > -HUGE) & (values < HUGE)
+        finite = values[good]
+        rows = np.empty((len(values), self._columns))
+        rows[:, 0], rows[:, 1], rows[:, 2] = steps, times, np.where(good, values, math.nan)
+        if self.decays:
+            averages = self._debiased(finite)
+            rows[:, 3:] = averages[good.cumsum()]
+            self.averages = tuple(averages[-1].tolist())
+        if len(finite):
+            self.lo, self.hi = min(self.lo, float(finite.min())), max(self.hi, float(finite.max()))
+            self.last = float(finite[-1])
+        self.count += len(values)
+        self.bad += len(values) - len(finite)
+        at = 0
+        while at < len(rows):
+            some = rows[at : at + _CHUNK - self._pending]
+            self._points.frombytes(some.tobytes())
+            self._pending += len(some)
+            at += len(some)
+            if self._pending == _CHUNK:
+                self._close_chunk()
+        return rows[:, 3:]
 
     def _average(self, value: float) -> None:
         finite = self.count - self.bad
@@ -124,6 +187,17 @@ class Series:
         self.averages = tuple(
             [old + gain * (value - old) for old, gain in zip(self.averages, self._gains, strict=True)]
         )
+
+    def _debiased(self, values: Floats) -> Floats:
+        """Return the moving averages before the first of some finite values and after each, float64 `[n + 1, d]`."""
+        before, averages = self.count - self.bad, np.empty((len(values) + 1, len(self.decays)))
+        averages[0] = self.averages
+        if before > self._settled:
+            averages[1:] = smoothed(values, averages[0], self.decays)
+        else:
+            bias = 1.0 - np.array(self.decays) ** np.arange(before, before + len(averages))[:, None]
+            averages[1:] = smoothed(values, averages[0] * bias[0] if before else bias[0], self.decays) / bias[1:]
+        return averages
 
     def _close_chunk(self) -> None:
         middle = self._binned(_CHUNK, BLOCK) if self._span > BLOCK else None
@@ -150,7 +224,7 @@ class Series:
         """Return the last points in bins of `span` of them each; the last bin may have fewer."""
         if points == 0:
             return np.empty(0, self._type)
-        rows = np.array(self._points[len(self._points) - points * self._columns :]).reshape(-1, self._columns)
+        rows = np.frombuffer(self._points[len(self._points) - points * self._columns :]).reshape(-1, self._columns)
         starts = np.arange(0, points, span)
         ends = np.append(starts[1:], points) - 1
         values = rows[:, 2]

@@ -38,7 +38,7 @@ from learnit_r8.types import Command
 
 QUEUE = 65536
 """Events that wait for the thread; more than that drops the oldest."""
-_SLICE = 60
+_SLICE = 250
 _BREATH = 5e-5
 """After so many events the thread naps for so long: the training thread may be waiting for the GIL."""
 _JOIN_SECONDS = 1.0
@@ -210,7 +210,8 @@ class Dashboard:
                 stopping = self._stopping
                 if stopping:
                     return
-            fresh = self._take_events()
+            due = face is None or stopping or face.due() or len(self._queue) > QUEUE // 2
+            fresh = self._take_events() if due else []
             delay = 1.0 if face is None else face.tick(self.model, fresh, self._clock())
             if stopping:
                 if face is not None:
@@ -226,13 +227,11 @@ class Dashboard:
 
     def _take_events(self) -> list[Event]:
         """Move what has been recorded into the model, at most one queue's worth."""
-        taken: list[Event] = []
-        for number in range(min(QUEUE, len(self._queue))):
-            event = self._queue.popleft()
-            taken.append(event)
-            self.model.consume(event)
-            if number % _SLICE == _SLICE - 1 and not self._stopping:
+        taken = [self._queue.popleft() for _ in range(min(QUEUE, len(self._queue)))]
+        for first in range(0, len(taken), _SLICE):
+            if first and not self._stopping:
                 time.sleep(_BREATH)
+            self.model.consume_all(taken[first : first + _SLICE])
         return taken
 
     def _sleep(self, seconds: float, inputs: tuple[int, ...]) -> None:

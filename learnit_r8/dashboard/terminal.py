@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from learnit_r8.dashboard.cells import Grid, Style, cell_width
 
@@ -41,8 +41,6 @@ _ATTRIBUTES: dict[Style, int] = {
     Style.TITLE: curses.A_BOLD,
     Style.REVERSE: curses.A_REVERSE,
 }
-_ROWS = 12
-"""Rows written at a stretch."""
 _REPLACED_BY_INITSCR = ("SIGINT", "SIGTERM", "SIGTSTP", "SIGWINCH")
 
 
@@ -60,7 +58,8 @@ class Canvas:
         self._fd = _anonymous_file()
         self._window = _initscr(self._fd, size)
         self._styles = _start_colours("NO_COLOR" in environment and environment["NO_COLOR"] != "")
-        self._shown, self._whole = Grid(0, 0), True
+        self._shown = self._last = Grid(0, 0)
+        self._whole = True
         self._pid = os.getpid()
         self._size = (0, 0)
         self._ahead = b""
@@ -88,18 +87,19 @@ class Canvas:
         with contextlib.suppress(curses.error):
             self._window.clearok(True)
 
-    def draw(self, grid: Grid, between: Callable[[], object] = lambda: None) -> bytes:
-        """Return the bytes that turn what was drawn before into `grid`; `between` is called now and then."""
+    def draw(self, grid: Grid) -> bytes:
+        """Return the bytes that turn what was drawn before into `grid`."""
         if (grid.width, grid.height) != self._size:
             self._resize(grid.width, grid.height)
-        for y in range(grid.height):
+        touched = grid.take_touched()
+        everything = self._whole or grid is not self._last
+        self._last = grid
+        for y in range(grid.height) if everything else touched:
             runs = grid.runs(y) if self._whole else grid.changes(self._shown, y)
             for x, text, style in runs:
                 self._put(y, x, text, self._styles.get(style, 0))
             if runs:
                 self._shown.restore(grid, y, 0, grid.width)
-            if y % _ROWS == 0:
-                between()
         self._whole = False
         with contextlib.suppress(curses.error):
             self._window.refresh()

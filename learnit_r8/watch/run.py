@@ -60,8 +60,7 @@ class WatchedRun:
         events = self._tail.poll(limit)
         if self._tail.restarted:
             self.model = DashboardModel()
-        for event in events:
-            self.model.consume(event)
+        self.model.consume_all(events)
         return events
 
     def read_all(self) -> None:
