@@ -28,7 +28,7 @@ from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.render import render
 
-STEPS, PER_EPOCH, PORTION = 1_000_000, 50_000, 20_000
+STEPS, PER_EPOCH, PORTION, BLOCK = 1_000_000, 50_000, 20_000, 250
 SIZES = ((80, 24), (120, 35), (200, 60))
 
 
@@ -52,8 +52,7 @@ def long_run() -> DashboardModel:
         )
         model.consume(e.MetricLogged(time, step, "val_loss", 0.5))
         model.consume(e.CheckpointSaved(time, step, f"ckpt/{epoch}", 10**8, 1.0))
-        for event in losses(step, PER_EPOCH, rng):
-            model.consume(event)
+        model.consume_all(losses(step, PER_EPOCH, rng))
     return model
 
 
@@ -81,8 +80,8 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     model, rounds = DashboardModel(), 3 if quick else 15
 
     def consume() -> None:
-        for event in portion:
-            model.consume(event)
+        for first in range(0, PORTION, BLOCK):
+            model.consume_all(portion[first : first + BLOCK])
 
     def dump() -> None:
         for event in portion:

@@ -52,7 +52,7 @@ class Painter:
     """
 
     def __init__(self, chart_seconds: float = 0.0, between: Callable[[], object] = lambda: None) -> None:
-        self._chart_seconds, self._between = chart_seconds, between
+        self.chart_seconds, self._between = chart_seconds, between
         self._grid = self._lines = Grid(0, 0)
         self._rects: list[Rect] = []
         self._tabs = False
@@ -161,12 +161,12 @@ class Painter:
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
             grown = points - drawn >= points * 0.5**view.window / (2 * rect.width)
-            patience = self._chart_seconds * (1 if grown else _CHART_PERIODS)
+            patience = self.chart_seconds * (1 if grown else _CHART_PERIODS)
             if shown != before or (points != drawn and abs(now - when) >= patience):
                 found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
         found.sort(key=lambda chart: chart[:3])
         most = sum(not chart[0] for chart in found) or 1
-        chosen = found[:most] if self._chart_seconds else found
+        chosen = found[:most] if self.chart_seconds else found
         self._charts.update({rect: state for *_, rect, state in chosen})
         return [rect for *_, rect, _ in chosen]
 

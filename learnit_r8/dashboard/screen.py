@@ -27,7 +27,8 @@ from learnit_r8.events import Event
 from learnit_r8.types import Command
 
 _LEAVE_SECONDS = 0.3
-_CHART_SECONDS = 1.0
+_CHART_FRAMES = 4
+"""A chart is drawn anew in every fourth frame at most: once a second, less often where frames come slowly."""
 _BREATH = 5e-5
 """A nap now and then lets the training thread have the GIL; one of 0 s would hardly ever hand it over."""
 _ESCAPE_SECONDS = 0.05
@@ -87,7 +88,7 @@ class Screen(Face):
     ) -> None:
         self._commands = commands
         self._look = look
-        self._painter = Painter(_CHART_SECONDS, _breathe)
+        self._painter = Painter(between=_breathe)
         self._keys = KeyDecoder()
         self._gpus = GpuMeter(environment)
         self._rate = FrameRate()
@@ -176,6 +177,7 @@ class Screen(Face):
             gpus=self._gpus.read() if scene.own else (),
             console_title=scene.title,
         )
+        self._painter.chart_seconds = _CHART_FRAMES * self._rate.period
         grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)
         data = self._canvas.draw(grid)
         self._spent = time.thread_time()
