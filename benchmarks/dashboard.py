@@ -234,6 +234,8 @@ def slowdown(rounds: int) -> list[dict[str, Any]]:
             row = {"step": kind, "rival": name, "ms": np.median(pairs[:, 0]) * 1e3, "wall_percent": wall}
             thread = 100 * np.sum(pairs[:, 2]) / np.sum(pairs[:, 0]) if name == "dashboard" else None
             row |= {"cpu_percent": None if kind == "sleep" else cpu, "thread_percent": thread, "rounds": rounds}
+            if name == "dashboard" and "tqdm" in times:
+                row["over_tqdm_percent"] = interval(pairs[:, 0] / times["tqdm"][:, 0])
             rows.append(row)
     return rows
 
@@ -298,7 +300,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([
         "one event handed over: " + ", ".join(f"{name} {value:.0f} ns" for name, value in results["record_ns"].items()),
         "a loop of 2 ms steps on a terminal",
-        columns(("step", "rival", "ms", "wall %", "CPU %", "its thread, % of a core"), loop),
+        columns(("step", "rival", "ms", "wall %", "CPU %", "its thread, % of a core", "wall % over tqdm"), loop),
         columns(("one frame", "render ms", "curses ms", "bytes sent"), frames),
         f"one event into the model: {results['consume_us']:.1f} us",
         f"memory, {kept['steps']:,} steps: {kept['a tenth_MB']:.1f} MB after a tenth, {kept['end_MB']:.1f} at the end",
