@@ -518,6 +518,7 @@ class R8Scheduler:
             self._control.interrupts.deliver(
                 self._saver.farewell(self._progress.global_step, writes=self._ranks.writes)
             )
+            self._begin()  # a handler of the user's own has returned
         if self._bus and self._bus.commanding:
             self._control.obey(self._progress.global_step, self._save_if_possible)
         self._safety.before_step(self._progress.global_step)

@@ -945,6 +945,89 @@ def test_a_handler_of_the_users_own_is_called_between_two_steps():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_run_goes_on_to_be_shown_after_a_handler_of_the_users_own():
+    reasons = []
+
+    class Ear:
+        def record(self, event):
+            if isinstance(event, (events.RunStarted, events.RunEnded)):
+                reasons.append(getattr(event, "reason", "started"))
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        caught = []
+        scheduler = R8Scheduler(32, 8, num_epochs=1, sinks=[Ear()], **BARE)
+
+        def body(batch):
+            caught.append(signal.getsignal(signal.SIGTERM))
+            if batch.step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        train(scheduler, before=body)
+        assert reasons == ["started", "stopped", "started", "finished"]
+        assert len(caught) == 4
+        assert len(set(caught)) == 1  # the next signal is kept for a step boundary, too
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_runs_whose_loops_overlap_leave_no_handler_behind(first):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    runs = [R8Scheduler(64, 8, num_epochs=2, **BARE) for _ in range(2)]
+    loops = [run.batch_iterator() for run in runs]
+    for _ in range(3):  # loops end and begin again on top of one another
+        for run, loop in zip(runs, loops, strict=True):
+            next(loop)
+            run.update_with_loss(1.0)
+        loops[0].close()
+        loops[0] = runs[0].batch_iterator()
+    for place in (first, 1 - first):
+        runs[place].close()
+        loops[place].close()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+OVERLAPPING = """
+import signal, sys
+from learnit_r8 import R8Scheduler
+
+number, stale, folder = getattr(signal, sys.argv[1]), sys.argv[2] == "stale", sys.argv[3]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runs = [R8Scheduler(64, 8, num_epochs=9, ui="off", checkpoint_dir=f"{folder}/{name}") for name in "ab"]
+left = runs[0].batch_iterator()
+next(left)  # as after an error in a notebook, which keeps the loop that it came from
+if not stale:
+    runs[0].update_with_loss(1.0)
+try:
+    for _ in runs[1].epoch_iterator():
+        for batch in runs[1].batch_iterator():
+            if batch.step == 3:
+                signal.raise_signal(number)
+            runs[1].update_with_loss(1.0)
+            if not stale:
+                next(left)
+                runs[0].update_with_loss(1.0)
+finally:
+    if not stale:
+        for run in runs:
+            run.close()
+"""
+
+
+@pytest.mark.parametrize(("name", "runs"), [("SIGINT", "stale"), ("SIGINT", "both"), ("SIGTERM", "both")])
+def test_one_signal_stops_runs_whose_loops_overlap_and_saves_them(name, runs, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", OVERLAPPING, name, runs, str(tmp_path)],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == -getattr(signal, name), done.stderr
+    assert done.stderr.count("after this step") == 1
+    assert saved_step(tmp_path / "b") == 4
+    if runs == "both":
+        assert saved_step(tmp_path / "a") == 4
+
+
 def test_a_loop_in_another_thread_catches_no_signals():
     before = signal.getsignal(signal.SIGINT)
     seen = []

@@ -15,7 +15,8 @@ _CAUGHT = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """Catches the first signal and keeps it for the loop; a second one acts at once.
 
-    It is a context manager, entered by every loop that is running.
+    It is a context manager, entered by every loop that is running. Several runs may be in their loops at the same
+    time: a signal is news for all of them, whichever is left first.
 
     Handlers can be set in the main thread only; elsewhere nothing is caught. A handler that the
     user has set is respected: it is called when the signal is delivered.
@@ -27,7 +28,7 @@ class Interrupts:
     def __init__(self, *, saves: bool = True) -> None:
         self._plan = "saving a checkpoint" if saves else "stopping"
         self.pending: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._outside: dict[int, Any] = {}  # the handlers that no run has set
         self._pid = 0
         self._loops = 0
 
@@ -43,24 +44,31 @@ class Interrupts:
 
     def catch(self) -> None:
         """Set the handlers, once."""
-        if self._previous or threading.current_thread() is not threading.main_thread():
+        if self in _catching or threading.current_thread() is not threading.main_thread():
             return
         self._pid = os.getpid()
+        _catching[:] = [run for run in _catching if run._pid == self._pid]  # after a fork the others are the parent's
         for number in _CAUGHT:
-            previous = signal.getsignal(number)
+            outside = signal.getsignal(number)
+            owner = getattr(outside, "__self__", None)
+            if isinstance(owner, Interrupts):
+                outside = owner._outside.get(number)
             # Ignored signals stay ignored (nohup); a handler set from C cannot be put back.
-            if previous is not None and previous is not signal.SIG_IGN:
-                self._previous[number] = previous
+            if outside is not None and outside is not signal.SIG_IGN:
+                self._outside[number] = outside
                 signal.signal(number, self._on_signal)
+        _catching.append(self)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.pending is None and os.getpid() == self._pid:
-            self.pending = number
+        if self.pending is None and self in _catching and os.getpid() == self._pid:
+            for run in _catching:
+                run.pending = number
             name = signal.Signals(number).name
             os.write(2, f"\n[r8] {name}: {self._plan} after this step; again to stop at once\n".encode())
             return
-        self.pending = None
-        self._deliver(number, frame)
+        for run in (self, *_catching):
+            run.pending = None
+        self._act(number, frame)
 
     def deliver(self, news: str) -> None:
         """Act on the signal that was kept, as if it had arrived now.
@@ -71,25 +79,35 @@ class Interrupts:
         number, self.pending = self.pending, None
         if number is None:
             return
-        if self._previous.get(number) is signal.default_int_handler:
-            self.release()
+        self.release()
+        if self._outside.get(number) is signal.default_int_handler:
             raise KeyboardInterrupt(news)
         os.write(2, f"[r8] {news}\n".encode())
-        self._deliver(number, sys._getframe())
+        if any(run.pending == number for run in _catching):
+            return  # another run is still to be saved: the last one acts
+        self._act(number, sys._getframe())
+        if self._loops:  # the user's handler has returned, and the loop goes on
+            self.catch()
 
-    def _deliver(self, number: int, frame: FrameType | None) -> None:
-        previous = self._previous.get(number, signal.SIG_DFL)
+    def _act(self, number: int, frame: FrameType | None) -> None:
+        outside = self._outside.get(number, signal.SIG_DFL)
         self.release()
-        if callable(previous):
-            previous(number, frame)
+        if callable(outside):
+            outside(number, frame)
         else:
+            for run in tuple(_catching):
+                run.release()
             signal.raise_signal(number)
 
     def release(self) -> None:
         """Put the former handlers back."""
-        if threading.current_thread() is not threading.main_thread():
+        if self not in _catching or threading.current_thread() is not threading.main_thread():
             return
-        while self._previous:
-            number, previous = self._previous.popitem()
+        _catching.remove(self)
+        for number, outside in self._outside.items():
             if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, previous)
+                signal.signal(number, _catching[-1]._on_signal if _catching else outside)
+
+
+_catching: list[Interrupts] = []
+"""The runs that catch signals now; the handlers that are set are the last one's."""
