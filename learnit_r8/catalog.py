@@ -354,7 +354,9 @@ class LossCatalog:
 
     def _resum(self) -> None:
         """Sum the estimates anew: of the seen samples, or with attribution of all (unseen ones are at the mean)."""
-        counted: Any = True if self._attribution is not None else self._rows["uses"] > 0
+        seen = self._rows["uses"] > 0
+        self._num_seen = int(np.count_nonzero(seen))  # a batch may have held an unseen sample twice
+        counted: Any = True if self._attribution is not None else seen
         self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=counted))
 
     def end_epoch(self) -> None:

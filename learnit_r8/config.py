@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from learnit_r8.errors import ConfigError
 
@@ -74,16 +74,6 @@ class Config:
         """Return the configuration that `to_json` wrote."""
         return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `R8Scheduler` that make this configuration again.
-
-        A strategy or schedule that was an object has a name that none is registered under.
-        """
-        values = self.to_json()
-        if values["scheduler_mode"] == "custom":
-            del values["scheduler_mode"]
-        return values
-
     def order_hash(self) -> str:
         """Return a hash of what decides the order of samples; equal on all ranks of a run."""
         names = ("num_samples", "batch_size", "seed", "drop_last", "strategy")
@@ -143,6 +133,12 @@ class Problems(list[str]):
             return Path(value)
         self.append(f"{name} must be a path or None, got {value!r}")
         return None
+
+    @classmethod
+    def of_settings(cls, settings: Any) -> Self:
+        """Check a dataclass whose fields must all be positive numbers."""
+        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        return cls(f"{name} must be positive, got {value!r}" for name, value in values.items() if not value > 0)
 
     def raise_if_any(self) -> None:
         """Raise one ConfigError that lists every problem, if there is one."""

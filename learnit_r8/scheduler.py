@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog, Rows
-from learnit_r8.config import Config
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
@@ -40,7 +39,7 @@ from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.presence import Presence
-from learnit_r8.loop.progress import Progress, Stage, check_state
+from learnit_r8.loop.progress import Progress, Stage, check_state, resumed_arguments
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
@@ -173,7 +172,7 @@ class R8Scheduler:
         self._ones = np.ones(config.batch_size, np.float32)
         self._progress = Progress()
         self._epoch_started = 0.0  # monotonic seconds
-        self._lr = 0.0
+        self._lr = self._lr_at(0)
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._resumed = self._begun = self._closed = False
 
@@ -199,7 +198,7 @@ class R8Scheduler:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the batch that was handed out last."""
+        """Learning rate of the batch that was handed out last; before the first one, that one's."""
         return self._lr
 
     @property
@@ -252,9 +251,10 @@ class R8Scheduler:
     def lr_now(self) -> float:
         """Return the learning rate for the oldest open batch as of now: a rollback since its issue counts."""
         ticket = self._desk.oldest
-        if ticket is None or self._search is not None:
-            return self._lr
-        position = self._budget.position(self._progress.epoch, ticket.cursor, self._chooser.batches)
+        return self._lr if ticket is None or self._search is not None else self._lr_at(ticket.cursor)
+
+    def _lr_at(self, cursor: int) -> float:
+        position = self._budget.position(self._progress.epoch, cursor, self._chooser.batches)
         return self._budget.learning_rate(position, self._safety.lr_multiplier(self._progress.global_step))
 
     def allow_lookahead(self, batches: int, prefetched: int = 0) -> None:
@@ -296,6 +296,9 @@ class R8Scheduler:
         self._begin()
         if self._progress.stage is Stage.DONE:
             self._progress.next_epoch()
+        if self._resumed and self._budget.over(self._progress.epoch):
+            self._resumed = False
+            warnings.warn(self._budget.nothing_left, RuntimeWarning, stacklevel=2)
         with self._control.interrupts:
             while not self._control.stop and not self._budget.over(self._progress.epoch):
                 if self._progress.stage is Stage.FRESH:
@@ -600,6 +603,9 @@ class R8Scheduler:
         check_state(loaded.state, self._config)
         if self._args.load is not None:  # first: it may fail, and nothing has changed yet
             self._args.load(str(loaded.model_path), from_ram=False)
+        elif loaded.holds_model:
+            message = f"there is no load_callback: the model in {loaded.path} was not loaded"
+            self._bus.emit(events.Notice, loaded.step, message, "warning")
         self.load_state_dict(loaded.state)
         self._saver.restored(loaded, self._progress.finished_epoch)
 
@@ -627,13 +633,15 @@ class R8Scheduler:
         """
         from learnit_r8.checkpoint import resolve
 
-        loaded = resolve(path)
-        arguments = Config.from_json(loaded.state["config"]).arguments()
-        if "num_epochs" in new_goals or "train_duration_seconds" in new_goals:
-            arguments |= {"num_epochs": None, "train_duration_seconds": None}
-        arguments |= new_goals
+        damaged: list[tuple[Path, str]] = []
+        loaded = resolve(path, on_corrupt=lambda bad, reason: damaged.append((bad, reason)))
+        arguments = resumed_arguments(loaded.state, new_goals)
         scheduler = cls(**arguments, save_callback=save_callback, load_callback=load_callback)
+        for bad, reason in damaged:
+            scheduler._saver.passed_over(bad, reason)
         scheduler._restore(loaded)
+        if "checkpoint_dir" not in new_goals:
+            scheduler._saver.compare_directory(loaded.path.parent)
         return scheduler
 
     def state_dict(self) -> State:
@@ -687,6 +695,7 @@ class R8Scheduler:
         self._safety.load_state_dict(state["safety"])
         self._guard.load_state_dict(state["guard"])
         self._epoch_started = self._clock.monotonic()
+        self._lr = self._lr_at(self._chooser.drawn)
         self._control.stop = None
         self._begun = False
         self._resumed = True

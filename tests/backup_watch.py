@@ -10,19 +10,7 @@ import numpy as np
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.events import RolledBack
-
-
-class Still:
-    """A clock that stands still: backups, which are paced by time, cost nothing and come as often as they may."""
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def wall(self) -> float:
-        return 0.0
-
-    def sleep(self, seconds: float) -> None:
-        raise AssertionError("nothing waits here")
+from learnit_r8.testing import FakeClock
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -85,7 +73,7 @@ class BackupWatch:
         self._restored: list[list[bytes]] = []
         self._kept: list[tuple[Any, list[bytes]]] = []
         self._targets: list[int] = []
-        self.scheduler = make(sinks=[self], clock=Still(), backup_every=4, **options)
+        self.scheduler = make(sinks=[self], clock=FakeClock(), backup_every=4, **options)
         self.scheduler.attach_model = partial(self._attach, self.scheduler.attach_model)
 
     def factor(self) -> float:

@@ -19,21 +19,11 @@ import numpy as np
 SAMPLES, BATCH, EPOCHS, FEATURES = 800, 8, 10, 4
 
 
-class Still:
-    """Time stands still: backups are paced by it, and a single process has to take those that ranks take."""
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def wall(self) -> float:
-        return 0.0
-
-    def sleep(self, seconds: float) -> None:
-        raise AssertionError("nothing waits here")
-
-
 def one_rank() -> dict:
-    return {"rank": 0, "world_size": 1, "all_gather": None, "clock": Still()}
+    """Return the arguments of a single process; time stands still: backups are paced by it, and ranks take them all."""
+    from learnit_r8.testing import FakeClock
+
+    return {"rank": 0, "world_size": 1, "all_gather": None, "clock": FakeClock()}
 
 
 class Training:

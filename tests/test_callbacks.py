@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from learnit_r8 import CheckpointError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 
 STATE = {"epoch": 3}
@@ -137,7 +138,7 @@ def test_any_answer_but_false_is_success(answer):
 
 
 def test_false_means_failure():
-    with pytest.raises(RuntimeError, match="save_callback returned False"):
+    with pytest.raises(CheckpointError, match="save_callback returned False"):
         save_with(lambda filepath: False)
     with pytest.raises(RuntimeError, match="load_callback returned False"):
         LoadCallback(lambda source: False)("x", from_ram=True)

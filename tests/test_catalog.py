@@ -93,6 +93,15 @@ def test_an_unseen_sample_is_expected_to_be_like_the_others():
     assert catalog.look_up(np.array([1, 2])).expected == pytest.approx((3.0 + 2.0) / 2)
 
 
+def test_an_unseen_sample_that_a_batch_holds_twice_is_counted_once():
+    catalog = LossCatalog(4)
+    catalog.record(catalog.look_up(np.array([1, 1, 2])), np.array([1.0, 1.0, 3.0], np.float32), 0)
+    catalog.refresh_quadrants(np.random.default_rng(0))
+    assert catalog.num_seen == 2
+    assert catalog.confidence == 0.5
+    assert catalog.mean_expected == 2.0
+
+
 def test_correctness_counts_losses_below_ln_two():
     catalog = LossCatalog(2)
     for losses in ([0.69, 0.70], [0.1, 0.1], [0.5, 2.0]):

@@ -387,6 +387,6 @@ def test_shards_of_different_sizes_are_refused():
 
 
 def test_one_shard_alone_runs_too():
-    shard = Shard(driver.one_rank() | {"clock": driver.Still()}).go(nan_at=50)
+    shard = Shard(driver.one_rank()).go(nan_at=50)
     assert shard.restored == [50]
     assert shard.scheduler.global_step == 200

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from learnit_r8 import Batch, ProtocolError, R8Scheduler, Verdict, events
-from learnit_r8.clock import Clock
+from learnit_r8.testing import FakeClock
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = {"use_curses": False, "checkpoint_dir": None}
@@ -33,20 +33,6 @@ class Ear:
 
     def of(self, kind):
         return [event for event in self.heard if isinstance(event, kind)]
-
-
-class FakeClock:
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-    def wall(self):
-        return 1.7e9 + self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
 
 
 def train(scheduler, loss=lambda batch: np.ones(len(batch.indices)), before=lambda batch: None):
@@ -449,13 +435,13 @@ def test_a_time_budget_ends_the_run_and_the_rate_follows_the_time():
     rates = []
 
     def step(batch):
-        rates.append((clock.now, batch.lr))
-        clock.now += 0.5 if batch.step % 2 else 1.5  # uneven steps: time counts, not steps
+        rates.append((clock.monotonic(), batch.lr))
+        clock.advance(0.5 if batch.step % 2 else 1.5)  # uneven steps: time counts, not steps
         return np.ones(10)
 
     done = train(scheduler, step)
     assert len(done) == 100
-    assert clock.now == pytest.approx(100.0)
+    assert clock.monotonic() == pytest.approx(100.0)
     assert list(scheduler.epoch_iterator()) == []
     assert max(lr for _, lr in rates) == pytest.approx(1.0, rel=0.02)
     assert rates[-1][1] == pytest.approx(0.1, abs=0.01)
@@ -472,14 +458,14 @@ def test_time_spent_before_a_resume_counts_and_time_between_does_not():
     def run(scheduler, stop):
         for _ in scheduler.epoch_iterator():
             for _ in scheduler.batch_iterator():
-                clock.now += 1
+                clock.advance(1)
                 scheduler.update_with_loss(np.ones(10))
                 if scheduler.global_step == stop:
                     return
 
     run(scheduler, 20)
     state = scheduler.state_dict()
-    clock.now += 10_000
+    clock.advance(10_000)
     resumed = R8Scheduler(100, 10, train_duration_seconds=50, clock=clock, **BARE)
     resumed.load_state_dict(state)
     run(resumed, None)
@@ -490,7 +476,7 @@ def test_a_finished_time_budget_goes_on_when_there_is_more_time():
     clock = FakeClock()
 
     def run(scheduler):
-        train(scheduler, lambda batch: setattr(clock, "now", clock.now + 1) or np.ones(10))
+        train(scheduler, lambda batch: clock.advance(1) or np.ones(10))
         return scheduler
 
     first = run(R8Scheduler(100, 10, train_duration_seconds=20, clock=clock, **BARE))
@@ -1044,10 +1030,6 @@ def test_a_loop_in_another_thread_catches_no_signals():
 def test_a_second_nan_right_after_a_rollback_finds_the_backup_that_the_first_one_left():
     """The rollback to a backup forgets the later ones; what is left is the last resort then."""
 
-    class Still(Clock):  # backups are paced by time
-        def monotonic(self) -> float:
-            return 0.0
-
     restored = []
     scheduler = R8Scheduler(
         96,
@@ -1058,7 +1040,7 @@ def test_a_second_nan_right_after_a_rollback_finds_the_backup_that_the_first_one
         load_callback=restored.append,
         checkpoint_dir=None,
         ui="off",
-        clock=Still(),
+        clock=FakeClock(),  # backups are paced by time
     )
     for _ in scheduler.epoch_iterator():
         for _ in scheduler.batch_iterator():

@@ -149,6 +149,62 @@ MISTAKES = {
             ("load_callback", "(source) or (source, from_ram)"),
         )
     },
+    "a state_callback that forgets to return": (
+        program("100, 10, num_epochs=1, state_callback=lambda: None, load_callback=print", "pass"),
+        "error",
+        "a backup needs the model's state, got None: does state_callback return it?",
+    ),
+    "checkpoints without a save_callback": (
+        program("100, 10, num_epochs=1, checkpoint_every='epoch'", loop=REPORT),
+        "shown",
+        "there is no save_callback: the checkpoints hold the run's state, not the model",
+    ),
+    "a save_callback that writes nothing": (
+        program("100, 10, num_epochs=2, checkpoint_every='epoch', save_callback=lambda path: None", loop=REPORT),
+        "shown",
+        "save_callback wrote nothing to the path that it got: the checkpoint holds no model",
+    ),
+    "a model that is not loaded": (
+        FIRST_RUN.replace("ui='off'", "ui='off', save_callback=lambda path: open(path, 'w').close()")
+        + "\nscheduler = R8Scheduler.resume_from_checkpoint('checkpoints', ui='log', num_epochs=2)"
+        + REPORT,
+        "shown",
+        "checkpoints/step-000000010 was not loaded",
+    ),
+    "a resume in another folder": (
+        FIRST_RUN + "\nimport os\nos.mkdir('other'); os.chdir('other')\n"
+        "scheduler = R8Scheduler.resume_from_checkpoint('../checkpoints', ui='log', num_epochs=2)" + REPORT,
+        "shown",
+        "other/checkpoints, not to ",
+    ),
+    "a resume of a finished run": (
+        FIRST_RUN + "\nscheduler = R8Scheduler.resume_from_checkpoint('checkpoints')" + REPORT,
+        "error",
+        "RuntimeWarning: nothing is left to train: the run has spent its num_epochs=1; give a larger number to go on",
+    ),
+    "a resume of a run whose time is spent": (
+        FIRST_RUN.replace("num_epochs=1", "train_duration_seconds=0.2")
+        + "scheduler.save_checkpoint()\nscheduler = R8Scheduler.resume_from_checkpoint('checkpoints')"
+        + REPORT,
+        "error",
+        "RuntimeWarning: nothing is left to train: the run has spent its train_duration_seconds=0.2; give a larger",
+    ),
+    "a schedule of one's own that is not given again": (
+        FIRST_RUN.replace("ui=", "scheduler_mode=lambda progress: 1 - progress, ui=")
+        + "\nR8Scheduler.resume_from_checkpoint('checkpoints', num_epochs=2)",
+        "error",
+        "scheduler_mode: the run had one of your own (custom), which no checkpoint holds: give it again",
+    ),
+    "a checkpoint directory that is a file": (
+        "open('checkpoints', 'w').close()\n" + program("100, 10, num_epochs=1, checkpoint_every=5", "pass"),
+        "error",
+        "checkpoint_dir must be a folder, got 'checkpoints', which is a file",
+    ),
+    "a log directory that is a file": (
+        "open('run', 'w').close()\n" + program("100, 10, num_epochs=1, log_dir='run'", "pass"),
+        "error",
+        "log_dir must be a folder, got 'run', which is a file",
+    ),
     "a state_callback with an argument": (
         program("100, 10, num_epochs=1, state_callback=lambda model: None", "pass"),
         "error",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from learnit_r8 import CheckpointError, ConfigError, R8Scheduler, events
+from learnit_r8.sinks import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,7 +134,8 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path):
     model = Model()
     path = train(make(model, tmp_path, num_epochs=2), model).save_checkpoint(is_final=True)
     same = R8Scheduler.resume_from_checkpoint(path, model.save, model.load)
-    assert list(same.epoch_iterator()) == []
+    with pytest.warns(RuntimeWarning, match="nothing is left to train: the run has spent its num_epochs=2"):
+        assert list(same.epoch_iterator()) == []
     more = R8Scheduler.resume_from_checkpoint(path, model.save, model.load, num_epochs=3)
     log = []
     train(more, model, log=log)
@@ -208,12 +210,25 @@ def test_a_strategy_and_a_schedule_of_the_users_own_are_given_again(strategy, tm
     reference_model = Model()
     reference = train(make(reference_model, None, **arguments()), reference_model, log=log)
     path = train(make(model, tmp_path, **arguments()), model, stop=13).save_checkpoint()
-    with pytest.raises(ConfigError, match="strategy must be one of"):
+    with pytest.raises(ConfigError) as caught:
         R8Scheduler.resume_from_checkpoint(path, model.save, model.load)
+    assert [problem.split(": the run had one of your own")[0] for problem in caught.value.problems] == list(arguments())
     resumed = R8Scheduler.resume_from_checkpoint(path, model.save, model.load, **arguments())
     train(resumed, model, log=rest)
     assert rest == log[13:]
     assert_same_end(resumed, model, reference, reference_model)
+
+
+def test_the_learning_rate_is_known_before_the_first_batch(tmp_path):
+    model, log = Model(), []
+    scheduler = make(model, tmp_path)
+    first = scheduler.lr
+    path = train(scheduler, model, stop=13, log=log).save_checkpoint()
+    assert first == log[0][-1] > 0
+    resumed = R8Scheduler.resume_from_checkpoint(path, model.save, model.load)
+    next_one = resumed.lr
+    train(resumed, model, log=log)
+    assert next_one == log[13][-1] > 0
 
 
 # Which checkpoint ------------------------------------------------------------------------------
@@ -231,7 +246,8 @@ def test_a_directory_means_its_newest_checkpoint_and_an_empty_one_is_not_found(t
     assert R8Scheduler.resume_from_checkpoint(tmp_path / "c", model.save, model.load).global_step == 54
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_that_is_heard(tmp_path):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_that_is_heard(resumed, tmp_path):
     model = Model()
     scheduler = make(model, tmp_path)
     for stop in (5, 15):
@@ -246,10 +262,21 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_that_is_heard(tmp_path):
         def record(self, event):
             heard.append(event)
 
-    fresh = make(model, tmp_path, sinks=[Ear()])
-    fresh.load_checkpoint(tmp_path)
+    def load():
+        fresh = make(model, tmp_path, sinks=[Ear()])
+        fresh.load_checkpoint(tmp_path)
+        return fresh
+
+    def resume():
+        return R8Scheduler.resume_from_checkpoint(tmp_path, model.save, model.load, log_dir=tmp_path)
+
+    with pytest.warns(RuntimeWarning, match="a checkpoint is passed over: .* is damaged.*it is now step-.*corrupt"):
+        fresh = (resume if resumed else load)()
     assert fresh.global_step == 5
-    assert any(isinstance(event, events.CheckpointFailed) for event in heard)
+    if resumed:
+        train(fresh, model)
+        heard = list(read_events(tmp_path / "events.jsonl"))  # which did not exist when the checkpoint was loaded
+    assert [event.reason for event in heard if isinstance(event, events.CheckpointFailed)]
     assert [event.step for event in heard if isinstance(event, events.CheckpointLoaded)] == [5]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from learnit_r8 import R8Scheduler, events
-from tests.backup_watch import Still
+from learnit_r8.testing import FakeClock
 
 
 class Run:
@@ -19,7 +19,7 @@ class Run:
         self.nan_at = nan_at
         self.seen, self.heard = [], []
         self.scheduler = R8Scheduler(
-            400, 10, num_epochs=3, strategy="uniform", checkpoint_dir=None, ui="off", backup_every=5, clock=Still(),
+            400, 10, num_epochs=3, strategy="uniform", checkpoint_dir=None, ui="off", backup_every=5, clock=FakeClock(),
             sinks=[self], rollback_data=rollback_data, state_callback=lambda: {"w": self.weights},
             load_callback=self.load, **more,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 
 from learnit_r8 import Command, R8Scheduler, Sink, events
 from learnit_r8.sinks import EventBus, JsonlSink, read_events
+from learnit_r8.testing import FakeClock
 
 
 class Ear:
@@ -56,19 +57,11 @@ class Failing(Ear):
             raise self.error("the disk is full")
 
 
-class FakeClock:
-    def __init__(self):
-        self.now = 0.0
-        self.on_sleep = lambda: None
-
-    def monotonic(self):
-        return self.now
-
-    def wall(self):
-        return 1.7e9 + self.now
+class SleeperClock(FakeClock):
+    on_sleep = staticmethod(lambda: None)
 
     def sleep(self, seconds):
-        self.now += seconds
+        super().sleep(seconds)
         self.on_sleep()
 
 
@@ -159,13 +152,13 @@ def test_the_training_result_is_the_same_with_and_without_sinks():
 
 def test_pause_waits_until_resume():
     remote = Remote({3: [Command.PAUSE]})
-    clock = FakeClock()
-    clock.on_sleep = lambda: remote.commands.append(Command.RESUME) if clock.now > 1.0 else None
+    clock = SleeperClock()
+    clock.on_sleep = lambda: remote.commands.append(Command.RESUME) if clock.monotonic() > 1.0 else None
     with make([remote], clock=clock) as scheduler:
         train(scheduler)
         assert scheduler.global_step == 12
     assert [(event.step, event.paused) for event in remote.of(events.Paused)] == [(4, True), (4, False)]
-    assert clock.now > 1.0
+    assert clock.monotonic() > 1.0
 
 
 def test_a_paused_run_goes_on_when_the_sink_that_paused_it_is_lost():
@@ -176,7 +169,7 @@ def test_a_paused_run_goes_on_when_the_sink_that_paused_it_is_lost():
         remote.record = raise_later.record
         scheduler._bus.remove(remote)
 
-    clock = FakeClock()
+    clock = SleeperClock()
     clock.on_sleep = lose
     with make([remote], clock=clock) as scheduler:
         train(scheduler)
@@ -196,7 +189,7 @@ def test_stop_after_step_ends_both_loops_and_the_run_can_go_on():
 
 def test_a_paused_run_can_be_stopped():
     remote = Remote({3: [Command.PAUSE]})
-    clock = FakeClock()
+    clock = SleeperClock()
     clock.on_sleep = lambda: remote.commands.append(Command.STOP_AFTER_STEP)
     with make([remote], clock=clock) as scheduler:
         train(scheduler)

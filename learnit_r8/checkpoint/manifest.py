@@ -51,6 +51,11 @@ class Manifest:
         """Size of all files but the manifest."""
         return sum(record.nbytes for record in self.files.values())
 
+    @property
+    def holds_model(self) -> bool:
+        """Whether there is more in it than the run's own state."""
+        return bool(self.files.keys() - {STATE, ARRAYS})
+
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the text of manifest.json: the one and only spelling of its content, hashed in itself."""

@@ -98,6 +98,11 @@ class LoadedCheckpoint:
     step: int
     manifest: Manifest
 
+    @property
+    def holds_model(self) -> bool:
+        """Whether `write_model` wrote anything."""
+        return self.manifest.holds_model
+
 
 class CheckpointStore:
     """The checkpoints of one run, in one directory.
@@ -174,6 +179,8 @@ class CheckpointStore:
             self._fs.sync_directory(self.directory)
             problems = self._strangers(serial) + self._tidy(path, manifest)
             self._last_serial = serial
+        if write_model is not None and not manifest.holds_model:
+            problems += ("save_callback wrote nothing to the path that it got: the checkpoint holds no model",)
         return SavedCheckpoint(path, manifest.nbytes, self._clock() - start, problems)
 
     def load(self, path: str | Path) -> LoadedCheckpoint:

@@ -86,6 +86,8 @@ def write_manifest(fs: FileSystem, root: Path, manifest: Manifest) -> None:
 def _call_writer(write_model: Callable[[Path], object], path: Path) -> None:
     try:
         result = write_model(path)
+    except CheckpointError:  # it says what is wrong itself
+        raise
     except Exception as error:
         raise CheckpointError(f"the save callback raised {type(error).__name__}: {error}") from error
     if result is False or (isinstance(result, np.bool_) and not result):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,109 +39,45 @@ class Arguments:
     clock: Clock
 
 
-def check_arguments(
-    *,
-    num_samples: Any,
-    batch_size: Any,
-    num_epochs: Any,
-    train_duration_seconds: Any,
-    initial_lr: Any,
-    scheduler_mode: Any,
-    warmup_proportion: Any,
-    min_lr: Any,
-    auto_find_lr: Any,
-    strategy: Any,
-    save_callback: Any,
-    load_callback: Any,
-    state_callback: Any,
-    backup_every: Any,
-    checkpoint_dir: Any,
-    checkpoint_every: Any,
-    keep_checkpoints: Any,
-    use_curses: Any,
-    ui: Any,
-    sinks: Any,
-    log_dir: Any,
-    noise_guard: Any,
-    groups: Any,
-    seed: Any,
-    drop_last: Any,
-    lookahead: Any,
-    rollback_data: Any,
-    rank: Any,
-    world_size: Any,
-    all_gather: Any,
-    clock: Any,
-) -> Arguments:
+def check_arguments(**given: Any) -> Arguments:
     """Return the arguments, checked.
+
+    Args:
+        **given: All arguments of `R8Scheduler`.
 
     Raises:
         ConfigError: Lists every problem with what came and what is allowed.
     """
-    problems = Problems()
-    peak = problems.real("initial_lr", initial_lr, 0.0, open_low=True)
-    floor = problems.real("min_lr", min_lr, 0.0)
-    if floor > peak and peak > 0:
-        problems.append(f"min_lr must not exceed initial_lr, got min_lr={min_lr!r} and initial_lr={initial_lr!r}")
-    warmup = problems.real("warmup_proportion", warmup_proportion, 0.0, 1.0)
-    chosen, strategy_name = _strategy(problems, strategy)
-    schedule, schedule_name = _schedule(problems, scheduler_mode, warmup)
-    save = _callback(problems, "save_callback", save_callback, SaveCallback)
-    load = _callback(problems, "load_callback", load_callback, LoadCallback)
-    snapshot = problems.function("state_callback", state_callback)
-    if snapshot is not None and not accepts(snapshot, 0):
-        problems.append(f"state_callback must take no arguments and return the model's state, got {snapshot!r}")
-    find_lr = problems.flag("auto_find_lr", auto_find_lr)
-    if find_lr and (load is None or (snapshot is None and save is None)):
-        problems.append(
-            "auto_find_lr needs load_callback, and state_callback or save_callback, to undo the search: give both"
-        )
-    ahead = problems.integer("lookahead", lookahead, 1)
-    if find_lr and ahead > 1:
-        problems.append(
-            f"auto_find_lr needs lookahead=1, got lookahead={ahead}: each loss decides the search's next rate; "
-            "find the rate in a short run of its own, and give it as initial_lr"
-        )
-    size = problems.integer("num_samples", num_samples, 1, MAX_SAMPLES)
-    batch = problems.integer("batch_size", batch_size, 1)
-    whole = problems.flag("drop_last", drop_last)
-    if whole and batch > size:
-        problems.append(
-            f"drop_last=True with batch_size={batch} > num_samples={size} leaves no batch: lower batch_size"
-        )
-    epochs, seconds = _budget(problems, num_epochs, train_duration_seconds)
-    world = problems.integer("world_size", world_size, 1)
-    gather = problems.function("all_gather", all_gather)
-    place = problems.integer("rank", rank, 0, max(world - 1, 0))
-    if world > 1 and gather is None:
-        problems.append(f"all_gather is needed when world_size={world}: see learnit_r8.integrations.distributed")
-    if world > batch:
-        problems.append(f"batch_size is the global batch and must be >= world_size={world}, got {batch_size!r}")
-    elif world > size:
-        problems.append(f"num_samples must be >= world_size={world}, got {num_samples!r}: each rank needs a sample")
+    problems, args = Problems(), SimpleNamespace(**given)
+    chosen, strategy_name = _strategy(problems, args.strategy)
+    rates = _rates(problems, args)
+    schedule, schedule_name = _schedule(problems, args.scheduler_mode, rates["warmup_proportion"])
+    save = _callback(problems, "save_callback", args.save_callback, SaveCallback)
+    load = _callback(problems, "load_callback", args.load_callback, LoadCallback)
+    snapshot = _state_callback(problems, args.state_callback)
+    sizes = _sizes(problems, args)
+    every = args.backup_every
     config = Config(
-        num_samples=size,
-        batch_size=batch,
-        num_epochs=epochs,
-        train_duration_seconds=seconds,
-        initial_lr=peak,
+        **sizes,
+        **_budget(problems, args.num_epochs, args.train_duration_seconds),
+        **rates,
+        **_search(problems, args, undo=load is not None and (snapshot or save) is not None),
         scheduler_mode=schedule_name,
-        warmup_proportion=warmup,
-        min_lr=floor,
-        auto_find_lr=find_lr,
         strategy=strategy_name,
-        backup_every=None if backup_every is None else problems.integer("backup_every", backup_every, 1),
-        checkpoint_dir=_text(problems.path("checkpoint_dir", checkpoint_dir)),
-        checkpoint_every=_cadence(problems, checkpoint_every, checkpoint_dir),
-        keep_checkpoints=problems.integer("keep_checkpoints", keep_checkpoints, 1),
-        log_dir=_text(problems.path("log_dir", log_dir)),
-        noise_guard=problems.choice("noise_guard", noise_guard, NOISE_GUARDS),
-        seed=problems.integer("seed", seed, 0),
-        drop_last=whole,
-        lookahead=ahead,
-        world_size=world,
-        rollback_data=problems.choice("rollback_data", rollback_data, ROLLBACK_DATA),
+        backup_every=None if every is None else problems.integer("backup_every", every, 1),
+        checkpoint_dir=_folder(problems, "checkpoint_dir", args.checkpoint_dir, used=args.checkpoint_every is not None),
+        checkpoint_every=_cadence(problems, args.checkpoint_every, args.checkpoint_dir),
+        keep_checkpoints=problems.integer("keep_checkpoints", args.keep_checkpoints, 1),
+        log_dir=_folder(problems, "log_dir", args.log_dir, used=True),
+        noise_guard=problems.choice("noise_guard", args.noise_guard, NOISE_GUARDS),
+        seed=problems.integer("seed", args.seed, 0),
+        rollback_data=problems.choice("rollback_data", args.rollback_data, ROLLBACK_DATA),
     )
+    gather = problems.function("all_gather", args.all_gather)
+    if config.world_size > 1 and gather is None:
+        problems.append(
+            f"all_gather is needed when world_size={config.world_size}: see learnit_r8.integrations.distributed"
+        )
     arguments = Arguments(
         config=config,
         strategy=chosen,
@@ -149,31 +85,87 @@ def check_arguments(
         save=save,
         load=load,
         state_callback=snapshot,
-        sinks=_sinks(problems, sinks),
-        ui=_ui(problems, ui, use_curses),
-        groups=_groups(problems, groups, size),
-        rank=place,
+        sinks=_sinks(problems, args.sinks),
+        ui=_ui(problems, args.ui, args.use_curses),
+        groups=_groups(problems, args.groups, config.num_samples),
+        rank=problems.integer("rank", args.rank, 0, max(config.world_size - 1, 0)),
         all_gather=gather,
-        clock=_clock(problems, clock),
+        clock=_clock(problems, args.clock),
     )
     problems.raise_if_any()
     return arguments
 
 
-def _text(path: Path | None) -> str | None:
+def _rates(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
+    peak = problems.real("initial_lr", args.initial_lr, 0.0, open_low=True)
+    floor = problems.real("min_lr", args.min_lr, 0.0)
+    if floor > peak and peak > 0:
+        problems.append(
+            f"min_lr must not exceed initial_lr, got min_lr={args.min_lr!r} and initial_lr={args.initial_lr!r}"
+        )
+    warmup = problems.real("warmup_proportion", args.warmup_proportion, 0.0, 1.0)
+    return {"initial_lr": peak, "min_lr": floor, "warmup_proportion": warmup}
+
+
+def _sizes(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
+    size = problems.integer("num_samples", args.num_samples, 1, MAX_SAMPLES)
+    batch = problems.integer("batch_size", args.batch_size, 1)
+    whole = problems.flag("drop_last", args.drop_last)
+    if whole and batch > size:
+        problems.append(
+            f"drop_last=True with batch_size={batch} > num_samples={size} leaves no batch: lower batch_size"
+        )
+    world = problems.integer("world_size", args.world_size, 1)
+    if world > batch:
+        problems.append(f"batch_size is the global batch and must be >= world_size={world}, got {args.batch_size!r}")
+    elif world > size:
+        problems.append(
+            f"num_samples must be >= world_size={world}, got {args.num_samples!r}: each rank needs a sample"
+        )
+    return {"num_samples": size, "batch_size": batch, "drop_last": whole, "world_size": world}
+
+
+def _search(problems: Problems, args: SimpleNamespace, *, undo: bool) -> dict[str, Any]:
+    wanted = problems.flag("auto_find_lr", args.auto_find_lr)
+    if wanted and not undo:
+        problems.append(
+            "auto_find_lr needs load_callback, and state_callback or save_callback, to undo the search: give both"
+        )
+    ahead = problems.integer("lookahead", args.lookahead, 1)
+    if wanted and ahead > 1:
+        problems.append(
+            f"auto_find_lr needs lookahead=1, got lookahead={ahead}: each loss decides the search's next rate; "
+            "find the rate in a short run of its own, and give it as initial_lr"
+        )
+    return {"auto_find_lr": wanted, "lookahead": ahead}
+
+
+def _state_callback(problems: Problems, function: Any) -> Callable[[], Any] | None:
+    snapshot = problems.function("state_callback", function)
+    if snapshot is not None and not accepts(snapshot, 0):
+        problems.append(f"state_callback must take no arguments and return the model's state, got {snapshot!r}")
+    return snapshot
+
+
+def _folder(problems: Problems, name: str, value: Any, *, used: bool) -> str | None:
+    path = problems.path(name, value)
+    if path is not None and used and path.is_file():
+        problems.append(f"{name} must be a folder, got {str(path)!r}, which is a file")
     return None if path is None else str(path)
 
 
-def _budget(problems: Problems, epochs: Any, seconds: Any) -> tuple[int | None, float | None]:
+def _budget(problems: Problems, epochs: Any, seconds: Any) -> dict[str, Any]:
     if (epochs is None) == (seconds is None):
         problems.append(
             f"give exactly one of num_epochs and train_duration_seconds, got num_epochs={epochs!r} and "
             f"train_duration_seconds={seconds!r}"
         )
-    return (
-        None if epochs is None else problems.integer("num_epochs", epochs, 1),
-        None if seconds is None else problems.real("train_duration_seconds", seconds, 0.0, open_low=True),
-    )
+    return {
+        "num_epochs": None if epochs is None else problems.integer("num_epochs", epochs, 1),
+        "train_duration_seconds": (
+            None if seconds is None else problems.real("train_duration_seconds", seconds, 0.0, open_low=True)
+        ),
+    }
 
 
 def _strategy(problems: Problems, strategy: Any) -> tuple[Strategy, str]:

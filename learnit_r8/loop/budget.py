@@ -58,6 +58,13 @@ class Budget:
         """Whether the wall-clock budget is spent; never when the budget is epochs."""
         return self._seconds is not None and self.elapsed >= self._seconds
 
+    @property
+    def nothing_left(self) -> str:
+        """What to tell who resumes a run whose budget is spent."""
+        epochs, seconds = self._config.num_epochs, self._seconds
+        spent = f"num_epochs={epochs}" if seconds is None else f"train_duration_seconds={seconds:g}"
+        return f"nothing is left to train: the run has spent its {spent}; give a larger number to go on"
+
     def position(self, epoch: int, batch: int, batches: int) -> tuple[float, float]:
         """Return (steps done, steps in all) of a full-length run.
 

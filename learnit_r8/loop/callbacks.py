@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from learnit_r8.errors import CheckpointError
+
 
 class SaveCallback:
     """`save_callback(state_dict, filepath)`, or `save_callback(filepath)`.
@@ -28,11 +30,11 @@ class SaveCallback:
         """Save the model at `path`.
 
         Raises:
-            RuntimeError: The user's function returned False.
+            CheckpointError: The user's function returned False.
         """
         arguments = (state(), str(path)) if self._with_state else (str(path),)
         if self._function(*arguments) is False:
-            raise RuntimeError("save_callback returned False")
+            raise CheckpointError("save_callback returned False")
 
 
 class LoadCallback:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from learnit_r8 import events
@@ -32,7 +33,8 @@ class Presence:
         self._catalog = catalog
         self._rank = rank
         self._display: Sink | None = None
-        self._logging = False
+        self._log: Sink | None = None
+        self._begun = False
         self._logged_at: int | None = None
 
     def begin(self, step: int, elapsed: float, *, resumed: bool) -> None:
@@ -43,11 +45,13 @@ class Presence:
             elapsed: Training seconds so far.
             resumed: The run goes on from a checkpoint.
         """
+        missed = () if self._begun else tuple(self._bus.recent)
+        self._begun = True
         self._open_display()
         config = self._config
-        if config.log_dir is not None and not self._logging and self._rank == 0:
-            self._bus.add(JsonlSink(Path(config.log_dir) / "events.jsonl"))
-            self._logging = True
+        if config.log_dir is not None and self._log is None and self._rank == 0:
+            self._log = JsonlSink(Path(config.log_dir) / "events.jsonl")
+            self._bus.add(self._log)
         self._bus.emit(
             events.RunStarted,
             step,
@@ -66,6 +70,13 @@ class Presence:
                 "the whole data set: give a smaller batch_size"
             )
             self._bus.emit(events.Notice, step, message, "warning")
+        if config.checkpoint_every is not None and self._args.save is None and self._rank == 0:
+            message = "there is no save_callback: the checkpoints hold the run's state, not the model"
+            self._bus.emit(events.Notice, step, message, "warning")
+        for sink in filter(None, (self._display, self._log)):
+            for event in missed:  # what a resume loaded, and which checkpoint it passed over
+                with suppress(Exception):  # the bus drops a sink that fails, at the next event
+                    sink.record(event)
 
     def _open_display(self) -> None:
         """Open the best display that there is; it is one sink among the others."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from learnit_r8.config import Config
 from learnit_r8.errors import ConfigError
+from learnit_r8.strategies.base import names
 
 
 class Stage(StrEnum):
@@ -95,6 +96,34 @@ class Progress:
 _PARTS = (
     "config", *Progress.__slots__, "searched", "budget", "tickets", "chooser", "catalog", "guard", "safety",
 )  # fmt: skip
+
+
+def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a run that goes on from a saved state.
+
+    Args:
+        state: A scheduler's state.
+        new_goals: Arguments that differ from the state's configuration.
+
+    Raises:
+        ConfigError: The state is not one, or what was an object is not given again.
+    """
+    try:
+        config = Config.from_json(state["config"])
+    except (LookupError, TypeError) as error:
+        raise ConfigError([f"this is no state of a scheduler: {type(error).__name__}: {error}"]) from error
+    own = {"strategy": config.strategy not in names(), "scheduler_mode": config.scheduler_mode == "custom"}
+    problems = [
+        f"{name}: the run had one of your own ({getattr(config, name)}), which no checkpoint holds: give it again"
+        for name in own
+        if own[name] and name not in new_goals
+    ]
+    if problems:
+        raise ConfigError(problems)
+    arguments = config.to_json()
+    if "num_epochs" in new_goals or "train_duration_seconds" in new_goals:
+        arguments |= {"num_epochs": None, "train_duration_seconds": None}
+    return arguments | dict(new_goals)
 
 
 _FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot change

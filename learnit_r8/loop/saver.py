@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class Saver:
         self._saved_epoch = -1
         self._own: dict[str, int] = {}  # name: step; the directory may hold another run's checkpoints too
         self._newest: tuple[int, Path] | None = None
+        self._told: set[str] = set()
         self._store: CheckpointStore | None = None
 
     @property
@@ -51,13 +53,15 @@ class Saver:
             self._store = CheckpointStore(
                 config.checkpoint_dir,
                 keep=config.keep_checkpoints,
-                on_corrupt=self._report_corrupt,
+                on_corrupt=self.passed_over,
                 version=__version__,
             )
         return self._store
 
-    def _report_corrupt(self, path: Path, reason: str) -> None:
+    def passed_over(self, path: Path, reason: str) -> None:
+        """Tell that a damaged checkpoint is not used."""
         self._bus.emit(events.CheckpointFailed, max(self._saved_step, 0), str(path), reason)
+        warnings.warn(f"a checkpoint is passed over: {reason}", RuntimeWarning, stacklevel=2)
 
     def due(self, step: int, finished_epoch: int | None) -> bool:
         """Whether the cadence asks for a checkpoint now.
@@ -92,7 +96,9 @@ class Saver:
         self._newest = step, saved.path
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
         for problem in saved.problems:
-            self._bus.emit(events.Notice, step, problem, "warning")
+            if problem not in self._told:  # once: it mostly is the same at every save
+                self._told.add(problem)
+                self._bus.emit(events.Notice, step, problem, "warning")
         return saved.path
 
     def farewell(self, step: int, *, writes: bool) -> str:
@@ -125,7 +131,7 @@ class Saver:
         """
         from learnit_r8.checkpoint import resolve
 
-        return resolve(path, on_corrupt=self._report_corrupt)
+        return resolve(path, on_corrupt=self.passed_over)
 
     def find_before(self, step: int, passed_over: int) -> tuple[int, Path] | None:
         """Return step and model path of this run's newest whole checkpoint of an earlier step.
@@ -144,6 +150,19 @@ class Saver:
         if self._args.save is None or not any(saved < step for saved in self._own.values()):
             return False
         return any((self.store.directory / name).is_dir() for name, saved in self._own.items() if saved < step)
+
+    def compare_directory(self, found: Path) -> None:
+        """Tell where a resumed run saves, if that is not where its checkpoint lies.
+
+        Args:
+            found: The directory of the checkpoint.
+        """
+        directory = Path(self._args.config.checkpoint_dir or found).absolute()
+        if directory.resolve() != found.resolve():
+            message = (
+                f"new checkpoints go to {directory}, not to {found.absolute()}: give checkpoint_dir to change that"
+            )
+            self._bus.emit(events.Notice, self._saved_step, message, "warning")
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""

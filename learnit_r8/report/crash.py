@@ -12,8 +12,8 @@ from learnit_r8.dashboard import formats as f
 from learnit_r8.dashboard.journal import entry
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import from_json
+from learnit_r8.loop.crash import BUNDLE
 
-BUNDLE = "crash.json"
 _IDS_SHOWN = 8
 _STEPS_SHOWN = 16
 

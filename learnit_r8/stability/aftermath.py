@@ -21,10 +21,10 @@ than that to show is no measure of the next one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from learnit_r8.errors import ConfigError
+from learnit_r8.config import Problems
 
 _ALIKE = 0.5  # relative difference of two delays that are the same, but for noise
 
@@ -48,10 +48,7 @@ class AftermathSettings:
     triggers_to_halve: int = 3
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        problems = [f"{name} must be positive, got {value!r}" for name, value in values.items() if not value > 0]
-        if problems:
-            raise ConfigError(problems)
+        Problems.of_settings(self).raise_if_any()
 
 
 class Aftermath:

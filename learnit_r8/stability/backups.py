@@ -126,7 +126,12 @@ class BackupRing:
                 (copied detached, to the CPU) and objects that `copy.deepcopy` can copy.
             step: Updates that the state has seen.
             initial: Eligible without proof while nothing is verified. Default: `step == 0`.
+
+        Raises:
+            TypeError: The state is None, or holds something that cannot be copied.
         """
+        if state is None:
+            raise TypeError("a backup needs the model's state, got None: does state_callback return it?")
         if self.suspended:
             return None
         start = self._clock()

@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.config import Problems
+from learnit_r8.errors import ProtocolError
 from learnit_r8.stability.aftermath import Aftermath, AftermathSettings
 from learnit_r8.stability.quarantine import Quarantine
 from learnit_r8.types import Verdict
@@ -138,10 +139,7 @@ class RecoverySettings:
     uncounted: int = 10
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        problems = [f"{name} must be positive, got {value!r}" for name, value in values.items() if not value > 0]
-        if problems:
-            raise ConfigError(problems)
+        Problems.of_settings(self).raise_if_any()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from learnit_r8.errors import ConfigError
+from learnit_r8.config import Problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,7 @@ class DetectorSettings:
     regime_steps: int = 128
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        problems = [f"{name} must be positive, got {value!r}" for name, value in values.items() if not value > 0]
+        problems = Problems.of_settings(self)
         if self.window < self.warmup or self.warmup < 4:
             problems.append(f"4 <= warmup <= window must hold, got {self.warmup=}, {self.window=}")
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
