@@ -319,6 +319,18 @@ def test_a_run_that_goes_on_appends_to_its_log(tmp_path):
     assert [event.resumed for event in started] == [False, True]
 
 
+def test_a_run_that_starts_anew_sets_the_log_of_an_earlier_one_aside(tmp_path):
+    for loss in (1.0, 2.0, 3.0):
+        with make([], log_dir=tmp_path) as scheduler:
+            train(scheduler, lambda batch, loss=loss: np.full(len(batch.indices), loss))
+    runs = {".1": 1.0, ".2": 2.0, "": 3.0}
+    assert len(list(tmp_path.iterdir())) == 6
+    for number, loss in runs.items():
+        log = read_events(tmp_path / f"events{number}.jsonl")
+        assert [event.loss for event in log if isinstance(event, events.LossReported)] == [loss] * 12
+        assert np.unique(np.load(tmp_path / f"catalog{number}.npz")["mean_loss"]) == loss
+
+
 @pytest.mark.parametrize(
     "junk",
     [b"{not json\n", b"123\n", b"[]\n", b"null\n", b'{"event": "FromTheFuture", "x": 1}\n', b'{"event": ["x"]}\n',

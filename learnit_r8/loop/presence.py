@@ -12,7 +12,8 @@ from learnit_r8.catalog import LossCatalog
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.sinks import EventBus, JsonlSink
-from learnit_r8.sinks.catalog_log import CatalogLog
+from learnit_r8.sinks.catalog_log import CATALOG_FILE, CatalogLog
+from learnit_r8.sinks.tail import EVENTS_FILE
 from learnit_r8.types import Sink
 
 
@@ -50,7 +51,12 @@ class Presence:
         self._open_display()
         config = self._config
         if config.log_dir is not None and self._log is None and self._rank == 0:
-            self._log = JsonlSink(Path(config.log_dir) / "events.jsonl")
+            folder = Path(config.log_dir)
+            if not resumed and step == 0:
+                with suppress(OSError):
+                    _set_aside(folder / EVENTS_FILE)
+                    _set_aside(folder / CATALOG_FILE)
+            self._log = JsonlSink(folder / EVENTS_FILE)
             self._bus.add(self._log)
         self._bus.emit(
             events.RunStarted,
@@ -113,3 +119,13 @@ class Presence:
         self.log_catalog(step)
         self._bus.emit(events.RunEnded, step, reason, elapsed)
         self._close_display()
+
+
+def _set_aside(path: Path) -> None:
+    """Rename what an earlier run wrote, to `events.1.jsonl` and so on: two runs in one log would be drawn as one."""
+    if not path.is_file():
+        return
+    number = 1
+    while (earlier := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(earlier)
