@@ -293,12 +293,12 @@ class R8Scheduler:
         An epoch that was left by `break` is continued by the next `epoch_iterator()`, and given
         up when this one goes on.
         """
-        self._begin()
+        self._begin(anyhow=self._resumed)
         if self._progress.stage is Stage.DONE:
             self._progress.next_epoch()
         if self._resumed and self._budget.over(self._progress.epoch):
             self._resumed = False
-            warnings.warn(self._budget.nothing_left, RuntimeWarning, stacklevel=2)
+            self._bus.emit(events.Notice, self._progress.global_step, self._budget.nothing_left, "warning")
         with self._control.interrupts:
             while not self._control.stop and not self._budget.over(self._progress.epoch):
                 if self._progress.stage is Stage.FRESH:
@@ -717,10 +717,14 @@ class R8Scheduler:
 
     # Beginning and end --------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """Open what the run shows itself on; the first call counts."""
+    def _begin(self, *, anyhow: bool = False) -> None:
+        """Open what the run shows itself on; the first call counts.
+
+        Args:
+            anyhow: Also where nothing is left to train.
+        """
         self._check_open()
-        if self._begun or self._budget.over(self._progress.epoch):
+        if self._begun or (self._budget.over(self._progress.epoch) and not anyhow):
             return
         self._begun, self._control.stop = True, None
         self._presence.begin(self._progress.global_step, self._budget.elapsed, resumed=self._resumed)
@@ -753,6 +757,12 @@ class R8Scheduler:
         if kind is not None:
             self._end("stopped" if kind is KeyboardInterrupt else "error")
         self.close()
+
+    def __getstate__(self) -> State:
+        raise TypeError(
+            "an R8Scheduler cannot be copied or pickled, it holds your callbacks and files: save state_dict(), and "
+            "give it to load_state_dict of another one"
+        )
 
     def _check_open(self) -> None:
         if self._closed:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +234,8 @@ def test_good_arguments_of_other_types_are_taken(name, tmp_path, monkeypatch):
     for _ in scheduler.epoch_iterator():
         for batch in scheduler.batch_iterator():
             scheduler.update_with_loss(np.ones(len(batch.indices)))
-    state_codec.encode(scheduler.state_dict())
+    assert scheduler.global_step == scheduler.total_steps
+    assert state_codec.encode(scheduler.state_dict())[1]
     scheduler.close()
 
 
@@ -485,6 +488,15 @@ def test_a_backup_that_cannot_be_copied_is_refused_and_nothing_changes():
     before = frozen(scheduler)
     with pytest.raises(TypeError):
         scheduler.update_cpu_backup({"w": (x for x in "ab")})
+    assert frozen(scheduler) == before
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_scheduler_is_not_copied_and_says_what_to_do(copier):
+    scheduler, _ = scheduler_at()
+    before = frozen(scheduler)
+    with pytest.raises(TypeError, match=r"save state_dict\(\), and give it to load_state_dict of another one"):
+        copier(scheduler)
     assert frozen(scheduler) == before
 
 

@@ -222,6 +222,16 @@ def test_a_bad_embedding_is_refused_and_changes_nothing(embedding, words):
     assert len(buffer) == 1
 
 
+@pytest.mark.parametrize("item", [5, None, "x", {"embedding": [1.0]}, {"slot": 0, "serial": None}])
+def test_items_of_another_kind_are_refused_and_nothing_changes(item):
+    buffer = HybridSRLReplayBuffer(4)
+    buffer.add("first", [1.0, 2.0])
+    (due,) = buffer.get_due_samples(3, 1)
+    with pytest.raises(TypeError, match="items must be what get_due_samples returned, got"):
+        buffer.update_after_replay([due, item], [1.0, 1.0], 3)
+    assert len(buffer.get_due_samples(3, 1)) == 1
+
+
 def test_other_bad_input_is_refused_and_changes_nothing():
     buffer = HybridSRLReplayBuffer(4)
     buffer.add("x", [1.0])

@@ -282,14 +282,18 @@ class HybridSRLReplayBuffer:
 
         Raises:
             ValueError: Not one finite score per item, or a step that is not finite. Nothing is changed.
+            TypeError: Not items of this buffer. Nothing is changed.
         """
         scores = np.asarray(as_array(recall_scores, lambda tensor: tensor.double()), dtype=np.float64).reshape(-1)
         if len(items) != len(scores):
             raise ValueError(f"need one recall score per item, got {len(items)} items and {len(scores)} scores")
         if not (np.isfinite(scores).all() and math.isfinite(current_step)):
             raise ValueError(f"recall scores and step must be finite, got {scores} at step {current_step}")
-        slots = np.array([item["slot"] for item in items], dtype=np.int64)
-        serials = np.array([item["serial"] for item in items], dtype=np.int64)
+        try:
+            places = np.array([(item["slot"], item["serial"]) for item in items], dtype=np.int64).reshape(-1, 2)
+        except (TypeError, KeyError, IndexError) as error:
+            raise TypeError(f"items must be what get_due_samples returned, got {items!r:.80}") from error
+        slots, serials = places[:, 0].copy(), places[:, 1].copy()
         if self._worker is None:
             self._apply(slots, serials, scores, float(current_step))
             return
