@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -128,6 +128,9 @@ def test_a_copy_equals_what_deepcopy_gives_and_shares_no_memory(tree):
 
 @settings(max_examples=60, deadline=None)
 @given(trees, trees)
+@example(
+    [np.zeros(3), np.ones(3), torch.zeros(2), torch.ones(2)], [np.full(3, 2.0), np.full(3, 3.0), torch.full((2,), 4.0)]
+)
 def test_recycled_buffers_of_any_other_tree_do_not_disturb_a_copy(first, second):
     pool = CopyPlan(first).fill().pool
     equal(second, CopyPlan(second, pool).fill().tree)
