@@ -74,11 +74,10 @@ class RamBackups:
         """Copy a state of the user's model into the ring, and the detector's beside it."""
         # The first one has to serve until another is proved: it is all there is.
         info = self.ring.take(state, step, initial=self.ring.find() is None)
-        if info is not None:
-            held = {backup.id for backup in self.ring.backups}
-            self._detectors = {key: value for key, value in self._detectors.items() if key in held}
-            self._detectors[info.id] = detector.state_dict()
-            self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
+        held = {backup.id for backup in self.ring.backups}
+        self._detectors = {key: value for key, value in self._detectors.items() if key in held}
+        self._detectors[info.id] = detector.state_dict()
+        self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
 
     def calm(self, step: int) -> None:
         """Count a calm loss in favour of the backups before it."""

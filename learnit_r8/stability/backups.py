@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -88,7 +88,6 @@ class BackupRing:
 
     Attributes:
         stats: Totals so far.
-        suspended: True while no backups are taken.
     """
 
     def __init__(self, capacity: int = 3, *, proof: int = 8, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -100,7 +99,6 @@ class BackupRing:
         if problems:
             raise ConfigError(problems)
         self.stats = BackupStats()
-        self.suspended = False
         self._capacity = capacity
         self._proof = proof
         self._clock = clock
@@ -114,8 +112,8 @@ class BackupRing:
         """Return what the ring holds, oldest first."""
         return tuple(slot.info for slot in self._slots)
 
-    def take(self, state: Any, step: int, *, initial: bool | None = None) -> BackupInfo | None:
-        """Copy the state; None while suspended.
+    def take(self, state: Any, step: int, *, initial: bool | None = None) -> BackupInfo:
+        """Copy the state.
 
         A copy that fails leaves the ring as it was, whatever the cause lies in: object that cannot
         be copied, no memory. (Only a device error or a signal amid the copying of bytes costs the
@@ -132,8 +130,6 @@ class BackupRing:
         """
         if state is None:
             raise TypeError("a backup needs the model's state, got None: does state_callback return it?")
-        if self.suspended:
-            return None
         start = self._clock()
         victim = self._victim(step) if len(self._slots) >= self._capacity else None
         plan = CopyPlan(state, victim.copy.pool if victim else self._spare)
@@ -214,14 +210,6 @@ class BackupRing:
         for slot in [slot for slot in self._slots if slot.info.step > step]:
             self._drop(slot)
 
-    def suspend(self) -> None:
-        """Take no backups until `resume`: the state is suspect."""
-        self.suspended = True
-
-    def resume(self) -> None:
-        """Take backups again."""
-        self.suspended = False
-
     def _find(self, before_step: int | None) -> _Slot | None:
         verified = [slot for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
         limit = math.inf if before_step is None else before_step
@@ -289,7 +277,7 @@ class BackupPacer:
         self._price = 0.0
         self._purse = 0.0
         self._pace = 0.0
-        self._taken = 0  # in this process
+        self._paid = False  # the first one is free
 
     @property
     def interval(self) -> int:
@@ -310,23 +298,9 @@ class BackupPacer:
         self._purse = min(self._purse + self._share * seconds, self._price)
 
     def took(self, seconds: float) -> None:
-        """Count a backup whose copy cost `seconds`."""
+        """Count a backup that cost `seconds`, with the scan of the one before it."""
         self._steps = 0
-        self._price = 0.0
-        self._taken += 1
-        self.charge(seconds)
-
-    def charge(self, seconds: float) -> None:
-        """Count what the last backup cost besides its copy: the scan."""
-        if self._taken > 1:
-            self._price += seconds
+        if self._paid:
+            self._price = seconds
             self._purse -= seconds
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the state as plain numbers."""
-        return {"steps": self._steps, "price": self._price, "purse": self._purse, "pace": self._pace}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what `state_dict` returned."""
-        self._steps, self._price = int(state["steps"]), state["price"]
-        self._purse, self._pace = state["purse"], state["pace"]
+        self._paid = True
