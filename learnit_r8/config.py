@@ -23,7 +23,7 @@ MAX_SAMPLES = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
-    """What a run is. Field names and meanings are those of `R8Scheduler`'s arguments."""
+    """What a run is. Field names and meanings are those of `R8Scheduler`'s arguments, but for `own_strategy`."""
 
     num_samples: int
     batch_size: int
@@ -48,6 +48,8 @@ class Config:
     lookahead: int
     world_size: int
     rollback_data: str = "skip"
+    own_strategy: bool = False
+    """The strategy was given as an object: its name does not make it again."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,7 +74,7 @@ class Config:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Config:
         """Return the configuration that `to_json` wrote."""
-        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
+        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data})
 
     def order_hash(self) -> str:
         """Return a hash of what decides the order of samples; equal on all ranks of a run."""

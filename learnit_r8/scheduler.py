@@ -87,7 +87,8 @@ class R8Scheduler:
         use_curses: False means `ui="off"`.
         ui: "auto", "curses", "rich", "log" or "off".
         sinks: Further listeners with `record(event)`.
-        log_dir: Where the event log of the run goes, for `r8 watch`; rank 0's.
+        log_dir: Where the event log of the run goes, for `r8 watch`; rank 0's. A run that starts anew there sets
+            the log of an earlier one aside.
         noise_guard: "off", "report" suspects, or "cap": draw them at a tenth of the rate, and from
             the middle of the budget not at all.
         groups: Class of each sample, int `[N]`, for the noise guard and the report.

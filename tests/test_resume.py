@@ -14,6 +14,7 @@ import pytest
 
 from learnit_r8 import CheckpointError, ConfigError, R8Scheduler, events
 from learnit_r8.sinks import read_events
+from learnit_r8.strategies import Prioritized
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,6 +229,17 @@ def test_the_learning_rate_is_known_before_the_first_batch(tmp_path):
     next_one = resumed.lr
     train(resumed, model, log=log)
     assert next_one == log[13][-1] > 0
+
+
+def test_a_built_in_strategy_with_settings_of_its_own_is_given_again_too(tmp_path):
+    model = Model()
+    path = train(make(model, tmp_path, strategy=Prioritized(alpha=1.0)), model, stop=13).save_checkpoint()
+    with pytest.raises(ConfigError, match=r"strategy: the run had one of your own \(prioritized\)"):
+        R8Scheduler.resume_from_checkpoint(path, model.save, model.load)
+    resumed = R8Scheduler.resume_from_checkpoint(path, model.save, model.load, strategy=Prioritized(alpha=1.0))
+    again = train(resumed, model, stop=20).save_checkpoint()
+    with pytest.raises(ConfigError, match="strategy: the run had one"):
+        R8Scheduler.resume_from_checkpoint(again, model.save, model.load)
 
 
 # Which checkpoint ------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def check_arguments(**given: Any) -> Arguments:
         **_search(problems, args, undo=load is not None and (snapshot or save) is not None),
         scheduler_mode=schedule_name,
         strategy=strategy_name,
+        own_strategy=not isinstance(args.strategy, str),
         backup_every=None if every is None else problems.integer("backup_every", every, 1),
         checkpoint_dir=_folder(problems, "checkpoint_dir", args.checkpoint_dir, used=args.checkpoint_every is not None),
         checkpoint_every=_cadence(problems, args.checkpoint_every, args.checkpoint_dir),

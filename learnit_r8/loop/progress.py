@@ -10,7 +10,6 @@ from typing import Any
 
 from learnit_r8.config import Config
 from learnit_r8.errors import ConfigError
-from learnit_r8.strategies.base import names
 
 
 class Stage(StrEnum):
@@ -112,7 +111,7 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any]) ->
         config = Config.from_json(state["config"])
     except (LookupError, TypeError) as error:
         raise ConfigError([f"this is no state of a scheduler: {type(error).__name__}: {error}"]) from error
-    own = {"strategy": config.strategy not in names(), "scheduler_mode": config.scheduler_mode == "custom"}
+    own = {"strategy": config.own_strategy, "scheduler_mode": config.scheduler_mode == "custom"}
     problems = [
         f"{name}: the run had one of your own ({getattr(config, name)}), which no checkpoint holds: give it again"
         for name in own
@@ -121,6 +120,7 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any]) ->
     if problems:
         raise ConfigError(problems)
     arguments = config.to_json()
+    del arguments["own_strategy"]
     if "num_epochs" in new_goals or "train_duration_seconds" in new_goals:
         arguments |= {"num_epochs": None, "train_duration_seconds": None}
     return arguments | dict(new_goals)
