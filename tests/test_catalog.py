@@ -196,6 +196,18 @@ def test_rewinding_leaves_no_trace_of_the_later_reports(keep):
         assert catalog.mean_expected == pytest.approx(reference.mean_expected)
 
 
+def test_a_sample_rewound_over_an_epoch_start_is_in_the_quadrant_of_its_restored_loss():
+    catalog, rng, losses = LossCatalog(8), np.random.default_rng(0), np.arange(1.0, 9.0, dtype=np.float32)
+    catalog.record(catalog.look_up(np.arange(8)), losses, 0)
+    catalog.refresh_quadrants(rng)
+    catalog.record(catalog.look_up(np.array([0])), np.array([100.0], np.float32), 1)
+    catalog.refresh_quadrants(rng)
+    assert catalog.quadrants()[0] == 3
+    assert catalog.rewind(1) == 1
+    assert catalog.quadrants()[0] == 0
+    np.testing.assert_array_equal(catalog.expected_loss, losses)
+
+
 def test_rewinding_a_scalar_report_leaves_no_trace_in_the_samples():
     catalog, reference = LossCatalog(8), LossCatalog(8)
     for each in (catalog, reference):
