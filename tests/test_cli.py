@@ -153,6 +153,18 @@ def test_a_log_that_was_replaced_starts_the_view_anew(tmp_path):
     assert run.model.step < 40
 
 
+def test_a_log_that_was_set_aside_for_a_longer_one_starts_the_view_anew(tmp_path):
+    run = WatchedRun(write_demo(tmp_path, until=30))
+    run.read_all()
+    (tmp_path / "events.jsonl").rename(tmp_path / "events.1.jsonl")
+    write_demo(tmp_path, until=200)
+    run.read_all()
+    fresh = WatchedRun(tmp_path)
+    fresh.read_all()
+    assert fresh.model.step > 50
+    assert run.model.to_json() == fresh.model.to_json()
+
+
 def test_watching_changes_nothing_in_the_folder(tmp_path):
     folder = write_demo(tmp_path / "run", epochs=1)
     (folder / "console.log").write_text("hello from the run\n")

@@ -179,10 +179,32 @@ def test_a_pause_is_no_step():
     assert model.pace.spent["paused"] == 1000
 
 
+def test_steps_that_overlap_are_not_counted_twice():
+    # A loader hands out batches ahead: each waits for two others, so its own seconds are three steps' worth.
+    model = fed(started(), *(loss(T0 + 0.5 * i, i, seconds=1.5) for i in range(1, 200)))
+    assert model.pace.step_seconds == pytest.approx(0.5)
+    assert model.recent_steps[-1] == pytest.approx(0.5)
+    assert sum(model.pace.spent.values()) == pytest.approx(100, abs=1.5)
+
+
+def test_a_search_that_found_nothing_and_a_first_nan_say_no_more_than_is_known():
+    assert (
+        entry(e.LrFound(T0, 0, 0.01, {"valley": None}, 100)).text
+        == "none in 100 steps of search · peak lr stays 1.00e-02"
+    )
+    assert entry(e.LrFound(T0, 0, 0.02, {"valley": 0.02}, 100)).text == "peak lr 2.00e-02 after 100 steps of search"
+    assert entry(e.SpikeSeen(T0, 3, 0, "nonfinite", math.nan, math.nan, math.nan, (1,))).text == "loss nan"
+
+
+def test_a_resumed_run_is_never_past_its_last_epoch():
+    run = e.RunStarted(T0, 36, "run", {"num_epochs": 4}, 8, 32, True, "", 1, 0.0)
+    assert fed(run).epoch == 3
+
+
 def test_time_spent_adds_up():
     model = fed(*training(epochs=4, checkpoint=5.0), e.RunEnded(T0 + 300, 400, "finished", 300.0))
     assert sum(model.pace.spent.values()) == pytest.approx(4 * (50 + 20 + 5), rel=0.03)
-    assert model.pace.spent["validation"] == pytest.approx(80, rel=0.02)
+    assert model.pace.spent["between epochs"] == pytest.approx(80, rel=0.02)
 
 
 def test_validation_metrics_of_one_step_share_a_line():

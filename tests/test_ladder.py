@@ -94,6 +94,11 @@ def test_the_environment_overrides_the_argument_and_nonsense_in_it_is_ignored():
         wanted_ui("fancy", {})
 
 
+def test_nonsense_in_the_environment_is_told_of(capfd):
+    open_dashboard("log", environment={"R8_UI": "fancy"}).close()
+    assert "R8_UI=fancy is none of auto, curses, rich, log, off" in capfd.readouterr().out
+
+
 def test_nothing_is_opened_in_a_test_of_pytest_unless_asked_for():
     assert open_dashboard("auto", environment={"PYTEST_CURRENT_TEST": "x"}) is None
     assert open_dashboard("auto", environment={"R8_UI": "off"}) is None

@@ -323,12 +323,14 @@ def test_a_run_that_starts_anew_sets_the_log_of_an_earlier_one_aside(tmp_path):
     for loss in (1.0, 2.0, 3.0):
         with make([], log_dir=tmp_path) as scheduler:
             train(scheduler, lambda batch, loss=loss: np.full(len(batch.indices), loss))
+            (tmp_path / "console.log").write_text(f"printed at loss {loss}\n")
     runs = {".1": 1.0, ".2": 2.0, "": 3.0}
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 9
     for number, loss in runs.items():
         log = read_events(tmp_path / f"events{number}.jsonl")
         assert [event.loss for event in log if isinstance(event, events.LossReported)] == [loss] * 12
         assert np.unique(np.load(tmp_path / f"catalog{number}.npz")["mean_loss"]) == loss
+        assert (tmp_path / f"console{number}.log").read_text() == f"printed at loss {loss}\n"
 
 
 @pytest.mark.parametrize(

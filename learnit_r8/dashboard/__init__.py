@@ -55,5 +55,8 @@ def open_dashboard(
 
     # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does.
     reason = "" if wanted == "auto" and rung.name == "log" else rung.reason
+    asked = env.get("R8_UI", "").strip()
+    if asked and asked.lower() not in ladder.UI_NAMES:
+        reason = f"R8_UI={asked} is none of {', '.join(ladder.UI_NAMES)}"
     console = None if log_dir is None else Path(log_dir) / "console.log"
     return Dashboard(rung.name, around, reason=reason, readonly=readonly, console=console, environment=env, clock=clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -52,12 +53,14 @@ def _rolled_back(event: e.RolledBack) -> str:
 
 
 def _spike(event: e.SpikeSeen) -> str:
-    if event.verdict == "nonfinite":
-        return f"loss {f.brief(event.loss)} · expected {f.brief(event.expected_loss)}"
-    return f"loss {f.brief(event.loss)} (z={f.signed(event.score)}) · expected {f.brief(event.expected_loss)}"
+    score = "" if event.verdict == "nonfinite" else f" (z={f.signed(event.score)})"
+    expected = f" · expected {f.brief(event.expected_loss)}" if math.isfinite(event.expected_loss) else ""
+    return f"loss {f.brief(event.loss)}{score}{expected}"
 
 
 def _lr_found(event: e.LrFound) -> str:
+    if not any(event.suggestions.values()):
+        return f"none in {f.steps(event.steps)} steps of search · peak lr stays {event.lr:.2e}"
     return f"peak lr {event.lr:.2e} after {f.steps(event.steps)} steps of search"
 
 

@@ -191,10 +191,9 @@ class DashboardModel:
         else:
             self.nonfinite += 1
         self._lr.add(step, time, event.lr)
-        seconds = event.step_seconds + event.r8_seconds
+        seconds = self.pace.report(time, event.step_seconds, event.r8_seconds, self._step_kind())
         self._step_ms.add(step, time, seconds * 1000.0)
         self.recent_steps.append(seconds)
-        self.pace.report(time, event.step_seconds, event.r8_seconds, self._step_kind())
 
     def _step_kind(self) -> str:
         return "search" if self.searching else "cataloging" if self.epoch_phase == "cataloging" else "train"
@@ -225,10 +224,9 @@ class DashboardModel:
         known = np.isfinite(surprises)
         self._surprise.extend(steps[known], times[known], surprises[known])
         self._lr.extend(steps, times, lrs)
-        seconds = users + own
+        seconds = self.pace.report_all(times, users, own, self._step_kind())
         self._step_ms.extend(steps, times, seconds * 1000.0)
         self.recent_steps.extend(seconds.tolist())
-        self.pace.report_all(times, users, own, self._step_kind())
         return True
 
     def _on_metric(self, event: e.MetricLogged) -> None:
@@ -255,7 +253,8 @@ class DashboardModel:
         self.step, self.ended, self.paused = event.step, None, False
         if event.steps_per_epoch:
             # An epoch that is resumed in its middle starts without an EpochStarted.
-            self.epoch = event.step // event.steps_per_epoch
+            # With another batch size than before, the steps so far may make more epochs than there are.
+            self.epoch = min(event.step // event.steps_per_epoch, (self.num_epochs or event.step + 1) - 1)
             self.epoch_batches = event.steps_per_epoch
             self.epoch_first_step = self.epoch * event.steps_per_epoch
         # Rates of an earlier process say nothing about this one.

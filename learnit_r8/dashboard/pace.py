@@ -102,7 +102,7 @@ class Pace:
     validation: Average = field(default_factory=Average)
     spent: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
-            ("user step", "r8 overhead", "between steps", "validation", "checkpoints", "rollbacks", "paused"), 0.0
+            ("user step", "r8 overhead", "between steps", "between epochs", "checkpoints", "rollbacks", "paused"), 0.0
         )
     )
     started: float = math.nan
@@ -112,23 +112,34 @@ class Pace:
     _paused_at: float | None = None
     _set_aside: float = 0.0
 
-    def report(self, time: float, step_seconds: float, r8_seconds: float, kind: str) -> None:
-        """Take one reported step; `kind` is "train", "cataloging" or "search"."""
+    def report(self, time: float, step_seconds: float, r8_seconds: float, kind: str) -> float:
+        """Take one reported step and return its seconds, no more than have passed since the one before.
+
+        Where batches are handed out ahead (a loader's workers), a step's own seconds hold those of the steps before.
+
+        Args:
+            time: When it was reported.
+            step_seconds: The user's share.
+            r8_seconds: The scheduler's share.
+            kind: "train", "cataloging" or "search".
+        """
         # Clocks of other machines and hand-made logs may go backwards.
         user, own = min(max(0.0, step_seconds), LONGEST), min(max(0.0, r8_seconds), LONGEST)
-        duration = user + own
+        busy, gap = user + own, 0.0
         if self._last_report is not None:
-            gap = time - self._last_report - self._set_aside - duration
-            if gap > 0:
-                duration += gap
-                self.spent["between steps"] += gap
-        self.spent["user step"] += user
+            passed = time - self._last_report - self._set_aside
+            busy = passed if 0 < passed < busy else busy
+            gap = max(0.0, passed - busy)
+        own = min(own, busy)
+        self.spent["between steps"] += gap
+        self.spent["user step"] += busy - own
         self.spent["r8 overhead"] += own
         self._last_report, self._set_aside = time, 0.0
         self.steps += 1
         # The first step compiles and warms up; it says nothing about the others.
         if self.steps > 1 and kind != "search":
-            (self.cataloging if kind == "cataloging" else self.train).add(duration)
+            (self.cataloging if kind == "cataloging" else self.train).add(busy + gap)
+        return busy
 
     def report_all(
         self,
@@ -136,18 +147,22 @@ class Pace:
         step_seconds: npt.NDArray[np.float64],
         r8_seconds: npt.NDArray[np.float64],
         kind: str,
-    ) -> None:
-        """Take consecutive reported steps, each argument `[n]`, as `report` does one by one."""
-        self.report(float(times[0]), float(step_seconds[0]), float(r8_seconds[0]), kind)
+    ) -> npt.NDArray[np.float64]:
+        """Take consecutive steps, each argument `[n]`, as `report` does one by one; return their seconds, `[n]`."""
+        first = self.report(float(times[0]), float(step_seconds[0]), float(r8_seconds[0]), kind)
         user, own = (np.minimum(np.fmax(seconds[1:], 0.0), LONGEST) for seconds in (step_seconds, r8_seconds))
-        gaps = np.maximum(np.diff(times) - user - own, 0.0)
+        passed, busy = np.diff(times), user + own
+        busy = np.where((passed > 0) & (passed < busy), passed, busy)
+        gaps = np.maximum(passed - busy, 0.0)
+        own = np.minimum(own, busy)
         self.spent["between steps"] += float(gaps.sum())
-        self.spent["user step"] += float(user.sum())
+        self.spent["user step"] += float((busy - own).sum())
         self.spent["r8 overhead"] += float(own.sum())
         self._last_report = float(times[-1])
         self.steps += len(user)
         if kind != "search":
-            (self.cataloging if kind == "cataloging" else self.train).extend(user + own + gaps)
+            (self.cataloging if kind == "cataloging" else self.train).extend(busy + gaps)
+        return np.append(first, busy)
 
     def set_aside(self, what: str, seconds: float) -> None:
         """Take time that was neither step nor validation: "checkpoints", "rollbacks" or "paused"."""
@@ -172,7 +187,7 @@ class Pace:
         if self._epoch_ended is not None:
             gap = max(0.0, time - self._epoch_ended - self._set_aside)
             self.validation.add(gap)
-            self.spent["validation"] += gap
+            self.spent["between epochs"] += gap
         self._epoch_ended, self._last_report, self._set_aside = None, None, 0.0
 
     @property

@@ -13,7 +13,7 @@ from learnit_r8.dashboard import open_dashboard
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.sinks import EventBus, JsonlSink
 from learnit_r8.sinks.catalog_log import CATALOG_FILE, CatalogLog
-from learnit_r8.sinks.tail import EVENTS_FILE
+from learnit_r8.sinks.tail import CONSOLE_FILE, EVENTS_FILE
 from learnit_r8.types import Sink
 
 
@@ -48,15 +48,15 @@ class Presence:
         """
         missed = () if self._begun else tuple(self._bus.recent)
         self._begun = True
-        self._open_display()
         config = self._config
-        if config.log_dir is not None and self._log is None and self._rank == 0:
-            folder = Path(config.log_dir)
-            if not resumed and step == 0:
+        log = config.log_dir is not None and self._log is None and self._rank == 0
+        if log and not resumed and step == 0:
+            for name in (EVENTS_FILE, CATALOG_FILE, CONSOLE_FILE):
                 with suppress(OSError):
-                    _set_aside(folder / EVENTS_FILE)
-                    _set_aside(folder / CATALOG_FILE)
-            self._log = JsonlSink(folder / EVENTS_FILE)
+                    _set_aside(Path(config.log_dir or ".") / name)
+        self._open_display()
+        if log:
+            self._log = JsonlSink(Path(config.log_dir or ".") / EVENTS_FILE)
             self._bus.add(self._log)
         self._bus.emit(
             events.RunStarted,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class EventTail:
 
     Attributes:
         behind: The last `poll` stopped before the end of the file.
-        restarted: The file has become shorter: the last `poll` returned the first events of a new one.
+        restarted: The file is another one, or has become shorter: the last `poll` returned its first events.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -31,6 +32,7 @@ class EventTail:
         self.behind = self.restarted = False
         self._offset = 0
         self._partial = b""
+        self._inode: int | None = None
 
     def poll(self, limit: int = CHUNK) -> list[Event]:
         """Return the events of the next `limit` bytes; a line that is not complete yet is held back.
@@ -43,9 +45,11 @@ class EventTail:
         self.behind = self.restarted = False
         try:
             with self.path.open("rb") as file:
-                size = file.seek(0, 2)
-                if size < self._offset:
+                status = os.fstat(file.fileno())
+                size = status.st_size
+                if size < self._offset or status.st_ino != (self._inode or status.st_ino):
                     self._offset, self._partial, self.restarted = 0, b"", True
+                self._inode = status.st_ino
                 file.seek(self._offset)
                 data = file.read(limit)
         except FileNotFoundError:

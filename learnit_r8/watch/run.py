@@ -60,6 +60,7 @@ class WatchedRun:
         events = self._tail.poll(limit)
         if self._tail.restarted:
             self.model = DashboardModel()
+            self._console = ConsoleTail(self.console_path, 0)
         self.model.consume_all(events)
         return events
 
