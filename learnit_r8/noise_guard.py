@@ -68,11 +68,9 @@ _EVIDENCE = 0.6
 """Share of the suspects whose held-out loss is above the untrained one, times the agreement, that opens the gate."""
 _TRIALS = 3
 """Trials, before the middle of the budget, after which the gate stays shut."""
-_LOOK, _LOOK_OPEN = 0.3, 0.5
-"""Weight of the held-out looks in a sample's score, beside its mean loss; the same behind the gate."""
 _MOST = 0.5
 """More suspects than this share of the data set are none."""
-_FIRST_STEPS = 8
+_FIRST_STEPS = 4
 """Steps whose losses count as the untrained model's."""
 _NAMED = 100
 """Suspects that a report lists."""
@@ -116,7 +114,7 @@ class GuardReport:
 class NoiseGuard:
     """Names wrong samples and keeps them out of epochs.
 
-    It owns 4 bytes a sample from the trial on, one before it.
+    It owns 10 bytes a sample from the trial on, one before it.
 
     Args:
         mode: "off"; "report": name suspects, change nothing; "cap": also leave them out.
@@ -142,11 +140,9 @@ class NoiseGuard:
         self._doubtful: Mask | None = None  # the suspects, and with `seeking` those that come near
         self._candidate: Mask | None = None
         self._phase: NDArray[np.uint8] | None = None
-        self._held: NDArray[np.float16] | None = None
+        self._before: tuple[Losses, NDArray[np.uint32]] | None = None
         self._turn = 0.0
         self._trials = 0
-        self._excluded: Mask | None = None
-        self._returned: tuple[Indices, NDArray[np.float64], NDArray[np.uint32]] | None = None
 
     @property
     def flagged(self) -> Mask:
@@ -180,15 +176,6 @@ class NoiseGuard:
         """
         if self.mode != "cap":
             return None
-        before, self._excluded = self._excluded, self._choose(progress, rng)
-        self._returned = None
-        if before is not None:
-            ids = np.flatnonzero(before if self._excluded is None else before & ~self._excluded)
-            uses = catalog.uses[ids]
-            self._returned = ids, catalog.mean_loss[ids].astype(np.float64) * uses, uses
-        return self._excluded
-
-    def _choose(self, progress: float, rng: np.random.Generator) -> Mask | None:
         if self._stage in (Stage.WATCHING, Stage.SHUT):
             return None
         if self._phase is None:
@@ -216,8 +203,6 @@ class NoiseGuard:
         """
         if self.mode == "off":
             return None
-        if not catalog.attributed:
-            self._look(catalog)
         if math.isnan(self.untrained):
             self.untrained = self._untrained(catalog)
         start, cuts = START if self.mode == "cap" else START_UNTRIED, _CUT
@@ -250,46 +235,45 @@ class NoiseGuard:
 
     # How it decides -----------------------------------------------------------------------
 
-    def _look(self, catalog: LossCatalog) -> None:
-        """Note the losses of samples that came back after being left out: they are held-out ones."""
-        if self._returned is None:
-            return
-        ids, total, uses = self._returned
-        self._returned = None
-        times = catalog.uses[ids].astype(np.int64) - uses
-        seen = times > 0  # fewer uses than before: a rollback took some back
-        ids, total, uses, times = ids[seen], total[seen], uses[seen], times[seen]
-        losses = (catalog.mean_loss[ids] * (uses + times).astype(np.float64) - total) / times
-        if self._held is None:
-            self._held = np.full(self.num_samples, np.nan, np.float16)
-        held = self._held[ids].astype(np.float64)
-        mixed = np.where(np.isnan(held), losses, (held + losses) / 2)
-        self._held[ids] = np.clip(mixed, -6e4, 6e4).astype(np.float16)
+    def _since(self, catalog: LossCatalog) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the sum of each sample's losses since the trial began, and how many they are, both `[N]`."""
+        assert self._before is not None
+        mean, uses = self._before
+        times = np.maximum(catalog.uses.astype(np.int64) - uses, 0)  # a rollback may have taken some back
+        total = catalog.mean_loss.astype(np.float64) * (uses + times) - mean.astype(np.float64) * uses
+        return np.where(times > 0, total, 0.0), times
 
     def _untrained(self, catalog: LossCatalog) -> float:
         """Return the loss of a model that knows nothing, or NaN while nothing was seen.
 
-        That is the entropy of the classes where they are known. Else the mean loss of the first
-        steps, less what an initialisation with large outputs adds to it: for logits ~ N(0, s^2) the
-        loss has mean about ln K + s^2 / 2 and variance about s^2.
+        That is the entropy of the classes where they are known. Else: such a model gives each class
+        1/K on average, however large its outputs are, and exp(-loss) is what it gave the right one.
         """
         first = (catalog.uses == 1) & (catalog.last_seen < _FIRST_STEPS)
         if not first.any():
             return math.nan
         losses = catalog.mean_loss[first].astype(np.float64)
-        mean, variance = float(losses.mean()), 0.0 if catalog.attributed else float(losses.var())
+        mean = float(losses.mean())
         if self._classes is not None and mean < 4 * self._classes.entropy:
             return self._classes.entropy  # right for a model that was trained before, too
-        return max(mean - variance / 2, 0.75 * mean)
+        if catalog.attributed or mean <= 0:
+            return mean
+        least = float(losses.min())
+        even = least - math.log(float(np.mean(np.exp(least - losses))))
+        return max(even, 0.5 * mean)  # losses that are no cross-entropies may have any spread
 
     def _scores(self, catalog: LossCatalog) -> Scores:
-        """Return how wrong each sample looks, in units of the loss, float32 `[N]`."""
+        """Return how wrong each sample looks, in units of the loss, float32 `[N]`.
+
+        That is its mean loss; from the trial on the mean of the losses since, with that of all the
+        losses before as one more.
+        """
         scores = np.array(catalog.expected_loss if catalog.attributed else catalog.mean_loss, np.float32)
+        if self._before is not None:
+            total, times = self._since(catalog)
+            scores = ((self._before[0] + total) / (1 + times)).astype(np.float32)
         if self._classes is not None:
             scores -= self._classes.excess(scores)
-        if self._held is not None:
-            look = _LOOK_OPEN if self._stage is Stage.OPEN else _LOOK
-            scores = np.where(np.isnan(self._held), scores, (1 - look) * scores + look * self._held)
         return scores
 
     def _above(self, cut: float, scores: Scores, judged: Mask) -> Mask:
@@ -319,6 +303,7 @@ class NoiseGuard:
                 self._stage = Stage.OPEN
                 return "noise guard open" if self.mode == "cap" else "suspects named", why, level
             self._stage = Stage.TRIAL_1
+            self._before = catalog.mean_loss.copy(), catalog.uses.copy()
             self._candidate = judged & (scores > _CANDIDATE * self.untrained)
             return "noise trial", why, level
         return "", "", math.nan
@@ -326,14 +311,17 @@ class NoiseGuard:
     def _end_trial(self, catalog: LossCatalog, found: Mask, judged: Mask) -> tuple[str, str, float]:
         """Open the gate, or watch on."""
         self._trials += 1
-        held = np.empty(0) if self._held is None else self._held[found].astype(np.float64) / self.untrained
-        held = held[~np.isnan(held)]
+        assert self._candidate is not None and self._phase is not None
+        total, times = self._since(catalog)
+        looked = found & self._candidate & (self._phase % 2 == 0) & (times > 0)
+        held = total[looked] / times[looked] / self.untrained
         level, above = (float(np.mean(held)), float(np.mean(held > 1))) if len(held) else (0.0, 0.0)
         if level > _OPEN and above * self._agreement(catalog, found, judged) > _EVIDENCE:
             self._stage = Stage.OPEN
+            self._before = catalog.mean_loss.copy(), catalog.uses.copy()
             return "noise guard open", f"left out, suspects have {level:.2f} of the untrained loss", level
         self._stage = Stage.WATCHING if self._trials < _TRIALS else Stage.SHUT
-        self._held = self._candidate = None
+        self._before = self._candidate = None
         if level > _OPEN:
             return "noise guard shut", f"left out, suspects have {level:.2f} of the untrained loss, but not most", level
         return "noise guard shut", f"suspects were rare or hard: left out, they fell to {level:.2f}", level
@@ -346,7 +334,7 @@ class NoiseGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything; arrays and JSON scalars."""
-        ids, total, uses = self._returned or (None, None, None)
+        mean, uses = self._before or (None, None)
         return {
             "untrained": None if math.isnan(self.untrained) else self.untrained,
             "stage": self._stage.value,
@@ -355,10 +343,8 @@ class NoiseGuard:
             "suspect": _pack(self._suspect),
             "doubtful": _pack(self._doubtful),
             "candidate": _pack(self._candidate),
-            "excluded": _pack(self._excluded),
             "phase": None if self._phase is None else self._phase.copy(),
-            "held": None if self._held is None else self._held.copy(),
-            "returned": None if ids is None else {"ids": ids, "total": total, "uses": uses},
+            "before": None if mean is None else {"mean": mean, "uses": uses},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -371,18 +357,10 @@ class NoiseGuard:
         self._trials = int(state["trials"])
         self._suspect, self._candidate = suspect, _unpack(state["candidate"], n)
         self._doubtful = _unpack(state["doubtful"], n)
-        self._excluded = _unpack(state["excluded"], n)
         self._phase = None if state["phase"] is None else np.array(state["phase"], np.uint8)
-        self._held = None if state["held"] is None else np.array(state["held"], np.float16)
-        back = state["returned"]
-        self._returned = (
-            None
-            if back is None
-            else (
-                np.array(back["ids"], np.int64),
-                np.array(back["total"], np.float64),
-                np.array(back["uses"], np.uint32),
-            )
+        before = state["before"]
+        self._before = (
+            None if before is None else (np.array(before["mean"], np.float32), np.array(before["uses"], np.uint32))
         )
 
 
