@@ -318,7 +318,6 @@ class NoiseGuard:
         level, above = (float(np.mean(held)), float(np.mean(held > 1))) if len(held) else (0.0, 0.0)
         if level > _OPEN and above * self._agreement(catalog, found, judged) > _EVIDENCE:
             self._stage = Stage.OPEN
-            self._before = catalog.mean_loss.copy(), catalog.uses.copy()
             return "noise guard open", f"left out, suspects have {level:.2f} of the untrained loss", level
         self._stage = Stage.WATCHING if self._trials < _TRIALS else Stage.SHUT
         self._before = self._candidate = None
