@@ -63,6 +63,21 @@ def half_way(losses: Losses, low: float, high: float) -> float:
     return cut
 
 
+def even_loss(losses: Losses) -> float:
+    """Return ln K from the losses of an untrained classifier, however large its outputs are.
+
+    Such a model gives each of the K classes 1/K on average, and exp(-loss) is what it gave the right
+    one. Losses that are no cross-entropies may have any spread: never less than half of their mean.
+
+    Args:
+        losses: Shape `[n]`, n >= 1.
+    """
+    values = losses.astype(np.float64)
+    least = float(values.min())
+    even = least - math.log(float(np.mean(np.exp(least - values))))
+    return max(even, 0.5 * float(values.mean()))
+
+
 def agreement(losses: Losses, suspects: int, low: float, high: float) -> float:
     """Return the share of wrong labels that the others' loss implies, over the share of suspects.
 

@@ -6,7 +6,9 @@ or rare, falls below it once it or its kin were trained on. So every loss is mea
 the untrained model's loss (ln K for K balanced classes), and two questions are asked:
 
 * **Who?** The mean of all losses reported so far splits the samples into two groups; the cut lies
-  half-way between their medians (within `_CUT` times the untrained loss).
+  half-way between their medians (within `_CUT` times the untrained loss). From the trial on it is the
+  mean of the losses since then, and all before count as one: those were made under a model that
+  half believed the wrong labels, while many a right sample has been explained since.
 * **Wrong or rare?** The gate. Suspects whose latest losses have fallen below `_TRY` times the
   untrained loss are being learned, and nothing happens. Where there are more of them than the loss
   of the others allows (`noise_cut.agreement`), the model has not got round to a region of the data: wait.
@@ -18,6 +20,10 @@ the untrained model's loss (ln K for K balanced classes), and two questions are 
 Behind the gate ("cap") a suspect is drawn in every tenth epoch, in rotation, and each return is a
 further held-out look: what has fallen is released. From the middle of the budget on suspects stay
 out: a tenth of the rate until the end still lets a network memorise much of what is wrong.
+
+What limits it is who is found, not when: leaving out the wrong samples from a third of the budget
+on is as good as never having seen them, but each tenth of them that is missed costs a tenth of
+the gain or more (benchmarks/LOG.md).
 
 The published relatives train two networks (DivideMix, Li et al. 2020) or weigh the loss (Arazo et
 al. 2019, "Unsupervised label noise modeling and loss correction"); here only draws change.
@@ -35,7 +41,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog
-from learnit_r8.noise_cut import Classes, agreement, half_way
+from learnit_r8.noise_cut import Classes, agreement, even_loss, half_way
+from learnit_r8.noise_looks import LossesSince
 from learnit_r8.types import Indices, Losses, Mask
 
 START = 0.1
@@ -140,7 +147,7 @@ class NoiseGuard:
         self._doubtful: Mask | None = None  # the suspects, and with `seeking` those that come near
         self._candidate: Mask | None = None
         self._phase: NDArray[np.uint8] | None = None
-        self._before: tuple[Losses, NDArray[np.uint32]] | None = None
+        self._since: LossesSince | None = None
         self._turn = 0.0
         self._trials = 0
 
@@ -235,32 +242,19 @@ class NoiseGuard:
 
     # How it decides -----------------------------------------------------------------------
 
-    def _since(self, catalog: LossCatalog) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the sum of each sample's losses since the trial began, and how many they are, both `[N]`."""
-        assert self._before is not None
-        mean, uses = self._before
-        times = np.maximum(catalog.uses.astype(np.int64) - uses, 0)  # a rollback may have taken some back
-        total = catalog.mean_loss.astype(np.float64) * (uses + times) - mean.astype(np.float64) * uses
-        return np.where(times > 0, total, 0.0), times
-
     def _untrained(self, catalog: LossCatalog) -> float:
         """Return the loss of a model that knows nothing, or NaN while nothing was seen.
 
-        That is the entropy of the classes where they are known. Else: such a model gives each class
-        1/K on average, however large its outputs are, and exp(-loss) is what it gave the right one.
+        That is the entropy of the classes where they are known.
         """
         first = (catalog.uses == 1) & (catalog.last_seen < _FIRST_STEPS)
         if not first.any():
             return math.nan
-        losses = catalog.mean_loss[first].astype(np.float64)
-        mean = float(losses.mean())
+        losses = catalog.mean_loss[first]
+        mean = float(np.mean(losses, dtype=np.float64))
         if self._classes is not None and mean < 4 * self._classes.entropy:
             return self._classes.entropy  # right for a model that was trained before, too
-        if catalog.attributed or mean <= 0:
-            return mean
-        least = float(losses.min())
-        even = least - math.log(float(np.mean(np.exp(least - losses))))
-        return max(even, 0.5 * mean)  # losses that are no cross-entropies may have any spread
+        return mean if catalog.attributed else even_loss(losses)
 
     def _scores(self, catalog: LossCatalog) -> Scores:
         """Return how wrong each sample looks, in units of the loss, float32 `[N]`.
@@ -269,9 +263,8 @@ class NoiseGuard:
         losses before as one more.
         """
         scores = np.array(catalog.expected_loss if catalog.attributed else catalog.mean_loss, np.float32)
-        if self._before is not None:
-            total, times = self._since(catalog)
-            scores = ((self._before[0] + total) / (1 + times)).astype(np.float32)
+        if self._since is not None:
+            scores = self._since.scores(catalog)
         if self._classes is not None:
             scores -= self._classes.excess(scores)
         return scores
@@ -303,7 +296,7 @@ class NoiseGuard:
                 self._stage = Stage.OPEN
                 return "noise guard open" if self.mode == "cap" else "suspects named", why, level
             self._stage = Stage.TRIAL_1
-            self._before = catalog.mean_loss.copy(), catalog.uses.copy()
+            self._since = LossesSince(catalog.mean_loss, catalog.uses)
             self._candidate = judged & (scores > _CANDIDATE * self.untrained)
             return "noise trial", why, level
         return "", "", math.nan
@@ -311,16 +304,16 @@ class NoiseGuard:
     def _end_trial(self, catalog: LossCatalog, found: Mask, judged: Mask) -> tuple[str, str, float]:
         """Open the gate, or watch on."""
         self._trials += 1
-        assert self._candidate is not None and self._phase is not None
-        total, times = self._since(catalog)
-        looked = found & self._candidate & (self._phase % 2 == 0) & (times > 0)
-        held = total[looked] / times[looked] / self.untrained
+        assert self._candidate is not None
+        assert self._phase is not None
+        assert self._since is not None
+        held = self._since.means(catalog, found & self._candidate & (self._phase % 2 == 0)) / self.untrained
         level, above = (float(np.mean(held)), float(np.mean(held > 1))) if len(held) else (0.0, 0.0)
         if level > _OPEN and above * self._agreement(catalog, found, judged) > _EVIDENCE:
             self._stage = Stage.OPEN
             return "noise guard open", f"left out, suspects have {level:.2f} of the untrained loss", level
         self._stage = Stage.WATCHING if self._trials < _TRIALS else Stage.SHUT
-        self._before = self._candidate = None
+        self._since = self._candidate = None
         if level > _OPEN:
             return "noise guard shut", f"left out, suspects have {level:.2f} of the untrained loss, but not most", level
         return "noise guard shut", f"suspects were rare or hard: left out, they fell to {level:.2f}", level
@@ -333,7 +326,6 @@ class NoiseGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything; arrays and JSON scalars."""
-        mean, uses = self._before or (None, None)
         return {
             "untrained": None if math.isnan(self.untrained) else self.untrained,
             "stage": self._stage.value,
@@ -343,7 +335,7 @@ class NoiseGuard:
             "doubtful": _pack(self._doubtful),
             "candidate": _pack(self._candidate),
             "phase": None if self._phase is None else self._phase.copy(),
-            "before": None if mean is None else {"mean": mean, "uses": uses},
+            "since": None if self._since is None else self._since.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -357,10 +349,7 @@ class NoiseGuard:
         self._suspect, self._candidate = suspect, _unpack(state["candidate"], n)
         self._doubtful = _unpack(state["doubtful"], n)
         self._phase = None if state["phase"] is None else np.array(state["phase"], np.uint8)
-        before = state["before"]
-        self._before = (
-            None if before is None else (np.array(before["mean"], np.float32), np.array(before["uses"], np.uint32))
-        )
+        self._since = None if state["since"] is None else LossesSince.from_state(state["since"])
 
 
 def either(one: Mask | None, other: Mask | None) -> Mask | None:

@@ -10,8 +10,9 @@ from learnit_r8 import R8Scheduler
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.checkpoint import state_codec
 from learnit_r8.events import StrategyDecided, SuspectsNamed
-from learnit_r8.noise_cut import agreement, half_way
+from learnit_r8.noise_cut import agreement, even_loss, half_way
 from learnit_r8.noise_guard import NoiseGuard, either
+from learnit_r8.noise_looks import LossesSince
 from learnit_r8.strategies import names
 
 N, EPOCHS = 240, 15
@@ -299,3 +300,54 @@ def test_masks_are_joined():
     assert either(a, None) is a
     assert either(None, b) is b
     assert either(a, b).tolist() == [True, False, True]
+
+
+@settings(deadline=None)
+@given(st.integers(2, 12), st.floats(0, 3), st.integers(0, 2**32 - 1))
+def test_the_untrained_loss_is_ln_k_however_large_the_outputs_are(classes, scale, seed):
+    """An untrained model's outputs say nothing of the label, so it gives the right one 1/K on average."""
+    rng = np.random.default_rng(seed)
+    outputs = scale * rng.standard_normal((20_000, classes))
+    losses = np.log(np.exp(outputs).sum(1)) - outputs[np.arange(20_000), rng.integers(0, classes, 20_000)]
+    assert even_loss(losses.astype(np.float32)) == pytest.approx(max(np.log(classes), losses.mean() / 2), rel=0.06)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40))
+def test_the_untrained_loss_lies_between_half_of_the_mean_and_the_mean(losses):
+    values = np.array(losses, np.float32)
+    mean = values.mean(dtype=np.float64)
+    slack = 1e-6 * (1 + abs(mean))
+    assert min(mean, mean / 2) - slack <= even_loss(values) <= max(mean, mean / 2) + slack
+
+
+@given(st.data())
+def test_losses_since_a_moment_are_those_reported_after_it(data):
+    """Against lists: the mean of what came since, and of that with the mean before as one more."""
+    n = data.draw(st.integers(1, 12))
+    rounds = data.draw(st.lists(st.lists(st.integers(0, n - 1), min_size=1, unique=True), min_size=1, max_size=12))
+    moment = data.draw(st.integers(0, len(rounds)))
+    rng = np.random.default_rng(len(rounds))
+    catalog, before, after = LossCatalog(n), [[] for _ in range(n)], [[] for _ in range(n)]
+    since = LossesSince(catalog.mean_loss, catalog.uses)
+    for number, ids in enumerate(rounds):
+        if number == moment:
+            since = LossesSince.from_state(LossesSince(catalog.mean_loss, catalog.uses).state_dict())
+        losses = rng.exponential(1.0, len(ids)).astype(np.float32)
+        catalog.record(catalog.look_up(np.array(ids)), losses, number)
+        for index, loss in zip(ids, losses, strict=True):
+            (before if number < moment else after)[index].append(float(loss))
+    if moment == len(rounds):
+        since = LossesSince(catalog.mean_loss, catalog.uses)
+    expected = [(np.mean(b or [0.0]) + np.sum(a)) / (1 + len(a)) for b, a in zip(before, after, strict=True)]
+    assert since.scores(catalog) == pytest.approx(np.array(expected), rel=1e-4, abs=1e-5)
+    means = [np.mean(a) for a in after if a]
+    assert since.means(catalog, np.ones(n, bool)) == pytest.approx(np.array(means), rel=1e-4, abs=1e-4)
+
+
+def test_a_rollback_that_takes_uses_back_leaves_no_negative_counts():
+    catalog = LossCatalog(3)
+    ids = np.arange(3)
+    catalog.record(catalog.look_up(ids), np.float32([1, 2, 3]), 0)
+    later = LossesSince(np.float32([2, 2, 2]), np.uint32([4, 4, 4]))
+    assert later.scores(catalog).tolist() == [2, 2, 2]
+    assert len(later.means(catalog, np.ones(3, bool))) == 0
