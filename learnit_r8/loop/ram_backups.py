@@ -40,8 +40,7 @@ class RamBackups:
         self.capture = capture
         self._emit = emit
         self._clock = clock
-        self._everyone = ranks.everyone
-        self._several = ranks.world_size > 1
+        self._ranks = ranks
         self._pacer = BackupPacer(backup_every=backup_every)
         self.forget()
 
@@ -53,6 +52,7 @@ class RamBackups:
         self._scanned = 0.0  # seconds on scans up to the last backup
         self._step_began: float | None = None
         self._step_counted = 0
+        self._ranks.damaged_since = None
 
     def before_step(self, step: int, detector: Detector, *, allowed: bool) -> None:
         """Take an automatic backup when one is due; there must be a `capture`."""
@@ -66,7 +66,7 @@ class RamBackups:
             scanned = self.ring.stats.scan_seconds
             self._pacer.took(self._clock.monotonic() - began + scanned - self._scanned)
             self._scanned = scanned
-            self._next = step + int(self._everyone(self._pacer.interval).max())
+            self._next = step + int(self._ranks.everyone(self._pacer.interval).max())
             began = self._clock.monotonic()
         self._step_began = began
 
@@ -80,10 +80,21 @@ class RamBackups:
         self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
 
     def calm(self, step: int) -> None:
-        """Count a calm loss in favour of the backups before it."""
+        """Count a calm loss in favour of the backups before it; one that is found damaged says that the model is."""
         for info in self.ring.healthy(step):
             if info.status is BackupStatus.VERIFIED:
                 self._emit(events.BackupVerified, step, info.step)
+            elif info.damaged and self._ranks.damaged_since is None:
+                self._ranks.damaged_since = info.step
+                names = ", ".join(name.lstrip("/") for name in info.damaged[:3])
+                more = f" and {len(info.damaged) - 3} more arrays" if len(info.damaged) > 3 else ""
+                what = f"the model's state of step {info.step} holds NaN or infinity, which the losses do not show: "
+                self._emit(events.Notice, step, f"{what}{names}{more}", "warning")
+
+    def damaged_since(self) -> int | None:
+        """Return the step of a backup in which NaN or infinity was found since the last call, on any rank, or None."""
+        since, self._ranks.damaged_since = self._ranks.damaged_since, None
+        return since
 
     def proved_steps(self) -> list[int]:
         """Return the steps of this rank's proved backups, ascending."""
@@ -93,7 +104,7 @@ class RamBackups:
         """Return the newest backup of an earlier step that every rank has."""
         while True:
             mine = self.ring.find(before)
-            steps = self._everyone(-1.0 if mine is None else mine.step)
+            steps = self._ranks.everyone(-1.0 if mine is None else mine.step)
             lowest = int(steps.min())
             if lowest < 0 or steps.min() == steps.max():
                 return None if lowest < 0 else mine
@@ -116,8 +127,9 @@ class RamBackups:
         """Forget what was taken after a step: it never happened."""
         self.ring.discard_after(to_step)
         self._next = 0
+        self._ranks.damaged_since = None
 
     def _due(self, step: int) -> bool:
-        if self._several:
+        if self._ranks.world_size > 1:
             return step >= self._next
         return not self.ring.backups or self._pacer.due

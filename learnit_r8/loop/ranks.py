@@ -2,8 +2,8 @@
 
 Nothing but losses has to travel for the ranks to stay equal, as all else follows from the same
 seed. What does not follow from it travels along with every report: the time (rank 0's counts for
-everyone), signals and commands (any rank's count for everyone), and a hash of the plan, so that
-ranks that differ are found at once and not after a wasted run.
+everyone), signals, commands and a damaged model (any rank's count for everyone), and a hash of the
+plan, so that ranks that differ are found at once and not after a wasted run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.losses import Reported, read_losses
 from learnit_r8.types import Command, Indices
 
-_COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _HEADER = range(6)
+_COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _DAMAGED, _HEADER = range(7)
 _COMMANDS: tuple[Command | None, ...] = (None, *Command)
 
 
@@ -48,6 +48,7 @@ class Ranks:
         clock: The time that all ranks agree on.
         asked: A command that a sink of this rank gave; `command` on all ranks after the next report.
         command: The command that a rank was given, or None.
+        damaged_since: Step at which this rank's model was damaged, or None; after the next report, any rank's.
         writes: Whether this rank writes checkpoints.
         exchanges: Whether reports are exchanged.
         signal: The signal that a rank got, or 0.
@@ -65,6 +66,7 @@ class Ranks:
         self.world_size = world_size
         self.asked: Command | None = None
         self.command: Command | None = None
+        self.damaged_since: int | None = None
         self.signal = 0
         self.writes = rank == 0
         self.exchanges = world_size > 1
@@ -127,12 +129,15 @@ class Ranks:
         header[_SECONDS] = self._local.monotonic() - self._created
         header[_SIGNAL] = signal or 0
         header[_COMMAND] = _COMMANDS.index(self.asked)
+        header[_DAMAGED] = np.inf if self.damaged_since is None else self.damaged_since
         everyone = np.asarray(self._all_gather(np.concatenate([header, values])), dtype=np.float64).ravel()
         headers, losses = self._split(everyone)
         self._compare(headers[:, _HASH], step)
         self._shared.now = float(headers[0, _SECONDS])
         self.signal = int(headers[:, _SIGNAL].max())
         self.command, self.asked = _COMMANDS[int(headers[:, _COMMAND].max())], None
+        since = headers[:, _DAMAGED].min()
+        self.damaged_since = int(since) if since < np.inf else None
         return headers[:, _COUNT], losses
 
     def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -184,6 +184,9 @@ class SafetyNet:
                 easy=self._recovery.stable_only(step),
             )
             verdict, score = reading.verdict, reading.score
+        damaged_since = None if skipped or outdated else self._damaged_since(step)
+        if damaged_since is not None:
+            verdict = Verdict.NONFINITE
         self._crash.note(step, verdict, reported.mean, indices)
         if verdict is Verdict.CALM:
             action = self._recovery.react(step, verdict, can_restore=False, loss=reported.mean)
@@ -195,14 +198,20 @@ class SafetyNet:
         action = self._recovery.react(
             step,
             verdict,
-            can_restore=verdict in _FAULTS and self._can_restore(step),
+            can_restore=damaged_since is not None or (verdict in _FAULTS and self._can_restore(step)),
             batch_indices=indices,
             loss=reported.mean,
             sample_losses=reported.values,
-            first_suspect_step=self._suspect_since(verdict),
+            first_suspect_step=self._suspect_since(verdict) if damaged_since is None else damaged_since,
+            unseen=damaged_since is not None,
         )
         # A suspect loss counts too: it mostly is a harmless outlier, and a rollback takes it out of the catalog again.
         return Judgement(verdict, score, action, reported.finite and action.kind in _GOES_ON)
+
+    def _damaged_since(self, step: int) -> int | None:
+        """Return the step from which the model holds NaN that no loss shows, if that is news and can be undone."""
+        since = self._backups.damaged_since()
+        return since if since is not None and self._can_restore(step) else None
 
     def _can_restore(self, step: int) -> bool:
         if self._load is None:

@@ -42,6 +42,7 @@ class BackupInfo:
         initial: The state before training: eligible without proof when nothing else is.
         status: CANDIDATE, VERIFIED or DISCARDED.
         scan_seconds: Time that looking for NaN and infinity took, once that was done.
+        damaged: DISCARDED only: paths of the arrays that were finite in an earlier backup and are not in this one.
     """
 
     id: int
@@ -51,6 +52,7 @@ class BackupInfo:
     initial: bool
     status: BackupStatus
     scan_seconds: float = 0.0
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class BackupRing:
         self._spare: Pool | None = None
         self._next_id = 0
         self._harmless: frozenset[str] | None = None
+        self._sound: frozenset[str] = frozenset()  # arrays that were finite once
 
     @property
     def backups(self) -> tuple[BackupInfo, ...]:
@@ -141,6 +144,7 @@ class BackupRing:
         if self._harmless is None:
             # A mask of -inf is part of many models: what is not finite from the first is no fault.
             self._harmless = self._scan(copy)
+            self._sound = copy.paths - self._harmless
         initial = step == 0 if initial is None else initial
         info = BackupInfo(self._next_id, step, copy.nbytes, seconds, initial, BackupStatus.CANDIDATE)
         self._next_id += 1
@@ -165,8 +169,10 @@ class BackupRing:
             bad = self._scan(slot.copy) - (self._harmless or frozenset())
             slot.info = replace(slot.info, scan_seconds=self.stats.scan_seconds - before)
             if bad:
+                slot.info = replace(slot.info, damaged=tuple(sorted(bad & self._sound)))
                 decided.append(self._drop(slot))
                 continue
+            self._sound |= slot.copy.paths - (self._harmless or frozenset())
             slot.info = replace(slot.info, status=BackupStatus.VERIFIED)
             self.stats = replace(self.stats, verified=self.stats.verified + 1)
             decided.append(slot.info)

@@ -224,6 +224,7 @@ class Recovery:
         loss: float = math.nan,
         sample_losses: NDArray[np.floating[Any]] | None = None,
         first_suspect_step: int | None = None,
+        unseen: bool = False,
     ) -> Action:
         """Take the verdict on one loss and say what to do.
 
@@ -235,6 +236,7 @@ class Recovery:
             loss: Its mean loss.
             sample_losses: One loss per sample where those were reported, in the batch's order.
             first_suspect_step: The detector's.
+            unseen: No loss shows the fault: this batch is not to blame.
         """
         self._reports += 1
         if self.aftermath.used is not None:
@@ -244,6 +246,8 @@ class Recovery:
         if self.phase is Phase.FAILED or verdict is Verdict.SKIPPED:
             return self._move(verdict)
         self._calm_run = 0
+        if unseen:
+            batch_indices, sample_losses, loss = (), None, math.nan
         self._quarantine.suspect(batch_indices, sample_losses)
         if verdict is Verdict.SUSPECT:
             return self._move(verdict, "the loss stands out")
@@ -255,7 +259,7 @@ class Recovery:
         if not can_restore:
             return self._unrestorable(verdict, loss)
         self._drifting, self._callback_failed = verdict is Verdict.DRIFT, False
-        self._sudden = verdict is Verdict.NONFINITE and first_suspect_step in (None, step)
+        self._sudden = unseen or (verdict is Verdict.NONFINITE and first_suspect_step in (None, step))
         excess = loss - self._level
         if self.aftermath.calm > _PROMPT:
             self._excesses = []  # it took time to come back: it grows, however high it stood when it was noticed
@@ -384,7 +388,8 @@ class Recovery:
             return self._move(Signal.LEVEL_HELD, f"the drift comes back and cannot be undone: {reason}")
         ids = self.failing_batches[-1] if self.failing_batches else []
         shown = f"{ids[:32]}" + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
-        return self._move(Signal.EXHAUSTED, f"{reason}; the last batch held the samples {shown}")
+        cause = f"the last batch held the samples {shown}" if ids else "no loss showed the damage in the model's state"
+        return self._move(Signal.EXHAUSTED, f"{reason}; {cause}")
 
     def _level_held(self, excess: float) -> bool:
         """Say whether the fault stands as high above the healthy level as the last two did."""

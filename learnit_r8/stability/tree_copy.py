@@ -66,6 +66,11 @@ class TreeCopy:
     pool: Pool
     nbytes: int
 
+    @property
+    def paths(self) -> frozenset[str]:
+        """Paths of all arrays."""
+        return frozenset(path for path, _ in self.arrays)
+
     def nonfinite(self) -> frozenset[str]:
         """Return the paths of the float arrays that hold NaN or infinity."""
         return frozenset(path for path, array in self.arrays if not all_finite(array))
