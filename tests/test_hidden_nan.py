@@ -41,7 +41,7 @@ class Hiding(Run):
 
     @property
     def notices(self) -> list[str]:
-        return [event.message for event in self.ear.of(Notice) if "the losses do not show" in event.message]
+        return [event.message for event in self.ear.of(Notice) if "losses do not show" in event.message]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -99,9 +99,9 @@ def test_every_fault_is_undone_when_they_come_again_and_again():
 
 def test_damage_that_comes_back_at_every_step_ends_in_an_error_that_blames_no_sample():
     run = Hiding(num_epochs=200)
-    with pytest.raises(TrainingDiverged, match="no loss showed the damage") as caught:
+    with pytest.raises(TrainingDiverged, match=r"losses do not show: table, in the backup") as caught:
         run.poisoned_at(*range(1, 10_000))
-    assert caught.value.batches[-1] == []
+    assert not caught.value.batches[-1]
 
 
 def test_without_a_way_to_restore_the_user_is_told_and_training_goes_on():

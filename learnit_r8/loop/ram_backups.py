@@ -12,6 +12,7 @@ from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, Ba
 from learnit_r8.stability.detector import Detector
 
 Emit = Callable[..., None]
+_DAMAGE = "the model's state holds NaN or infinity, which the losses do not show"
 
 
 class RamBackups:
@@ -27,6 +28,7 @@ class RamBackups:
     Attributes:
         capture: As given.
         ring: The backups.
+        damage: What was found in the backup that was damaged last, in words.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class RamBackups:
         self._scanned = 0.0  # seconds on scans up to the last backup
         self._step_began: float | None = None
         self._step_counted = 0
-        self._ranks.damaged_since = None
+        self._heal()
 
     def before_step(self, step: int, detector: Detector, *, allowed: bool) -> None:
         """Take an automatic backup when one is due; there must be a `capture`."""
@@ -88,8 +90,8 @@ class RamBackups:
                 self._ranks.damaged_since = info.step
                 names = ", ".join(name.lstrip("/") for name in info.damaged[:3])
                 more = f" and {len(info.damaged) - 3} more arrays" if len(info.damaged) > 3 else ""
-                what = f"the model's state of step {info.step} holds NaN or infinity, which the losses do not show: "
-                self._emit(events.Notice, step, f"{what}{names}{more}", "warning")
+                self.damage = f"{_DAMAGE}: {names}{more}, in the backup of step {info.step}"
+                self._emit(events.Notice, step, self.damage, "warning")
 
     def damaged_since(self) -> int | None:
         """Return the step of a backup in which NaN or infinity was found since the last call, on any rank, or None."""
@@ -127,7 +129,10 @@ class RamBackups:
         """Forget what was taken after a step: it never happened."""
         self.ring.discard_after(to_step)
         self._next = 0
-        self._ranks.damaged_since = None
+        self._heal()
+
+    def _heal(self) -> None:
+        self._ranks.damaged_since, self.damage = None, f"{_DAMAGE} on another rank"
 
     def _due(self, step: int) -> bool:
         if self._ranks.world_size > 1:

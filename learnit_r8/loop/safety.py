@@ -203,7 +203,7 @@ class SafetyNet:
             loss=reported.mean,
             sample_losses=reported.values,
             first_suspect_step=self._suspect_since(verdict) if damaged_since is None else damaged_since,
-            unseen=damaged_since is not None,
+            unseen="" if damaged_since is None else self._backups.damage,
         )
         # A suspect loss counts too: it mostly is a harmless outlier, and a rollback takes it out of the catalog again.
         return Judgement(verdict, score, action, reported.finite and action.kind in _GOES_ON)

@@ -201,6 +201,7 @@ class Recovery:
         self._source, self._skip, self._attempts = "ram", 0, 0
         self._before_step: int | None = None
         self._drifting = self._callback_failed = self._sudden = False
+        self._unseen = ""
 
     @property
     def backups_allowed(self) -> bool:
@@ -224,7 +225,7 @@ class Recovery:
         loss: float = math.nan,
         sample_losses: NDArray[np.floating[Any]] | None = None,
         first_suspect_step: int | None = None,
-        unseen: bool = False,
+        unseen: str = "",
     ) -> Action:
         """Take the verdict on one loss and say what to do.
 
@@ -236,7 +237,7 @@ class Recovery:
             loss: Its mean loss.
             sample_losses: One loss per sample where those were reported, in the batch's order.
             first_suspect_step: The detector's.
-            unseen: No loss shows the fault: this batch is not to blame.
+            unseen: The fault in words, where no loss shows it: this batch is not to blame.
         """
         self._reports += 1
         if self.aftermath.used is not None:
@@ -246,6 +247,7 @@ class Recovery:
         if self.phase is Phase.FAILED or verdict is Verdict.SKIPPED:
             return self._move(verdict)
         self._calm_run = 0
+        self._unseen = unseen
         if unseen:
             batch_indices, sample_losses, loss = (), None, math.nan
         self._quarantine.suspect(batch_indices, sample_losses)
@@ -259,7 +261,7 @@ class Recovery:
         if not can_restore:
             return self._unrestorable(verdict, loss)
         self._drifting, self._callback_failed = verdict is Verdict.DRIFT, False
-        self._sudden = unseen or (verdict is Verdict.NONFINITE and first_suspect_step in (None, step))
+        self._sudden = bool(unseen) or (verdict is Verdict.NONFINITE and first_suspect_step in (None, step))
         excess = loss - self._level
         if self.aftermath.calm > _PROMPT:
             self._excesses = []  # it took time to come back: it grows, however high it stood when it was noticed
@@ -388,7 +390,7 @@ class Recovery:
             return self._move(Signal.LEVEL_HELD, f"the drift comes back and cannot be undone: {reason}")
         ids = self.failing_batches[-1] if self.failing_batches else []
         shown = f"{ids[:32]}" + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
-        cause = f"the last batch held the samples {shown}" if ids else "no loss showed the damage in the model's state"
+        cause = self._unseen or f"the last batch held the samples {shown}"
         return self._move(Signal.EXHAUSTED, f"{reason}; {cause}")
 
     def _level_held(self, excess: float) -> bool:
