@@ -178,9 +178,11 @@ class Detector:
                 only losses that were accepted.
         """
         if state is not None:
-            announced = self._relaxed_until
+            announced, first = self._relaxed_until, self._first
             self.load_state_dict(state)
             self._relaxed_until = max(announced, self._relaxed_until)  # the learning rate does not go back
+            if math.isnan(self._first):  # the next batches are easy ones: theirs would be no measure
+                self._first = first
         self._level.forget_recent()
         self._clear_flags()
 
