@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from learnit_r8 import R8Scheduler  # noqa: E402
 from learnit_r8.integrations.distributed import rank_arguments  # noqa: E402
 from learnit_r8.integrations.torch import R8BatchSampler, capture_state, follow_lr, restore_state  # noqa: E402
-from tests.backup_watch import BackupWatch, fingerprint, random_steps  # noqa: E402
+from tests.backup_watch import BackupWatch, fingerprint, never, random_steps  # noqa: E402
 
 SAMPLES, BATCH = 96, 8
 RANK = int(os.environ.get("RANK", "0"))
@@ -47,7 +47,7 @@ def hexed(module: torch.nn.Module) -> list[str]:
     return [part.hex() for part in fingerprint(module.state_dict())]
 
 
-def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults: Any = (), **options: Any) -> dict:
+def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults: Any = never, **options: Any) -> dict:
     """Train a small network under Accelerate, with two micro-batches an optimizer step."""
     from accelerate import Accelerator
 

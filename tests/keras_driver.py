@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ import numpy as np
 warnings.simplefilter("ignore")
 import keras  # noqa: E402
 
-from learnit_r8 import R8Scheduler  # noqa: E402
+from learnit_r8 import R8Scheduler, TrainingDiverged  # noqa: E402
 from learnit_r8.integrations.keras import R8Callback, R8Dataset, capture_state, restore_state  # noqa: E402
-from tests.backup_watch import BackupWatch, fingerprint, random_steps  # noqa: E402
+from tests.backup_watch import BackupWatch, always, fingerprint, random_steps  # noqa: E402
 
 SAMPLES, BATCH = 100, 8  # the last batch is shorter
 
@@ -101,17 +102,25 @@ def losses(workers: int = 1) -> float:
     return float(np.abs(scheduler.catalog.expected_loss - expected).max())
 
 
-def faults(seed: int, workers: int = 1) -> dict:
+def faults(steps: Callable[[int], list[int]]) -> dict:
     x, y = data()
-    watch = BackupWatch(random_steps(seed), scheduler_for, num_epochs=16)
+    watch = BackupWatch(steps, scheduler_for, num_epochs=16)
 
     def load(indices):
         factor = watch.factor() if dataset._running else 1.0  # Keras looks at a batch before training
         return x[indices] * np.float32(factor), y[indices]
 
-    dataset = R8Dataset(watch.scheduler, load, workers=workers)
+    dataset = R8Dataset(watch.scheduler, load)
     fit(model_for(0), dataset)
     return watch.findings()
+
+
+def diverged() -> str:
+    try:
+        faults(always)
+    except TrainingDiverged as error:
+        return str(error)
+    return ""
 
 
 def refusals() -> list[str]:
@@ -164,8 +173,9 @@ if __name__ == "__main__":
         "resume": lambda: [resume(1)],
         "resume-threads": lambda: [resume(3)],
         "losses": lambda: [losses(1), losses(3)],
-        "faults": lambda: [faults(0)],
-        "many-faults": lambda: [faults(seed) for seed in range(1, 4)],
+        "faults": lambda: [faults(random_steps(0))],
+        "many-faults": lambda: [faults(random_steps(seed)) for seed in range(1, 4)],
+        "diverged": diverged,
         "refusals": refusals,
         "saved": saved,
     }

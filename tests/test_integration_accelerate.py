@@ -34,7 +34,7 @@ def test_a_run_that_accelerate_saved_and_loaded_equals_the_uninterrupted_one(tmp
 
 
 def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(tmp_path):
-    check_survival(driver.accelerated(tmp_path, faults=random_steps(0), num_epochs=17))
+    check_survival(driver.accelerated(tmp_path, faults=random_steps(0), num_epochs=17), accumulation=2)
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_two_processes_agree_in_the_trainer_and_under_accelerate_whichever_rank_
     for rank in ranks:
         assert rank["resumed"]["same_ids"]
         assert rank["resumed"]["same_weights"]
-        check_survival(rank["faults"])
+        check_survival(rank["faults"], accumulation=2)
         check_survival(rank["trainer"])
     slices = zip(*(rank["resumed"]["seen"] for rank in ranks), strict=True)
     batches = [list(itertools.chain(*parts)) for parts in slices]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from learnit_r8 import R8Scheduler
+from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.errors import ConfigError
-from tests.backup_watch import BackupWatch, check_survival, random_steps
+from tests.backup_watch import BackupWatch, always, check_diverged, check_survival, random_steps
 
 SAMPLES, LENGTH, VOCABULARY = 40, 6, 20
 
@@ -236,14 +236,16 @@ def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(
     hf, tmp_path, kind, accumulation, workers, seed
 ):
     watch = BackupWatch(random_steps(seed), scheduler_for, num_epochs=21)
-    trainer = trainer_for(
-        hf,
-        tmp_path,
-        kind,
-        watch.scheduler,
-        gradient_accumulation_steps=accumulation,
-        dataloader_num_workers=workers,
+    trainer = poisoned_trainer(
+        hf, tmp_path, kind, watch, gradient_accumulation_steps=accumulation, dataloader_num_workers=workers
     )
+    trainer.train()
+    check_survival(watch.findings(), accumulation=accumulation)
+    assert np.isfinite(trainer.state.log_history[-2]["loss"])
+
+
+def poisoned_trainer(hf, folder, kind: str, watch: BackupWatch, **options):
+    trainer = trainer_for(hf, folder, kind, watch.scheduler, **options)
     compute = trainer._head_losses
 
     def poisoned(logits, labels, config):
@@ -251,9 +253,13 @@ def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(
         return losses._replace(sums=losses.sums * watch.factor())
 
     trainer._head_losses = poisoned
-    trainer.train()
-    check_survival(watch.findings())
-    assert np.isfinite(trainer.state.log_history[-2]["loss"])
+    return trainer
+
+
+def test_more_nan_than_backups_can_undo_ends_in_an_error_that_names_samples(hf, tmp_path):
+    with pytest.raises(TrainingDiverged) as caught:
+        poisoned_trainer(hf, tmp_path, "class", BackupWatch(always, scheduler_for)).train()
+    check_diverged(str(caught.value))
 
 
 class Biased:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learnit_r8 import R8Scheduler
+from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.errors import ConfigError
-from tests.backup_watch import BackupWatch, check_survival, fingerprint, random_steps
+from tests.backup_watch import BackupWatch, always, check_diverged, check_survival, fingerprint, never, random_steps
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -26,7 +26,7 @@ def scheduler_for(**options) -> R8Scheduler:
 class Run:
     """A small network with dropout, whose step donates its buffers."""
 
-    def __init__(self, faults=(), epochs: int = 3) -> None:
+    def __init__(self, faults=never, epochs: int = 3) -> None:
         rng = np.random.default_rng(0)
         self.x = rng.normal(size=(SAMPLES, 6)).astype(np.float32)
         self.y = (self.x[:, 0] + self.x[:, 1] ** 2 > 0.7).astype(np.float32)
@@ -112,6 +112,13 @@ def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(see
     run = Run(random_steps(seed), epochs=25)
     run.go()
     check_survival(run.watch.findings())
+
+
+def test_more_nan_than_backups_can_undo_ends_in_an_error_that_names_samples():
+    run = Run(always, epochs=5)
+    with pytest.raises(TrainingDiverged) as caught:
+        run.go()
+    check_diverged(str(caught.value))
 
 
 def test_a_captured_state_is_not_changed_by_steps_that_donate_their_buffers():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.backup_watch import check_survival
+from tests.backup_watch import check_diverged, check_survival
 
 HERE = Path(__file__).parent
 REFUSED = ("must have 100 rows", "R8Dataset", "shuffle=False", "LearningRateSchedule", "steps_per_execution", "spent")
@@ -35,15 +35,17 @@ def drive(backend: str, *wanted: str) -> dict:
 
 
 def test_keras_on_torch_resumes_to_the_bit_and_survives_nan():
-    found = drive("torch", "resume", "faults")
+    found = drive("torch", "resume", "faults", "diverged")
     check_resumed(found["resume"])
     check_survival(*found["faults"])
+    check_diverged(found["diverged"])
 
 
 def test_keras_on_jax_resumes_to_the_bit_survives_nan_and_knows_each_samples_loss():
-    found = drive("jax", "resume", "losses", "faults")
+    found = drive("jax", "resume", "losses", "faults", "diverged")
     check_resumed(found["resume"])
     check_survival(*found["faults"])
+    check_diverged(found["diverged"])
     assert max(found["losses"]) < 1e-5
 
 

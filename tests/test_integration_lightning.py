@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from learnit_r8 import R8Scheduler
+from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import RolledBack, SpikeSeen
-from tests.backup_watch import BackupWatch, check_survival, fingerprint, random_steps
+from tests.backup_watch import BackupWatch, always, check_diverged, check_survival, fingerprint, random_steps
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -159,7 +159,14 @@ def test_one_loss_per_batch_is_reported_undivided_when_gradients_accumulate():
 def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(workers, accumulate, seed):
     watch = BackupWatch(random_steps(seed), scheduler_for, num_epochs=17)
     fit(model_for(watch=watch), watch.scheduler, workers=workers, accumulate=accumulate)
-    check_survival(watch.findings())
+    check_survival(watch.findings(), accumulation=accumulate)
+
+
+def test_more_nan_than_backups_can_undo_ends_in_an_error_that_names_samples():
+    watch = BackupWatch(always, scheduler_for)
+    with pytest.raises(TrainingDiverged) as caught:
+        fit(model_for(watch=watch), watch.scheduler)
+    check_diverged(str(caught.value))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -15,7 +15,7 @@ import pytest
 from sklearn.linear_model import SGDClassifier
 
 from learnit_r8 import R8Scheduler
-from tests.backup_watch import BackupWatch, check_survival, fingerprint, random_steps
+from tests.backup_watch import BackupWatch, check_survival, fingerprint, never, random_steps
 
 ROOT = Path(__file__).parent.parent
 SAMPLES, BATCH = 120, 8
@@ -26,7 +26,7 @@ def scheduler_for(**options) -> R8Scheduler:
 
 
 class Run:
-    def __init__(self, faults=(), epochs: int = 3) -> None:
+    def __init__(self, faults=never, epochs: int = 3) -> None:
         rng = np.random.default_rng(0)
         self.x = rng.normal(size=(SAMPLES, 5))
         self.y = (self.x[:, 0] > 0).astype(int) + (self.x[:, 1] > 1)

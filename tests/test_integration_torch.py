@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learnit_r8 import ProtocolError, R8Scheduler
+from learnit_r8 import ProtocolError, R8Scheduler, TrainingDiverged
 from learnit_r8.errors import ConfigError
 from learnit_r8.integrations.torch import (
     R8BatchSampler,
@@ -24,7 +24,17 @@ from learnit_r8.integrations.torch import (
     set_lr,
     tensors_from_arrays,
 )
-from tests.backup_watch import BackupWatch, check_survival, fingerprint, leaves, random_steps
+from tests.backup_watch import (
+    BackupWatch,
+    always,
+    check_diverged,
+    check_survival,
+    fingerprint,
+    leaves,
+    never,
+    random_steps,
+    survivable,
+)
 
 SAMPLES = 96
 
@@ -401,7 +411,7 @@ class Run:
         self.x = torch.from_numpy(rng.normal(size=(SAMPLES, 4)).astype(np.float32))
         self.y = torch.from_numpy(rng.integers(0, 3, SAMPLES))
         self.model, self.optimizer = toy()
-        self.watch = BackupWatch([], scheduler_for, initial_lr=0.05) if watch is None else watch
+        self.watch = BackupWatch(never, scheduler_for, initial_lr=0.05) if watch is None else watch
         self.scheduler = self.watch.scheduler
         self.scheduler.attach_model(
             lambda: capture_state(self.model, self.optimizer, copy=False),
@@ -472,12 +482,44 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, workers, accumulat
 def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(workers, accumulation, seed):
     run = Run(workers, accumulation, BackupWatch(random_steps(seed), scheduler_for, num_epochs=17, initial_lr=0.05))
     run.go()
-    check_survival(run.watch.findings())
+    check_survival(run.watch.findings(), accumulation=accumulation)
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 4)])
+def test_more_nan_than_backups_can_undo_ends_in_an_error_that_names_samples(workers, accumulation):
+    run = Run(workers, accumulation, BackupWatch(always, scheduler_for, num_epochs=17))
+    with pytest.raises(TrainingDiverged) as caught:
+        run.go()
+    check_diverged(str(caught.value))
+    run.scheduler.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_any_pattern_of_nan_is_survived_or_ends_in_the_error(seed):
+    """Up to 14 faults, crowded or not: what has to be survived is, and the rest is survived or says why not."""
+    rng = np.random.default_rng(seed)
+    first, width = int(rng.integers(0, 204)), int(rng.integers(10, 204))
+    faults = sorted({int(step) for step in first + rng.integers(0, width, rng.integers(1, 15)) if step < 204})
+    run = Run(watch=BackupWatch(lambda _: faults, scheduler_for, num_epochs=17))
+    try:
+        run.go()
+    except TrainingDiverged as error:
+        assert not survivable(faults)
+        check_diverged(str(error))
+        return
+    found = run.watch.findings()
+    assert found["steps"] == found["length"]
+    assert found["rollbacks"] == len(faults)
+    assert found["finite"]
+    assert found["equal"]
+    assert found["unchanged"]
+    assert found["held"]
 
 
 def test_a_step_that_mixed_precision_left_out_is_no_fault_and_a_rollback_brings_the_scaler_back():
-    overflows, faults = {7, 30, 61}, random_steps(4)
-    watch = BackupWatch(faults, scheduler_for, num_epochs=17, initial_lr=0.05)
+    watch = BackupWatch(random_steps(4), scheduler_for, num_epochs=17, initial_lr=0.05)
+    overflows = {7, 30, 61} - set(watch.faults)
     run = Run(watch=watch)
     scaler, scales = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=20), []
     parts = (run.model, run.optimizer, scaler)
@@ -496,7 +538,7 @@ def test_a_step_that_mixed_precision_left_out_is_no_fault_and_a_rollback_brings_
             scaler.step(run.optimizer)
             scaler.update()
             run.optimizer.zero_grad()
-            skipped = scaler.get_scale() < scales[-1] and step not in faults
+            skipped = scaler.get_scale() < scales[-1] and step not in watch.faults
             result = watch.scheduler.update_with_loss(losses, skipped=skipped)
             assert skipped == (step in overflows)
             if skipped:
