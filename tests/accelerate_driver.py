@@ -19,7 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from learnit_r8 import R8Scheduler  # noqa: E402
 from learnit_r8.integrations.distributed import rank_arguments  # noqa: E402
-from learnit_r8.integrations.torch import R8BatchSampler, capture_state, follow_lr, restore_state  # noqa: E402
+from learnit_r8.integrations.torch import (  # noqa: E402
+    R8BatchSampler,
+    TensorState,
+    capture_state,
+    follow_lr,
+    restore_state,
+)
 from tests.backup_watch import BackupWatch, fingerprint, never, random_steps  # noqa: E402
 
 SAMPLES, BATCH = 96, 8
@@ -57,7 +63,7 @@ def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults
     torch.manual_seed(9 if resume else 0)
     network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(0.1), torch.nn.Linear(8, 2))
     model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters()))
-    accelerator.register_for_checkpointing(scheduler)
+    accelerator.register_for_checkpointing(TensorState(scheduler))
     scheduler.attach_model(
         lambda: capture_state(network, optimizer, copy=False), lambda state: restore_state(state, network, optimizer)
     )

@@ -31,6 +31,8 @@ def test_a_run_that_accelerate_saved_and_loaded_equals_the_uninterrupted_one(tmp
     assert found["same_ids"]
     assert found["same_weights"]
     assert found["steps"] == 36
+    saved = torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)
+    assert saved["global_step"] == 18
 
 
 def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(tmp_path):

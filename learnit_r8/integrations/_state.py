@@ -103,6 +103,30 @@ def arrays_from_tensors(tree: Any) -> Any:
     return _mapped(tree, arrays_from_tensors)
 
 
+class TensorState:
+    """A scheduler or sampler whose state is tensors, lists and numbers, for what saves objects by `torch.save`.
+
+        accelerator.register_for_checkpointing(TensorState(scheduler))
+
+    The file then loads under `weights_only=True`; the scheduler's own state holds numpy arrays, which do not.
+
+    Args:
+        part: Has `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(self, part: Any) -> None:
+        self._part = part
+
+    def state_dict(self) -> State:
+        """Return its state, in new memory."""
+        state: State = tensors_from_arrays(self._part.state_dict())
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore what `state_dict` returned."""
+        self._part.load_state_dict(arrays_from_tensors(state))
+
+
 def _mapped(tree: Any, function: Any) -> Any:
     if isinstance(tree, dict):
         return {key: function(value) for key, value in tree.items()}

@@ -8,19 +8,30 @@
 `capture_state` and `restore_state` make backups of model and optimizer to roll back to:
 
     scheduler.attach_model(lambda: capture_state(model, optimizer), lambda s: restore_state(s, model, optimizer))
+
+Under Accelerate, leave the loader out of `prepare`, and save the run with everything else:
+
+    accelerator.register_for_checkpointing(TensorState(scheduler))
 """
 
 from __future__ import annotations
 
 from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr, set_lr
 from learnit_r8.integrations._sampler import R8BatchSampler
-from learnit_r8.integrations._state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
+from learnit_r8.integrations._state import (
+    TensorState,
+    arrays_from_tensors,
+    capture_state,
+    restore_state,
+    tensors_from_arrays,
+)
 from learnit_r8.integrations.importance import ImportanceWeightedSFTLoss, importance_weights
 
 __all__ = [
     "ImportanceWeightedSFTLoss",
     "LearningRateHook",
     "R8BatchSampler",
+    "TensorState",
     "arrays_from_tensors",
     "capture_state",
     "follow_lr",
