@@ -1,21 +1,23 @@
 """What R8 costs inside frameworks: R8Trainer against transformers.Trainer, R8BatchSampler against a blind loader.
 
-python -m benchmarks.integrations [--rounds 15]
+python -m benchmarks.integrations [--rounds 30]
 
-Rivals take turns, each turn is a whole training of a tiny model. Shown are medians of CPU and of
-wall-clock time, and of the ratios within each round. R8Trainer takes a backup every 50 steps at
-most, and gives backups 3% of the time; the third row is without them.
+The rivals' trainings of a tiny model take turns, a block of steps each, in alternating order. Shown are medians
+over the blocks of CPU and of wall-clock time, and of the ratios within each round with their 95% bootstrap
+interval. A block is as long as the interval between two backups, so it holds one of them where a rival takes
+backups: R8Trainer does, as often as it may by default; a third row is without them.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -24,7 +26,9 @@ from benchmarks.harness import columns, main, progress
 from learnit_r8 import R8Scheduler
 from learnit_r8.integrations.torch import R8BatchSampler, capture_state, follow_lr, restore_state
 
-SAMPLES, BATCH, LENGTH, EPOCHS = 2048, 16, 32, 1
+SAMPLES, BATCH, LENGTH, BLOCK = 2048, 16, 32, 50
+WARM_UP = 2  # rounds that do not count
+ENDLESS = 1000  # epochs
 
 
 class Seconds(NamedTuple):
@@ -41,6 +45,59 @@ def now() -> Seconds:
     return Seconds(time.process_time(), time.perf_counter())
 
 
+class Enough(Exception):  # noqa: N818 - no error
+    """Ends a training."""
+
+
+class Rival:
+    """A training in a thread of its own that stands still but for its turns.
+
+    Args:
+        train: Trains, and calls what it is given after each step.
+    """
+
+    def __init__(self, train: Callable[[Callable[[], None]], None]) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._left, self._over = 0, False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._body, args=(train,))
+        self._thread.start()
+
+    def block(self) -> Seconds:
+        """Train a block of steps."""
+        self._left = BLOCK
+        start = now()
+        self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+        return now() - start
+
+    def end(self) -> None:
+        self._over = True
+        self._go.release()
+        self._thread.join()
+
+    def _body(self, train: Callable[[Callable[[], None]], None]) -> None:
+        torch.set_num_threads(1)
+        self._go.acquire()
+        try:
+            train(self._step)
+        except Enough:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def _step(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._done.release()
+            self._go.acquire()
+            if self._over:
+                raise Enough
+
+
 class Tokens(Dataset):
     """Random sequences with a label that follows from the first token."""
 
@@ -55,8 +112,8 @@ class Tokens(Dataset):
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
-def huggingface(folder: str) -> dict[str, Callable[[], Seconds]]:
-    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+def huggingface(folder: str) -> dict[str, Callable[[Callable[[], None]], None]]:
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
     from learnit_r8.integrations.huggingface import R8Trainer
@@ -74,27 +131,31 @@ def huggingface(folder: str) -> dict[str, Callable[[], Seconds]]:
             report_to=[],
             disable_tqdm=True,
             save_strategy="no",
-            logging_steps=10_000,
-            num_train_epochs=EPOCHS,
+            logging_steps=10_000_000,
+            num_train_epochs=ENDLESS,
             per_device_train_batch_size=BATCH,
         )
         if kind == "Trainer":
             return Trainer(model, args, train_dataset=data)
-        every = {"R8Trainer": 50, "R8Trainer, no backups": None}[kind]
-        scheduler = R8Scheduler(SAMPLES, BATCH, num_epochs=EPOCHS, backup_every=every, checkpoint_dir=None, ui="off")
+        every = {"R8Trainer": BLOCK, "R8Trainer, no backups": None}[kind]
+        scheduler = R8Scheduler(SAMPLES, BATCH, num_epochs=ENDLESS, backup_every=every, checkpoint_dir=None, ui="off")
         return R8Trainer(model, args, train_dataset=data, scheduler=scheduler)
 
-    def seconds(kind: str) -> Seconds:
+    def train(kind: str, step: Callable[[], None]) -> None:
+        class Turns(TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                step()
+
         rival = trainer(kind)
-        rival.log = lambda *args, **kwargs: None  # the summary would be printed
-        start = now()
+        rival.add_callback(Turns())
         rival.train()
-        return now() - start
 
-    return {kind: lambda kind=kind: seconds(kind) for kind in ("Trainer", "R8Trainer", "R8Trainer, no backups")}
+    return {
+        kind: lambda step, kind=kind: train(kind, step) for kind in ("Trainer", "R8Trainer", "R8Trainer, no backups")
+    }
 
 
-def plain_torch() -> dict[str, Callable[[], Seconds]]:
+def plain_torch() -> dict[str, Callable[[Callable[[], None]], None]]:
     data = TensorDataset(torch.randn(SAMPLES, 64), torch.randint(10, (SAMPLES,)))
 
     def parts() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -102,77 +163,93 @@ def plain_torch() -> dict[str, Callable[[], Seconds]]:
         model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
         return model, torch.optim.AdamW(model.parameters())
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def update(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         losses = nn.functional.cross_entropy(model(x), y, reduction="none")
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
         return losses
 
-    def blind() -> Seconds:
+    def blind(step: Callable[[], None]) -> None:
         model, optimizer = parts()
         loader = DataLoader(data, batch_size=BATCH, shuffle=True)
-        start = now()
-        for _ in range(EPOCHS):
+        while True:
             for x, y in loader:
-                step(model, optimizer, x, y)
-        return now() - start
+                update(model, optimizer, x, y)
+                step()
 
-    def scheduled() -> Seconds:
+    def scheduled(step: Callable[[], None], every: int | None) -> None:
         model, optimizer = parts()
-        scheduler = R8Scheduler(SAMPLES, BATCH, num_epochs=EPOCHS, checkpoint_dir=None, ui="off")
+        scheduler = R8Scheduler(SAMPLES, BATCH, num_epochs=ENDLESS, backup_every=every, checkpoint_dir=None, ui="off")
         scheduler.attach_model(
             lambda: capture_state(model, optimizer, copy=False), lambda state: restore_state(state, model, optimizer)
         )
         follow_lr(scheduler, optimizer)
         loader = DataLoader(data, batch_sampler=R8BatchSampler(scheduler))
-        start = now()
         for _ in scheduler.epoch_iterator():
             for x, y in loader:
-                scheduler.update_with_loss(step(model, optimizer, x, y))
-        return now() - start
+                scheduler.update_with_loss(update(model, optimizer, x, y))
+                step()
 
-    return {"DataLoader(shuffle=True)": blind, "R8BatchSampler": scheduled}
+    return {
+        "DataLoader(shuffle=True)": blind,
+        "R8BatchSampler": lambda step: scheduled(step, BLOCK),
+        "R8BatchSampler, no backups": lambda step: scheduled(step, None),
+    }
 
 
-def compare(rivals: dict[str, Callable[[], Seconds]], rounds: int) -> dict[str, dict[str, float]]:
-    """Return each rival's time a step and its overhead over the first one's."""
+def compare(trainings: dict[str, Callable[[Callable[[], None]], None]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Return each rival's time a step and its overhead over the first one's, with a 95% interval."""
+    rivals = {name: Rival(train) for name, train in trainings.items()}
     times: dict[str, list[Seconds]] = {name: [] for name in rivals}
-    for turn in range(rounds + 1):
-        for name, rival in rivals.items():
-            seconds = rival()
-            if turn:  # the first one warms up
-                times[name].append(seconds)
-    base, steps = times[next(iter(rivals))], EPOCHS * SAMPLES // BATCH
-    found: dict[str, dict[str, float]] = {}
+    try:
+        for turn in range(WARM_UP + rounds):
+            for name in reversed(rivals) if turn % 2 else rivals:
+                seconds = rivals[name].block()
+                if turn >= WARM_UP:
+                    times[name].append(seconds)
+    finally:
+        for rival in rivals.values():
+            rival.end()
+    base, rng = np.array(times[next(iter(rivals))]), np.random.default_rng(0)
+    found: dict[str, dict[str, Any]] = {}
     for name, values in times.items():
-        found[name] = {"rounds": rounds}
+        mine, found[name] = np.array(values), {"rounds": rounds}
         for k, kind in enumerate(Seconds._fields):
-            ratio = statistics.median(mine[k] / other[k] for mine, other in zip(values, base, strict=True))
-            found[name][f"{kind}_us"] = statistics.median(value[k] for value in values) / steps * 1e6
-            found[name][f"{kind}_overhead"] = ratio - 1
+            excess = mine[:, k] / base[:, k] - 1
+            drawn = np.median(excess[rng.integers(0, rounds, (2000, rounds))], axis=1)
+            found[name][f"{kind}_us"] = float(np.median(mine[:, k])) / BLOCK * 1e6
+            found[name][f"{kind}_overhead"] = float(np.median(excess))
+            found[name][f"{kind}_interval"] = np.quantile(drawn, [0.025, 0.975]).tolist()
     return found
 
 
-def run(*, quick: bool = False, rounds: int = 15) -> dict[str, Any]:
-    """Measure; `quick`: two rounds."""
+def run(*, quick: bool = False, rounds: int = 30, only: str = "") -> dict[str, Any]:
+    """Measure; `quick`: two rounds; `only`: "huggingface" or "torch"."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rounds = 2 if quick else rounds
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        progress("Hugging Face")
-        found = {"Hugging Face": compare(huggingface(folder), rounds)}
-    progress("PyTorch")
-    return {**found, "PyTorch": compare(plain_torch(), rounds)}
+        if only in ("", "huggingface"):
+            progress("Hugging Face")
+            found["Hugging Face"] = compare(huggingface(folder), rounds)
+    if only in ("", "torch"):
+        progress("PyTorch")
+        found["PyTorch"] = compare(plain_torch(), rounds)
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = [
-        [name, *(text for kind in Seconds._fields
-                 for text in (f"{row[f'{kind}_us']:.0f}", f"{row[f'{kind}_overhead']:+.1%}"))]
-        for rivals in results.values() for name, row in rivals.items()
-    ]  # fmt: skip
-    return columns((f"batch {BATCH}", "CPU us/step", "overhead", "wall us/step", "overhead"), rows)
+    rows = []
+    for rivals in results.values():
+        for name, row in rivals.items():
+            cells = [name]
+            for kind in Seconds._fields:
+                low, high = row[f"{kind}_interval"]
+                cells += [f"{row[f'{kind}_us']:.0f}", f"{row[f'{kind}_overhead']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+            rows.append(cells)
+    return columns((f"batch {BATCH}", *("CPU us/step", "overhead", "95%", "wall us/step", "overhead", "95%")), rows)
 
 
 if __name__ == "__main__":
