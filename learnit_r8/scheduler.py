@@ -249,6 +249,14 @@ class R8Scheduler:
         """The batches that were handed out and whose loss is due, oldest first."""
         return self._desk.open_batches
 
+    def importance_weights(self, position: int) -> NDArray[np.float32] | None:
+        """Return the importance weights of an open batch, None where all are 1.
+
+        Args:
+            position: Its place in `open_batches`.
+        """
+        return self._desk.importance_weights(position)
+
     def lr_now(self) -> float:
         """Return the learning rate for the oldest open batch as of now: a rollback since its issue counts."""
         ticket = self._desk.oldest

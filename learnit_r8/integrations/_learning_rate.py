@@ -16,7 +16,7 @@ _SCALE = "r8_scale"
 """Key of a parameter group's factor; it is saved and restored with the optimizer."""
 
 
-def set_lr(optimizer: Any, lr: float) -> None:
+def set_lr(optimizer: Any, lr: float) -> list[float]:
     """Set the learning rate of every parameter group.
 
     Groups keep their proportions: the one that was given the largest learning rate gets `lr`,
@@ -25,13 +25,17 @@ def set_lr(optimizer: Any, lr: float) -> None:
     Args:
         optimizer: A torch optimizer, or a wrapper with `param_groups`.
         lr: Learning rate of this step.
+
+    Returns:
+        The learning rate of each group.
     """
-    for group, scale in zip(optimizer.param_groups, scales(optimizer), strict=True):
-        value = lr * scale
+    rates = [lr * scale for scale in scales(optimizer)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):  # capturable optimizers read it on the device
-            group["lr"].fill_(value)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = value
+            group["lr"] = rate
+    return rates
 
 
 def scales(optimizer: Any) -> list[float]:
@@ -68,9 +72,9 @@ class LearningRateHook:
         ]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        rates = [group["lr"] for group in optimizer.param_groups]
         if self._expected is not None and not self._warned and not _equal(rates, self._expected):
-            self._warned = True
+            self._warned, rates = True, [float(rate) for rate in rates]
             warnings.warn(
                 f"something else set the learning rate to {rates}, R8Scheduler had set {self._expected} and sets its "
                 "own at every step: remove the other learning-rate scheduler",
@@ -78,8 +82,7 @@ class LearningRateHook:
                 stacklevel=2,
             )
         self.lr = self._scheduler.lr_now()
-        set_lr(optimizer, self.lr)
-        self._expected = [float(group["lr"]) for group in optimizer.param_groups]
+        self._expected = set_lr(optimizer, self.lr)
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self._expected = None
@@ -90,8 +93,10 @@ class LearningRateHook:
             handle.remove()
 
 
-def _equal(left: list[float], right: list[float]) -> bool:
-    return len(left) == len(right) and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(left, right, strict=True))
+def _equal(left: list[Any], right: list[float]) -> bool:
+    if len(left) != len(right):
+        return False
+    return all(a is b or math.isclose(float(a), b, rel_tol=1e-6) for a, b in zip(left, right, strict=True))
 
 
 def follow_lr(scheduler: R8Scheduler, optimizer: Any) -> LearningRateHook:

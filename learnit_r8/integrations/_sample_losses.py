@@ -24,15 +24,18 @@ class SampleLosses(NamedTuple):
     Attributes:
         sums: Loss of each sample, added up over its labels, `[B]`, with grad.
         items: How many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
+        single: No sample has more than one label.
     """
 
     sums: Tensor
     items: Tensor
+    single: bool = False
 
     @property
     def means(self) -> Tensor:
         """Mean loss of each sample, `[B]`, without grad; 0 where all labels are masked."""
-        return self.sums.detach() / self.items.clamp(min=1)
+        sums = self.sums.detach()
+        return sums if self.single else sums / self.items.clamp(min=1)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -69,7 +72,7 @@ def sequence_classification(logits: Tensor, labels: Tensor, config: Any) -> Samp
         losses = functional.cross_entropy(
             logits.view(-1, config.num_labels), labels, ignore_index=IGNORED, reduction="none"
         )
-        return SampleLosses(losses, labels.ne(IGNORED).int())
+        return SampleLosses(losses, labels.ne(IGNORED), single=True)
     function: Callable[..., Tensor] = functional.mse_loss
     if config.problem_type == "multi_label_classification":
         function = functional.binary_cross_entropy_with_logits

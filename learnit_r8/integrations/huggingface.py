@@ -120,12 +120,12 @@ class R8Mixin(SampleLossMixin):
         return R8BatchSampler(self.scheduler, ahead=self.args.gradient_accumulation_steps - 1)
 
     def _weights(self, losses: Tensor) -> Tensor | None:
-        batch = self.scheduler.open_batches[len(self._pending)]
-        if len(batch.weights) != len(losses):
-            raise ProtocolError(f"the batch has {len(batch.weights)} samples and {len(losses)} losses were computed")
-        if (batch.weights == 1).all():
+        weights = self.scheduler.importance_weights(len(self._pending))
+        if weights is None:
             return None
-        return torch.from_numpy(batch.weights).to(losses.device)
+        if len(weights) != len(losses):
+            raise ProtocolError(f"the batch has {len(weights)} samples and {len(losses)} losses were computed")
+        return torch.from_numpy(weights).to(losses.device)
 
     def _report(self, losses: Tensor, *, skipped: bool) -> None:
         self.scheduler.update_with_loss(losses, skipped=skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ LIMIT = 1e15
 of this size means a diverged model in any units."""
 
 _SAFE_SQUARES = 1e30  # LIMIT ** 2
+_FEW = 64  # losses that Python adds up faster than numpy
 
 
 class Reported(NamedTuple):
@@ -69,6 +71,10 @@ def _one(value: float) -> Reported:
 
 
 def _many(array: NDArray[Any]) -> Reported:
+    if len(array) <= _FEW and array.dtype == np.float32:  # each call of numpy costs several us amid a training step
+        values = array.copy()
+        if float(values.dot(values)) <= _SAFE_SQUARES:
+            return Reported(values, math.fsum(values.tolist()) / len(values), finite=True)
     # The sum of squares is small only if every loss is finite and small: one pass in place of three.
     with np.errstate(all="ignore"):
         values = array.astype(np.float32)
@@ -94,11 +100,10 @@ def _to_numpy(loss: Any) -> NDArray[Any]:
         raise TypeError(f"{_EXPECTED}, got {_describe(loss)}")
     if hasattr(loss, "detach"):  # torch: leave the graph and the device; numpy has no bfloat16
         tensor = loss.detach().cpu()
-        if tensor.is_floating_point():
-            tensor = tensor.float() if tensor.element_size() < 4 else tensor
-        elif tensor.is_complex():
-            raise TypeError(f"{_EXPECTED}, got a complex tensor")
-        return tensor.numpy()  # type: ignore[no-any-return]
+        try:
+            return tensor.numpy()  # type: ignore[no-any-return]
+        except TypeError:
+            return tensor.float().numpy()  # type: ignore[no-any-return]
     if isinstance(loss, (list, tuple)):
         loss = [item.detach().cpu() if hasattr(item, "detach") else item for item in loss]
         if any(isinstance(item, (bool, np.bool_)) for item in loss):

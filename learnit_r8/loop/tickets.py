@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -65,6 +66,11 @@ class TicketDesk:
     def oldest(self) -> Ticket | None:
         """The ticket that is reported next, or None."""
         return next(iter(self._open.values()), None)
+
+    def importance_weights(self, position: int) -> NDArray[np.float32] | None:
+        """Return the weights of an open batch, by its place from the oldest; None for ones."""
+        ticket = next(itertools.islice(self._open.values(), position, None))
+        return None if ticket.weights is None else ticket.batch.weights
 
     def new_id(self) -> int:
         """Return a number that no ticket of this run has had."""
