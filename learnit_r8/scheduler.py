@@ -260,7 +260,9 @@ class R8Scheduler:
     def lr_now(self) -> float:
         """Return the learning rate for the oldest open batch as of now: a rollback since its issue counts."""
         ticket = self._desk.oldest
-        return self._lr if ticket is None or self._search is not None else self._lr_at(ticket.cursor)
+        if ticket is None or self._search is not None:
+            return self._lr
+        return self._lr_at(ticket.cursor) if self._safety.restored else ticket.batch.lr
 
     def _lr_at(self, cursor: int) -> float:
         position = self._budget.position(self._progress.epoch, cursor, self._chooser.batches)

@@ -23,19 +23,19 @@ class SampleLosses(NamedTuple):
 
     Attributes:
         sums: Loss of each sample, added up over its labels, `[B]`, with grad.
-        items: How many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
+        number: Returns how many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
         single: No sample has more than one label.
     """
 
     sums: Tensor
-    items: Tensor
+    number: Callable[[], Tensor]
     single: bool = False
 
     @property
     def means(self) -> Tensor:
         """Mean loss of each sample, `[B]`, without grad; 0 where all labels are masked."""
         sums = self.sums.detach()
-        return sums if self.single else sums / self.items.clamp(min=1)
+        return sums if self.single else sums / self.number().clamp(min=1)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -51,8 +51,7 @@ def causal_lm(logits: Tensor, labels: Tensor, _config: Any) -> SampleLosses:
     targets = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].to(logits.device)
     flat = logits.float().reshape(-1, logits.shape[-1])
     tokens = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
-    items = targets.ne(IGNORED).sum(dim=1)
-    return SampleLosses(tokens.view(targets.shape).sum(dim=1), items)
+    return SampleLosses(tokens.view(targets.shape).sum(dim=1), lambda: targets.ne(IGNORED).sum(dim=1))
 
 
 def sequence_classification(logits: Tensor, labels: Tensor, config: Any) -> SampleLosses:
@@ -72,12 +71,12 @@ def sequence_classification(logits: Tensor, labels: Tensor, config: Any) -> Samp
         losses = functional.cross_entropy(
             logits.view(-1, config.num_labels), labels, ignore_index=IGNORED, reduction="none"
         )
-        return SampleLosses(losses, labels.ne(IGNORED), single=True)
+        return SampleLosses(losses, lambda: labels.ne(IGNORED), single=True)
     function: Callable[..., Tensor] = functional.mse_loss
     if config.problem_type == "multi_label_classification":
         function = functional.binary_cross_entropy_with_logits
     rows = function(logits.view(len(labels), -1), labels.view(len(labels), -1).to(logits.dtype), reduction="none")
-    return SampleLosses(rows.sum(dim=1), torch.full((len(rows),), rows.shape[1], device=rows.device))
+    return SampleLosses(rows.sum(dim=1), lambda: torch.full((len(rows),), rows.shape[1], device=rows.device))
 
 
 BY_LOSS_TYPE: dict[str, Callable[[Tensor, Tensor, Any], SampleLosses]] = {

@@ -122,7 +122,7 @@ class SampleLossMixin:
         config = trainer.model.config
         losses = self._head_losses(logits_of(outputs), labels, config)
         total = self._weighted(losses.sums, losses.means).sum()
-        items = losses.items.sum() if num_items_in_batch is None else num_items_in_batch
+        items = losses.number().sum() if num_items_in_batch is None else num_items_in_batch
         loss: Tensor = total / (items if torch.is_tensor(items) else max(items, 1))
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
         if auxiliary is not None:  # mixture-of-experts models add it where they compute the loss themselves

@@ -131,6 +131,11 @@ class SafetyNet:
         """Whether the model is on probation and wants stable data."""
         return self._recovery.stable_only(step)
 
+    @property
+    def restored(self) -> bool:
+        """Whether the model was ever restored."""
+        return self._recovery.aftermath.used is not None
+
     def lr_multiplier(self, step: int) -> float:
         """Recovery's factor on the learning rate, in (0, 1]."""
         return self._recovery.aftermath.lr_multiplier(step)

@@ -18,7 +18,7 @@ import dataclasses
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,8 @@ _HALF_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}  # IEEE 754 binary16 an
 Pool = dict[tuple[Any, ...], list[Any]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Leaf:
-    """One array of the source: where it is in the tree and in memory."""
+class _Leaf(NamedTuple):
+    """One array of the source: where it is in the tree and in memory. Buffers of the same layout fit it."""
 
     path: str
     node: Any
@@ -43,11 +42,7 @@ class _Leaf:
     strides: tuple[int, ...]
     low: int
     high: int
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        kind = "cpu" if self.device == "cpu" else "pinned"
-        return self.is_tensor, kind, str(self.array.dtype), tuple(self.array.shape), self.strides
+    layout: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -194,15 +189,17 @@ def _leaf(node: Any, path: str) -> _Leaf | None:
             return None
         address = node.__array_interface__["data"][0]
         low, high = _extent(address, node.shape, node.strides, node.itemsize)
-        return _Leaf(path, node, node.view(np.ndarray), False, "cpu", node.strides, low, high)
+        layout = False, "cpu", node.dtype, node.shape, node.strides
+        return _Leaf(path, node, node.view(np.ndarray), False, "cpu", node.strides, low, high, layout)
     torch = sys.modules.get("torch")
     if torch is None or not _is_plain_tensor(node, torch):
         return None
     tensor = node.detach()
-    size = tensor.element_size()
+    size, shape, device = tensor.element_size(), tuple(tensor.shape), str(tensor.device)
     strides = tuple(step * size for step in tensor.stride())
-    low, high = _extent(tensor.data_ptr(), tensor.shape, strides, size)
-    return _Leaf(path, node, tensor, True, str(tensor.device), strides, low, high)
+    low, high = _extent(tensor.data_ptr(), shape, strides, size)
+    layout = True, "cpu" if device == "cpu" else "pinned", tensor.dtype, shape, strides
+    return _Leaf(path, node, tensor, True, device, strides, low, high, layout)
 
 
 def _is_plain_tensor(node: Any, torch: Any) -> bool:
