@@ -2,11 +2,10 @@
 
 python -m benchmarks.integrations [--rounds 30]
 
-The rivals' trainings of a tiny model take turns, a block of steps each, in alternating order, in processes of
-their own that are started anew for each round. Shown are medians over the rounds of CPU and of wall-clock time,
-and of the ratios within each round with their 95% bootstrap interval. A block is as long as the interval between
-two backups, so it holds one of them where a rival takes backups: R8Trainer does, as often as it may by default; a
-third row is without them.
+The rivals' trainings of a tiny model take turns of a few steps each, in alternating order, in processes of their
+own that are started anew for each round. Shown are medians over the rounds of CPU and of wall-clock time, and of
+the ratios within each round with their 95% bootstrap interval. A round holds two backups where a rival takes
+backups: R8Trainer does, as often as it may by default; a third row is without them.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from benchmarks.harness import columns, main, progress
 from learnit_r8 import R8Scheduler
 from learnit_r8.integrations.torch import R8BatchSampler, capture_state, follow_lr, restore_state
 
-SAMPLES, BATCH, LENGTH, BLOCK = 2048, 16, 32, 50
-WARM_UP, BLOCKS = 2, 2  # the first block is one step, the next makes buffers; they do not count
+SAMPLES, BATCH, LENGTH, EVERY = 2048, 16, 32, 50
+TURN, WARM_UP, TURNS = 10, 6, 10  # steps a turn, and turns a round: the first is one step, the next ones make buffers
 ENDLESS = 1000  # epochs
 Training = Callable[[Callable[[], None]], None]
 
@@ -61,8 +60,8 @@ class Rival:
         self._process = context.Process(target=_train, args=(train, theirs), daemon=True)
         self._process.start()
 
-    def block(self) -> Seconds:
-        """Train a block of steps."""
+    def turn(self) -> Seconds:
+        """Train some steps."""
         self._pipe.send(None)
         return Seconds(*self._pipe.recv())
 
@@ -80,7 +79,7 @@ def _train(train: Training, pipe: Connection) -> None:
         if not left:
             pipe.send(now() - start)
             pipe.recv()
-            left, start = BLOCK, now()
+            left, start = TURN, now()
 
     pipe.recv()
     train(step)
@@ -125,7 +124,7 @@ def huggingface(folder: str) -> dict[str, Training]:
         )
         if kind == "Trainer":
             return Trainer(model, args, train_dataset=data)
-        every = {"R8Trainer": BLOCK, "R8Trainer, no backups": None}[kind]
+        every = {"R8Trainer": EVERY, "R8Trainer, no backups": None}[kind]
         scheduler = R8Scheduler(SAMPLES, BATCH, num_epochs=ENDLESS, backup_every=every, checkpoint_dir=None, ui="off")
         return R8Trainer(model, args, train_dataset=data, scheduler=scheduler)
 
@@ -181,7 +180,7 @@ def plain_torch() -> dict[str, Training]:
 
     return {
         "DataLoader(shuffle=True)": blind,
-        "R8BatchSampler": lambda step: scheduled(step, BLOCK),
+        "R8BatchSampler": lambda step: scheduled(step, EVERY),
         "R8BatchSampler, no backups": lambda step: scheduled(step, None),
     }
 
@@ -189,17 +188,17 @@ def plain_torch() -> dict[str, Training]:
 def compare(trainings: dict[str, Training], rounds: int) -> dict[str, dict[str, Any]]:
     """Return each rival's time a step and its overhead over the first one's, with a 95% interval."""
     times: dict[str, list[Seconds]] = {name: [] for name in trainings}
-    for turn in range(rounds):
+    for number in range(rounds):
         rivals = {name: Rival(train) for name, train in trainings.items()}  # anew: where memory lies decides on 6%
         try:
-            blocks: dict[str, list[Seconds]] = {name: [] for name in rivals}
-            for number in range(WARM_UP + BLOCKS):
-                for name in reversed(rivals) if (turn + number) % 2 else rivals:
-                    blocks[name].append(rivals[name].block())
+            turns: dict[str, list[Seconds]] = {name: [] for name in rivals}
+            for turn in range(WARM_UP + TURNS):
+                for name in reversed(rivals) if (number + turn) % 2 else rivals:
+                    turns[name].append(rivals[name].turn())
         finally:
             for rival in rivals.values():
                 rival.end()
-        for name, values in blocks.items():
+        for name, values in turns.items():
             times[name].append(Seconds(*np.sum(values[WARM_UP:], axis=0).tolist()))
     base, rng = np.array(times[next(iter(rivals))]), np.random.default_rng(0)
     found: dict[str, dict[str, Any]] = {}
@@ -208,7 +207,7 @@ def compare(trainings: dict[str, Training], rounds: int) -> dict[str, dict[str, 
         for k, kind in enumerate(Seconds._fields):
             excess = mine[:, k] / base[:, k] - 1
             drawn = np.median(excess[rng.integers(0, rounds, (2000, rounds))], axis=1)
-            found[name][f"{kind}_us"] = float(np.median(mine[:, k])) / (BLOCK * BLOCKS) * 1e6
+            found[name][f"{kind}_us"] = float(np.median(mine[:, k])) / (TURN * TURNS) * 1e6
             found[name][f"{kind}_overhead"] = float(np.median(excess))
             found[name][f"{kind}_excess"] = excess.tolist()
             found[name][f"{kind}_interval"] = np.quantile(drawn, [0.025, 0.975]).tolist()
