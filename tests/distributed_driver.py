@@ -29,7 +29,7 @@ def one_rank() -> dict:
 class Training:
     """A run of one rank: what it saw and where it ended."""
 
-    def __init__(self, folder: Path, ranks: dict, *, resume: bool = False, **options) -> None:
+    def __init__(self, folder: Path, ranks: dict, *, resume: bool = False, own: bool = True, **options) -> None:
         from learnit_r8 import R8Scheduler
 
         rng = np.random.default_rng(0)
@@ -45,10 +45,9 @@ class Training:
                 folder, **callbacks, state_callback=self.state, **ranks, ui="off"
             )
             return
-        options = {"num_epochs": EPOCHS, "initial_lr": 0.5, "backup_every": 20, "ui": "off"} | options
-        self.scheduler = R8Scheduler(
-            SAMPLES, BATCH, checkpoint_dir=folder, state_callback=self.state, **callbacks, **ranks, **options
-        )
+        options = {"num_epochs": EPOCHS, "initial_lr": 0.5, "backup_every": 20, "ui": "off"} | ranks | options
+        callbacks |= {"state_callback": self.state}
+        self.scheduler = R8Scheduler(SAMPLES, BATCH, checkpoint_dir=folder, **(callbacks if own else {}), **options)
 
     def state(self):
         return {"weights": self.weights}
@@ -68,7 +67,10 @@ class Training:
         self.weights = self.weights - lr * gather(rows.ravel()).reshape(-1, FEATURES).mean(axis=0)
         return np.log1p(np.exp(-margins)) * (np.nan if poison else 1)
 
-    def go(self, *, stop_at: int = -1, nan_at: int = -1, kill_at: int = -1, interrupt_at: int = -1) -> None:
+    def go(
+        self, *, stop_at: int = -1, nan_at: int = -1, kill_at: int = -1, interrupt_at: int = -1, poisons=None
+    ) -> None:
+        poisons = poisons or (lambda step: step == nan_at)
         scheduler = self.scheduler
         for _ in scheduler.epoch_iterator():
             for ids, lr in scheduler.batch_iterator():
@@ -78,7 +80,7 @@ class Training:
                 if step == interrupt_at:
                     os.kill(os.getpid(), signal.SIGINT)
                 self.seen.append(ids.tolist())
-                if scheduler.update_with_loss(self.step(ids, lr, step == nan_at)).rolled_back:
+                if scheduler.update_with_loss(self.step(ids, lr, poisons(step))).rolled_back:
                     self.rolled_back.append(step)
                 if scheduler.global_step == stop_at:
                     scheduler.save_checkpoint()
@@ -139,6 +141,23 @@ def plain(folder: Path, ranks: dict) -> dict:
     training = Training(folder / "plain", ranks)
     training.go(nan_at=333 if ranks["rank"] == ranks["world_size"] - 1 else -1)
     return training.report()
+
+
+def faults(folder: Path, ranks: dict) -> dict:
+    """NaN at random steps, each time on another rank."""
+    from tests.backup_watch import BackupWatch, random_steps
+
+    training: Training
+
+    def make(**options):
+        nonlocal training
+        training = Training(folder / "faults", ranks, num_epochs=3, own=False, **options)
+        return training.scheduler
+
+    watch = BackupWatch(random_steps(5), make)
+    watch.scheduler.attach_model(training.state, training.load)
+    training.go(poisons=lambda step: np.isnan(watch.factor()) and step % ranks["world_size"] == ranks["rank"])
+    return training.report() | {"findings": watch.findings()}
 
 
 def half(folder: Path, ranks: dict) -> dict:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from learnit_r8 import ProtocolError, R8Scheduler
+from tests.backup_watch import check_survival
 
 DRIVER = Path(__file__).with_name("distributed_driver.py")
 _spec = importlib.util.spec_from_file_location("distributed_driver", DRIVER)
@@ -62,7 +63,7 @@ def same(values: list) -> bool:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    names = ("ragged", "plain", "half", "mismatch", "rank0", "budget", "interrupted", "stopped")
+    names = ("ragged", "plain", "faults", "half", "mismatch", "rank0", "budget", "interrupted", "stopped")
     launch(folder, 2, *names)
     return folder, {name: results(folder, 2, name) for name in names}
 
@@ -84,6 +85,13 @@ def test_one_ranks_nan_rolls_all_ranks_back(two):
     assert [rank["rolled_back"] for rank in ranks] == [[333]] * 2
     assert same([rank["weights"] for rank in ranks])
     assert np.isfinite(np.frombuffer(bytes.fromhex(ranks[0]["weights"]))).all()
+
+
+def test_nan_at_random_steps_on_any_rank_rolls_all_ranks_back_to_the_backup(two):
+    ranks = two[1]["faults"]
+    assert same([rank["weights"] for rank in ranks])
+    for rank in ranks:
+        check_survival(rank["findings"])
 
 
 def test_two_ranks_do_what_one_rank_does(two, tmp_path):
