@@ -219,6 +219,7 @@ def run(*, quick: bool = False, rounds: int = 30, only: str = "") -> dict[str, A
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rounds = 2 if quick else rounds
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).step()  # imports a lot, here once for all processes
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         if only in ("", "huggingface"):
