@@ -11,7 +11,8 @@ from benchmarks.fault_training import BACKUP_EVERY, STEPS, Ear, Run
 from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.events import BackupVerified, Notice, RolledBack
 from learnit_r8.integrations.torch import capture_state, follow_lr, restore_state
-from tests.backup_watch import Still, finite
+from learnit_r8.testing import FakeClock
+from tests.backup_watch import finite
 from tests.test_safety import run_ranks
 
 PROOF = 8  # calm losses before a backup is scanned
@@ -163,7 +164,7 @@ def test_a_torch_model_whose_activation_hides_nan_is_brought_back(seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ear = Ear()
     scheduler = R8Scheduler(
-        96, 8, num_epochs=17, initial_lr=0.02, backup_every=4, clock=Still(), checkpoint_dir=None, ui="off",
+        96, 8, num_epochs=17, initial_lr=0.02, backup_every=4, clock=FakeClock(), checkpoint_dir=None, ui="off",
         sinks=[ear],
     )  # fmt: skip
     scheduler.attach_model(
