@@ -1,22 +1,26 @@
 """What each strategy learns from the same number of sample gradients, against uniform.
 
-`python -m benchmarks.learning [--quick] [--seeds N] [--tasks A,B] [--arms A,B] [--minutes M] [--json FILE]`
+`python -m benchmarks.learning [--quick] [--seeds N] [--tasks A,B] [--arms A,B] [--minutes M] [--keep FILE]`
 
 Every run goes through `R8Scheduler`: same split, wrong labels, initial weights and peak learning rate for one seed,
 the learning rate decays fully over the budget. Cells are differences to uniform with the same number of sample
 gradients, in points of test accuracy (of the test loss, where the score is a loss: per cent of uniform's), mean over
 the seeds with a 95% interval (Student's t over paired differences). A strategy that draws fewer samples (infobatch)
-is compared with a uniform run that is as much shorter. `--quick`: 3 seeds, 4 tasks.
+is compared with a uniform run that is as much shorter. `--quick`: 3 seeds, 4 tasks. `--keep`: runs are written there
+as they end, and those that are there already are not repeated; remove it when the code has changed.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import main, progress
@@ -157,21 +161,37 @@ def summarise(runs: dict[str, list[dict[str, Any]]], *, loss: bool) -> dict[str,
 
 
 def measure(
-    tasks: Sequence[str], arms: Sequence[Arm], seeds: int, processes: int = 2, minutes: float = float("inf")
-) -> dict[str, Any]:
+    tasks: Sequence[str], arms: Sequence[Arm], seeds: int, processes: int = 2, minutes: float = float("inf"),
+    keep: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train everything, seed after seed, and return each task's figures over the seeds that were done in time."""
     from benchmarks.tasks import make_task
 
-    jobs = [(task, seed, tuple(arms)) for seed in range(seeds) for task in tasks]
-    done = []
-    for result in _results(jobs, processes, time.monotonic() + 60 * minutes):
-        done.append(result)
-        progress(f"{len(done)} of {len(jobs)}: {result[0]}, seed {result[1]}")
-    runs: dict[str, dict[str, list[Any]]] = {task: {arm.name: [] for arm in arms} for task in tasks}
-    for task, _, result in done[: len(done) // len(tasks) * len(tasks)]:
-        for arm, run in result.items():
-            runs[task][arm].append(run)
+    done = _kept(keep)
+    wanted = [(task, seed) for seed in range(seeds) for task in tasks]
+    jobs = [(*key, tuple(arm for arm in arms if arm.name not in done.get(key, {}))) for key in wanted]
+    jobs = [job for job in jobs if job[2]]
+    for number, (task, seed, result) in enumerate(_results(jobs, processes, time.monotonic() + 60 * minutes), 1):
+        done.setdefault((task, seed), {}).update(result)
+        if keep is not None:
+            with keep.open("a", encoding="utf8") as file:
+                file.write(json.dumps([task, seed, result]) + "\n")
+        progress(f"{number} of {len(jobs)}: {task}, seed {seed}")
+    complete = list(itertools.takewhile(lambda key: all(arm.name in done.get(key, {}) for arm in arms), wanted))
+    complete = complete[: len(complete) // len(tasks) * len(tasks)]
+    runs = {
+        task: {arm.name: [done[key][arm.name] for key in complete if key[0] == task] for arm in arms} for task in tasks
+    }
     return {task: summarise(runs[task], loss=make_task(task, 0).loss) for task in tasks}
+
+
+def _kept(keep: Path | None) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the runs of an earlier call, by task and seed."""
+    done: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in keep.read_text("utf8").splitlines() if keep is not None and keep.exists() else ():
+        task, seed, result = json.loads(line)
+        done.setdefault((task, seed), {}).update(result)
+    return done
 
 
 def _results(jobs: Sequence[Any], processes: int, deadline: float) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -215,7 +235,7 @@ def samples_table(figures: dict[str, Any]) -> str:
 
 def run(
     *, quick: bool = False, seeds: int = 0, tasks: str = "", arms: str = "", minutes: float = float("inf"),
-    processes: int = 2,
+    processes: int = 2, keep: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Train; `seeds` 0: 10 of them, 3 with `quick`; `minutes`: report the seeds that are done by then."""
     from benchmarks.tasks import SEEN, TUNED, UNSEEN
@@ -224,7 +244,7 @@ def run(
     chosen = [known[name] for name in ["uniform", *arms.split(",")]] if arms else list(known.values())
     named = ["digits", "digits 20%", "longtail", "separated"] if quick else TUNED + SEEN + UNSEEN
     named = tasks.split(",") if tasks else named
-    figures = measure(named, chosen, seeds or (3 if quick else 10), processes, minutes)
+    figures = measure(named, chosen, seeds or (3 if quick else 10), processes, minutes, Path(keep) if keep else None)
     return {"seeds": len(figures[named[0]]["uniform"]["scores"]), "batch": BATCH, "tasks": figures}
 
 

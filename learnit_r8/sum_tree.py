@@ -1,12 +1,13 @@
 """Weighted draws over a fixed number of slots: O(log N) to draw, O(log N) to change.
 
-The tree is wide and flat: each node holds the running sums of its 16 children, and the last
-level, at most 1024 sums, is one array that is searched directly. At a million slots that
-is three nodes and one search, few enough numpy calls to compete with compiled trees.
+The tree is wide and flat: each node has 16 children, and the last level, at most 4096 sums, is one
+array that is searched directly. At a million slots that is two nodes and one search, few enough
+numpy calls to compete with compiled trees. Running sums within a node are added up when
+they are needed: to read 16 numbers costs less than to keep their sums, too, up to date.
 
 Two rules make the arithmetic exact enough to forget about:
 
-* A changed slot's node is summed anew from its children, never by adding a difference, so
+* A changed slot's node is summed anew from its children, first to last, never by adding a difference, so
   rounding errors do not pile up however many updates there have been.
 * Within a node, the remainder that is searched for is kept below the node's own total, and
   sums only grow where a weight is positive, so a slot of weight zero is never drawn.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +35,12 @@ Weights = NDArray[np.float64]
 _SHIFT = 4
 _FAN_OUT = 1 << _SHIFT
 """Of 16, 32, 64 and 128 the fastest for numpy: most of the time goes into copying nodes."""
-_LAST_LEVEL = 1024
+_LAST_LEVEL = 4096
+"""Its running sums cost 4 us an update, another level of nodes more than that."""
 MAX_WEIGHT = 1e280
 """Far enough below the largest float64 for every sum to stay finite."""
+_LINE = 8
+"""Numbers in a cache line."""
 _COMPILE_FROM = 4096
 """Smaller trees are fast enough, and importing numba costs half a second."""
 
@@ -60,18 +65,15 @@ class SumTree:
         self.size = int(size)
         self._widths = _node_counts(self.size)
         self._starts = np.concatenate([[0], np.cumsum(self._widths)]).astype(np.int64) * _FAN_OUT
-        slots = int(self._starts[-1])
-        # Children's values and their running sums within the node, all levels end to end.
-        self._values = np.zeros(slots)
-        self._sums = np.zeros(slots)
+        self._values = _aligned_zeros(int(self._starts[-1]))  # all levels end to end
         self._last_values = np.zeros(self._widths[-1])
         self._last_sums = np.zeros(self._widths[-1])
         self._levels = [
-            (self._values[start:stop].reshape(-1, _FAN_OUT), self._sums[start:stop].reshape(-1, _FAN_OUT))
+            self._values[start:stop].reshape(-1, _FAN_OUT)
             for start, stop in zip(self._starts[:-1], self._starts[1:], strict=True)
         ]
-        self._parents = [children.reshape(-1) for children, _ in self._levels[1:]] + [self._last_values]
-        self._arrays = (self._values, self._sums, self._starts, self._last_values, self._last_sums)
+        self._parents = [children.reshape(-1) for children in self._levels[1:]] + [self._last_values]
+        self._arrays = (self._values, self._starts, self._last_values, self._last_sums)
         self.view = self._values[: self.size]
         """The weights themselves, read-only: `view[slots]` is the quickest way to look some up."""
         self.view.flags.writeable = False
@@ -133,9 +135,11 @@ class SumTree:
         if values.ndim and values.shape != (self.size,):
             raise ValueError(f"fill needs {self.size} weights or one number, got shape {values.shape}")
         self._values[: self.size] = values
-        for level, (children, sums) in enumerate(self._levels):
-            np.add.accumulate(children, axis=1, out=sums)
-            self._parents[level][: len(sums)] = sums[:, -1]
+        for children, parents in zip(self._levels, self._parents, strict=True):
+            totals = children[:, 0].copy()
+            for child in range(1, _FAN_OUT):
+                totals += children[:, child]
+            parents[: len(totals)] = totals
         np.add.accumulate(self._last_values, out=self._last_sums)
 
     def draw(self, u: Weights) -> Indices:
@@ -156,19 +160,22 @@ class SumTree:
         u = np.ascontiguousarray(u, dtype=np.float64)
         if self._kernels is not None:
             slots = np.empty(len(u), dtype=np.int64)
-            self._kernels.draw(self._sums, self._starts, self._last_sums, u, slots)
+            self._kernels.draw(self._values, self._starts, self._last_sums, u, slots)
             return slots
         remainder = np.minimum(u * self._last_sums[-1], np.nextafter(self._last_sums[-1], 0.0))
         nodes: Indices = self._last_sums.searchsorted(remainder, side="right").astype(np.int64, copy=False)
         remainder -= np.where(nodes > 0, self._last_sums[nodes - 1], 0.0)
-        rows = np.arange(len(nodes))
-        for level in range(len(self._levels) - 1, -1, -1):
-            sums = self._levels[level][1].take(nodes, axis=0)
-            np.minimum(remainder, np.nextafter(sums[:, -1], 0.0), out=remainder)
-            child = (sums > remainder[:, None]).argmax(axis=1)
+        columns = np.arange(len(nodes))
+        for children in reversed(self._levels):
+            # A row for each child: whole rows are added and compared, and rows lie end to end.
+            sums = np.ascontiguousarray(children.take(nodes, axis=0).T)
+            for before, running in pairwise(sums):
+                running += before
+            if (remainder >= sums[-1]).any():
+                np.minimum(remainder, np.nextafter(sums[-1], 0.0), out=remainder)
+            child = np.add.reduce((sums <= remainder).view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
             nodes = (nodes << _SHIFT) + child
-            if level:
-                remainder -= np.where(child > 0, sums[rows, child - 1], 0.0)
+            remainder -= np.where(child > 0, sums[child - 1, columns], 0.0)
         return nodes
 
     def draw_distinct(self, rng: np.random.Generator, n: int) -> Indices:
@@ -225,12 +232,10 @@ class SumTree:
             return
         self._values[slots] = values
         nodes = slots
-        for level, (children, sums) in enumerate(self._levels):
+        for children, parents in zip(self._levels, self._parents, strict=True):
             nodes = nodes >> _SHIFT
-            rows = children.take(nodes, axis=0)
-            np.add.accumulate(rows, axis=1, out=rows)
-            sums[nodes] = rows
-            self._parents[level][nodes] = rows[:, -1]
+            # Rows are added one after another, so the sums are those of a loop over the children.
+            parents[nodes] = np.add.reduce(np.ascontiguousarray(children.take(nodes, axis=0).T), axis=0)
         np.add.accumulate(self._last_values, out=self._last_sums)
 
     def _checked_indices(self, indices: ArrayLike) -> Indices:
@@ -245,6 +250,12 @@ class SumTree:
                 f"indices must be in 0 .. {self.size - 1}, got {bad[0]} ({len(bad)} of {len(slots)} outside)"
             )
         return slots
+
+
+def _aligned_zeros(size: int) -> Weights:
+    """Return zeros that begin with a cache line, so that a node fills two of them and touches no third."""
+    words = np.zeros(size + _LINE)
+    return words[-words.ctypes.data // 8 % _LINE :][:size]
 
 
 def _node_counts(size: int) -> list[int]:
@@ -275,7 +286,7 @@ def _first_occurrences(slots: Indices) -> Indices:
 
 
 def _write_kernel(
-    values: Any, sums: Any, starts: Any, last_values: Any, last_sums: Any, slots: Any, weights: Any, size: int
+    values: Any, starts: Any, last_values: Any, last_sums: Any, slots: Any, weights: Any, size: int
 ) -> bool:
     """Check, then write: False, with nothing changed, where a slot or a weight is not allowed."""
     for k in range(len(slots)):
@@ -292,14 +303,13 @@ def _write_kernel(
                 continue
             before = node
             first = starts[level] + (node << _SHIFT)
-            running = 0.0
+            total = 0.0
             for child in range(first, first + _FAN_OUT):
-                running += values[child]
-                sums[child] = running
+                total += values[child]
             if level + 1 < levels:
-                values[starts[level + 1] + node] = running
+                values[starts[level + 1] + node] = total
             else:
-                last_values[node] = running
+                last_values[node] = total
     running = 0.0
     for node in range(len(last_values)):
         running += last_values[node]
@@ -307,35 +317,49 @@ def _write_kernel(
     return True
 
 
-def _draw_kernel(sums: Any, starts: Any, last_sums: Any, u: Any, slots: Any) -> None:
+def _draw_kernel(values: Any, starts: Any, last_sums: Any, u: Any, slots: Any) -> float:
+    """Draw level by level; what is returned means nothing.
+
+    A level's nodes are read once before they are searched: with nothing else to do the processor reads
+    many at a time. On the way from the root to one leaf after another it would wait for each of them.
+    """
     total = last_sums[-1]
     below_total = np.nextafter(total, 0.0)
+    remainders = np.empty(len(u))
     for k in range(len(u)):
         remainder = min(u[k] * total, below_total)
-        node, high = 0, len(last_sums)
-        while node < high:
-            middle = (node + high) >> 1
-            if last_sums[middle] <= remainder:
-                node = middle + 1
-            else:
-                high = middle
-        if node > 0:
-            remainder -= last_sums[node - 1]
-        for level in range(len(starts) - 2, -1, -1):
-            first = starts[level] + (node << _SHIFT)
-            remainder = min(remainder, np.nextafter(sums[first + _FAN_OUT - 1], 0.0))
-            child = 0
-            while sums[first + child] <= remainder:
-                child += 1
-            if child > 0:
-                remainder -= sums[first + child - 1]
-            node = (node << _SHIFT) + child
+        node, left = 0, len(last_sums)
+        while left > 1:
+            half = left >> 1
+            node += half if last_sums[node + half - 1] <= remainder else 0
+            left -= half
         slots[k] = node
+        remainders[k] = remainder - (last_sums[node - 1] if node > 0 else 0.0)
+    sums = np.empty(_FAN_OUT)
+    touched = 0.0
+    for level in range(len(starts) - 2, -1, -1):
+        for k in range(len(u)):
+            slots[k] = starts[level] + (slots[k] << _SHIFT)
+            touched += values[slots[k]] + values[slots[k] + _LINE]
+        for k in range(len(u)):
+            running = 0.0
+            for child in range(_FAN_OUT):
+                running += values[slots[k] + child]
+                sums[child] = running
+            remainder = remainders[k]
+            if remainder >= running:
+                remainder = np.nextafter(running, 0.0)
+            child = 0
+            for place in range(_FAN_OUT):
+                child += sums[place] <= remainder
+            slots[k] += child - starts[level]
+            remainders[k] = remainder - (sums[child - 1] if child > 0 else 0.0)
+    return touched
 
 
 class _Kernels(NamedTuple):
     write: Callable[..., bool]
-    draw: Callable[..., None]
+    draw: Callable[..., float]
 
     def write_plain(self, arrays: tuple[Any, ...], slots: Any, weights: Any, size: int) -> bool:
         """Write what needs no conversion; False where it does, or where something is wrong with it."""
@@ -363,8 +387,8 @@ def _compiled() -> _Kernels | None:
     except ImportError:
         return None
     array, ints = "float64[::1]", "int64[::1]"
-    write = f"boolean({array}, {array}, {ints}, {array}, {array}, {ints}, {array}, int64)"
-    draw = f"void({array}, {ints}, {array}, {array}, {ints})"
+    write = f"boolean({array}, {ints}, {array}, {array}, {ints}, {array}, int64)"
+    draw = f"float64({array}, {ints}, {array}, {array}, {ints})"
     try:
         return _Kernels(
             njit(write, cache=True, nogil=True)(_write_kernel), njit(draw, cache=True, nogil=True)(_draw_kernel)
