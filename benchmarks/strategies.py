@@ -1,14 +1,15 @@
 """Cost of choosing by each strategy, against uniform and quadrant, and of a curriculum update.
 
-`python -m benchmarks.strategies [--large]`: B = 256, one loss per sample, microseconds per step, medians of rounds in
+`python -m benchmarks.strategies [--large] [--plain]`: B = 256, one loss per sample, microseconds per step, medians of rounds in
 which the strategies take turns. "choose" is draw + observe (plus the epoch's plan, spread over its batches); "step"
 is the whole of `R8Scheduler`'s share of a training step. Times are of the CPU (all of it is one thread's work), so
-that other processes disturb less. `--large` adds N = 1e7.
+that other processes disturb less. `--large` adds N = 1e7, `--plain` leaves numba out.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -155,8 +156,10 @@ def curriculum_update(asking: bool) -> dict[int, float]:
     return {int(name): statistics.median(values[1:]) * 1e6 for name, values in times.items()}
 
 
-def run(*, quick: bool = False, large: bool = False) -> dict[str, Any]:
-    """Measure; `quick`: 10 000 samples only, `large`: N = 1e7 too."""
+def run(*, quick: bool = False, large: bool = False, plain: bool = False) -> dict[str, Any]:
+    """Measure; `quick`: 10 000 samples only, `large`: N = 1e7 too, `plain`: numpy's path."""
+    if plain:
+        sys.modules["numba"] = None  # type: ignore[assignment]
     sizes = [10_000, *([] if quick else [1_000_000]), *([10_000_000] if large else [])]
     costs = {name: {} for name in names()}
     for size in sizes:

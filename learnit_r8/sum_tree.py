@@ -289,9 +289,11 @@ def _write_kernel(
     values: Any, starts: Any, last_values: Any, last_sums: Any, slots: Any, weights: Any, size: int
 ) -> bool:
     """Check, then write: False, with nothing changed, where a slot or a weight is not allowed."""
+    touched = 0.0  # reads are not waited for, so that the writes find their lines in the cache
     for k in range(len(slots)):
         if not (0 <= slots[k] < size and 0.0 <= weights[k] <= MAX_WEIGHT):
             return False
+        touched += values[slots[k]] + values[slots[k] ^ _LINE]
     for k in range(len(slots)):
         values[slots[k]] = weights[k] + 0.0
     levels = len(starts) - 1
@@ -314,7 +316,7 @@ def _write_kernel(
     for node in range(len(last_values)):
         running += last_values[node]
         last_sums[node] = running
-    return True
+    return touched >= 0.0
 
 
 def _draw_kernel(values: Any, starts: Any, last_sums: Any, u: Any, slots: Any) -> float:

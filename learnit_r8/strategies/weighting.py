@@ -20,6 +20,7 @@ equal weights an epoch is nearly a permutation.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ class MixtureSampler:
         self._floor = 0.0
         self._phase = 0.0
         self._behind: list[Indices] = []  # samples whose weights the tree does not have yet
+        self._ahead: deque[Draw] = deque()  # drawn from the tree as it is, the next batch first
+        self._ahead_size = 0
         self._steps = np.arange(0.0)
         self._fill()
 
@@ -93,6 +96,7 @@ class MixtureSampler:
             self._catch_up()
 
     def _catch_up(self) -> None:
+        self._ahead.clear()
         indices = np.concatenate(self._behind)
         self._behind.clear()
         slots = self._slots.take(indices)
@@ -108,16 +112,34 @@ class MixtureSampler:
         """Return `size` different samples (all of them where there are fewer)."""
         count = len(self._order)
         size = min(size, count)
-        phase, self._phase = self._phase, (self._phase + _GOLDEN) % 1.0
         if size == count:
-            return _finish(self._order.astype(np.int64), np.full(count, 1 / max(count, 1)), count)
-        slots = self._tree.draw(self._points(size, phase))
-        values = self._tree.weights(slots)
+            self._phase = _next_phase(self._phase)
+            probabilities = np.full(count, 1 / max(count, 1))
+            return Draw(self._order.astype(np.int64), probabilities, _importance(probabilities, count))
+        if not self._ahead or size != self._ahead_size:
+            self._draw_ahead(size)
+        self._phase = _next_phase(self._phase)
+        return self._ahead.popleft()
+
+    def _draw_ahead(self, size: int) -> None:
+        """Draw the batches that the tree will not change for, if each is reported before the next is drawn.
+
+        One call for several batches halves the cost of a batch. Whenever the tree changes, what was
+        drawn ahead is forgotten, so each batch is what it would be if it were drawn by itself.
+        """
+        phases = [self._phase]
+        while len(phases) < _BATCHES_BEHIND - len(self._behind):
+            phases.append(_next_phase(phases[-1]))
+        slots = self._tree.draw(np.concatenate([self._points(size, phase) for phase in phases]))
+        values = self._tree.view.take(slots)
         if values.max() * size > self._tree.total * _ALMOST_ONE:
-            slots, probabilities = self._draw_capped(size, phase)
+            slots, probabilities = self._draw_capped(size, self._phase)
         else:
             probabilities = values / self._tree.total
-        return _finish(self._order.take(slots).astype(np.int64), probabilities, count)
+        indices = self._order.take(slots).astype(np.int64)
+        weights = _importance(probabilities, len(self._order))
+        self._ahead_size = size
+        self._ahead = deque(map(Draw, *(array.reshape(-1, size) for array in (indices, probabilities, weights))))
 
     def _draw_capped(self, size: int, phase: float) -> tuple[Indices, Floats]:
         """Draw where some samples are so heavy that they belong in every batch.
@@ -165,6 +187,7 @@ class MixtureSampler:
         live += self._floor
         self._tree.fill(values)
         self._behind.clear()
+        self._ahead.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything that later draws depend on."""
@@ -193,8 +216,12 @@ class MixtureSampler:
         return sampler
 
 
-def _finish(indices: Indices, probabilities: Floats, count: int) -> Draw:
-    return Draw(indices, probabilities, np.minimum(1.0 / (count * probabilities), MAX_WEIGHT))
+def _next_phase(phase: float) -> float:
+    return (phase + _GOLDEN) % 1.0
+
+
+def _importance(probabilities: Floats, count: int) -> Floats:
+    return np.minimum(1.0 / (count * probabilities), MAX_WEIGHT)
 
 
 class WeightedStrategy:
