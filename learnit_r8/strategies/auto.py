@@ -210,7 +210,7 @@ class Auto:
             self.start_epoch(request)
         assert self._sampler is not None
         indices = draw_stable(request) if request.stable_only else self._sampler.draw(request.size).indices
-        return Draw(indices, weights=np.ones(len(indices)))
+        return Draw(indices, weights=np.ones(len(indices), np.float32))
 
     def observe(self, report: LossReport) -> None:
         """Note the untrained loss, and the losses of samples that come back."""

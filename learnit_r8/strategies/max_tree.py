@@ -58,11 +58,9 @@ class MaxTree:
 
     def top(self, k: int) -> Indices:
         """Return the slots of the k highest numbers, the highest first; fewer where fewer are set."""
-        values = self._levels[-1]
-        if k <= 0 or values.max() == -np.inf:
+        if k <= 0 or np.maximum.reduce(self._levels[-1]) == -np.inf:
             return np.empty(0, np.int64)
-        chosen, lowest = _highest(values, k)
-        nodes: Indices = chosen
+        nodes, lowest = _highest(self._levels[-1], k)
         for level in self._levels[-2::-1]:
             # k numbers are known to be at least `lowest`: nothing below it can be among the k highest.
             rows = level.reshape(-1, _FAN_OUT).take(nodes, axis=0)
@@ -73,17 +71,18 @@ class MaxTree:
             if len(chosen) < len(nodes):
                 nodes = nodes.take(chosen)
         found = self._levels[0].take(nodes)
-        return nodes.take(np.lexsort((nodes, -found)))
+        return nodes.take(np.argsort(-found, kind="stable"))
 
 
 def _highest(values: Losses, k: int) -> tuple[Indices, np.float32]:
-    """Return the positions of the k highest numbers, empty ones left out, and the lowest of them."""
-    lowest = np.finfo(np.float32).min
-    if len(values) > k:
-        lowest = max(lowest, np.partition(values, len(values) - k)[-k])
-    chosen = np.flatnonzero(values >= lowest)
-    if len(chosen) > k:  # ties
-        above = np.flatnonzero(values > lowest)
-        ties = np.flatnonzero(values == lowest)
-        chosen = np.concatenate([above, ties[: k - len(above)]])
-    return chosen, lowest
+    """Return the positions of the k highest numbers, ascending, empty ones left out, and the lowest of them."""
+    chosen = np.flatnonzero(values > -np.inf)
+    if len(chosen) <= k:
+        return chosen, np.finfo(np.float32).min
+    # Only numbers that are set: among thousands of equal ones a partition takes twenty times as long.
+    values = values.take(chosen)
+    lowest = np.partition(values, len(values) - k)[-k]
+    ties = np.flatnonzero(values == lowest)
+    kept = values >= lowest
+    kept[ties[k - int(np.count_nonzero(kept)) + len(ties) :]] = False
+    return chosen[kept], lowest

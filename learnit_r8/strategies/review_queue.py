@@ -32,6 +32,9 @@ _FURTHEST = 2**62
 _EMA = 0.3
 """Weight of a new loss in a sample's average."""
 
+_ROW = np.dtype([("due", "i8"), ("difficulty", "f4"), ("interval", "f4")])
+_OPAQUE = np.dtype(f"V{_ROW.itemsize}")  # numpy moves opaque rows faster than structured ones
+
 _Z_EDGES = np.array([-2.0, -1.0, 1.0, 2.0])
 _Z_FACTORS = np.array([4.0, 2.0, 1.0, 0.5, 0.25])
 
@@ -60,12 +63,17 @@ class ExponentialMovingStats:
     def update(self, x: Any) -> None:
         """Take a number, or an array of them; what is not finite is left out."""
         values = np.asarray(x, np.float64).reshape(-1)
-        values = values[np.isfinite(values)]
+        finite = np.isfinite(values)
+        if not finite.all():
+            values = values[finite]
         if not len(values):
             return
+        self.move(values - self._mean)
+
+    def move(self, off: NDArray[np.float64]) -> None:
+        """Take finite numbers, at least one, given as what they are above the mean."""
         weight = self.alpha if self.count else 1.0
-        off = values - self._mean
-        shift = weight * float(off.sum()) / len(off)
+        shift = weight * float(np.add.reduce(off)) / len(off)
         self._variance = (1 - weight) * self._variance + weight * float(off @ off) / len(off) - shift * shift
         self._variance = max(self._variance, 0.0)
         self._mean += shift
@@ -145,11 +153,15 @@ class ReviewQueue:
     ) -> None:
         self.spacing = spacing
         self.stats = stats
-        self.difficulty = np.zeros(num_samples, np.float32)
+        # All that is known of a sample lies together, so that a step reads memory once for each.
+        self._rows = np.zeros(num_samples, _ROW)
+        self._opaque = self._rows.view(_OPAQUE)
+        self.difficulty = self._rows["difficulty"]
         """Average loss of each sample; 0 before its first report."""
-        self.interval = np.zeros(num_samples, np.float32)
+        self.interval = self._rows["interval"]
         """Review interval of each sample; 0 before its first report."""
-        self._due = np.full(num_samples, _UNSEEN, np.int64)
+        self._due = self._rows["due"]
+        self._due[:] = _UNSEEN
         order = np.arange(num_samples, dtype=np.uint32)
         rng.shuffle(order)
         self._unseen = order
@@ -184,13 +196,13 @@ class ReviewQueue:
         self._release(step)
         share = min(math.ceil(self.spacing.min_backlog_ratio * size - 1e-9), self._num_backlog)
         due = self._pool.top(size - share)
-        new = self._take_backlog(size - len(due))
-        batch = np.concatenate([new, due])
-        if len(batch) < size:
-            batch = np.concatenate([batch, self._soonest(size - len(batch))])
+        new = self._take_backlog(size - len(due)) if self._num_backlog else []
+        missing = size - len(due) - sum(map(len, new))
+        batch = np.concatenate([*new, due, *self._soonest(missing)], dtype=np.int64)
         if len(due):
             self._pool.remove(due)
-        self._schedule(batch, np.full(len(batch), step + self.spacing.patience))
+        self._due[batch] = step + self.spacing.patience
+        self._note(step + self.spacing.patience, batch)
         return batch
 
     def _release(self, step: int) -> None:
@@ -204,15 +216,17 @@ class ReviewQueue:
     def _valid(self, day: int) -> Indices:
         """Take a day's entries out of the calendar; return those that still count."""
         entries = self._calendar.pop(day)
+        if not entries:
+            return np.empty(0, np.int64)
         ids = entries[0] if len(entries) == 1 else np.concatenate(entries)
         ids = np.asarray(ids[self._due[ids] == day])
         if self.excluded is not None:
             ids = ids[~self.excluded[ids]]
         return ids
 
-    def _take_backlog(self, count: int) -> Indices:
+    def _take_backlog(self, count: int) -> list[NDArray[Any]]:
         count = min(count, self._num_backlog)
-        parts: list[NDArray[np.uint32]] = [np.empty(0, np.uint32)]
+        parts: list[NDArray[Any]] = []
         missing = count
         while missing:
             part = self._backlog[self._next : self._next + missing]
@@ -221,31 +235,33 @@ class ReviewQueue:
             parts.append(part)
             missing -= len(part)
         self._num_backlog -= count
-        return np.concatenate(parts).astype(np.int64)
+        return parts
 
-    def _soonest(self, count: int) -> Indices:
+    def _soonest(self, count: int) -> list[NDArray[Any]]:
         """Take waiting samples, the soonest due first; of one day the hardest."""
-        parts = []
+        parts: list[NDArray[Any]] = []
         while count and self._days:
             day = heapq.heappop(self._days)
             ids = self._valid(day)
+            if not len(ids):
+                continue
             ids.sort()
-            if (ids[1:] == ids[:-1]).any():
+            if np.count_nonzero(ids[1:] == ids[:-1]):
                 ids = np.unique(ids)
             if len(ids) > count:
                 ids = ids[np.argsort(-self.difficulty[ids], kind="stable")]
-                self._enter(ids[count:], np.full(len(ids) - count, day))
+                self._note(day, ids[count:])
                 ids = ids[:count]
             parts.append(ids)
             count -= len(ids)
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return parts
 
     # Reporting ----------------------------------------------------------------------------
 
     def report(self, ids: Indices, losses: NDArray[np.float64], step: int) -> None:
         """Take losses of some samples and reschedule these; a loss that is not finite is due at once."""
         finite = np.isfinite(losses)
-        if not finite.all():
+        if np.count_nonzero(finite) < len(losses):
             self.forget(ids[~finite], step)
             ids, losses = ids[finite], losses[finite]
             if not len(ids):
@@ -254,49 +270,62 @@ class ReviewQueue:
         if first:  # nothing to compare with but itself
             self.stats.update(losses)
         mean, std = self.stats.mean, self.stats.std
-        known = self.interval[ids] > 0
-        old = self.difficulty[ids]
-        self.difficulty[ids] = np.where(known, old + _EMA * (losses - old), losses)
+        block = self._opaque.take(ids)
+        dates, floats = block.view(np.int64)[::2], block.view(np.float32)
+        before, old, intervals = dates.copy(), floats[2::4], floats[3::4]
+        change = losses - old
+        change *= _EMA if intervals.all() else np.where(intervals > 0, _EMA, 1.0)  # the first loss counts in full
+        old += change
         spacing = self.spacing
-        success = losses < mean + spacing.success_threshold_std * std
-        grown = np.minimum(np.maximum(self.interval[ids], 1.0) * spacing.growth_rate, spacing.max_interval)
-        interval = np.where(success, grown, 1.0)
-        self.interval[ids] = interval
-        deviation = (losses - mean) / std if std > 0 else np.zeros(len(losses))
-        wait = spacing.spacing_steps * interval * _Z_FACTORS[np.searchsorted(_Z_EDGES, deviation, side="left")]
-        self.reschedule(ids, step + np.ceil(wait).astype(np.int64))
+        np.maximum(intervals, 1.0, out=intervals)
+        intervals *= spacing.growth_rate
+        np.minimum(intervals, spacing.max_interval, out=intervals)
+        intervals[losses >= mean + spacing.success_threshold_std * std] = 1.0
+        off = losses - mean
+        factors = _Z_FACTORS.take(_Z_EDGES.searchsorted(off / std)) if std > 0 else 1.0
+        wait = spacing.spacing_steps * intervals * factors
+        dates[:] = step + np.ceil(wait).astype(np.int64)
+        self._leave(ids, before)
+        self._strike(ids, step)
+        self._opaque[ids] = block
+        self._enter(ids, dates)
         if not first:
-            self.stats.update(losses)
+            self.stats.move(off)
 
     def forget(self, ids: Indices, step: int) -> None:
         """These were drawn but will not be reported: they are due at once."""
-        self.reschedule(ids, np.full(len(ids), step))
+        self._leave(ids, self._due[ids])
+        self._due[ids] = step
+        if len(ids):
+            self._note(step, ids)
 
-    def reschedule(self, ids: Indices, due: Indices) -> None:
-        """Set when samples are due, wherever they are now."""
-        before = self._due[ids]
-        pooled = ids[before == _DUE]
+    def _leave(self, ids: Indices, due: Indices) -> None:
+        """Take samples out of the place where they are, which their due date tells."""
+        if not np.count_nonzero(due < 0):  # all of them wait
+            return
+        pooled = ids[due == _DUE]
         if len(pooled):
             self._pool.remove(pooled)
-        new = ids[before == _UNSEEN]
+        new = ids[due == _UNSEEN]
         if len(new):
             new = np.unique(new)
             self._num_backlog -= len(new) if self.excluded is None else int((~self.excluded[new]).sum())
-        self._schedule(ids, due)
 
-    def _schedule(self, ids: Indices, due: Indices) -> None:
-        self._due[ids] = due
-        self._enter(ids, due)
+    def _strike(self, ids: Indices, step: int) -> None:
+        """Strike out what the draw of this very batch entered: no longer valid, it would only be read in vain."""
+        entries = self._calendar.get(step + self.spacing.patience, [])
+        for number, entry in enumerate(entries):
+            if entry is ids:
+                del entries[number]
+                break
 
     def _enter(self, ids: Indices, due: Indices) -> None:
+        """Enter samples into the calendar."""
         if not len(ids):
             return
-        if (due == due[0]).all():
-            self._note(int(due[0]), ids)
-            return
-        order = np.argsort(due, kind="stable")
+        order = np.argsort(due)
         ids, due = ids[order], due[order]
-        edges = [0, *(np.flatnonzero(due[1:] != due[:-1]) + 1).tolist(), len(ids)]
+        edges = [0, *((due[1:] != due[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
         for start, end in pairwise(edges):
             self._note(int(due[start]), ids[start:end])
 
@@ -330,9 +359,9 @@ class ReviewQueue:
         size = len(self._due)
         if len(state["due"]) != size:
             raise ValueError(f"the state has {len(state['due'])} samples, this queue {size}")
-        self.difficulty = np.array(state["difficulty"], np.float32)
-        self.interval = np.array(state["interval"], np.float32)
-        self._due = np.array(state["due"], np.int64)
+        self.difficulty[:] = state["difficulty"]
+        self.interval[:] = state["interval"]
+        self._due[:] = state["due"]
         self._unseen = np.array(state["unseen"], np.uint32)
         self.stats.load_state_dict(state["stats"])
         packed = state["excluded"]
