@@ -41,7 +41,7 @@ class Batch:
     Attributes:
         indices: Sample ids, int64, shape `[batch size]` (the last one may be shorter).
         lr: Learning rate for this step.
-        weights: Importance weights, float32, same shape, mean about 1. They multiply
+        weights: Importance weights, float32, same shape, mean about 1 (with "infobatch" up to 2). They multiply
             per-sample losses; all ones for unbiased strategies.
         id: Number of the ticket, unique within a run.
         step: Global step at which it is trained on, from 0.

@@ -9,6 +9,7 @@ import pytest
 
 from learnit_r8 import strategies
 from learnit_r8.catalog import LossCatalog
+from learnit_r8.errors import ConfigError
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.strategies import (
@@ -42,7 +43,8 @@ EXTREMES = {
     "adaptive, wild": lambda: Adaptive(learning_rate=50, momentum=0),
     "reward, greedy": lambda: RewardWeighted(temperature=1e-3),
     "reward, by rank": lambda: RewardWeighted(use_rank=True),
-    "infobatch, hard pruning": lambda: InfoBatch(ratio=0.9, anneal=0),
+    "infobatch, hard pruning": lambda: InfoBatch(ratio=0.9, anneal=0, normalize=True),
+    "infobatch, weights up to 5": lambda: InfoBatch(ratio=0.8, anneal=0),
     "infobatch, none": lambda: InfoBatch(ratio=0),
 }
 
@@ -189,7 +191,7 @@ def test_unseen_samples_have_the_highest_priority():
 def test_infobatch_is_unbiased_and_prunes():
     losses = np.random.default_rng(1).lognormal(0, 1, 2000)
     catalog = catalog_of(losses)
-    for strategy, scale in ((InfoBatch(), 1.0), (InfoBatch(normalize=False), None)):
+    for strategy, scale in ((InfoBatch(normalize=True), 1.0), (InfoBatch(), None)):
         sums, drawn, batches, epoch = [], 0, 0, 0
         while batches < 10_000:
             epoch += 1
@@ -203,6 +205,11 @@ def test_infobatch_is_unbiased_and_prunes():
         assert share < 0.75
         # The published weights keep an epoch's sum, the normalised ones a step's size.
         assert sum(sums) / drawn * (scale or share) == pytest.approx(losses.mean(), rel=0.01)
+
+
+def test_infobatch_refuses_weights_above_the_limit():
+    with pytest.raises(ConfigError, match=r"at most 0\.8 for weights up to 5, got 0\.9: .* normalize=True"):
+        InfoBatch(ratio=0.9)
 
 
 def test_infobatch_uses_everything_at_the_end_and_before_losses_are_known():

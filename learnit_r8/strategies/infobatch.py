@@ -4,10 +4,17 @@ Qin et al. 2024 (ICLR), "InfoBatch: Lossless Training Speed Up by Unbiased Dynam
 samples whose loss is below the mean are dropped with probability r and the kept ones weigh
 1 / (1 - r); the last part of the budget uses everything. Here exactly the share r of them is
 dropped each epoch, at random, so the inclusion probability is exact and an epoch's length known.
+
+The published weights keep an epoch's sum of gradients: fewer steps, each larger by the mean weight. That
+is what makes up for the samples left out. Measured over 10 seeds at .69 to .71 of the gradients: digits
+-.07 +-.13, overlap -.02 +-.16, separated -.02 +-.05 points against uniform with all of them. With weights scaled
+to mean 1 (`normalize=True`) it was -.22, -.48 and -.16, as far below as uniform with as few gradients; and uniform
+with as few gradients and a learning rate larger by the same factor was as good (+.02, -.07, -.03).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +22,7 @@ import numpy as np
 from learnit_r8.config import Problems
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.plan import EpochPlan, shuffled
+from learnit_r8.strategies.weighting import MAX_WEIGHT
 from learnit_r8.types import Mask
 
 
@@ -23,19 +31,25 @@ class InfoBatch:
     """Every sample of high loss once an epoch, those below the mean once in `1 / (1 - ratio)` epochs.
 
     Args:
-        ratio: Share of the samples below the mean loss that an epoch leaves out.
+        ratio: Share of the samples below the mean loss that an epoch leaves out; above 0.8 only
+            with `normalize`.
         anneal: Share of the budget, at its end, that uses all samples.
-        normalize: Scale the weights to mean 1, so that a step is as large as without pruning
-            and an epoch has fewer of them. False: the published weights, 1 and `1 / (1 - ratio)`,
-            which keep an epoch's sum of gradients in place of a step's size.
+        normalize: Scale the weights to mean 1, so that a step is as large as without pruning: for a
+            learning rate at the edge of what the model bears. False: the published weights, 1
+            and `1 / (1 - ratio)`.
     """
 
-    def __init__(self, ratio: float = 0.5, anneal: float = 0.125, normalize: bool = True) -> None:
+    def __init__(self, ratio: float = 0.5, anneal: float = 0.125, normalize: bool = False) -> None:
         problems = Problems()
         self.ratio = problems.real("ratio", ratio, 0.0, 0.99)
         self.anneal = problems.real("anneal", anneal, 0.0, 1.0)
-        problems.raise_if_any()
         self.normalize = bool(normalize)
+        if not self.normalize and self.ratio > 1 - 1 / MAX_WEIGHT:
+            problems.append(
+                f"ratio must be at most {1 - 1 / MAX_WEIGHT:g} for weights up to {MAX_WEIGHT:g}, got "
+                f"{ratio!r}: lower it, or set normalize=True"
+            )
+        problems.raise_if_any()
         self._plan: EpochPlan | None = None
         self._low: Mask = np.zeros(0, bool)
         self._probabilities = (1.0, 1.0)  # of samples of high loss, of those below the mean
@@ -46,7 +60,7 @@ class InfoBatch:
         order = shuffled(request)
         low = self._below_mean(order, request)
         below, others = order[low], order[~low]
-        kept = below[: max(round(len(below) * (1 - self.ratio)), min(1, len(below)))]
+        kept = below[: math.ceil(len(below) * (1 - self.ratio) - 1e-9)]  # rounded up: no weight above 1 / (1 - ratio)
         self._plan = EpochPlan([kept, others])
         self._low = np.zeros(request.num_samples, bool)
         self._low[kept] = True
