@@ -56,6 +56,20 @@ def test_a_tiny_run_has_a_table_and_figures(monkeypatch):
     assert "| cancer |" in learning.gains_table({"cancer": figures}, "against matched uniform")
 
 
+def test_runs_that_were_kept_are_not_repeated_and_missing_ones_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(learning, "BATCH", 128)
+    arms, trained = learning.all_arms(), []
+    real = learning.train
+    monkeypatch.setattr(learning, "train", lambda task, arm, *rest: trained.append(arm.name) or real(task, arm, *rest))
+    wanted = [arms["uniform"], arms["quadrant"]]
+    first = learning.measure(["cancer"], wanted[:1], 1, processes=1, keep=tmp_path / "runs")
+    both = learning.measure(["cancer"], wanted, 2, processes=1, keep=tmp_path / "runs")
+    assert trained == ["uniform", "quadrant", "uniform", "quadrant"]
+    assert both["cancer"]["uniform"]["scores"][:1] == first["cancer"]["uniform"]["scores"]
+    assert learning.measure(["cancer"], wanted, 2, processes=1, keep=tmp_path / "runs") == both
+    assert len(trained) == 4
+
+
 def test_an_interval_is_that_of_students_t():
     mean, half = learning.interval([1.0, 2.0, 3.0])
     assert mean == 2

@@ -114,6 +114,22 @@ def test_the_uniform_share_stays_between_a_fifth_and_a_quarter_however_weights_m
             assert 0.2 - 1e-9 <= share <= 0.25 + 1e-9
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([10, 10, 10, 3, 60]), st.integers(0, 3)), max_size=40), st.integers(0, 3))
+def test_what_is_drawn_ahead_is_what_is_drawn_one_by_one_however_reports_come(steps, heavy):
+    rng = np.random.default_rng(4)
+    sampler, waiting = sampler_of(np.append(rng.random(997), 900.0 * np.arange(heavy, heavy + 3))), []
+    for size, reports in steps:
+        alone = MixtureSampler.from_state(sampler.state_dict())  # it has nothing drawn ahead
+        draw, expected = sampler.draw(size), alone.draw(size)
+        np.testing.assert_array_equal(draw.indices, expected.indices)
+        np.testing.assert_array_equal(draw.probabilities, expected.probabilities)
+        np.testing.assert_array_equal(draw.weights, expected.weights)
+        waiting.append(draw.indices)
+        for ids in [waiting.pop(0) for _ in range(min(reports, len(waiting)))]:
+            sampler.set(ids, rng.random(len(ids)))
+
+
 def test_a_sampler_restored_in_mid_epoch_draws_the_same():
     class Subject:
         def __init__(self):

@@ -85,8 +85,8 @@ class Draw:
         indices: Sample ids, any integer dtype, shape `[n]`, `1 <= n <= request.size`.
         probabilities: Expected share of a draw that each chosen sample gets, shape `[n]`:
             1/N where all are alike. None: unbiased.
-        weights: Importance weights, shape `[n]`, mean about 1 or, where epochs are
-            shortened, a sum of N over each, where the strategy computes them itself. None: `1 / (N p)` from `probabilities`.
+        weights: Importance weights, shape `[n]`, where the strategy computes them itself: mean about 1,
+            or a sum of N over a shortened epoch. None: `1 / (N p)` from `probabilities`.
     """
 
     indices: NDArray[np.integer[Any]]
