@@ -167,15 +167,16 @@ class SumTree:
         remainder -= np.where(nodes > 0, self._last_sums[nodes - 1], 0.0)
         columns = np.arange(len(nodes))
         for children in reversed(self._levels):
-            # A row for each child: whole rows are added and compared, and rows lie end to end.
-            sums = np.ascontiguousarray(children.take(nodes, axis=0).T)
-            for before, running in pairwise(sums):
+            # A row for each child, after one of zeros: whole rows, end to end, are added and compared.
+            sums = np.zeros((_FAN_OUT + 1, len(nodes)))
+            sums[1:] = children.take(nodes, axis=0).T
+            for before, running in pairwise(sums[1:]):
                 running += before
-            if (remainder >= sums[-1]).any():
+            if np.count_nonzero(remainder >= sums[-1]):
                 np.minimum(remainder, np.nextafter(sums[-1], 0.0), out=remainder)
-            child = np.add.reduce((sums <= remainder).view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
+            child = np.add.reduce((sums[1:] <= remainder).view(np.uint8), axis=0, dtype=np.uint8)
             nodes = (nodes << _SHIFT) + child
-            remainder -= np.where(child > 0, sums[child - 1, columns], 0.0)
+            remainder -= sums[child, columns]
         return nodes
 
     def draw_distinct(self, rng: np.random.Generator, n: int) -> Indices:

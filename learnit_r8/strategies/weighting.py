@@ -100,7 +100,7 @@ class MixtureSampler:
         indices = np.concatenate(self._behind)
         self._behind.clear()
         slots = self._slots.take(indices)
-        if slots.min(initial=0) < 0:  # excluded since it was drawn
+        if len(self._order) < len(self.weights):  # some may be excluded since they were drawn
             indices, slots = indices[slots >= 0], slots[slots >= 0]
         self._tree.set(slots, self.weights.take(indices) + self._floor)
         base = self._floor * len(self._order)
@@ -130,7 +130,7 @@ class MixtureSampler:
         phases = [self._phase]
         while len(phases) < _BATCHES_BEHIND - len(self._behind):
             phases.append(_next_phase(phases[-1]))
-        slots = self._tree.draw(np.concatenate([self._points(size, phase) for phase in phases]))
+        slots = self._tree.draw(self._points(size, *phases))
         values = self._tree.view.take(slots)
         if values.max() * size > self._tree.total * _ALMOST_ONE:
             slots, probabilities = self._draw_capped(size, self._phase)
@@ -168,10 +168,10 @@ class MixtureSampler:
             for found, values in aside:
                 self._tree.set(found, values)
 
-    def _points(self, size: int, phase: float) -> Floats:
+    def _points(self, size: int, *phases: float) -> Floats:
         if len(self._steps) != size:
             self._steps = np.arange(float(size))
-        return (self._steps + phase) / size
+        return ((self._steps + np.array(phases)[:, None]) / size).reshape(-1)
 
     def _place(self) -> None:
         self._slots = np.full(len(self.weights), -1, np.int64)
