@@ -113,7 +113,7 @@ def stepping(num_samples: int) -> dict[str, float]:
     """Return microseconds of the scheduler's share of a step, after the cataloging epoch."""
     runs = {name: training(name, num_samples) for name in names()}
     epoch = -(-num_samples // BATCH)
-    turns = max(1, 2000 // epoch) * epoch if num_samples < 100_000 else 1300  # whole epochs, or thirds of one
+    turns = max(1, 2000 // epoch) * epoch if num_samples < 100_000 else 1000  # whole epochs, or parts of one
     for run in runs.values():
         for _ in islice(run, epoch):  # cataloging
             pass

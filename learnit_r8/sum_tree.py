@@ -235,8 +235,10 @@ class SumTree:
         nodes = slots
         for children, parents in zip(self._levels, self._parents, strict=True):
             nodes = nodes >> _SHIFT
-            # Rows are added one after another, so the sums are those of a loop over the children.
-            parents[nodes] = np.add.reduce(np.ascontiguousarray(children.take(nodes, axis=0).T), axis=0)
+            total, *others = np.ascontiguousarray(children.take(nodes, axis=0).T)
+            for child in others:  # in order; numpy's own sum takes another one where there is one node
+                total += child
+            parents[nodes] = total
         np.add.accumulate(self._last_values, out=self._last_sums)
 
     def _checked_indices(self, indices: ArrayLike) -> Indices:

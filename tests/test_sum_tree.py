@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -28,6 +28,7 @@ def histories(draw):
 
 @pytest.mark.parametrize("fast", PATHS)
 @settings(deadline=None, max_examples=60)
+@example((15, [[(1, 2.0**53 - 1), (2, 1.0), (8, 2.0)], [(0, 0.0)]], 0))
 @given(histories())
 def test_weights_and_total_follow_any_history_with_the_last_duplicate_winning(fast, history):
     size, updates, seed = history

@@ -274,10 +274,13 @@ class ReviewQueue:
         dates, floats = block.view(np.int64)[::2], block.view(np.float32)
         before, old, intervals = dates.copy(), floats[2::4], floats[3::4]
         change = losses - old
-        change *= _EMA if intervals.all() else np.where(intervals > 0, _EMA, 1.0)  # the first loss counts in full
-        old += change
         spacing = self.spacing
-        np.maximum(intervals, 1.0, out=intervals)
+        if np.count_nonzero(intervals) == len(ids):
+            change *= _EMA
+        else:  # the first loss counts in full
+            change *= np.where(intervals > 0, _EMA, 1.0)
+            np.maximum(intervals, 1.0, out=intervals)
+        old += change
         intervals *= spacing.growth_rate
         np.minimum(intervals, spacing.max_interval, out=intervals)
         intervals[losses >= mean + spacing.success_threshold_std * std] = 1.0

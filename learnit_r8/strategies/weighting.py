@@ -171,7 +171,8 @@ class MixtureSampler:
     def _points(self, size: int, *phases: float) -> Floats:
         if len(self._steps) != size:
             self._steps = np.arange(float(size))
-        return ((self._steps + np.array(phases)[:, None]) / size).reshape(-1)
+        points: Floats = (self._steps + np.array(phases)[:, None]) / size
+        return points.reshape(-1)
 
     def _place(self) -> None:
         self._slots = np.full(len(self.weights), -1, np.int64)
