@@ -282,7 +282,7 @@ BAD_LOSSES = {
     "dict": ({"loss": 1.0}, TypeError, "got dict"),
     "object": (object(), TypeError, "got object"),
     "complex array": (np.ones(8, complex), TypeError, "dtype complex128"),
-    "complex tensor": (torch.ones(8, dtype=torch.complex64), TypeError, "complex tensor"),
+    "complex tensor": (torch.ones(8, dtype=torch.complex64), TypeError, "complex64"),
     "bool array": (np.ones(8, bool), TypeError, "dtype bool"),
     "bool tensor": (torch.ones(8, dtype=torch.bool), TypeError, "dtype bool"),
     "list of strings": (["1"] * 8, TypeError, "dtype <U1"),

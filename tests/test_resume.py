@@ -286,6 +286,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_that_is_heard(resumed, t
     assert fresh.global_step == 5
     if resumed:
         train(fresh, model)
+        fresh.close()
         heard = list(read_events(tmp_path / "events.jsonl"))  # which did not exist when the checkpoint was loaded
     assert [event.reason for event in heard if isinstance(event, events.CheckpointFailed)]
     assert [event.step for event in heard if isinstance(event, events.CheckpointLoaded)] == [5]
