@@ -26,16 +26,21 @@ class Classes:
     def __init__(self, groups: NDArray[np.integer[Any]]) -> None:
         _, self._of = np.unique(groups, return_inverse=True)
         counts = np.bincount(self._of)
-        self._ends = np.cumsum(counts)
-        self._middles = self._ends - counts + counts // 2
+        self._counts, self._starts = counts, np.cumsum(counts) - counts
         self.large: Mask = (counts >= _MIN_GROUP)[self._of]
         shares = counts / len(self._of)
         self.entropy = -float(np.sum(shares * np.log(shares)))
 
-    def excess(self, losses: Losses) -> Losses:
-        """Return by how much the median loss of each sample's class exceeds the median class's, `[N]`."""
-        medians = losses[np.lexsort((losses, self._of))][self._middles]
-        excess: Losses = np.maximum(medians - np.median(medians), 0).astype(np.float32)
+    def excess(self, losses: Losses, share: float = 0.5) -> Losses:
+        """Return by how much the level of each sample's class exceeds the median class's, `[N]`.
+
+        Args:
+            losses: Shape `[N]`.
+            share: The level is this quantile of a class's losses, the median or a lower one.
+        """
+        places = self._starts + (self._counts * share).astype(np.int64)
+        levels = losses[np.lexsort((losses, self._of))][places]
+        excess: Losses = np.maximum(levels - np.median(levels), 0).astype(np.float32)
         return excess[self._of]
 
 

@@ -75,6 +75,9 @@ _EVIDENCE = 0.6
 """Share of the suspects whose held-out loss is above the untrained one, times the agreement, that opens the gate."""
 _TRIALS = 3
 """Trials, before the middle of the budget, after which the gate stays shut."""
+_LEVEL_OPEN = 0.15
+"""Quantile of a class's losses that is its level behind the gate. Before, it is the median: that keeps the gate shut
+where a class is merely hard. But most labels of a small class may be wrong, and its median with them."""
 _MOST = 0.5
 """More suspects than this share of the data set are none."""
 _FIRST_STEPS = 4
@@ -266,7 +269,7 @@ class NoiseGuard:
         if self._since is not None:
             scores = self._since.scores(catalog)
         if self._classes is not None:
-            scores -= self._classes.excess(scores)
+            scores -= self._classes.excess(scores, _LEVEL_OPEN if self._stage is Stage.OPEN else 0.5)
         return scores
 
     def _above(self, cut: float, scores: Scores, judged: Mask) -> Mask:

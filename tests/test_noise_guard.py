@@ -10,7 +10,7 @@ from learnit_r8 import R8Scheduler
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.checkpoint import state_codec
 from learnit_r8.events import StrategyDecided, SuspectsNamed
-from learnit_r8.noise_cut import agreement, even_loss, half_way
+from learnit_r8.noise_cut import Classes, agreement, even_loss, half_way
 from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.noise_looks import LossesSince
 from learnit_r8.strategies import names
@@ -351,3 +351,12 @@ def test_a_rollback_that_takes_uses_back_leaves_no_negative_counts():
     later = LossesSince(np.float32([2, 2, 2]), np.uint32([4, 4, 4]))
     assert later.scores(catalog).tolist() == [2, 2, 2]
     assert len(later.means(catalog, np.ones(3, bool))) == 0
+
+
+def test_a_class_whose_labels_are_mostly_wrong_has_the_level_of_its_right_ones():
+    groups = np.repeat([0, 1, 2], [200, 200, 100])
+    losses = np.full(500, 0.1, np.float32)
+    losses[440:] = 3.0
+    classes = Classes(groups)
+    np.testing.assert_allclose(classes.excess(losses)[400:], 2.9, rtol=1e-6)
+    assert not classes.excess(losses, 0.15).any()
