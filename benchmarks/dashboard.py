@@ -282,16 +282,10 @@ def _excess(percent: list[float] | None) -> str:
 
 def table(results: dict[str, Any]) -> str:
     loop = [
-        [
-            row["step"],
-            row["rival"],
-            f"{row['ms']:.3f}",
-            _excess(row["wall_percent"]),
-            _excess(row["cpu_percent"]),
-            "" if row["thread_percent"] is None else f"{row['thread_percent']:.2f}",
-        ]
+        [row["step"], row["rival"], f"{row['ms']:.3f}", _excess(row["wall_percent"]), _excess(row["cpu_percent"]),
+         "" if row["thread_percent"] is None else f"{row['thread_percent']:.2f}", _excess(row.get("over_tqdm_percent"))]
         for row in results["slowdown"]
-    ]
+    ]  # fmt: skip
     frames = [
         [size, f"{cost['render_s'] * 1e3:.2f}", f"{cost['draw_s'] * 1e3:.2f}", f"{cost['bytes']:.0f}"]
         for size, cost in results["frames"].items()
