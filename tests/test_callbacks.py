@@ -133,8 +133,16 @@ def test_a_load_function_that_cannot_be_called_is_refused_early(function):
 
 @pytest.mark.parametrize("answer", [None, True, 1, 0, {}, "saved"])
 def test_any_answer_but_false_is_success(answer):
-    save_with(lambda filepath: answer)
-    LoadCallback(lambda source: answer)("x", from_ram=False)
+    called = []
+
+    def function(where):
+        called.append(where)
+        return answer
+
+    save_with(lambda filepath: function(filepath))
+    LoadCallback(lambda source: function(source))("x", from_ram=False)
+    assert len(called) == 2
+    assert called[1] == "x"
 
 
 def test_false_means_failure():

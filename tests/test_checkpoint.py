@@ -481,7 +481,9 @@ def test_an_orphaned_worker_of_a_killed_run_does_not_keep_the_directory_locked(t
         child.send_signal(signal.SIGKILL)
         child.wait()
         try:
-            CheckpointStore(tmp_path).save(2, {})
+            saved = CheckpointStore(tmp_path).save(2, {})
+            os.kill(worker, 0)  # it is still there
+            assert saved.path.is_dir()
         finally:
             os.kill(worker, signal.SIGKILL)
 

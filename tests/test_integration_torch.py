@@ -294,6 +294,8 @@ def test_restoring_an_optimizer_is_not_taken_for_a_second_scheduler():
         for _ in itertools.islice(scheduler.batch_iterator(), 4):
             weight.grad = torch.ones(1)
             optimizer.step()
+            rate = scheduler.lr_now()
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
             optimizer.load_state_dict(saved)
             scheduler.update_with_loss(1.0)
     scheduler.close()

@@ -169,13 +169,8 @@ class DashboardModel:
         """The one handler that runs at every step; it is kept free of calls where it can be."""
         time, step, loss = event.time, event.step, event.loss
         self._seen(time)
-        self.last_report = time
-        self.step = step + 1
-        if event.epoch != self.epoch:
-            self.epoch = event.epoch
+        self._newest(event)
         self.samples += event.size
-        self.verdict, self.score, self.lr = event.verdict, event.score, event.lr
-        self.loss, self.expected_loss = loss, event.expected_loss
         series = self._loss
         lowest = series.lo
         series.add(step, time, loss)
@@ -195,6 +190,12 @@ class DashboardModel:
         self._step_ms.add(step, time, seconds * 1000.0)
         self.recent_steps.append(seconds)
 
+    def _newest(self, event: e.LossReported) -> None:
+        self.last_time = self.last_report = event.time
+        self.step, self.epoch = event.step + 1, event.epoch
+        self.verdict, self.score, self.lr = event.verdict, event.score, event.lr
+        self.loss, self.expected_loss = event.loss, event.expected_loss
+
     def _step_kind(self) -> str:
         return "search" if self.searching else "cataloging" if self.epoch_phase == "cataloging" else "train"
 
@@ -203,13 +204,10 @@ class DashboardModel:
         times, steps, losses, expected, lrs, users, own = np.array([*map(_NUMBERS, events)]).T
         if not np.all(np.abs(times) < LATEST):
             return False
-        last, series = events[-1], self._loss
+        series = self._loss
         self._seen(events[0].time)
-        self.last_time = self.last_report = last.time
-        self.step, self.epoch = last.step + 1, last.epoch
+        self._newest(events[-1])
         self.samples += sum([event.size for event in events])
-        self.verdict, self.score, self.lr = last.verdict, last.score, last.lr
-        self.loss, self.expected_loss = last.loss, last.expected_loss
         lowest = series.lo
         averages = series.extend(steps, times, losses)[:, 0]
         if series.lo < lowest:
