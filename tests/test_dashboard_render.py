@@ -24,6 +24,7 @@ from learnit_r8.dashboard.gpus import Gpu, GpuMeter
 from learnit_r8.dashboard.keys import AXES, GLYPH_SETS, SCALES, SMOOTHINGS, ViewState
 from learnit_r8.dashboard.layout import Band, Boxes, allot
 from learnit_r8.dashboard.model import DashboardModel
+from learnit_r8.dashboard.panels import _edges
 from learnit_r8.dashboard.render import Painter, render
 from learnit_r8.dashboard.summary import summary_text
 
@@ -495,6 +496,15 @@ PICTURES = {
     "worst": (120, 30, {"focus": 3, "zoomed": True}),
     "help": (80, 24, {"help": True}),
 }
+
+
+@given(st.floats(1e-99, 1e14), st.floats(1e-99, 1e14))
+def test_an_edge_of_a_quadrant_is_never_cut_off(low, high):
+    left, right = _edges(low, high, 13).split("–")
+    value = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    for text, edge in ((left.strip(), low), (right.strip(), high)):
+        scale = value.get(text[-1], 1.0)
+        assert float(text.rstrip("kMGT")) * scale == pytest.approx(edge, rel=0.5)
 
 
 @pytest.mark.parametrize("name", PICTURES)

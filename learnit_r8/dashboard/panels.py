@@ -157,7 +157,16 @@ def small_chart_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewSt
 
 
 def _edges(low: float, high: float, width: int) -> str:
-    return f"{f.short(low):>6}–{f.short(high):<6}"[:width].ljust(width)
+    return f"{_edge(low):>6}–{_edge(high):<6}"[:width].ljust(width)
+
+
+def _edge(value: float) -> str:
+    """Return a number in at most 6 characters down to 1e-99: one that is cut off would lose its exponent."""
+    text = f.short(value)
+    if len(text) <= 6:
+        return text
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _samples(number: int) -> str:
