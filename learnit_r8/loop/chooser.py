@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Chooser:
         self._excluded: Mask | None = None
         self._observe = getattr(strategy, "observe", None)
         self._trusted = type(strategy).__module__.startswith("learnit_r8.")
+        self._warned = False
 
     @property
     def phase(self) -> str:
@@ -67,13 +69,18 @@ class Chooser:
         """
         first = epoch == 0 and getattr(self.strategy, "catalogs", True)
         self._cataloging = first or (alike and not getattr(self.strategy, "covers", False))
-        self._excluded = excluded
+        self._excluded = _read_only(excluded)
         self.drawn = 0
         request = self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN)
         start = getattr(self._active, "start_epoch", None)
         samples = start(request) if start is not None else None
         if samples is None:
             samples = self._config.num_samples - (0 if excluded is None else int(np.count_nonzero(excluded)))
+        elif not self._trusted and (not isinstance(samples, (int, np.integer)) or samples < 1):
+            raise ProtocolError(
+                f"{type(self._active).__name__}.start_epoch must return how many samples the epoch will draw, a whole "
+                f"number >= 1, or None for all that are not excluded: got {samples!r}"
+            )
         self._left = int(samples)
         self.batches = self._config.batches(self._left)
 
@@ -83,15 +90,13 @@ class Chooser:
             min(self._config.batch_size, self._left), epoch, step, progress, Purpose.BATCH, stable_only
         )
         chosen = self._active.draw(request)
-        if isinstance(chosen, Draw):
-            indices, weights = np.asarray(chosen.indices), chosen.importance(self._config.num_samples)
+        draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
+        if self._trusted:
+            indices, weights = draw.indices.astype(np.int64, copy=False), draw.importance(self._config.num_samples)
         else:
-            indices, weights = np.asarray(chosen), None
-        if not self._trusted:
-            self._check(indices, request)
-        indices = indices.astype(np.int64, copy=not self._trusted)  # a stranger may go on writing into its array
+            indices, weights = self._checked(draw, request)
         self.drawn += 1
-        self._left -= len(indices)
+        self._left -= len(draw.indices)
         return indices, weights
 
     def _request(
@@ -101,12 +106,14 @@ class Chooser:
             size, epoch, self.drawn, step, progress, self._catalog, self._streams, purpose, self._excluded, stable_only
         )
 
-    def _check(self, indices: NDArray[Any], request: BatchRequest) -> None:
+    def _checked(self, draw: Draw, request: BatchRequest) -> tuple[Indices, Losses | None]:
+        """Return copies of what a stranger drew, which may go on writing into its arrays."""
         name = type(self._active).__name__
+        indices = np.asarray(draw.indices)
         if indices.ndim != 1 or indices.dtype.kind not in "iu" or not 1 <= len(indices) <= request.size:
             raise ProtocolError(
                 f"{name}.draw must return 1 to {request.size} sample ids in a 1-D integer array, "
-                f"got shape {indices.shape} and dtype {indices.dtype}"
+                f"got {type(draw.indices).__name__} of shape {indices.shape} and dtype {indices.dtype}"
             )
         if indices.min() < 0 or indices.max() >= self._config.num_samples:
             raise ProtocolError(
@@ -118,6 +125,37 @@ class Chooser:
                 f"{name}.draw returned a sample twice in one batch: draw without replacement, or set the class "
                 "attribute replacement = True"
             )
+        weights = self._checked_weights(draw, name)
+        indices = indices.astype(np.int64)
+        if request.excluded is None or not request.excluded[indices].any():
+            return indices, weights
+        return self._without_excluded(indices, weights, ~request.excluded[indices], name)
+
+    def _checked_weights(self, draw: Draw, name: str) -> Losses | None:
+        given = draw.probabilities if draw.weights is None else draw.weights
+        kind = "probabilities" if draw.weights is None else "weights"
+        if given is None:
+            return None
+        values = np.asarray(given)
+        if values.shape != np.shape(draw.indices) or values.dtype.kind not in "fiu" or not _positive(values):
+            raise ProtocolError(
+                f"{name}.draw must return {kind} that are finite and positive, one per sample: got shape "
+                f"{values.shape}, {np.array2string(values, threshold=8)}, for {len(draw.indices)} samples"
+            )
+        weights = draw.importance(self._config.num_samples)
+        return None if weights is None else weights.copy()
+
+    def _without_excluded(
+        self, indices: Indices, weights: Losses | None, kept: Mask, name: str
+    ) -> tuple[Indices, Losses | None]:
+        """Take out what must not be trained on. To stop would punish a run for a quarantine that came hours into it."""
+        advice = f"{name}.draw returned samples of request.excluded (quarantine, noise guard): leave these out"
+        if np.count_nonzero(kept) < self._config.world_size:
+            raise ProtocolError(f"{advice}; too few of a batch remain")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{advice}; until then they are taken out of its batches", RuntimeWarning, stacklevel=2)
+        return indices[kept], None if weights is None else weights[kept]
 
     @property
     def listens(self) -> bool:
@@ -157,7 +195,7 @@ class Chooser:
         self._cataloging = bool(state["cataloging"])
         packed = state["excluded"]
         count = self._config.num_samples
-        self._excluded = None if packed is None else np.unpackbits(packed, count=count).astype(bool)
+        self._excluded = None if packed is None else _read_only(np.unpackbits(packed, count=count).astype(bool))
         self._cataloger.load_state_dict(state["cataloger"])
         load = getattr(self.strategy, "load_state_dict", None)
         start = getattr(self.strategy, "start_epoch", None)
@@ -169,6 +207,18 @@ class Chooser:
         self.drawn, self._left = int(state["drawn"]), int(state["left"])
         # The batch size may have changed since: count again what is left.
         self.batches = self.drawn + self._config.batches(self._left) if state["batches"] else 0
+
+
+def _read_only(mask: Mask | None) -> Mask | None:
+    if mask is None:
+        return None
+    view = mask.view()
+    view.flags.writeable = False
+    return view
+
+
+def _positive(values: NDArray[Any]) -> bool:
+    return bool(np.isfinite(values).all() and (values > 0).all())
 
 
 def _state(strategy: Strategy) -> dict[str, Any] | None:

@@ -2,19 +2,21 @@
 
 A user's own strategy needs nothing from this module:
 
-    class Hardest:
+    class Shuffled:
         def draw(self, request):
-            losses = request.catalog.expected_loss
-            return request.rng.permutation(request.num_samples)[: request.size]
+            ids = np.arange(request.num_samples)
+            if request.excluded is not None:
+                ids = ids[~request.excluded]
+            return request.rng.permutation(ids)[: request.size]
 
 Optional methods, used where present:
 
 * `start_epoch(request) -> int | None`: the epoch's plan is due; the number of samples that
-  the epoch will draw (None: as many as there are samples, less `request.excluded`).
+  the epoch will draw, at least 1 (None: as many as there are samples, less `request.excluded`).
 * `observe(report)`: an accepted `LossReport`.
 * `forget(indices)`: these were drawn but will never be reported.
 * `state_dict() -> dict` and `load_state_dict(state)`: needed when a draw depends on anything
-  but the request. Values: JSON scalars, lists, dicts and numpy arrays.
+  but the request. Values: JSON scalars, lists, dicts and numpy arrays, all of them copies.
 * `covers`: class attribute, True when one epoch draws each sample exactly once.
 * `replacement`: class attribute, True when one batch may hold a sample twice.
 """
@@ -97,7 +99,7 @@ class Draw:
         """Return the importance weights of the chosen samples, float32 `[n]`, or None for ones."""
         weights = self.weights
         if weights is None and self.probabilities is not None:
-            weights = 1.0 / (num_samples * self.probabilities)
+            weights = 1.0 / (num_samples * np.asarray(self.probabilities))
         return None if weights is None else np.asarray(weights, np.float32)
 
 
@@ -133,7 +135,7 @@ def make(strategy: str | Strategy) -> Strategy:
     """Return the strategy of that name, or the object itself.
 
     Raises:
-        ConfigError: Unknown name, or an object without a `draw` method.
+        ConfigError: Unknown name, an object without a `draw` method, or state that is saved and never restored.
     """
     if isinstance(strategy, str):
         if strategy not in _REGISTRY:
@@ -141,4 +143,8 @@ def make(strategy: str | Strategy) -> Strategy:
         return _REGISTRY[strategy]()
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):
         raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
+    saves, loads = (hasattr(strategy, name) for name in ("state_dict", "load_state_dict"))
+    if saves != loads:
+        has, lacks = ("state_dict", "load_state_dict") if saves else ("load_state_dict", "state_dict")
+        raise ConfigError([f"strategy {type(strategy).__name__} has {has} but no {lacks}: a resume needs both"])
     return strategy

@@ -1,30 +1,19 @@
-"""Contracts that the author of a plug-in can call in a test: does my strategy, my sink, my state hold?
-
-    from learnit_r8.testing import check_strategy
-
-    def test_my_strategy():
-        check_strategy(MyStrategy)
-
-Every check raises `AssertionError` with a sentence that says what to do.
-"""
+"""`check_strategy`: a strategy keeps its contract."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog
-from learnit_r8.checkpoint.state_codec import decode, encode
-from learnit_r8.events import EVENT_TYPES, Event
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
-from learnit_r8.types import Command, Indices, LossReport, Mask, Sink
+from learnit_r8.testing.states import equal, require, round_trip
+from learnit_r8.types import Indices, LossReport, Mask
 
 _LARGEST_WEIGHT = 5.0
 _SEED = 7
@@ -32,60 +21,24 @@ _LIMIT_Z = 5.5
 """A sound strategy fails a statistical check less than once in ten million times."""
 
 
-class FakeClock:
-    """Time that passes only when told; a stand-in for `learnit_r8.clock.Clock`.
-
-    Args:
-        now: Where `monotonic` starts, seconds.
-        wall: Where `wall` starts, seconds since the Unix epoch.
-    """
-
-    def __init__(self, now: float = 0.0, wall: float = 1_700_000_000.0) -> None:
-        self._now = float(now)
-        self._offset = float(wall) - self._now
-        self.slept: list[float] = []
-
-    def monotonic(self) -> float:
-        """Return seconds since some fixed moment."""
-        return self._now
-
-    def wall(self) -> float:
-        """Return seconds since the Unix epoch."""
-        return self._now + self._offset
-
-    def sleep(self, seconds: float) -> None:
-        """Let that much time pass, and note it in `slept`."""
-        self.slept.append(seconds)
-        self.advance(seconds)
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass.
-
-        Raises:
-            ValueError: `seconds` is below 0.
-        """
-        if seconds < 0:
-            raise ValueError(f"time does not go back, got {seconds} seconds")
-        self._now += seconds
-
-
 def check_strategy(factory: Callable[[], Strategy], *, thorough: bool = True) -> None:
     """Check that a strategy keeps its contract.
 
-    Ids in range and integers, no sample twice in a batch (unless `replacement`), excluded
-    samples left out, data sets smaller than a batch and of one sample, draws before any loss is
-    known, equal draws for equal seeds, the same tail after a restore in mid-epoch, weights
-    within 5 and of mean 1, and inclusion probabilities that are true. A strategy whose choice is
-    not random has none: it returns `Draw(indices, weights=...)`, and no probability is checked.
+    Ids in range and integers, full batches, no sample twice in a batch (unless `replacement`),
+    excluded samples left out, data sets smaller than a batch and of one sample, draws before any
+    loss is known, equal draws for equal seeds, the same tail after a restore in mid-epoch, states
+    that are copies, weights within 5 and of mean 1, and inclusion probabilities that are true. A
+    strategy whose choice is not random has none: it returns `Draw(indices, weights=...)`, and no
+    probability is checked.
 
     Args:
-        factory: Makes a new strategy, for instance its class.
+        factory: Makes a new strategy at each call, for instance its class.
         thorough: Check probabilities over 1e5 draws (about a second); False: 5e3.
 
     Raises:
         AssertionError: The contract is broken; the message says how and what to do.
     """
-    _require(isinstance(factory(), Strategy), "the strategy has no draw(request): add one that returns sample ids")
+    _check_factory(factory)
     for num_samples, size in ((1, 1), (1, 8), (5, 8), (7, 7), (100, 16)):
         for cataloged in (False, True):
             _Run(factory(), num_samples, size, cataloged=cataloged).epochs(3)
@@ -93,8 +46,8 @@ def check_strategy(factory: Callable[[], Strategy], *, thorough: bool = True) ->
     _check_stable(factory)
     _check_coverage(factory)
     first, second = (_ids(_Run(factory(), 300, 16).epochs(3)) for _ in range(2))
-    _require(
-        _equal(first, second),
+    require(
+        equal(first, second),
         "two runs with the same seed drew different samples: take all randomness from request.rng, "
         "and iterate over no set or dict whose order is not fixed",
     )
@@ -102,97 +55,15 @@ def check_strategy(factory: Callable[[], Strategy], *, thorough: bool = True) ->
     _check_probabilities(factory, 100_000 if thorough else 5_000)
 
 
-def check_resume(
-    make: Callable[[], Any], advance: Callable[[Any], Any], *, steps: int = 24, cuts: Sequence[int] = (0, 1, 9, 17)
-) -> None:
-    """Check that a saved and restored object goes on as if nothing had happened.
-
-    The state passes through the checkpoint's encoding (strict JSON plus raw arrays), as in a run.
-
-    Args:
-        make: Makes a new object that has `state_dict()` and `load_state_dict(state)`.
-        advance: Takes the object one step further and returns what came out: numbers,
-            strings, arrays, or lists, tuples and dicts of them.
-        steps: Number of steps of a whole run.
-        cuts: Steps after which state is saved, each below `steps`.
-
-    Raises:
-        AssertionError: The tail after a restore differs, or saving changed the object.
-    """
-    whole = make()
-    expected = [advance(whole) for _ in range(steps)]
-    for cut in cuts:
-        original = make()
-        for _ in range(cut):
-            advance(original)
-        state = _round_trip(original.state_dict())
-        tail = [advance(original) for _ in range(steps - cut)]
-        _require(
-            _equal(tail, expected[cut:]),
-            f"state_dict() after step {cut} changed what follows: return copies and leave the object as it is",
-        )
-        restored = make()
-        restored.load_state_dict(state)
-        for step in range(cut, steps):
-            _require(
-                _equal(advance(restored), expected[step]),
-                f"restored after step {cut}, step {step} differs from the uninterrupted run: something that it "
-                "depends on is missing from state_dict()",
-            )
-
-
-def check_sink(factory: Callable[[], Sink], events: Sequence[Event] | None = None) -> None:
-    """Check that a sink takes every kind of event, has a usable command queue, and closes.
-
-    Args:
-        factory: Makes a new sink.
-        events: What to send; None: one event of each kind, with empty, NaN and long values among them.
-
-    Raises:
-        AssertionError: The contract is broken; the message says how and what to do.
-    """
-    sink = factory()
-    _require(isinstance(sink, Sink), "the sink has no record(event): add one that takes any event")
-    for event in events if events is not None else sample_events():
-        try:
-            record: Callable[[Event], Any] = sink.record
-            returned = record(event)
-        except Exception as error:
-            raise AssertionError(
-                f"record({type(event).__name__}) raised {type(error).__name__}: {error}. A run drops such a sink: "
-                "ignore the events that you do not know"
-            ) from error
-        _require(returned is None, f"record returned {returned!r}: it returns nothing")
-    commands = getattr(sink, "commands", None)
-    _require(
-        commands is None or (isinstance(commands, deque) and all(isinstance(item, Command) for item in commands)),
-        "commands must be a collections.deque of learnit_r8.types.Command",
+def _check_factory(factory: Callable[[], Strategy]) -> None:
+    require(callable(factory), f"check_strategy takes what makes a strategy, such as its class, got {factory!r}")
+    strategy = factory()
+    require(isinstance(strategy, Strategy), "the strategy has no draw(request): add one that returns sample ids")
+    require(factory() is not strategy, "the factory made one strategy for two calls: let it make a new one at each")
+    require(
+        hasattr(strategy, "state_dict") == hasattr(strategy, "load_state_dict"),
+        "the strategy has only one of state_dict() and load_state_dict(state): a resume needs both",
     )
-    close = getattr(sink, "close", None)
-    if close is not None:
-        close()
-
-
-def sample_events() -> list[Event]:
-    """Return one event of every kind with plain values, and one with awkward ones."""
-    plain: dict[str, Any] = {"float": 1.5, "int": 3, "str": "text", "bool": True}
-    awkward: dict[str, Any] = {"float": math.nan, "int": 0, "str": "", "bool": False}
-    made = []
-    for values, number in ((plain, 3), (awkward, 0)):
-        for kind in EVENT_TYPES.values():
-            fields = {f.name: _example(str(f.type), values, number) for f in dataclasses.fields(kind)}
-            fields["time"] = 1_700_000_000.0
-            made.append(kind(**fields))
-    return made
-
-
-def _example(annotation: str, values: Mapping[str, Any], number: int) -> Any:
-    if annotation.startswith("tuple"):
-        item = "float" if "float" in annotation else "int"
-        return tuple(values[item] for _ in range(5 if number else 0))
-    if annotation.startswith("Mapping"):
-        return {"name": None} if number else {}
-    return values[annotation.split(" ", maxsplit=1)[0]]
 
 
 # How a strategy is run ----------------------------------------------------------------------
@@ -214,7 +85,8 @@ class _Run:
     ) -> None:
         self.strategy: Any = strategy
         self.size = size
-        self.excluded = excluded
+        self.excluded: Mask | None = None
+        self.exclude(excluded)
         self.catalog = LossCatalog(num_samples)
         self.streams = RandomStreams(_SEED)
         self.losses = np.random.default_rng(_SEED).lognormal(0.0, 1.0, num_samples).astype(np.float32)
@@ -226,6 +98,17 @@ class _Run:
             everything = np.arange(num_samples)
             self.catalog.record(self.catalog.look_up(everything), self.losses, 0)
 
+    def exclude(self, mask: Mask | None) -> None:
+        """Leave samples out from the next epoch on."""
+        self.excluded = mask
+        if mask is not None:
+            mask.flags.writeable = False
+        self.left = 0
+
+    @property
+    def _allowed(self) -> int:
+        return self.catalog.num_samples - (0 if self.excluded is None else int(self.excluded.sum()))
+
     def request(self, purpose: Purpose, size: int, *, stable_only: bool = False) -> BatchRequest:
         return BatchRequest(
             size, self.epoch, self.cursor, self.step, self.progress, self.catalog, self.streams,
@@ -236,8 +119,12 @@ class _Run:
         self.cursor = 0
         start = getattr(self.strategy, "start_epoch", None)
         samples = start(self.request(Purpose.PLAN, self.size)) if start is not None else None
-        allowed = self.catalog.num_samples - (0 if self.excluded is None else int(self.excluded.sum()))
-        self.left = allowed if samples is None else int(samples)
+        self._require(
+            samples is None or (isinstance(samples, (int, np.integer)) and samples >= 1),
+            f"start_epoch returned {samples!r}: return how many samples the epoch will draw, a whole number >= 1, or "
+            "None for all that are not excluded",
+        )
+        self.left = self._allowed if samples is None else int(samples)
 
     def advance(self, *, stable_only: bool = False) -> Draw:
         """Draw one batch and report its losses; a new epoch begins where one is spent."""
@@ -270,54 +157,56 @@ class _Run:
 
     def _checked(self, draw: Draw, asked: int) -> Indices:
         ids = np.asarray(draw.indices)
-        _require(
+        least = min(asked, self._allowed)
+        wanted = f"{asked}" if least == asked else f"{least} to {asked}"
+        self._require(
             ids.ndim == 1 and ids.dtype.kind in "iu",
-            f"draw returned shape {ids.shape} of {ids.dtype}: return a 1-D integer array of sample ids",
+            f"draw returned {type(draw.indices).__name__} of shape {ids.shape} and dtype {ids.dtype}: return a 1-D "
+            "integer array of sample ids",
         )
-        _require(
-            1 <= len(ids) <= asked,
-            f"draw returned {len(ids)} ids where 1 to {asked} were asked for: return request.size of them, fewer "
+        self._require(
+            least <= len(ids) <= asked,
+            f"draw returned {len(ids)} ids where {wanted} were asked for: return request.size of them, fewer "
             "only where there are not as many, and let start_epoch return how many samples the epoch draws",
         )
         ids = ids.astype(np.int64)
-        _require(
+        self._require(
             ids.min() >= 0 and ids.max() < self.catalog.num_samples,
             f"draw returned ids from {ids.min()} to {ids.max()}: allowed are 0 to {self.catalog.num_samples - 1}",
         )
-        _require(
+        self._require(
             getattr(self.strategy, "replacement", False) or len(np.unique(ids)) == len(ids),
             "draw returned a sample twice in one batch: draw without replacement, or set the class attribute "
             "replacement = True",
         )
-        _require(
+        self._require(
             self.excluded is None or not self.excluded[ids].any(),
             "draw returned a sample of request.excluded: leave these out",
         )
         for name, values in (("probabilities", draw.probabilities), ("weights", draw.weights)):
             if values is not None:
                 array = np.asarray(values)
-                _require(
-                    array.shape == ids.shape and bool(np.isfinite(array).all() and (array > 0).all()),
+                self._require(
+                    array.shape == ids.shape
+                    and array.dtype.kind in "fiu"
+                    and bool(np.isfinite(array).all() and (array > 0).all()),
                     f"{name} must be finite and positive, one per sample: got {array!r} for {len(ids)} samples",
                 )
         return ids
 
+    def _require(self, holds: bool, otherwise: str) -> None:
+        require(holds, f"{otherwise} (num_samples={self.catalog.num_samples}, batch_size={self.size})")
+
 
 def _check_exclusion(factory: Callable[[], Strategy]) -> None:
-    excluded = np.zeros(50, bool)
-    excluded[::3] = True
-    run = _Run(factory(), 50, 8, excluded=excluded)
-    run.epochs(2)
-    run.excluded = ~excluded
-    run.left = 0
-    run.epochs(2)
-    run.excluded = np.ones(50, bool)
-    run.excluded[11] = False
-    run.left = 0
-    run.epochs(2)
-    run.excluded = None
-    run.left = 0
-    run.epochs(2)
+    some = np.zeros(50, bool)
+    some[::3] = True
+    one = np.zeros(50, bool)
+    one[11] = True
+    run = _Run(factory(), 50, 8)
+    for excluded in (some, ~some, ~one, None):
+        run.exclude(excluded)
+        run.epochs(2)
 
 
 def _check_stable(factory: Callable[[], Strategy]) -> None:
@@ -333,7 +222,7 @@ def _check_stable(factory: Callable[[], Strategy]) -> None:
 def _check_coverage(factory: Callable[[], Strategy]) -> None:
     if getattr(factory(), "covers", False):
         ids = np.concatenate(_ids(_Run(factory(), 101, 16).epochs(1)))
-        _require(
+        require(
             len(ids) == 101 and len(np.unique(ids)) == 101,
             "an epoch did not draw each sample exactly once: drop the class attribute covers, or keep a plan",
         )
@@ -345,23 +234,29 @@ def _check_restore(factory: Callable[[], Strategy]) -> None:
         for _ in range(cut):
             run.advance()
         save = getattr(run.strategy, "state_dict", None)
-        state = None if save is None else _round_trip(save())
+        state = None if save is None else save()
+        saved = None if state is None else round_trip(state)
         rows = run.catalog.state_dict()
         position = (run.step, run.epoch, run.cursor, run.left)
         expected = _ids(run.advance() for _ in range(40))
-        again = _Run(factory(), 300, 16)
-        again.catalog.load_state_dict(rows)
-        again.step, again.epoch, again.cursor, again.left = position
-        if state is not None:
-            again.strategy.load_state_dict(state)
-        elif cut:
-            again.start_epoch()
-            again.cursor, again.left = position[2:]
-        _require(
-            _equal(expected, _ids(again.advance() for _ in range(40))),
-            f"restored after {cut} batches, the strategy draws other samples than the uninterrupted run: put all "
-            "that a draw depends on, besides the request, into state_dict()",
-        )
+        # The state as it was, and twice as it is by now: what goes on must not change it.
+        for given in (saved, state, state):
+            again = _Run(factory(), 300, 16)
+            again.catalog.load_state_dict(rows)
+            again.step, again.epoch, again.cursor, again.left = position
+            if given is not None:
+                again.strategy.load_state_dict(given)
+            elif cut:
+                again.start_epoch()
+                again.cursor, again.left = position[2:]
+            require(
+                equal(expected, _ids(again.advance() for _ in range(40))),
+                f"restored after {cut} batches, the strategy draws other samples than the uninterrupted run: put "
+                "all that a draw depends on, besides the request, into state_dict()"
+                if given is saved
+                else f"a state that was taken after {cut} batches changed when the strategy went on: let state_dict() "
+                "return copies, and load_state_dict() take copies",
+            )
 
 
 def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
@@ -383,13 +278,13 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
         total += len(ids)
         weights.append(1 / (num_samples * shares) if draw.weights is None else np.asarray(draw.weights))
     every = np.concatenate(weights)
-    _require(
+    require(
         float(every.max()) <= _LARGEST_WEIGHT * (1 + 1e-6),
         f"a weight of {every.max():.3g} was returned, allowed are {_LARGEST_WEIGHT:g}: mix the draw with uniform, "
         "p <- 0.8 p + 0.2 / N, and return the mixture's probabilities",
     )
     epoch = every.sum() / (num_samples * (run.epoch - first + 1))
-    _require(
+    require(
         min(abs(float(every.mean()) - 1), abs(float(epoch) - 1)) < 0.05,
         f"weights have mean {every.mean():.3g}, expected is 1 (or a sum of N over each epoch): return 1 / (N p), or "
         "divide by their mean",
@@ -398,7 +293,7 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
         return
     # Horvitz & Thompson 1952: each sample's 1 / p, summed over its draws, has the number of draws
     # as its expectation; its variance is at most the sum of the squares. Over N samples: chi-square.
-    _require(
+    require(
         bool((squares > 0).all()),
         f"{int((squares == 0).sum())} of {num_samples} samples were never drawn in {total} draws: let every sample "
         "have a chance, p <- 0.8 p + 0.2 / N",
@@ -407,7 +302,7 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
     freedom = num_samples
     # Wilson & Hilferty 1931: the cube root of a chi-square variable is nearly normal.
     z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
-    _require(
+    require(
         z < _LIMIT_Z,
         f"samples were not drawn as often as the probabilities say (chi-square {statistic:.0f} for {freedom} samples, "
         f"{total} draws): Draw.probabilities is each sample's expected share of a draw, and None means that all "
@@ -417,27 +312,3 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
 
 def _ids(draws: Iterator[Draw]) -> list[Indices]:
     return [np.asarray(draw.indices).astype(np.int64) for draw in draws]
-
-
-def _round_trip(state: Mapping[str, Any]) -> dict[str, Any]:
-    text, arrays = encode(state)
-    return decode(text, np.concatenate([np.empty(0, np.uint8), *arrays]))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Compare nested values; NaN equals NaN."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, (np.ndarray, float)) or isinstance(other, (np.ndarray, float)):
-        try:
-            return np.array_equal(one, other, equal_nan=True)
-        except TypeError:
-            return np.array_equal(one, other)
-    return bool(one == other)
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise AssertionError(otherwise)

@@ -1,0 +1,218 @@
+"""A strategy of the user's own that breaks the contract: `check_strategy` finds it, and a run says what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.events import SampleQuarantined
+from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.strategies import Draw, base
+from learnit_r8.testing import check_strategy
+
+
+class Sound:
+    def draw(self, request):
+        ids = np.arange(request.num_samples)
+        if request.excluded is not None:
+            ids = ids[~request.excluded]
+        return request.rng.permutation(ids)[: request.size]
+
+
+ONLY_ONE = Sound()
+
+
+def returns(change):
+    """Make a strategy whose draw is changed."""
+
+    class Changed(Sound):
+        def draw(self, request):
+            return change(super().draw(request))
+
+    return Changed
+
+
+def plans(samples):
+    """Make a strategy whose epochs claim that many samples."""
+
+    class Planning(Sound):
+        def start_epoch(self, request):
+            return samples
+
+    return Planning
+
+
+class Turning(Sound):
+    """Depends on the number of its draws, in an array that it changes in place."""
+
+    def __init__(self):
+        self.turn = np.zeros(1, np.int64)
+
+    def draw(self, request):
+        self.turn += 1
+        return np.roll(np.sort(super().draw(request)), self.turn[0] % request.size)
+
+    def state_dict(self):
+        return {"turn": self.turn.copy()}
+
+    def load_state_dict(self, state):
+        self.turn = np.array(state["turn"])
+
+
+class LeaksItsState(Turning):
+    def state_dict(self):
+        return {"turn": self.turn}
+
+
+class KeepsTheGivenState(Turning):
+    def load_state_dict(self, state):
+        self.turn = state["turn"]
+
+
+class SavesASet(Turning):
+    def state_dict(self):
+        return {"turn": {1, 2}}
+
+
+class SavesOnly(Sound):
+    def state_dict(self):
+        return {}
+
+
+class Scribbles(Sound):
+    def start_epoch(self, request):
+        if request.excluded is not None:
+            request.excluded[0] = True
+
+
+@pytest.mark.parametrize(
+    ("factory", "complaint"),
+    [
+        (returns(lambda ids: ids[:1]), "1 ids where 5 were asked for.*num_samples=5, batch_size=8"),
+        (returns(lambda ids: None), "NoneType of shape"),
+        (returns(lambda ids: Draw(ids, weights=["1"] * len(ids))), "finite and positive"),
+        (returns(lambda ids: Draw(ids, weights=np.ones(len(ids) + 1))), "one per sample"),
+        (plans(0), "start_epoch returned 0: return how many"),
+        (plans("ten"), "start_epoch returned 'ten'"),
+        (LeaksItsState, r"state_dict\(\) return copies"),
+        (KeepsTheGivenState, r"load_state_dict\(\) take copies"),
+        (SavesASet, r"cannot be saved: state\['turn'\] is a set"),
+        (SavesOnly, "a resume needs both"),
+        (Sound(), "such as its class, got"),
+        ("uniform", "such as its class, got 'uniform'"),
+        (lambda: ONLY_ONE, "a new one at each"),
+    ],
+)
+def test_the_check_says_what_is_broken(factory, complaint):
+    with pytest.raises(AssertionError, match=complaint):
+        check_strategy(factory, thorough=False)
+
+
+def test_the_check_passes_sound_strategies():
+    check_strategy(Turning, thorough=False)
+    check_strategy(lambda: returns(lambda ids: ids.tolist())(), thorough=False)
+    with pytest.raises(ValueError, match="read-only"):
+        check_strategy(Scribbles)
+
+
+def test_the_strategy_in_the_protocols_text_is_sound():
+    start = base.__doc__.index("    class Shuffled:")
+    lines = base.__doc__[start : base.__doc__.index("Optional methods")].splitlines()
+    names = {"np": np}
+    exec("\n".join(line[4:] for line in lines), names)
+    check_strategy(names["Shuffled"], thorough=False)
+
+
+def train(scheduler, epochs=None):
+    with scheduler:
+        for epoch in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                scheduler.update_with_loss(np.sin(batch.indices) + 2)
+            if epoch == epochs:
+                break
+
+
+def scheduler_with(strategy, **arguments):
+    return R8Scheduler(50, 8, **({"num_epochs": 3, "strategy": strategy, "ui": "off", "seed": 1} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("factory", "complaint"),
+    [
+        (returns(lambda ids: ids + 50), "Changed.draw returned ids from .* allowed are 0 to 49"),
+        (returns(lambda ids: np.repeat(ids[:1], 2)), "twice in one batch"),
+        (returns(lambda ids: ids / 1.0), "ndarray of shape .8,. and dtype float64"),
+        (returns(lambda ids: None), "got NoneType"),
+        (returns(lambda ids: Draw(ids, weights=np.full(len(ids), np.nan))), "weights that are finite and positive"),
+        (returns(lambda ids: Draw(ids, weights=np.ones(3))), "got shape .3,., .* for 8 samples"),
+        (returns(lambda ids: Draw(ids, weights=["1"] * len(ids))), "shape .8,., .'1' '1'"),
+        (returns(lambda ids: Draw(ids, [0.0] * len(ids))), "probabilities that are finite and positive"),
+        (plans(0), "Planning.start_epoch must return .* got 0"),
+        (plans(2.5), "whole number >= 1, or None .* got 2.5"),
+    ],
+)
+def test_a_run_stops_at_a_broken_strategy_and_can_still_be_saved(factory, complaint):
+    scheduler = scheduler_with(factory())
+    with pytest.raises(ProtocolError, match=complaint):
+        train(scheduler)
+    other = scheduler_with(Sound())
+    state = scheduler.state_dict()
+    state["config"]["strategy"] = "Sound"
+    other.load_state_dict(state)
+    train(other)
+    assert other.global_step == 21
+
+
+def test_probabilities_may_be_lists():
+    scheduler = scheduler_with(returns(lambda ids: Draw(ids.tolist(), [0.01] * len(ids)))())
+    with scheduler:
+        for epoch in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                np.testing.assert_allclose(batch.weights, 2.0 if epoch else 1.0)
+                scheduler.update_with_loss(1.0)
+
+
+def test_state_that_is_saved_but_never_restored_is_refused_at_once():
+    with pytest.raises(ConfigError, match="SavesOnly has state_dict but no load_state_dict: a resume needs both"):
+        scheduler_with(SavesOnly())
+
+
+class Careless(Sound):
+    def draw(self, request):
+        ids = request.rng.permutation(request.num_samples)[: request.size]
+        return Draw(ids, weights=1 + ids / 100)
+
+
+class Quarantines(list):
+    def record(self, event):
+        if isinstance(event, SampleQuarantined):
+            self.append(event)
+
+
+def poisoned_run():
+    """Train with losses that are NaN at sample 7; return the batches of the epochs after its quarantine."""
+    quarantines, batches = Quarantines(), []
+    scheduler = scheduler_with(
+        Careless(), num_epochs=8, state_callback=dict, load_callback=lambda state: None, sinks=[quarantines]
+    )
+    with scheduler:
+        for _ in scheduler.epoch_iterator():
+            known = bool(quarantines)
+            for batch in scheduler.batch_iterator():
+                losses = np.sin(batch.indices) + 2
+                losses[batch.indices == 7] = np.nan
+                scheduler.update_with_loss(losses)
+                batches += [batch] * known
+    return batches
+
+
+def test_what_must_not_be_trained_on_is_taken_out_of_a_careless_strategys_batches():
+    with pytest.warns(RuntimeWarning, match="Careless.draw returned samples of request.excluded") as caught:
+        batches = poisoned_run()
+    assert len(caught) == 1
+    assert batches
+    assert not any(7 in batch.indices for batch in batches)
+    assert min(len(batch.indices) for batch in batches) < 8
+    for batch in batches:
+        np.testing.assert_allclose(batch.weights, 1 + batch.indices / 100, rtol=1e-6)
