@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_whole(0), default=0)
     sub.add_argument("--log-dir", type=Path, help="also write the event log there, for r8 watch")
 
-    sub = command("suspects", _suspects, "list the samples whose loss stays high: wrong labels, mostly")
+    sub = command("suspects", _suspects, "list the samples whose loss stays high, and whether they look wrong")
     sub.add_argument("folder", metavar="RUN_DIR", help=_RUN_HELP)
     sub.add_argument("--top", type=_whole(1), default=50, help="how many (%(default)d)")
     sub.add_argument("--csv", action="store_true", help="comma-separated, all digits")
@@ -211,11 +211,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _suspects(options: argparse.Namespace) -> int:
-    from learnit_r8.report.suspects import as_csv, as_text, suspects
+    from learnit_r8.report.suspects import as_csv, as_text, logged_catalog, rows, verdict
     from learnit_r8.watch import find_run
 
-    found = suspects(find_run(options.folder), options.top)
-    print(as_csv(found) if options.csv else as_text(found))
+    catalog = logged_catalog(find_run(options.folder))
+    found = rows(catalog, options.top)
+    print(as_csv(found) if options.csv else f"{as_text(found)}\n{verdict(catalog)}")
+    if len(found) < min(options.top, catalog.num_samples):
+        print(f"r8 suspects: a run logs its {len(catalog.suspects)} worst samples", file=sys.stderr)
     return 0
 
 

@@ -168,7 +168,7 @@ class R8Scheduler:
             self._ranks,
         )
         self._control = Control(self._bus, self._ranks, args.clock, saves=config.checkpoint_dir is not None)
-        self._presence = Presence(args, self._bus, self._catalog, self._ranks.rank)
+        self._presence = Presence(args, self._bus, self._catalog, self._guard, self._ranks.rank)
         self._replays = config.rollback_data == "replay"
         self._ones = np.ones(config.batch_size, np.float32)
         self._progress = Progress()

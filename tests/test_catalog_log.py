@@ -49,7 +49,23 @@ def test_what_is_read_is_what_the_catalog_knows(tmp_path):
     for name in ("mean_loss", "variability", "correctness", "uses", "expected_loss"):
         assert np.array_equal(getattr(found, name), getattr(catalog, name).astype(getattr(found, name).dtype)), name
     assert np.array_equal(found.groups, groups)
-    assert np.array_equal(found.suspects, catalog.suspects(10))
+    assert np.array_equal(found.suspects, catalog.suspects(100))
+    assert (found.flagged, found.num_flagged) == (None, 0)
+
+
+def test_what_the_noise_guard_flags_is_logged_and_counted(tmp_path):
+    flagged = np.arange(100) % 9 == 0
+    CatalogLog(tmp_path).write(trained(100), None, 1, flagged)
+    found = read_catalog(tmp_path)
+    assert np.array_equal(found.flagged, flagged)
+    assert found.num_flagged == 12
+
+
+@pytest.mark.parametrize("guard", ["off", "report", "cap"])
+def test_a_run_logs_what_its_guard_flags(tmp_path, guard):
+    run(tmp_path, noise_guard=guard)
+    flagged = read_catalog(tmp_path).flagged
+    assert flagged is None if guard == "off" else flagged.shape == (20,)
 
 
 def test_a_large_data_set_is_sampled_evenly_and_no_suspect_is_left_out(tmp_path):

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from learnit_r8 import R8Scheduler, TrainingDiverged
+from learnit_r8.catalog import LossCatalog
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.events import LossReported, RunEnded, RunStarted, to_json
 from learnit_r8.sinks import JsonlSink, read_events
+from learnit_r8.sinks.catalog_log import CatalogLog
 from learnit_r8.sinks.tail import EventTail
 from learnit_r8.watch import WatchedRun
 from tests.terminal_driver import Terminal
@@ -238,15 +240,37 @@ def test_the_demo_shows_the_screen_pauses_and_stops_by_keys(tmp_path):
 
 def test_suspects_are_listed_worst_first_with_their_class(real_run):
     done = r8("suspects", real_run, "--top", "3")
-    heading, *rows = done.stdout.splitlines()
+    heading, *rows, verdict = done.stdout.splitlines()
     assert heading.split()[:3] == ["rank", "id", "group"]
+    assert "flagged" not in heading
+    assert verdict.startswith("The noise guard flags none")
+    assert done.stderr == ""
     assert [row.split()[:4] for row in rows] == [["1", "5", "0", "5"], ["2", "4", "4", "4"], ["3", "3", "3", "3"]]
 
 
 def test_suspects_as_csv_have_all_digits(real_run):
     heading, *rows = r8("suspects", real_run, "--top", "2", "--csv").stdout.splitlines()
-    assert heading == "rank,id,group,mean_loss,expected_loss,variability,correctness,uses"
-    assert rows == ["1,5,0,5,5,0,0,3", "2,4,4,4,4,0,0,3"]
+    assert heading == "rank,id,group,mean_loss,expected_loss,variability,correctness,uses,flagged"
+    assert rows == ["1,5,0,5,5,0,0,3,0", "2,4,4,4,4,0,0,3,0"]
+
+
+def test_suspects_say_which_the_guard_flags_and_how_many_a_run_keeps(tmp_path):
+    catalog = LossCatalog(1200)
+    catalog.record(catalog.look_up(np.arange(1200)), np.arange(1200, dtype=np.float32), 0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").touch()
+    CatalogLog(tmp_path / "run").write(catalog, None, 1, np.arange(1200) >= 950)
+    done = r8("suspects", tmp_path / "run", "--top", "1100")
+    heading, *rows, verdict = done.stdout.splitlines()
+    assert heading.split()[-1] == "flagged"
+    assert [row.endswith(" yes") for row in rows] == [True] * 250 + [False] * 750
+    assert verdict == "The noise guard flags 250 of 1200 samples as wrong."
+    assert done.stderr == "r8 suspects: a run logs its 1000 worst samples\n"
+    csv = r8("suspects", tmp_path / "run", "--csv").stdout.splitlines()
+    assert csv[1] == "1,1199,,1199,1199,0,0,1,1"
+    CatalogLog(tmp_path / "run").write(catalog, None, 1)
+    assert r8("suspects", tmp_path / "run").stdout.endswith("The noise guard was off.\n")
+    assert r8("suspects", tmp_path / "run", "--csv").stdout.splitlines()[1] == "1,1199,,1199,1199,0,0,1,"
 
 
 def diverge(folder):

@@ -11,6 +11,7 @@ from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.loop.arguments import Arguments
+from learnit_r8.noise_guard import NoiseGuard
 from learnit_r8.sinks import EventBus, JsonlSink
 from learnit_r8.sinks.catalog_log import CATALOG_FILE, CatalogLog
 from learnit_r8.sinks.tail import CONSOLE_FILE, EVENTS_FILE
@@ -24,14 +25,16 @@ class Presence:
         args: The run's arguments.
         bus: Gets the display and the event log as sinks.
         catalog: Its figures are logged.
+        guard: Says which samples look wrong.
         rank: Rank 0 alone shows and logs.
     """
 
-    def __init__(self, args: Arguments, bus: EventBus, catalog: LossCatalog, rank: int) -> None:
+    def __init__(self, args: Arguments, bus: EventBus, catalog: LossCatalog, guard: NoiseGuard, rank: int) -> None:
         self._args = args
         self._config = args.config
         self._bus = bus
         self._catalog = catalog
+        self._guard = guard
         self._rank = rank
         self._display: Sink | None = None
         self._log: Sink | None = None
@@ -103,7 +106,8 @@ class Presence:
             return
         self._logged_at = step
         try:
-            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, step)
+            flagged = None if self._guard.mode == "off" else self._guard.flagged
+            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, step, flagged)
         except Exception as error:
             message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
             self._bus.emit(events.Notice, step, message, "warning")

@@ -22,8 +22,8 @@ from learnit_r8.dashboard import formats as f
 from learnit_r8.report import figures
 from learnit_r8.report.bands import DECAY, band
 from learnit_r8.report.run_data import RunData
-from learnit_r8.report.suspects import Suspect, rows
-from learnit_r8.sinks.catalog_log import MAX_SAMPLES
+from learnit_r8.report.suspects import rows, verdict
+from learnit_r8.sinks.catalog_log import MAX_SAMPLES, CatalogSnapshot
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
@@ -192,8 +192,7 @@ def _samples(run: RunData, number: int, count: int, charts: _Charts) -> Iterable
     )
     yield charts.card("Data map", about, chart, wide=True)
     if run.catalog is not None:
-        flagged = run.flagged()
-        yield _card("Suspects", _suspects_table(rows(run.catalog, _SUSPECTS_SHOWN), flagged, run, number), wide=True)
+        yield _card("Suspects", _suspects_table(run.catalog, run, number), wide=True)
     about = "Quartiles of the samples' loss at each epoch; dotted: the lowest and the highest."
     yield charts.card("Quadrant edges", about, figures.quadrant_edges(run))
     yield charts.card("Migration", "Samples that ended an epoch in an easier quadrant.", figures.migration(run))
@@ -201,21 +200,22 @@ def _samples(run: RunData, number: int, count: int, charts: _Charts) -> Iterable
     yield _card("Where the time went", _time_bars(run, number), wide=True)
 
 
-def _suspects_table(found: Sequence[Suspect], flagged: frozenset[int], run: RunData, number: int) -> str:
+def _suspects_table(catalog: CatalogSnapshot, run: RunData, number: int) -> str:
+    found = rows(catalog, _SUSPECTS_SHOWN)
     if not found:
         return '<p class="dim">No sample has been seen yet.</p>'
     columns = ["rank", "sample", "mean loss", "loss now", "variability", "below ln 2", "trained on"]
     grouped = any(row.group is not None for row in found)
     columns[2:2] = ["class"] if grouped else []
-    columns += ["flagged"] if flagged else []
+    columns += ["flagged"] if catalog.num_flagged else []
     body = []
     for row in found:
         cells: list[Any] = [row.rank, row.id]
         cells += [row.group] if grouped else []
         cells += [row.mean_loss, row.expected_loss, row.variability, row.correctness, row.uses]
-        cells += ["yes" if row.id in flagged else ""] if flagged else []
+        cells += ["yes" if row.flagged else ""] if catalog.num_flagged else []
         body.append(cells)
-    about = "Their loss stays high and does not fall: wrong labels, mostly. Click a heading to sort."
+    about = f"The samples of the highest mean loss. {verdict(catalog)} Click a heading to sort."
     return f'<p class="dim">{about}</p>' + _table(f"suspects{number}", f"{run.name}-suspects.csv", columns, body)
 
 

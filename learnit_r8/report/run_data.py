@@ -98,11 +98,6 @@ class RunData:
         lines = [entry(event) for event in notable[-JOURNAL_LINES:]]
         return [line for line in reversed(lines) if line is not None]
 
-    def flagged(self) -> frozenset[int]:
-        """Return the samples that the noise guard named last."""
-        named = self.of(e.SuspectsNamed)
-        return frozenset(named[-1].indices) if named else frozenset()
-
 
 def load_run(folder: Path) -> RunData:
     """Read a run.

@@ -13,7 +13,7 @@ from learnit_r8.sinks.catalog_log import CATALOG_FILE, CatalogSnapshot, read_cat
 
 
 class Suspect(NamedTuple):
-    """One row, worst first. `group` is None where the run was given no classes."""
+    """One row, worst first. `group` is None where the run was given no classes, `flagged` where the guard was off."""
 
     rank: int
     id: int
@@ -23,17 +23,17 @@ class Suspect(NamedTuple):
     variability: float
     correctness: float
     uses: int
+    flagged: bool | None
 
 
 _HEADINGS = {"mean_loss": "mean loss", "expected_loss": "loss now", "correctness": "below ln 2", "uses": "trained on"}
 
 
-def suspects(folder: Path, top: int) -> list[Suspect]:
-    """Return the worst samples of a run.
+def logged_catalog(folder: Path) -> CatalogSnapshot:
+    """Return what a run has logged of its samples.
 
     Args:
         folder: The run's `log_dir`.
-        top: How many at most.
 
     Raises:
         ConfigError: The run has logged no catalog.
@@ -44,7 +44,17 @@ def suspects(folder: Path, top: int) -> list[Suspect]:
         raise ConfigError([str(error)]) from error
     if catalog is None:
         raise ConfigError([f"{folder} holds no {CATALOG_FILE}: a run writes it at the end of its first epoch"])
-    return rows(catalog, top)
+    return catalog
+
+
+def verdict(catalog: CatalogSnapshot) -> str:
+    """Return what the noise guard makes of them, as a sentence: in data without a wrong label some are highest, too."""
+    if catalog.flagged is None:
+        return "The noise guard was off."
+    if not catalog.num_flagged:
+        return "The noise guard flags none: so far it sees no reason to take them for wrong rather than hard."
+    samples = f"{catalog.num_flagged} of {catalog.num_samples} samples"
+    return f"The noise guard flags {samples} as wrong."
 
 
 def rows(catalog: CatalogSnapshot, top: int) -> list[Suspect]:
@@ -62,25 +72,28 @@ def rows(catalog: CatalogSnapshot, top: int) -> list[Suspect]:
                 float(catalog.variability[at]),
                 float(catalog.correctness[at]),
                 int(catalog.uses[at]),
+                None if catalog.flagged is None else bool(catalog.flagged[at]),
             )
         )
     return found
 
 
 def as_csv(found: list[Suspect]) -> str:
-    """Return the rows as CSV with a heading; a missing group is an empty field."""
+    """Return the rows as CSV with a heading; a missing value is an empty field, flagged is 1 or 0."""
     lines = [",".join(Suspect._fields)]
     lines += [",".join(_exact(value) for value in row) for row in found]
     return "\n".join(lines)
 
 
 def _exact(value: float | None) -> str:
-    return "" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.9g}" if isinstance(value, float) else str(int(value))
 
 
 def as_text(found: list[Suspect]) -> str:
-    """Return the rows as an aligned table; the group's column is left out where there are none."""
-    shown = [name for name in Suspect._fields if name != "group" or any(row.group is not None for row in found)]
+    """Return the rows as an aligned table, without the columns of groups and flags where there are none."""
+    empty = {"group"} if all(row.group is None for row in found) else set()
+    empty |= set() if any(row.flagged for row in found) else {"flagged"}
+    shown = [name for name in Suspect._fields if name not in empty]
     cells = [[_HEADINGS.get(name, name) for name in shown]]
     cells += [[_brief(row._asdict(), name) for name in shown] for row in found]
     widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
@@ -91,4 +104,6 @@ def _brief(row: Mapping[str, float | None], name: str) -> str:
     value = row[name]
     if name == "correctness":
         return f"{value:.0%}"
+    if name == "flagged":
+        return "yes" if value else ""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog
-from learnit_r8.types import Indices, Losses
+from learnit_r8.types import Indices, Losses, Mask
 
 CATALOG_FILE = "catalog.npz"
 MAX_SAMPLES = 50_000
@@ -43,6 +43,8 @@ class CatalogSnapshot:
         expected_loss: Estimate of the current loss, float32 `[n]`.
         suspects: Ids of the samples whose loss stays high, worst first, int64.
         groups: Class of each sample, int64 `[n]`; None where the run was given none.
+        flagged: What the noise guard takes for wrong, bool `[n]`; None where it was off.
+        num_flagged: How many these are in the whole data set.
     """
 
     step: int
@@ -55,6 +57,8 @@ class CatalogSnapshot:
     expected_loss: Losses
     suspects: Indices
     groups: Indices | None
+    flagged: Mask | None
+    num_flagged: int
 
 
 class CatalogLog:
@@ -67,19 +71,20 @@ class CatalogLog:
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory) / CATALOG_FILE
 
-    def write(self, catalog: LossCatalog, groups: Indices | None, step: int) -> None:
+    def write(self, catalog: LossCatalog, groups: Indices | None, step: int, flagged: Mask | None = None) -> None:
         """Write the figures of at most `MAX_SAMPLES` samples, evenly spaced, and of all suspects.
 
         Args:
             catalog: What is known of every sample.
             groups: Class of each sample, int64 `[N]`, or None.
             step: The global step.
+            flagged: What the noise guard takes for wrong, bool `[N]`, or None.
 
         Raises:
             OSError: The file could not be written; an earlier one is as it was.
         """
         size = catalog.num_samples
-        suspects = catalog.suspects(min(MAX_SUSPECTS, -(-size // 10)))
+        suspects = catalog.suspects(min(MAX_SUSPECTS, size))
         count = min(size, MAX_SAMPLES)
         ids = np.union1d(np.arange(count, dtype=np.int64) * size // count, suspects)
         columns: dict[str, Any] = {
@@ -87,6 +92,8 @@ class CatalogLog:
         }
         if groups is not None:
             columns["groups"] = groups[ids]
+        if flagged is not None:
+            columns |= {"flagged": flagged[ids], "num_flagged": np.count_nonzero(flagged)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f"{CATALOG_FILE}.{os.getpid()}.tmp")
         try:
@@ -109,12 +116,22 @@ def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
             columns = {name: np.asarray(file[name], dtype) for name, dtype in _COLUMNS.items()}
             suspects = np.asarray(file["suspects"], np.int64)
             groups = np.asarray(file["groups"], np.int64) if "groups" in file else None
+            flagged = np.asarray(file["flagged"], np.bool_) if "flagged" in file else None
+            num_flagged = int(file["num_flagged"]) if flagged is not None else 0
             step, size = int(file["step"]), int(file["num_samples"])
     except FileNotFoundError:
         return None
     except (KeyError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no catalog file ({error}); remove it, the next epoch writes it anew") from error
-    lengths = {len(column) for column in columns.values()} | ({len(groups)} if groups is not None else set())
+    lengths = {len(column) for column in (*columns.values(), groups, flagged) if column is not None}
     if len(lengths) != 1:
         raise ValueError(f"{path} is no catalog file: its columns have {sorted(lengths)} entries")
-    return CatalogSnapshot(step=step, num_samples=size, suspects=suspects, groups=groups, **columns)
+    return CatalogSnapshot(
+        step=step,
+        num_samples=size,
+        suspects=suspects,
+        groups=groups,
+        flagged=flagged,
+        num_flagged=num_flagged,
+        **columns,
+    )

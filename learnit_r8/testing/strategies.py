@@ -120,7 +120,7 @@ class _Run:
         start = getattr(self.strategy, "start_epoch", None)
         samples = start(self.request(Purpose.PLAN, self.size)) if start is not None else None
         self._require(
-            samples is None or (isinstance(samples, (int, np.integer)) and samples >= 1),
+            samples is None or bool(isinstance(samples, (int, np.integer)) and samples >= 1),
             f"start_epoch returned {samples!r}: return how many samples the epoch will draw, a whole number >= 1, or "
             "None for all that are not excluded",
         )
