@@ -666,6 +666,7 @@ class R8Scheduler:
         return {
             "version": __version__,
             "config": self._config.to_json(),
+            "groups": None if self._args.groups is None else self._args.groups.copy(),
             **self._progress.state_dict(),
             "searched": self._search is None,
             "budget": self._budget.state_dict(),

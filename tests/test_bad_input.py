@@ -87,6 +87,7 @@ BAD += [
     for value in (
         [0] * 99, [0] * 101, [], 3, "x" * 100, [0.5] * 100, [NAN] * 100, ["cat"] * 100, [None] * 100,
         np.zeros((100, 1), int), [[1]] * 50 + [[1, 2]] * 50, np.zeros(100, complex),
+        torch.zeros(100, requires_grad=True), torch.zeros(100, dtype=torch.int64, device="meta"),
     )
 ]  # fmt: skip
 BAD += [("seed", value, "seed must be a whole number >= 0") for value in (-1, 1.5, None, "0", True, NAN)]
@@ -221,6 +222,7 @@ GOOD = {
     "groups of any integers": {"groups": np.arange(100, dtype=np.uint8)},
     "groups as tensor": {"groups": torch.zeros(100, dtype=torch.int64)},
     "bool groups": {"groups": [True, False] * 50},
+    "groups far from zero": {"groups": np.arange(100) - 2**40},
     "equal rates": {"initial_lr": 0.1, "min_lr": 0.1},
     "no backups": {"backup_every": None},
 }

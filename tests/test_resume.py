@@ -470,3 +470,35 @@ def test_a_run_with_a_rollback_before_the_save_resumes_to_the_same_bits(tmp_path
     resumed = R8Scheduler.resume_from_checkpoint(path, model.save, model.load)
     run(resumed, model)
     assert_same_end(resumed, model, reference, reference_model)
+
+
+def test_groups_come_from_the_checkpoint_and_may_be_given_anew(tmp_path):
+    classes = np.arange(400) % 4
+    wrong = (np.arange(400) % 9 == 0) & (classes < 3)
+
+    def train(scheduler, epochs=None):
+        drawn = []
+        with scheduler:
+            for epoch in scheduler.epoch_iterator():
+                for batch in scheduler.batch_iterator():
+                    settled = np.where(wrong[batch.indices] | (classes[batch.indices] == 3), 3.0, 0.5)
+                    scheduler.update_with_loss(settled if epoch else np.full(len(settled), np.log(4)))
+                    drawn.append(batch.indices.tolist())
+                if epoch == epochs:
+                    scheduler.save_checkpoint()
+                    break
+        return drawn
+
+    def make(folder):
+        return R8Scheduler(400, 16, num_epochs=12, groups=classes - 2**40, checkpoint_dir=tmp_path / folder, ui="off")
+
+    head = train(make("run"), epochs=0)
+    with R8Scheduler.resume_from_checkpoint(tmp_path / "run") as resumed:
+        tail = train(resumed)
+        assert np.array_equal(resumed.noise_guard.flagged, wrong)
+    assert head + tail == train(make("other"))
+    with R8Scheduler.resume_from_checkpoint(tmp_path / "run", groups=None) as resumed:
+        train(resumed)
+        assert resumed.noise_guard.flagged[classes == 3].all()
+    with pytest.raises(ConfigError, match="num_samples: the state was saved with 400, this run has 401"):
+        R8Scheduler.resume_from_checkpoint(tmp_path / "run", num_samples=401)

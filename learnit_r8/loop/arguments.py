@@ -33,7 +33,7 @@ class Arguments:
     state_callback: Callable[[], Any] | None
     sinks: tuple[Sink, ...]
     ui: str
-    groups: NDArray[np.int64] | None
+    groups: NDArray[np.integer[Any]] | None
     rank: int
     all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None
     clock: Clock
@@ -238,17 +238,19 @@ def _clock(problems: Problems, clock: Any) -> Clock:
 _CLOCK_METHODS = ("monotonic", "wall", "sleep")
 
 
-def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.int64] | None:
+def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.integer[Any]] | None:
     if groups is None:
         return None
     try:
-        array = np.asarray(groups)
-    except ValueError:
+        array = np.asarray(groups.detach().cpu() if hasattr(groups, "detach") else groups)
+    except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor without data
         array = np.empty((0, 0))
     if array.ndim != 1 or array.dtype.kind not in "iub" or len(array) != num_samples:
         problems.append(
             f"groups must hold one whole number (the class) per sample, shape ({num_samples},), got "
-            f"{type(groups).__name__} of shape {array.shape} and dtype {array.dtype}"
+            f"{type(groups).__name__} of shape {array.shape} and dtype {array.dtype}; "
+            "numpy.unique(labels, return_inverse=True)[1] turns names into numbers"
         )
         return None
-    return array.astype(np.int64)
+    narrow = np.iinfo(np.int32)  # a checkpoint holds them
+    return array.astype(np.int32 if narrow.min <= array.min() and array.max() <= narrow.max else np.int64)

@@ -93,7 +93,7 @@ class Progress:
 
 
 _PARTS = (
-    "config", *Progress.__slots__, "searched", "budget", "tickets", "chooser", "catalog", "guard", "safety",
+    "config", "groups", *Progress.__slots__, "searched", "budget", "tickets", "chooser", "catalog", "guard", "safety",
 )  # fmt: skip
 
 
@@ -121,6 +121,8 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any]) ->
         raise ConfigError(problems)
     arguments = config.to_json()
     del arguments["own_strategy"]
+    if new_goals.get("num_samples", config.num_samples) == config.num_samples:
+        arguments["groups"] = state.get("groups")
     if "num_epochs" in new_goals or "train_duration_seconds" in new_goals:
         arguments |= {"num_epochs": None, "train_duration_seconds": None}
     return arguments | dict(new_goals)

@@ -71,12 +71,14 @@ class CatalogLog:
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory) / CATALOG_FILE
 
-    def write(self, catalog: LossCatalog, groups: Indices | None, step: int, flagged: Mask | None = None) -> None:
+    def write(
+        self, catalog: LossCatalog, groups: NDArray[np.integer[Any]] | None, step: int, flagged: Mask | None = None
+    ) -> None:
         """Write the figures of at most `MAX_SAMPLES` samples, evenly spaced, and of all suspects.
 
         Args:
             catalog: What is known of every sample.
-            groups: Class of each sample, int64 `[N]`, or None.
+            groups: Class of each sample, integers `[N]`, or None.
             step: The global step.
             flagged: What the noise guard takes for wrong, bool `[N]`, or None.
 
