@@ -383,6 +383,31 @@ def test_the_order_of_operations_is_the_durable_one(tmp_path):
         assert points.index(earlier) < points.index(later), (earlier, later)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is another call")
+def test_the_system_is_told_to_sync_all_of_a_checkpoint_before_its_rename(tmp_path, monkeypatch):
+    """Whether bytes are on a disk cannot be seen; that the system was told to put them there can."""
+    calls, sync, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        sync(descriptor)
+        file = os.fstat(descriptor)
+        calls.append((file.st_ino, file.st_size))
+
+    def rename(source, target):
+        replace(source, target)
+        calls.append(os.fspath(target))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    path = CheckpointStore(tmp_path).save(30, example_state(30), model_writer(30)).path
+    committed = calls.index(os.fspath(path))
+    parts = [path, *path.rglob("*")]
+    assert {part.name for part in parts} >= {"manifest.json", "state.json", "arrays.bin", "model", "weights.bin"}
+    for part in parts:
+        assert (part.stat().st_ino, part.stat().st_size) in calls[:committed], part
+    assert tmp_path.stat().st_ino in [call[0] for call in calls[committed:]]
+
+
 def test_failing_saves_do_not_pile_up_litter_even_when_nothing_can_be_removed(tmp_path):
     fault_fs.prepare(tmp_path)
     for _ in range(4):

@@ -297,6 +297,44 @@ def test_the_same_level_after_two_rollbacks_is_accepted_and_growth_is_not(losses
     assert action.kind is end
 
 
+def roll_back(recovery, step, **details):
+    assert fault(recovery, step, **details).kind is Kind.RESTORE
+    recovery.rolled_back(step, step - 10, step)
+
+
+def test_a_level_counts_as_held_after_rollbacks_only_not_after_restores_that_were_abandoned():
+    recovery = healthy()
+    for step in (100, 103):
+        fault(recovery, step)
+        recovery.restore_abandoned()
+    assert fault(recovery, 106).kind is Kind.RESTORE
+
+
+def test_a_level_is_forgotten_with_the_rollbacks_that_led_to_it():
+    recovery = healthy()
+    for step in (100, 103):
+        roll_back(recovery, step)
+    for step in range(104, 104 + recovery.settings.span):
+        recovery.react(step, Verdict.SKIPPED, can_restore=True)
+    assert fault(recovery, 2000).kind is Kind.RESTORE
+
+
+def test_a_level_that_took_time_to_come_back_is_not_held():
+    recovery = healthy()
+    for step in (100, 103):
+        roll_back(recovery, step)
+    calm(recovery, 104, 40)
+    assert fault(recovery, 144).kind is Kind.RESTORE
+
+
+def test_a_level_that_was_accepted_asks_for_two_more_rollbacks_before_the_next_is():
+    recovery = healthy()
+    for step in (100, 103):
+        roll_back(recovery, step)
+    assert fault(recovery, 106).kind is Kind.ACCEPT_LEVEL
+    assert fault(recovery, 107).kind is Kind.RESTORE
+
+
 def test_a_verdict_amid_a_rollback_is_refused():
     recovery = healthy()
     fault(recovery, 100)
