@@ -20,7 +20,6 @@ class Purpose(IntEnum):
     BATCH = 1
     LR_SEARCH = 2
     EXCLUSION = 3
-    PROBE = 4
 
 
 class RandomStreams:

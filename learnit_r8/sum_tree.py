@@ -179,54 +179,6 @@ class SumTree:
             remainder -= sums[child, columns]
         return nodes
 
-    def draw_distinct(self, rng: np.random.Generator, n: int) -> Indices:
-        """Draw `n` different slots, one after another, each in proportion to what is left.
-
-        This is successive sampling: drawing with replacement and ignoring repeats has the
-        same law, and is how it is done, so a draw costs O(n log N); where a few slots hold
-        nearly all the weight they are set aside (and put back) once found.
-
-        The first slot of the result has P(i) = p_i = w_i / total, exactly. The chance of
-        being anywhere among the n has no closed form; it is close to
-        `1 - exp(-t p_i)` with t such that the chances add up to n (Rosén 1972), thus near
-        `n p_i` while `n p_i` is small and less for the heaviest. Order is that of drawing:
-        do not take the first few for a random subset.
-
-        Args:
-            rng: Source of the draws.
-            n: How many; fewer come back where fewer slots have a positive weight.
-
-        Returns:
-            Different slots, int64, shape `[<= n]`.
-        """
-        found = np.empty(0, dtype=np.int64)
-        if n <= 0 or not self.total > 0.0:
-            return found
-        aside: list[tuple[Indices, Weights]] = []
-        try:
-            for _ in range(6):
-                short = n - len(found)
-                more = _first_occurrences(self.draw(rng.random(short + short // 8 + 4)))[:short]
-                aside.append((more, self._values[more]))
-                found = np.concatenate([found, more])
-                if len(found) == n:
-                    return found
-                self._write(more, np.zeros(len(more)))
-                if not self.total > 0.0:
-                    return found
-            rest = self._draw_rest(rng, n - len(found))
-            return np.concatenate([found, rest])
-        finally:
-            for slots, values in aside:
-                self._write(slots, values)
-
-    def _draw_rest(self, rng: np.random.Generator, n: int) -> Indices:
-        """Draw from what is left in O(N): exponential clocks ring in the same law (Efraimidis, Spirakis 2006)."""
-        left = np.flatnonzero(self._values[: self.size])
-        clocks = rng.standard_exponential(len(left)) / (self._values[left] / self.total)
-        first = np.argpartition(clocks, n - 1)[:n] if n < len(left) else np.arange(len(left))
-        return left[first[np.argsort(clocks[first])]]
-
     def _write(self, slots: Indices, values: Weights) -> None:
         if self._kernels is not None:
             self._kernels.write(*self._arrays, slots, values, self.size)
@@ -280,12 +232,6 @@ def _checked_weights(weights: ArrayLike) -> Weights:
         bad = bad[~((bad >= 0.0) & (bad <= MAX_WEIGHT))]
         raise ValueError(f"weights must be in 0 .. {MAX_WEIGHT:g}, got {bad[0]} ({bad.size} of {values.size} outside)")
     return values
-
-
-def _first_occurrences(slots: Indices) -> Indices:
-    _, first = np.unique(slots, return_index=True)
-    first.sort()
-    return slots[first]
 
 
 def _write_kernel(

@@ -1,6 +1,5 @@
 """The sum tree against a plain array of weights and its cumulative sum."""
 
-import itertools
 import math
 import sys
 
@@ -143,47 +142,6 @@ def test_empty_updates_and_scalar_weights_are_fine():
     tree.set([1, 3], 0.5)
     np.testing.assert_array_equal(tree.weights([3, 0]), [0.5, 0.0])
     assert len(tree) == 5
-
-
-def test_distinct_draws_follow_successive_sampling_exactly():
-    weights = np.array([5.0, 1.0, 0.0, 2.0, 0.5])
-    tree, rng = SumTree(5), np.random.default_rng(3)
-    tree.fill(weights)
-    draws = 60_000
-    seen = {}
-    for _ in range(draws):
-        order = tuple(tree.draw_distinct(rng, 3).tolist())
-        seen[order] = seen.get(order, 0) + 1
-    orders = list(itertools.permutations([0, 1, 3, 4], 3))
-    p = []
-    for order in orders:
-        left, chance = weights.sum(), 1.0
-        for slot in order:
-            chance *= weights[slot] / left
-            left -= weights[slot]
-        p.append(chance)
-    assert set(seen) <= set(orders)
-    assert stats.chisquare([seen.get(order, 0) for order in orders], draws * np.array(p)).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("fast", PATHS)
-@pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])
-def test_distinct_draws_never_repeat_and_leave_the_tree_as_it_was(fast, scale):
-    rng = np.random.default_rng(11)
-    tree = SumTree(2000, fast=fast)
-    weights = np.exp(scale * rng.standard_normal(2000))
-    weights[::3] = 0.0
-    tree.fill(weights)
-    total, u = tree.total, rng.random(100)
-    before = tree.draw(u)
-    for n in (0, 1, 7, 500, 1333, 1999, 5000):
-        slots = tree.draw_distinct(rng, n)
-        assert len(slots) == min(n, int((weights > 0).sum()))
-        assert len(np.unique(slots)) == len(slots)
-        assert (weights[slots] > 0).all()
-    assert tree.total == total
-    np.testing.assert_array_equal(tree.draw(u), before)
-    np.testing.assert_array_equal(tree.weights(), weights)
 
 
 def test_without_numba_large_trees_use_numpy_and_fast_true_says_what_to_install(monkeypatch):

@@ -28,7 +28,6 @@ from learnit_r8.types import Indices, Mask
 
 _UNSEEN = -2
 _DUE = -1
-_FURTHEST = 2**62
 _EMA = 0.3
 """Weight of a new loss in a sample's average."""
 
