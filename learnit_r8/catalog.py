@@ -230,8 +230,11 @@ class LossCatalog:
             Sample ids, int64 `[k]`.
 
         Raises:
+            TypeError: `k` is no whole number.
             ValueError: `k` is below 0.
         """
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+            raise TypeError(f"k must be a whole number, got {k!r}")
         if k < 0:
             raise ValueError(f"k must be >= 0, got {k}")
         score = self._rows["mean"] if self._attribution is None else self._rows["estimate"]

@@ -170,6 +170,9 @@ def test_suspects_are_those_whose_loss_is_high_throughout():
     assert catalog.suspects(2).tolist() == [1, 4]
     assert sorted(catalog.suspects(100).tolist()) == list(range(6))
     assert len(catalog.suspects(0)) == 0
+    for k in (2.5, "3", None, True, float("nan")):
+        with pytest.raises(TypeError, match="k must be a whole number, got"):
+            catalog.suspects(k)
     with pytest.raises(ValueError, match="k must be >= 0, got -1"):
         catalog.suspects(-1)
 

@@ -173,6 +173,11 @@ def test_probabilities_may_be_lists():
                 scheduler.update_with_loss(1.0)
 
 
+def test_a_class_in_place_of_an_object_is_told_to_be_called():
+    with pytest.raises(ConfigError, match=r"strategy must be an object, got the class Sound: give Sound\(\)"):
+        scheduler_with(Sound)
+
+
 def test_state_that_is_saved_but_never_restored_is_refused_at_once():
     with pytest.raises(ConfigError, match="SavesOnly has state_dict but no load_state_dict: a resume needs both"):
         scheduler_with(SavesOnly())

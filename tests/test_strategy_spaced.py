@@ -306,3 +306,16 @@ def test_the_top_of_a_max_tree_agrees_with_sorting(seed, size, k):
 def global_randomness():
     legacy = np.random.get_state()[1]  # noqa: NPY002 - that is the state to leave alone
     return random.getstate(), legacy.tolist(), torch.random.get_rng_state().tolist()
+
+
+def test_statistics_take_tensors_and_nothing_that_is_no_number():
+    plain, tensors = ExponentialMovingStats(), ExponentialMovingStats()
+    for value in ([1.0, 2.0], [4.0, 6.5]):
+        plain.update(value)
+        tensors.update(torch.tensor(value, requires_grad=True))
+    assert (plain.mean, plain.std) == (tensors.mean, tensors.std)
+    before = plain.state_dict()
+    for wrong in (None, "loss", [None]):
+        with pytest.raises(TypeError, match="must be numbers"):
+            plain.update(wrong)
+    assert plain.state_dict() == before

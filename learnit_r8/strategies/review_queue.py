@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
 from learnit_r8.strategies.max_tree import MaxTree
+from learnit_r8.strategies.weighting import as_losses
 from learnit_r8.types import Indices, Mask
 
 _UNSEEN = -2
@@ -60,8 +61,12 @@ class ExponentialMovingStats:
         self._variance = 0.0
 
     def update(self, x: Any) -> None:
-        """Take a number, or an array of them; what is not finite is left out."""
-        values = np.asarray(x, np.float64).reshape(-1)
+        """Take a number, or an array or tensor of them; what is not finite is left out.
+
+        Raises:
+            TypeError: Not numbers.
+        """
+        values = as_losses(x).reshape(-1)
         finite = np.isfinite(values)
         if not finite.all():
             values = values[finite]
