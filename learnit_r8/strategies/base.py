@@ -142,7 +142,9 @@ def make(strategy: str | Strategy) -> Strategy:
             raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
         return _REGISTRY[strategy]()
     if isinstance(strategy, type) and hasattr(strategy, "draw"):
-        raise ConfigError([f"strategy must be an object, got the class {strategy.__name__}: give {strategy.__name__}()"])
+        raise ConfigError(
+            [f"strategy must be an object, got the class {strategy.__name__}: give {strategy.__name__}()"]
+        )
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):
         raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
     saves, loads = (hasattr(strategy, name) for name in ("state_dict", "load_state_dict"))
