@@ -50,7 +50,7 @@ def test_what_is_read_is_what_the_catalog_knows(tmp_path):
         assert np.array_equal(getattr(found, name), getattr(catalog, name).astype(getattr(found, name).dtype)), name
     assert np.array_equal(found.groups, groups)
     assert np.array_equal(found.suspects, catalog.suspects(100))
-    assert (found.flagged, found.num_flagged) == (None, 0)
+    assert (found.flagged, found.num_flagged, found.attributed) == (None, 0, False)
 
 
 def test_what_the_noise_guard_flags_is_logged_and_counted(tmp_path):

@@ -268,6 +268,18 @@ def test_suspects_say_which_the_guard_flags_and_how_many_a_run_keeps(tmp_path):
     assert done.stderr == "r8 suspects: a run logs its 1000 worst samples\n"
     csv = r8("suspects", tmp_path / "run", "--csv").stdout.splitlines()
     assert csv[1] == "1,1199,,1199,1199,0,0,1,1"
+    catalog.record_batch(catalog.look_up(np.arange(8)), 3.0, 2)
+    CatalogLog(tmp_path / "run").write(catalog, None, 2, np.zeros(1200, bool))
+    said = r8("suspects", tmp_path / "run").stdout.splitlines()[-1]
+    assert said.startswith("The noise guard flags none")
+    assert said.endswith("One loss a batch was reported: all these figures are estimates, and weak.")
+
+
+def test_without_the_guard_nothing_is_said_of_flags(tmp_path):
+    catalog = LossCatalog(1200)
+    catalog.record(catalog.look_up(np.arange(1200)), np.arange(1200, dtype=np.float32), 0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").touch()
     CatalogLog(tmp_path / "run").write(catalog, None, 1)
     assert r8("suspects", tmp_path / "run").stdout.endswith("The noise guard was off.\n")
     assert r8("suspects", tmp_path / "run", "--csv").stdout.splitlines()[1] == "1,1199,,1199,1199,0,0,1,"

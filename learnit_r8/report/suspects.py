@@ -50,11 +50,13 @@ def logged_catalog(folder: Path) -> CatalogSnapshot:
 def verdict(catalog: CatalogSnapshot) -> str:
     """Return what the noise guard makes of them, as a sentence: in data without a wrong label some are highest, too."""
     if catalog.flagged is None:
-        return "The noise guard was off."
-    if not catalog.num_flagged:
-        return "The noise guard flags none: so far it sees no reason to take them for wrong rather than hard."
-    samples = f"{catalog.num_flagged} of {catalog.num_samples} samples"
-    return f"The noise guard flags {samples} as wrong."
+        text = "The noise guard was off."
+    elif not catalog.num_flagged:
+        text = "The noise guard flags none: so far it sees no reason to take them for wrong rather than hard."
+    else:
+        text = f"The noise guard flags {catalog.num_flagged} of {catalog.num_samples} samples as wrong."
+    weak = " One loss a batch was reported: all these figures are estimates, and weak." if catalog.attributed else ""
+    return text + weak
 
 
 def rows(catalog: CatalogSnapshot, top: int) -> list[Suspect]:

@@ -45,6 +45,7 @@ class CatalogSnapshot:
         groups: Class of each sample, int64 `[n]`; None where the run was given none.
         flagged: What the noise guard takes for wrong, bool `[n]`; None where it was off.
         num_flagged: How many these are in the whole data set.
+        attributed: One loss a batch was reported: all figures of samples are estimates.
     """
 
     step: int
@@ -59,6 +60,7 @@ class CatalogSnapshot:
     groups: Indices | None
     flagged: Mask | None
     num_flagged: int
+    attributed: bool
 
 
 class CatalogLog:
@@ -96,11 +98,12 @@ class CatalogLog:
             columns["groups"] = groups[ids]
         if flagged is not None:
             columns |= {"flagged": flagged[ids], "num_flagged": np.count_nonzero(flagged)}
+        columns |= {"step": step, "num_samples": size, "attributed": catalog.attributed}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f"{CATALOG_FILE}.{os.getpid()}.tmp")
         try:
             with draft.open("wb") as file:
-                np.savez(file, step=step, num_samples=size, ids=ids, suspects=suspects, **columns)
+                np.savez(file, ids=ids, suspects=suspects, **columns)
             draft.replace(self.path)
         finally:
             draft.unlink(missing_ok=True)
@@ -120,6 +123,7 @@ def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
             groups = np.asarray(file["groups"], np.int64) if "groups" in file else None
             flagged = np.asarray(file["flagged"], np.bool_) if "flagged" in file else None
             num_flagged = int(file["num_flagged"]) if flagged is not None else 0
+            attributed = bool(file["attributed"]) if "attributed" in file else False
             step, size = int(file["step"]), int(file["num_samples"])
     except FileNotFoundError:
         return None
@@ -135,5 +139,6 @@ def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
         groups=groups,
         flagged=flagged,
         num_flagged=num_flagged,
+        attributed=attributed,
         **columns,
     )
