@@ -202,6 +202,32 @@ def rank0(folder: Path, ranks: dict) -> dict:
     return training.report()
 
 
+class Broken:
+    """Draws what is no sample id, each time something else."""
+
+    catalogs = False
+
+    def __init__(self, ids: list) -> None:
+        self.ids = ids
+
+    def draw(self, request):
+        return np.array(self.ids)
+
+
+def rank0_broken(folder: Path, ranks: dict) -> dict:
+    from learnit_r8 import ProtocolError
+    from learnit_r8.integrations.distributed import FromRank0
+
+    errors = []
+    for ids in ([0.5, 1.5], [-1, 2], [SAMPLES, 2], [3, 3], []):
+        training = Training(folder / "rank0_broken", ranks, num_epochs=1, strategy=FromRank0(Broken(ids)))
+        try:
+            training.go()
+        except ProtocolError as error:
+            errors.append(str(error))
+    return {"errors": errors}
+
+
 def budget(folder: Path, ranks: dict) -> dict:
     training = Training(folder / "budget", ranks, num_epochs=None, train_duration_seconds=0.3)
     training.go()

@@ -63,7 +63,18 @@ def same(values: list) -> bool:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    names = ("ragged", "plain", "faults", "half", "mismatch", "rank0", "budget", "interrupted", "stopped")
+    names = (
+        "ragged",
+        "plain",
+        "faults",
+        "half",
+        "mismatch",
+        "rank0",
+        "rank0_broken",
+        "budget",
+        "interrupted",
+        "stopped",
+    )
     launch(folder, 2, *names)
     return folder, {name: results(folder, 2, name) for name in names}
 
@@ -123,6 +134,17 @@ def test_rank_0_draws_for_all_when_the_strategy_would_not_agree(two):
     assert ranks[0]["steps"] == 100
     assert same([rank["hash"] for rank in ranks])
     assert all(len(set(batch)) == 8 for batch in merged(ranks))
+
+
+def test_what_rank_0_draws_wrongly_is_refused_on_all_ranks(two):
+    ranks = two[1]["rank0_broken"]
+    assert same([rank["errors"] for rank in ranks])
+    for error, complaint in zip(
+        ranks[0]["errors"],
+        ["dtype float64", "ids from -1", "allowed are 0 to", "twice in one batch", "1 to"],
+        strict=True,
+    ):
+        assert complaint in error
 
 
 @pytest.mark.parametrize("scenario", ["budget", "interrupted", "stopped"])

@@ -121,18 +121,21 @@ class FromRank0:
     Args:
         strategy: A name or an object, as for `R8Scheduler`.
 
+    Attributes:
+        wrapped: The strategy object.
+
     Raises:
         ConfigError: No strategy, or one that could not be resumed.
     """
 
     def __init__(self, strategy: str | Strategy) -> None:
-        self._strategy = make(strategy)
-        if hasattr(self._strategy, "start_epoch") and not hasattr(self._strategy, "load_state_dict"):
+        self.wrapped: Any = make(strategy)
+        if hasattr(self.wrapped, "start_epoch") and not hasattr(self.wrapped, "load_state_dict"):
             raise ConfigError([f"{strategy!r} plans epochs: FromRank0 needs its state_dict() and load_state_dict()"])
         self.name = strategy if isinstance(strategy, str) else getattr(strategy, "name", type(strategy).__name__)
-        self.catalogs = getattr(self._strategy, "catalogs", True)
-        self.covers = getattr(self._strategy, "covers", False)
-        self.replacement = getattr(self._strategy, "replacement", False)
+        self.catalogs = getattr(self.wrapped, "catalogs", True)
+        self.covers = getattr(self.wrapped, "covers", False)
+        self.replacement = getattr(self.wrapped, "replacement", False)
 
     @property
     def _leads(self) -> bool:
@@ -153,7 +156,7 @@ class FromRank0:
         """Let rank 0 plan the epoch; return its number of samples."""
         message = None
         if self._leads:
-            start = getattr(self._strategy, "start_epoch", None)
+            start = getattr(self.wrapped, "start_epoch", None)
             samples = start(request) if start is not None else None
             message = np.array([-1 if samples is None else samples])
         samples = int(self._broadcast(message)[0])
@@ -163,7 +166,7 @@ class FromRank0:
         """Return rank 0's choice."""
         message = None
         if self._leads:
-            chosen = self._strategy.draw(request)
+            chosen = self.wrapped.draw(request)
             draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
             columns = [c for c in (draw.probabilities, draw.weights) if c is not None]
             kind = (draw.probabilities is not None) + 2 * (draw.weights is not None)
@@ -171,31 +174,34 @@ class FromRank0:
         answer = self._broadcast(message)
         kind = int(answer[0])
         columns = np.split(answer[1:], 1 + (kind & 1) + (kind >> 1))
+        ids: Any = columns[0].astype(np.int64)
+        if not np.array_equal(ids, columns[0]):
+            ids = columns[0]  # what is no id reaches the check of every rank
         return Draw(
-            columns[0].astype(np.int64),
+            ids,
             probabilities=columns[1] if kind & 1 else None,
             weights=columns[-1] if kind & 2 else None,
         )
 
     def observe(self, report: LossReport) -> None:
         """Let rank 0's strategy hear the report."""
-        observe = getattr(self._strategy, "observe", None)
+        observe = getattr(self.wrapped, "observe", None)
         if observe is not None and self._leads:
             observe(report)
 
     def forget(self, indices: Indices) -> None:
         """Let rank 0's strategy know what will not be reported."""
-        forget = getattr(self._strategy, "forget", None)
+        forget = getattr(self.wrapped, "forget", None)
         if forget is not None and self._leads:
             forget(indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's state; rank 0's is the one that counts."""
-        save = getattr(self._strategy, "state_dict", None)
+        save = getattr(self.wrapped, "state_dict", None)
         return {"strategy": None if save is None else save()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        load = getattr(self._strategy, "load_state_dict", None)
+        load = getattr(self.wrapped, "load_state_dict", None)
         if load is not None and state["strategy"] is not None:
             load(state["strategy"])
