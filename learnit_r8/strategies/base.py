@@ -17,7 +17,11 @@ Optional methods, used where present:
 * `forget(indices)`: these were drawn but will never be reported.
 * `state_dict() -> dict` and `load_state_dict(state)`: needed when a draw depends on anything
   but the request. Values: JSON scalars, lists, dicts and numpy arrays, all of them copies.
-* `covers`: class attribute, True when one epoch draws each sample exactly once.
+* `pop_decisions() -> list`: (decision, reason, figure) of what it decided since the last call, asked for at
+  epoch starts; each becomes an event.
+* `catalogs`: class attribute, False when it draws the first epoch, too, in place of the cataloging.
+* `covers`: class attribute, True when one epoch draws each sample exactly once. Where it is not, `noise_guard="cap"`
+  has every sample drawn alike until it has judged.
 * `replacement`: class attribute, True when one batch may hold a sample twice.
 """
 
