@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.attribution import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
+from learnit_r8.quadrants import Quadrants, QuadrantTable
 from learnit_r8.types import Indices, Losses, Mask
-
-UNSEEN = 255
-"""Quadrant code of a sample whose loss is unknown."""
 
 SMOOTHING = 0.5
 """Weight of a new per-sample loss in its estimate. Reports are exact and losses move with the
 model, so a long memory only makes the estimate stale; one half still halves the jitter that
 augmentation and dropout cause."""
-
-STUCK_AFTER = 5
-"""Epochs in a row in Q4 after which a sample counts as stuck."""
 
 LIKELY_CORRECT = math.log(2.0)
 """A cross-entropy below ln 2 means a probability above one half: the sample is classified right."""
@@ -73,23 +67,6 @@ class Rows(NamedTuple):
     unseen: int
 
 
-@dataclass(frozen=True, slots=True)
-class QuadrantTable:
-    """Figures of the four quadrants, Q1 (lowest loss) first."""
-
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    losses: tuple[float, ...]
-    uses: tuple[float, ...]
-    easier: tuple[float, ...]
-    unseen: int
-    stuck: int
-
-    def figures(self) -> tuple[tuple[float, ...] | tuple[int, ...] | int, ...]:
-        """Return the fields in the order of `events.QuadrantsRefreshed`."""
-        return self.edges, self.counts, self.losses, self.uses, self.easier, self.unseen, self.stuck
-
-
 class LossCatalog:
     """Per-sample loss statistics.
 
@@ -100,14 +77,12 @@ class LossCatalog:
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
         self._rows = np.zeros(num_samples, _ROW)
-        self._rows["quadrant"] = UNSEEN
+        self._quadrants = Quadrants(self._rows)
         self._opaque = self._rows.view(_OPAQUE)
         self._attribution: BatchAttribution | None = None
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
-        self._edges: NDArray[np.float32] | None = None
         self._journal: deque[tuple[int, int, Rows]] = deque()  # step, number of the edges, rows
-        self._edges_number = 0
         self._journal_bytes = 0
 
     # What users read ----------------------------------------------------------------------
@@ -208,13 +183,7 @@ class LossCatalog:
 
         Edges are those of the last epoch start; a sample moves when its loss is reported.
         """
-        if self._edges is not None:
-            return self._present_quadrants(self._rows)
-        codes = np.full(self.num_samples, UNSEEN, np.uint8)
-        seen = np.flatnonzero(self._rows["uses"])
-        order = seen[np.argsort(self._rows["estimate"][seen], kind="stable")]
-        codes[order] = np.repeat(np.arange(4, dtype=np.uint8), _quarter_sizes(len(order)))
-        return codes
+        return self._quadrants.codes()
 
     def suspects(self, k: int) -> Indices:
         """Return the k samples whose loss is high throughout, worst first: those most likely to be wrong.
@@ -350,7 +319,7 @@ class LossCatalog:
         estimate[~seen] = PRIOR_ESTIMATE
         variance[~seen] = PRIOR_VARIANCE
         self._attribution = attribution
-        self._edges = None  # they were in other units
+        self._quadrants.edges = None  # they were in other units
         self._resum()
         self._forget_journal()
         return self.look_up(rows.indices)
@@ -382,77 +351,11 @@ class LossCatalog:
                 no edge and get the quadrant that the edges give them.
             edges: The three quartile edges, where they are known from elsewhere; ties stay together.
         """
-        uses = self._rows["uses"]
-        ranked = uses > 0 if excluded is None else (uses > 0) & ~excluded
-        everything = bool(ranked.all())
-        losses = self._rows["estimate"].copy() if everything else self._rows["estimate"][ranked]
-        if not len(losses):
+        moved = self._quadrants.refresh(rng, excluded, edges)
+        if moved is None:
             return None
-        moved = self._migration()
-        last = np.cumsum(_quarter_sizes(len(losses))) - 1  # rank of each quadrant's highest loss
-        given = edges is not None
-        if edges is None:
-            ranks = np.maximum(last[:3], 0)
-            edges = np.partition(losses, ranks)[ranks]
-        codes = _quartiles(losses, edges)
-        if not given:
-            _split_ties(losses, codes, edges, last[:3] + 1, rng)
-        self._edges = edges
-        self._rows["reported"] = 0
-        if everything:
-            self._rows["quadrant"] = codes
-        else:
-            unranked = np.flatnonzero(~ranked)
-            self._rows["quadrant"][ranked] = codes
-            self._rows["quadrant"][unranked] = self._quadrants_of(self._rows["estimate"][unranked], uses[unranked])
-        quadrant = self._rows["quadrant"]
-        count = self._rows["epochs_in_q4"]
-        self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
         self._resum()  # drops rounding drift
-        self._edges_number += 1
-        return self._table(moved)
-
-    def _present_quadrants(self, rows: NDArray[Any]) -> NDArray[np.uint8]:
-        """Return the quadrants of rows: as planned, or by the estimate where a loss came since."""
-        reported = rows["reported"].astype(np.bool_)
-        if not reported.any():
-            return rows["quadrant"].copy()
-        return np.where(reported, self._quadrants_of(rows["estimate"], rows["uses"]), rows["quadrant"])
-
-    def _quadrants_of(self, estimate: NDArray[Any], uses: NDArray[Any]) -> NDArray[np.uint8]:
-        assert self._edges is not None
-        codes = _quartiles(estimate, self._edges)
-        codes[uses == 0] = UNSEEN
-        return codes
-
-    def _migration(self) -> tuple[float, ...]:
-        """Share of each planned quadrant that is now in a lower one."""
-        if self._edges is None:
-            return (0.0, 0.0, 0.0, 0.0)
-        rows = self._rows[:: 1 + self.num_samples // _FIGURE_SAMPLES]
-        planned, now = rows["quadrant"], self._present_quadrants(rows)
-        total = np.bincount(planned, minlength=256)[:4]
-        easier = np.bincount(planned[now < planned], minlength=256)[:4]
-        return tuple((easier / np.maximum(total, 1)).tolist())
-
-    def _table(self, moved: tuple[float, ...]) -> QuadrantTable:
-        stride = 1 + self.num_samples // _FIGURE_SAMPLES
-        rows = self._rows[::stride]
-        codes, losses = rows["quadrant"].astype(np.intp), self._in_loss_units(rows["estimate"])
-        counts = np.bincount(codes, minlength=256)[:4]
-        divisor = np.maximum(counts, 1)
-        known = losses if counts.sum() == len(codes) else losses[codes < 4]
-        assert self._edges is not None
-        low, high = (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
-        return QuadrantTable(
-            edges=(low, *map(float, self._in_loss_units(self._edges)), high),
-            counts=tuple((counts * stride).tolist()),
-            losses=tuple((np.bincount(codes, losses, 256)[:4] / divisor).tolist()),
-            uses=tuple((np.bincount(codes, rows["uses"], 256)[:4] / divisor).tolist()),
-            easier=moved,
-            unseen=self.num_samples - self._num_seen,
-            stuck=int(np.count_nonzero(rows["epochs_in_q4"] > STUCK_AFTER)) * stride,
-        )
+        return self._quadrants.table(moved, self._in_loss_units, self.num_samples - self._num_seen)
 
     def _in_loss_units(self, estimate: NDArray[Any]) -> NDArray[Any]:
         return estimate if self._attribution is None else self._attribution.to_loss(estimate)
@@ -460,7 +363,7 @@ class LossCatalog:
     # Undo, for rollbacks ------------------------------------------------------------------
 
     def _remember(self, step: int, rows: Rows) -> None:
-        self._journal.append((step, self._edges_number, rows))
+        self._journal.append((step, self._quadrants.number, rows))
         self._journal_bytes += rows.block.nbytes
         while self._journal_bytes > _JOURNAL_BYTES:
             self._journal_bytes -= self._journal.popleft()[2].block.nbytes
@@ -478,7 +381,7 @@ class LossCatalog:
         while self._journal and self._journal[-1][0] >= step:
             _, edges, rows = self._journal.pop()
             self._journal_bytes -= rows.block.nbytes
-            if edges != self._edges_number:
+            if edges != self._quadrants.number:
                 rows = rows._replace(block=self._in_present_quadrants(rows))
             before, now = rows.block.view(_ROW)["estimate"], self._rows["estimate"][rows.indices]
             self._sum += float((before - now).sum(dtype=np.float64))
@@ -489,10 +392,8 @@ class LossCatalog:
 
     def _in_present_quadrants(self, rows: Rows) -> NDArray[Any]:
         """Return rows of an earlier epoch with what this epoch's start made of the quadrants."""
-        block, now = rows.block.copy().view(_ROW), self._rows[rows.indices]
-        for name in ("quadrant", "epochs_in_q4"):
-            block[name] = now[name]
-        block["reported"] = 1  # the quadrant follows from the estimate, which is an earlier one now
+        block = rows.block.copy().view(_ROW)
+        self._quadrants.adopt(block, rows.indices)
         return block.view(_OPAQUE)
 
     # State --------------------------------------------------------------------------------
@@ -501,7 +402,7 @@ class LossCatalog:
         """Return copies of everything; arrays and JSON scalars."""
         return {
             "rows": self._rows.view(np.uint8).copy(),
-            "edges": None if self._edges is None else self._edges.copy(),
+            "edges": None if self._quadrants.edges is None else self._quadrants.edges.copy(),
             "sum": self._sum,
             "num_seen": self._num_seen,
             "attribution": None if self._attribution is None else self._attribution.state_dict(),
@@ -518,7 +419,7 @@ class LossCatalog:
             saved = rows.nbytes // _ROW.itemsize
             raise ValueError(f"the state has {saved} samples, this run has num_samples={self.num_samples}")
         self._rows.view(np.uint8)[:] = rows
-        self._edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
+        self._quadrants.edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
         self._sum = float(state["sum"])
         self._num_seen = int(state["num_seen"])
         self._attribution = None
@@ -527,9 +428,6 @@ class LossCatalog:
             self._attribution.load_state_dict(state["attribution"])
         self._forget_journal()
 
-
-_FIGURE_SAMPLES = 1 << 20
-"""Figures for people are taken from about this many samples at most, evenly spaced."""
 
 _JOURNAL_BYTES = 8 << 20
 """How far back reports can be undone: a thousand steps of 256 samples. A longer journal would go on growing for longer,
@@ -540,31 +438,3 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _quartiles(losses: NDArray[Any], edges: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return how many of the three edges each loss is above; several times faster than `searchsorted`."""
-    codes: NDArray[np.uint8] = (losses > edges[0]).view(np.uint8)
-    codes += losses > edges[1]
-    codes += losses > edges[2]
-    return codes
-
-
-def _quarter_sizes(count: int) -> list[int]:
-    """Split a count into four parts that differ by one at most, the larger ones first."""
-    return [(count - part + 3) // 4 for part in range(4)]
-
-
-def _split_ties(
-    losses: NDArray[Any],
-    codes: NDArray[np.uint8],
-    edges: NDArray[Any],
-    ends: NDArray[Any],
-    rng: np.random.Generator,
-) -> None:
-    """Move samples that tie with an edge up, at random, until the quadrants have their sizes."""
-    for quadrant in range(3):
-        excess = int(np.count_nonzero(codes <= quadrant)) - int(ends[quadrant])
-        if excess > 0:
-            tied = np.flatnonzero((losses == edges[quadrant]) & (codes == quadrant))
-            codes[rng.permutation(tied)[:excess]] = quadrant + 1

@@ -394,8 +394,8 @@ def test_shards_share_verdicts_rollbacks_and_the_quartiles_of_the_whole():
     assert all(shard.scheduler.global_step == 200 for shard in shards)
     known = [shard.scheduler.catalog.expected_loss for shard in shards]
     assert shards[0].scheduler.catalog.mean_expected == pytest.approx(np.concatenate(known).mean(), rel=0.01)
-    edges = shards[0].scheduler.catalog._edges
-    assert same([shard.scheduler.catalog._edges.tolist() for shard in shards])
+    edges = shards[0].scheduler.catalog._quadrants.edges
+    assert same([shard.scheduler.catalog._quadrants.edges.tolist() for shard in shards])
     share = np.searchsorted(np.sort(np.concatenate(known)), edges) / 2000
     assert share == pytest.approx([0.25, 0.5, 0.75], abs=0.02)
     assert not same([shard.seen for shard in shards])

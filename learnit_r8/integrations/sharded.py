@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.catalog import LossCatalog, QuadrantTable, Rows
+from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.losses import Reported
 from learnit_r8.loop.ranks import Ranks
+from learnit_r8.quadrants import QuadrantTable
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.types import Indices, Losses, Mask
 
