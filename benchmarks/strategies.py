@@ -129,31 +129,47 @@ def stepping(num_samples: int) -> dict[str, float]:
     return {name: statistics.median(values) * 1e6 for name, values in times.items()}
 
 
-def curriculum_update(asking: bool) -> dict[int, float]:
-    """Return microseconds of an update at each number of tracked keys; `asking`: with a drawn bin for each."""
-    rivals = {}
+def ask_never(scheduler: CurriculumScheduler, updates: list[tuple[str, float]]) -> None:
+    for key, score in updates:
+        scheduler.update(key, score)
+
+
+def ask_every_50(scheduler: CurriculumScheduler, updates: list[tuple[str, float]]) -> None:
+    for number, (key, score) in enumerate(updates):
+        scheduler.update(key, score)
+        if number % 50 == 0:
+            scheduler.get_item_bin(key)
+
+
+def plain_dict(averages: dict[str, float], updates: list[tuple[str, float]]) -> None:
+    """Average exponentially and do nothing else: what keeping the scores costs at least."""
+    for key, score in updates:
+        averages[key] = 0.3 * score + 0.7 * averages[key]
+
+
+def curriculum_updates() -> dict[str, dict[int, float]]:
+    """Return microseconds of an update at each number of tracked keys; other keys are updated in each round."""
+    rivals: dict[str, Any] = {"alone": ask_never, "asked every 50": ask_every_50, "in a plain dict": plain_dict}
     rng = np.random.default_rng(0)
+    subjects: dict[tuple[str, int], Any] = {}
     for size in (1_000, 1_000_000):
-        scheduler = CurriculumScheduler("competence_based", steer=True)
-        for key, score in enumerate(rng.random(size).tolist()):
-            scheduler.update(f"item {key}", score)
-        scheduler.sample_bin()
-        updates = [(f"item {key}", float(rng.random())) for key in rng.integers(size, size=2000).tolist()]
-
-        def run(scheduler: CurriculumScheduler = scheduler, updates: list[tuple[str, float]] = updates) -> None:
-            for number, (key, score) in enumerate(updates):
-                scheduler.update(key, score)
-                if asking and number % 50 == 0:
-                    scheduler.get_item_bin(key)
-
-        rivals[str(size)] = run
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+        for name in rivals:
+            scheduler = CurriculumScheduler("competence_based", steer=True)
+            first = [(f"item {key}", score) for key, score in enumerate(rng.random(size).tolist())]
+            ask_every_50(scheduler, first[:50])
+            ask_never(scheduler, first[50:])
+            subjects[name, size] = dict(first) if name == "in a plain dict" else scheduler
+    times: dict[tuple[str, int], list[float]] = {subject: [] for subject in subjects}
     for _ in range(25):
-        for name, run in rivals.items():
+        for (name, size), subject in subjects.items():
+            updates = [(f"item {key}", float(rng.random())) for key in rng.integers(size, size=2000).tolist()]
             begin = time.process_time()
-            run()
-            times[name].append((time.process_time() - begin) / 2000)
-    return {int(name): statistics.median(values[1:]) * 1e6 for name, values in times.items()}
+            rivals[name](subject, updates)
+            times[name, size].append((time.process_time() - begin) / len(updates))
+    found: dict[str, dict[int, float]] = {name: {} for name in rivals}
+    for (name, size), values in times.items():
+        found[name][size] = statistics.median(values[1:]) * 1e6
+    return found
 
 
 def run(*, quick: bool = False, large: bool = False, plain: bool = False) -> dict[str, Any]:
@@ -168,7 +184,7 @@ def run(*, quick: bool = False, large: bool = False, plain: bool = False) -> dic
         for name in costs:
             costs[name][f"N={size}"] = {"choose_us": choose[name], "step_us": step[name]}
     progress("curriculum updates")
-    updates = {label: curriculum_update(asking) for label, asking in (("alone", False), ("asked every 50", True))}
+    updates = curriculum_updates()
     return {"B": BATCH, "rounds": ROUNDS, "strategies": costs, "curriculum update, us by keys": updates}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnit_r8.strategies import CurriculumScheduler, CurriculumStrategy
-from learnit_r8.strategies.sorted_floats import SortedFloats
+from learnit_r8.strategies.rank_windows import RankWindows
 from learnit_r8.testing import check_resume
 
 
@@ -213,24 +213,108 @@ def unsaveable():
     return scheduler
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32))
-def test_sorted_floats_agree_with_sorting(seed):
-    rng = np.random.default_rng(seed)
-    values = rng.integers(0, 500, rng.integers(0, 5000)).astype(float).tolist()
-    kept = SortedFloats(values)
-    for _ in range(2500):
-        if values and rng.random() < 0.5:
-            at = int(rng.integers(len(values)))
-            kept.remove(values[at])
-            values[at] = values[-1]
-            values.pop()
+class OneByOne:
+    """What the scheduler must compute, without any of its shortcuts."""
+
+    def __init__(self):
+        self.scores, self.counts = {}, {}
+
+    def update(self, key, score):
+        if key in self.scores:
+            score = 0.3 * score + (1 - 0.3) * self.scores[key]
+        self.scores[key] = score
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def bins(self, n_bins):
+        """Return the lowest score of each bin but the hardest, and the share of mastered items."""
+        order, count = sorted(self.scores.values(), reverse=True), len(self.scores)
+        if count < n_bins:
+            edges = [order[0] - i * (order[0] - order[-1]) / n_bins for i in range(1, n_bins)]
         else:
-            values.append(float(rng.integers(0, 500)))
-            kept.add(values[-1])
-    assert len(kept) == len(values)
-    assert kept.select(list(range(len(values)))) == sorted(values)
-    assert kept.count_below(250.0) == sum(value < 250 for value in values)
+            edges = [order[i * count // n_bins - 1] for i in range(1, n_bins)]
+        return edges, 1 - sum(score < 0.5 for score in order) / count
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0, 40, 3000]),
+    st.sampled_from([1, 2, 5, 30]),
+    st.sampled_from([2, 16, None]),
+    st.sampled_from([0.0, 0.05]),
+)
+def test_updates_in_bulk_are_updates_one_by_one_to_the_bit(seed, first, n_bins, levels, drift):
+    rng = np.random.default_rng(seed)
+    naive, scheduler = OneByOne(), CurriculumScheduler("competence_based", n_bins=n_bins, steer=True)
+    for turn in range(25):
+        for key in [
+            *range(first * (turn == 0)),
+            *rng.integers(first + 5 * turn + 3, size=rng.integers(1, 400)).tolist(),
+        ]:
+            score = float(rng.random() if levels is None else rng.integers(levels) / levels) + turn * drift
+            scheduler.update(key, score)
+            naive.update(key, score)
+            if rng.random() < 0.01:
+                assert scheduler.get_item_difficulty(key) == naive.scores[key]
+                assert scheduler.n_items_tracked == len(naive.scores)
+        scheduler.update(0, 0.25)
+        naive.update(0, 0.25)
+        scheduler.bin_probabilities()
+        state = scheduler.state_dict()
+        assert dict(zip(state["keys"].tolist(), state["scores"].tolist(), strict=True)) == naive.scores
+        assert dict(zip(state["keys"].tolist(), state["counts"].tolist(), strict=True)) == naive.counts
+        if state["last_rebin_count"] == state["updates"]:
+            assert (state["bin_boundaries"], state["mastered"]) == naive.bins(n_bins)
+
+
+@pytest.mark.parametrize("waiting", [0, 3, 100])
+def test_a_key_that_is_not_hashable_changes_nothing(waiting):
+    scheduler = tracked([0.5] * waiting)
+    with pytest.raises(TypeError, match="unhashable"):
+        scheduler.update([1], 0.5)
+    assert scheduler.n_items_tracked == waiting
+    assert scheduler.metrics_dict().get("curriculum/total_updates", 0) == waiting
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([1, 2, 60, 500, 3000]),
+    st.sampled_from([1, 3, 5, 40]),
+    st.sampled_from([3, 200, None]),
+    st.sampled_from([0.0, 0.001, 0.1]),
+)
+def test_rank_windows_agree_with_sorting(seed, size, parts, levels, drift):
+    """With many equal numbers and few, numbers that wander off, and more and more of them."""
+    rng = np.random.default_rng(seed)
+
+    def number(turn):
+        return float(rng.random() if levels is None else rng.integers(levels) / levels) + drift * turn
+
+    def by_sorting():
+        ranks = [i * len(values) // parts for i in range(parts)]
+        return ranks, ([sorted(values)[rank] for rank in ranks], sum(value < mark for value in values))
+
+    values = [number(0) for _ in range(size)]
+    mark = float(rng.choice(values))
+    kept = None
+    for turn in range(40):
+        ranks, expected = by_sorting()
+        found = None if kept is None else kept.answer(ranks, mark)
+        if found is None:
+            assert turn < 2 or drift or size < 600  # it goes on without sorting where little changes
+            kept = RankWindows(np.array(values), ranks, mark)
+            found = kept.at_first()
+        assert found == expected
+        old, new = [], []
+        for at in rng.integers(len(values), size=rng.integers(20)).tolist():
+            old.append(values[at])
+            values[at] = number(turn)
+            new.append(values[at])
+        new += [number(turn) for _ in range(turn % 3)]
+        values += new[len(old) :]
+        kept.replace(old, new)
+    assert kept.answer(ranks, mark + 1) is None
 
 
 def global_randomness():

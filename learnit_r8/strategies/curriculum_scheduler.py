@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +13,19 @@ from learnit_r8.config import Problems
 from learnit_r8.errors import ConfigError
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.curriculum import LOWEST_TEMPERATURE, bin_probabilities, check_curriculum
-from learnit_r8.strategies.sorted_floats import SortedFloats
+from learnit_r8.strategies.keyed_averages import KeyedAverages
 
 _REBIN_EVERY = 50
 """Updates after which the bins' boundaries are taken anew."""
 
 
-class CurriculumScheduler:
+class CurriculumScheduler(KeyedAverages):
     """Tracks the difficulty of keyed items by their scores, and says which to try next.
 
     Scores are rewards: the higher, the easier. Each item's difficulty is an exponential moving
     average of its scores; boundaries of the bins are quantiles over all items, taken anew at the
-    first question after 50 updates or more. An update is O(1) and leaves O(log n) to that question.
+    first question after 50 updates or more. Updates are applied together, at a question or when
+    256 are pending; each is O(1), and leaves O(log n) to the question that takes new boundaries.
 
     Args:
         strategy: "uniform", "easy_first" or "competence_based".
@@ -67,71 +66,17 @@ class CurriculumScheduler:
         self._boundaries: list[float] = []
         self._rising: list[float] = []
         self._mastered = 0.0  # share of the items at or above the threshold
-        self._updates = 0
         self._binned_at = 0
         self._track([], [], [])
-
-    def _track(self, keys: Sequence[Hashable], scores: Iterable[float], counts: Iterable[float]) -> None:
-        self._keys = list(keys)
-        self._slots = {key: slot for slot, key in enumerate(self._keys)}
-        # Score and number of updates of each item, side by side: one cache line for an update.
-        self._items = array("d", chain.from_iterable(zip(scores, counts, strict=True)))
-        self._sort_all()
-
-    def _sort_all(self) -> None:
-        self._sorted_scores = self._items[::2]  # what `_sorted` holds, by slot
-        self._sorted = SortedFloats(self._sorted_scores)
-        self._changed: list[int] = []  # slots whose score changed since
-        self._change_limit = max(_REBIN_EVERY, len(self._keys) // 8)  # beyond it, sorting all is cheaper
 
     @property
     def strategy(self) -> str:
         """Name of the strategy."""
         return self._strategy.value
 
-    @property
-    def n_items_tracked(self) -> int:
-        """Number of items with at least one score."""
-        return len(self._keys)
-
-    def update(self, item_key: Hashable, score: float) -> None:
-        """Take one score of an item.
-
-        Args:
-            item_key: Any hashable; str or int where the state is to be saved.
-            score: Finite; higher is easier.
-
-        Raises:
-            ValueError: The score is not finite. Nothing is changed.
-        """
-        score = float(score)
-        if not math.isfinite(score):
-            raise ValueError(f"score must be finite, got {score} for item {item_key!r}")
-        slot = self._slots.get(item_key)
-        if slot is None:
-            slot = self._slots[item_key] = len(self._keys)
-            self._keys.append(item_key)
-            self._items.extend((score, 1.0))
-        else:
-            at = 2 * slot
-            self._items[at] = self.ema_alpha * score + (1 - self.ema_alpha) * self._items[at]
-            self._items[at + 1] += 1.0
-        if len(self._changed) <= self._change_limit:
-            self._changed.append(slot)
-        self._updates += 1
-
-    def update_batch(self, item_key: Hashable, scores: Sequence[float]) -> None:
-        """Take the mean of several scores of one item; no scores, no change."""
-        if len(scores):
-            self.update(item_key, math.fsum(map(float, scores)) / len(scores))
-
-    def get_item_difficulty(self, item_key: Hashable) -> float | None:
-        """Return the item's average score (higher is easier), or None if it has none."""
-        slot = self._slots.get(item_key)
-        return None if slot is None else self._items[2 * slot]
-
     def get_item_bin(self, item_key: Hashable) -> int:
         """Return the item's bin, 0 (easiest) to n_bins - 1; the middle one if it has no score."""
+        self._apply()
         slot = self._slots.get(item_key)
         return self.n_bins // 2 if slot is None else self._bin_of(self._items[2 * slot])
 
@@ -144,22 +89,6 @@ class CurriculumScheduler:
             self._rebin()
             self._binned_at = self._updates
 
-    def _sort(self) -> None:
-        """Bring `_sorted` up to date."""
-        if len(self._changed) > self._change_limit:
-            self._sort_all()
-            return
-        for slot in self._changed:
-            new = self._items[2 * slot]
-            if slot == len(self._sorted_scores):
-                self._sorted_scores.append(new)
-            else:
-                self._sorted.remove(self._sorted_scores[slot])
-                self._sorted_scores[slot] = new
-            self._sorted.add(new)
-        self._changed.clear()
-        self._change_limit = max(_REBIN_EVERY, len(self._keys) // 8)
-
     def _rebin(self) -> None:
         """Set the boundaries: the lowest score of each bin but the hardest, the easiest bin first.
 
@@ -168,22 +97,24 @@ class CurriculumScheduler:
         best item only, its hardest nearly two bins' worth.) With fewer items than bins the
         boundaries are evenly spaced.
         """
-        self._sort()
-        count = len(self._sorted)
-        if count >= self.n_bins:
-            ranks = [count - i * count // self.n_bins for i in range(1, self.n_bins)]
-            self._boundaries = self._sorted.select(ranks[::-1])[::-1]
-        elif count:
-            low, high = self._sorted.select([0, count - 1])
+        self._apply()
+        count = len(self._keys)
+        if not count:
+            return
+        ranks = [count - i * count // self.n_bins for i in range(1, self.n_bins)]
+        if count < self.n_bins:
+            ranks = [0, count - 1]
+        self._boundaries, below = self._select(ranks, self.competence_threshold)
+        if count < self.n_bins:
+            low, high = self._boundaries
             self._boundaries = [high - i * (high - low) / self.n_bins for i in range(1, self.n_bins)]
         self._rising = self._boundaries[::-1]
-        below = self._sorted.count_below(self.competence_threshold)
-        self._mastered = 1 - below / count if count else 0.0
+        self._mastered = 1 - below / count
 
     def bin_probabilities(self, current_step: int = 0, total_steps: int = 1000) -> list[float]:
         """Return the probability of each bin, easiest first."""
         frontier = None
-        if self.steer and self._keys:
+        if self.steer and self._updates:
             self._rebin_if_due()
             frontier = min(max(self._mastered * self.n_bins - 0.5, 0.0), self.n_bins - 1.0)
         progress = current_step / max(1, total_steps)
@@ -218,6 +149,7 @@ class CurriculumScheduler:
         Raises:
             ValueError: No item is tracked yet.
         """
+        self._apply()
         if not self._keys:
             raise ValueError("no item is tracked yet: call update(key, score) first")
         rng = self._rng()
@@ -235,6 +167,7 @@ class CurriculumScheduler:
 
     def metrics_dict(self) -> dict[str, float]:
         """Return figures for a metrics log; O(n)."""
+        self._apply()
         if not self._keys:
             return {"curriculum/items_tracked": 0, "curriculum/strategy": 0}
         scores = np.array(self._items[::2])
@@ -258,6 +191,7 @@ class CurriculumScheduler:
         Raises:
             TypeError: A key is neither str nor int, and could not be restored.
         """
+        self._apply()
         strange = next((key for key in self._keys if type(key) not in (str, int)), None)
         if strange is not None:
             raise TypeError(f"only str and int keys can be saved, got {strange!r}")
@@ -310,7 +244,7 @@ class CurriculumScheduler:
         self._draws = int(state.get("draws", 0))
         self._track(keys, map(float, scores), map(float, counts))
         self._rising = self._boundaries[::-1]
-        self._updates = int(state.get("updates", sum(self._items[1::2])))
+        self._applied = int(state.get("updates", sum(self._items[1::2])))
         self._binned_at = int(state["last_rebin_count"]) if "updates" in state else 0
         self._mastered = float(state.get("mastered", 0.0))
 
