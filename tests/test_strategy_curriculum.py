@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections import Counter
 
 import numpy as np
@@ -313,7 +314,7 @@ def test_rank_windows_agree_with_sorting(seed, size, parts, levels, drift):
             new.append(values[at])
         new += [number(turn) for _ in range(turn % 3)]
         values += new[len(old) :]
-        kept.replace(old, new)
+        kept.replace(array("d", old), array("d", new))
     assert kept.answer(ranks, mark + 1) is None
 
 

@@ -18,7 +18,7 @@ it asks for the next one's."""
 _FEW = 8  # updates for which that is not worth a call of numpy
 _CHANGED = 8
 """Where more than one average in 8 has changed, sorting all of them costs less than moving each."""
-_SMALL = 2048  # items; up to there it always does
+_SMALL = 2048  # keys; up to there it always does
 
 
 class KeyedAverages:
@@ -46,55 +46,60 @@ class KeyedAverages:
         keys, scores = self._pending_keys, self._pending_scores
         if not keys:
             return
-        self._pending_keys, self._pending_scores = [], []
         self._applied += len(keys)
+        if len(keys) <= _FEW:
+            for key, score in zip(keys, scores, strict=True):
+                self._apply_one(key, score)
+            keys.clear()
+            scores.clear()
+        else:
+            self._pending_keys, self._pending_scores = [], []
+            self._apply_many(keys, scores)
+        if self._ranked is not None and _CHANGED * len(self._entered) > len(self._keys):
+            self._ranked = None
+
+    def _apply_one(self, key: Hashable, score: float) -> None:
+        slot = self._slots.get(key)
+        at = 2 * (self._slot_of(key) if slot is None else slot)
+        old = self._items[at]
+        if old == old:  # not NaN: the key is not new
+            score = self.ema_alpha * score + (1 - self.ema_alpha) * old
+        self._items[at] = score
+        self._items[at + 1] += 1.0
+        if self._ranked is not None:
+            self._entered.append(score)
+            if old == old:
+                self._left.append(old)
+
+    def _apply_many(self, keys: list[Hashable], scores: list[float]) -> None:
         slots: Any = list(map(self._slots.get, keys))
         if None in slots:
             slots = list(map(self._slot_of, keys))
-        if len(slots) <= _FEW:
-            for slot, score in zip(slots, scores, strict=True):
-                self._apply_one(slot, score)
-        else:
-            self._apply_many(slots, scores)
-        if self._ranked is None or _CHANGED * len(self._entered) > len(self._keys) or len(self._keys) <= _SMALL:
-            self._ranked, self._left, self._entered = None, array("d"), array("d")
-
-    def _apply_one(self, slot: int, score: float) -> None:
-        at = 2 * slot
-        old = self._items[at]
-        if old == old:  # not NaN: the key is not new
-            score = self._average(score, old)
-            self._left.append(old)
-        self._items[at] = score
-        self._items[at + 1] += 1.0
-        self._entered.append(score)
-
-    def _apply_many(self, slots: list[int], scores: list[float]) -> None:
         items = np.frombuffer(self._items)
         at = 2 * np.array(slots)
         old = items.take(at)
         np.add.at(items, at + 1, 1.0)
-        now = dict(zip(slots, old.tolist(), strict=True))
-        if len(now) == len(slots):
+        alpha, rest = self.ema_alpha, 1 - self.ema_alpha
+        if len(set(slots)) == len(slots):
             new = np.array(scores)
-            known = old == old  # not NaN: the key is not new
+            known = old == old
             if np.count_nonzero(known) == len(old):
-                new = self._average(new, old)
+                new = alpha * new + rest * old
             else:
-                new[known] = self._average(new[known], old := old[known])
+                old = old[known]
+                new[known] = alpha * new[known] + rest * old
             items[at] = new
+        else:
+            now = dict(zip(slots, old.tolist(), strict=True))
+            old = np.array([before for before in now.values() if before == before])
+            for slot, score in zip(slots, scores, strict=True):
+                before = now[slot]
+                now[slot] = alpha * score + rest * before if before == before else score
+            items[at] = list(map(now.__getitem__, slots))
+            new = np.array(list(now.values()))
+        if self._ranked is not None:
             self._left.frombytes(old.tobytes())
             self._entered.frombytes(new.tobytes())
-            return
-        self._left.extend(score for score in now.values() if score == score)
-        for slot, score in zip(slots, scores, strict=True):
-            before = now[slot]
-            now[slot] = self._average(score, before) if before == before else score
-        items[at] = list(map(now.__getitem__, slots))
-        self._entered.extend(now.values())
-
-    def _average(self, score: Any, before: Any) -> Any:
-        return self.ema_alpha * score + (1 - self.ema_alpha) * before
 
     def _slot_of(self, key: Hashable) -> int:
         slot = self._slots.setdefault(key, len(self._keys))
@@ -146,11 +151,13 @@ class KeyedAverages:
 
     def _select(self, ranks: list[int], mark: float) -> tuple[list[float], int]:
         """Return the averages of these ranks (0: the lowest), and how many are below the mark."""
-        if self._ranked is not None:
+        found = None
+        if self._ranked is not None and self._entered:
             self._ranked.replace(self._left, self._entered)
-            self._left, self._entered = array("d"), array("d")
             found = self._ranked.answer(ranks, mark)
-            if found is not None:
-                return found
-        self._ranked = RankWindows(np.frombuffer(self._items)[::2], ranks, mark)
-        return self._ranked.at_first()
+        self._left, self._entered = array("d"), array("d")
+        if found is None:
+            ranked = RankWindows(np.frombuffer(self._items)[::2], ranks, mark)
+            found = ranked.at_first()
+            self._ranked = ranked if len(self._keys) > _SMALL else None
+        return found

@@ -9,19 +9,21 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_LEAST_REACH = 64
 _REACH = 128
 """A window reaches over a 128th of the numbers to either side of its rank: sorting all anew is
 rare, and few changes fall into a window."""
+_CELLS = 8
+"""Cells to either side of the rank: a shift within one is short."""
+_LEAST = 16  # numbers in a cell
 _GROWTH = 8
-"""Times its reach a window may hold, so that a shift within it stays short."""
+"""Times as many numbers a cell may hold before all are sorted anew."""
 
 
 class RankWindows:
     """Many floats, of which a few change between questions for the numbers of certain ranks.
 
     Edges cut the line into cells: below the first edge, at it, between it and the second, and so on.
-    Of every cell the count is known, and of the cells near a rank the numbers themselves, in order.
+    Of every cell the count is known, and of the cells around a rank the numbers themselves, in order.
 
     Args:
         values: Finite floats, in any order.
@@ -36,13 +38,13 @@ class RankWindows:
     def _cut(self, ordered: NDArray[np.float64]) -> None:
         self._sorted = None
         count = len(ordered)
-        reach = max(_LEAST_REACH, count // _REACH)
-        self._most = _GROWTH * reach
-        # Where there is no such rank there is no edge: the window is open.
-        lows = [float(ordered[rank - reach]) if rank >= reach else -np.inf for rank in self._ranks]
-        highs = [float(ordered[rank + reach]) if rank + reach < count else np.inf for rank in self._ranks]
-        edges = np.unique([*lows, *highs, self._mark])
-        edges = edges[np.isfinite(edges)]
+        load = max(_LEAST, count // (_REACH * _CELLS))
+        self._most = _GROWTH * load
+        places = np.add.outer(np.array(self._ranks, np.int64), load * np.arange(-_CELLS, _CELLS + 1))
+        edges = np.unique([*ordered[places[(places >= 0) & (places < count)]], self._mark])
+        # Where there is no such place the window is open.
+        lows = np.where(places[:, 0] >= 0, ordered.take(places[:, 0], mode="clip"), -np.inf)
+        highs = np.where(places[:, -1] < count, ordered.take(places[:, -1], mode="clip"), np.inf)
         # A cell has the numbers from its lower bound to less than the next one: an edge's own cell the edge only.
         self._bounds = np.stack([edges, np.nextafter(edges, np.inf)], axis=1).reshape(-1)
         starts = [0, *ordered.searchsorted(self._bounds).tolist(), count]
@@ -54,15 +56,17 @@ class RankWindows:
         }
         self._has_window = np.zeros(len(self._counts), bool)
         self._has_window[list(self._windows)] = True
+        self._mark_cell = int(self._cells(np.array([self._mark]))[0])
+        self._crowded = False
 
-    def _cells(self, values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.int64]:
+    def _cells(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
         return self._bounds.searchsorted(values, side="right")
 
-    def replace(self, old: Sequence[float], new: Sequence[float]) -> None:
+    def replace(self, old: array[float], new: array[float]) -> None:
         """Put in the new numbers and then take out the old ones, each of which must be there by then."""
         if self._sorted is not None:
             self._cut(self._sorted)
-        values = np.concatenate([new, old])
+        values = np.frombuffer(new + old)
         cells = self._cells(values)
         size = len(self._counts)
         self._counts += np.bincount(cells[: len(new)], minlength=size)
@@ -72,6 +76,7 @@ class RankWindows:
             window = self._windows[cell]
             if place < len(new):
                 insort(window, value)
+                self._crowded |= len(window) > self._most
             else:
                 del window[bisect_left(window, value)]
 
@@ -84,9 +89,9 @@ class RankWindows:
         """Return the same for these ranks and this mark, after changes.
 
         Returns:
-            None where the mark is another one, a rank has left the windows or these have become too large.
+            None where the mark is another one, a rank has left the windows or too many numbers have come.
         """
-        if mark != self._mark or any(len(window) > self._most for window in self._windows.values()):
+        if mark != self._mark or self._crowded:
             return None
         ends = self._counts.cumsum()
         found = []
@@ -97,5 +102,4 @@ class RankWindows:
                 found.append(self._windows[cell][rank - int(ends[cell])])  # counted from the cell's end
             else:
                 return None
-        below = int(self._counts[: int(self._bounds.searchsorted(mark)) + 1].sum())
-        return found, below
+        return found, int(ends[self._mark_cell - 1])
