@@ -160,7 +160,7 @@ def curriculum_updates() -> dict[str, dict[int, float]]:
             ask_never(scheduler, first[50:])
             subjects[name, size] = dict(first) if name == "in a plain dict" else scheduler
     times: dict[tuple[str, int], list[float]] = {subject: [] for subject in subjects}
-    for _ in range(25):
+    for _ in range(100):
         for (name, size), subject in subjects.items():
             updates = [(f"item {key}", float(rng.random())) for key in rng.integers(size, size=2000).tolist()]
             begin = time.process_time()
