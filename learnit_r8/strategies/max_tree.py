@@ -26,6 +26,7 @@ class MaxTree:
 
     def __init__(self, size: int) -> None:
         self._levels: list[Losses] = []
+        self._filled = False  # some slot may have a number
         while True:
             nodes = (size + _FAN_OUT - 1) >> _SHIFT
             last = size <= _LAST_LEVEL
@@ -36,6 +37,7 @@ class MaxTree:
 
     def insert(self, slots: Indices, values: Losses) -> None:
         """Give empty slots numbers."""
+        self._filled = True
         self._levels[0][slots] = values
         for level in self._levels[1:]:
             slots = slots >> _SHIFT
@@ -51,6 +53,7 @@ class MaxTree:
 
     def fill(self, values: Losses) -> None:
         """Give all slots new numbers; O(N)."""
+        self._filled = True
         self._levels[0][: len(values)] = values
         for children, level in pairwise(self._levels):
             highest = children.reshape(-1, _FAN_OUT).max(axis=1)
@@ -58,7 +61,9 @@ class MaxTree:
 
     def top(self, k: int) -> Indices:
         """Return the slots of the k highest numbers, the highest first; fewer where fewer are set."""
-        if k <= 0 or np.maximum.reduce(self._levels[-1]) == -np.inf:
+        if k > 0 and self._filled:
+            self._filled = bool(np.maximum.reduce(self._levels[-1]) > -np.inf)
+        if k <= 0 or not self._filled:
             return np.empty(0, np.int64)
         nodes, lowest = _highest(self._levels[-1], k)
         for level in self._levels[-2::-1]:

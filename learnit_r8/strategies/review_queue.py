@@ -16,7 +16,6 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -253,12 +252,20 @@ class ReviewQueue:
             if np.count_nonzero(ids[1:] == ids[:-1]):
                 ids = np.unique(ids)
             if len(ids) > count:
-                ids = ids[np.argsort(-self.difficulty[ids], kind="stable")]
+                ids = self._hardest_first(ids)
                 self._note(day, ids[count:])
                 ids = ids[:count]
             parts.append(ids)
             count -= len(ids)
         return parts
+
+    def _hardest_first(self, ids: Indices) -> Indices:
+        easiness = -self.difficulty[ids].astype(np.float64)
+        order = easiness.argsort()  # takes a third of a stable sort's time, and gives the same where there are no ties
+        rising = easiness.take(order)
+        if np.count_nonzero(rising[1:] == rising[:-1]):
+            order = easiness.argsort(kind="stable")
+        return ids.take(order)
 
     # Reporting ----------------------------------------------------------------------------
 
@@ -290,12 +297,13 @@ class ReviewQueue:
         intervals[losses >= mean + spacing.success_threshold_std * std] = 1.0
         off = losses - mean
         factors = _Z_FACTORS.take(_Z_EDGES.searchsorted(off / std)) if std > 0 else 1.0
-        wait = spacing.spacing_steps * intervals * factors
-        dates[:] = step + np.ceil(wait).astype(np.int64)
+        due = np.ceil(spacing.spacing_steps * intervals * factors).astype(np.int64)
+        due += step
+        dates[:] = due
         self._leave(ids, before)
         self._strike(ids, step)
         self._opaque[ids] = block
-        self._enter(ids, dates)
+        self._enter(ids, due)
         if not first:
             self.stats.move(off)
 
@@ -330,11 +338,13 @@ class ReviewQueue:
         """Enter samples into the calendar."""
         if not len(ids):
             return
-        order = np.argsort(due)
-        ids, due = ids[order], due[order]
-        edges = [0, *((due[1:] != due[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
-        for start, end in pairwise(edges):
-            self._note(int(due[start]), ids[start:end])
+        order = due.argsort()
+        ids, due = ids.take(order), due.take(order)
+        ends = [*(due[1:] != due[:-1]).nonzero()[0].tolist(), len(ids) - 1]
+        start = 0
+        for day, end in zip(due.take(ends).tolist(), ends, strict=True):
+            self._note(day, ids[start : end + 1])
+            start = end + 1
 
     def _note(self, day: int, ids: Indices) -> None:
         if day in self._calendar:
