@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
 from learnit_r8.strategies.base import BatchRequest, Draw, register
@@ -102,9 +103,17 @@ class Curriculum:
         self.temperature = max(LOWEST_TEMPERATURE, problems.real("temperature", temperature, 0.0))
         problems.raise_if_any()
         self.debias = bool(debias)
-        self._members = np.zeros(0, np.uint32)
-        self._starts = np.zeros(0, np.int64)
-        self._turns: list[int] = []
+        self._set_bins(np.zeros(0, np.uint32), np.zeros(1, np.int64), [])
+
+    def _set_bins(self, members: NDArray[np.uint32], starts: NDArray[np.int64], turns: list[int]) -> None:
+        """Take the samples, bin by bin, where each bin starts, and whose turn it is in each."""
+        self._members, self._starts, self._turns = members, starts, turns
+        # What every draw of the epoch needs:
+        self._sizes = starts[1:] - starts[:-1]
+        self._count = int(self._sizes.sum())
+        self._uniform = self._sizes / max(self._count, 1)
+        self._present = self._sizes > 0
+        self._bounds = starts.tolist()
 
     def start_epoch(self, request: BatchRequest) -> None:
         """Sort the samples into bins; those without a known loss go to the middle one."""
@@ -116,9 +125,8 @@ class Curriculum:
         if len(known):
             ranks = np.unique(np.arange(1, self.n_bins) * len(known) // self.n_bins)
             bins[seen] = np.searchsorted(np.partition(known, ranks)[ranks], known, side="right")
-        self._members = order[np.argsort(bins, kind="stable")]
-        self._starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=self.n_bins))])
-        self._turns = [0] * self.n_bins
+        starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=self.n_bins))])
+        self._set_bins(order[np.argsort(bins, kind="stable")], starts, [0] * self.n_bins)
 
     def draw(self, request: BatchRequest) -> Draw:
         """Return a batch whose shares of the bins follow the curriculum."""
@@ -126,27 +134,29 @@ class Curriculum:
             self.start_epoch(request)
         if request.stable_only:
             return Draw(draw_stable(request))
-        sizes = np.diff(self._starts)
-        size = min(request.size, int(sizes.sum()))
-        expected = self._expected_counts(sizes, size, request.progress)
+        size = min(request.size, self._count)
+        expected = self._expected_counts(size, request.progress)
         # Systematic rounding: the shares are whole numbers with exactly these expectations.
-        edges = np.floor(np.concatenate([[0.0], np.cumsum(expected)]) + request.rng.random() + 1e-9)
+        edges = np.zeros(len(expected) + 1)
+        np.add.accumulate(expected, out=edges[1:])
+        edges += request.rng.random()
+        edges += 1e-9
+        np.floor(edges, out=edges)
         edges[-1] = edges[0] + size
-        counts = np.diff(edges).astype(np.int64)
-        indices = np.concatenate([self._take(number, int(count)) for number, count in enumerate(counts)])
-        probabilities = np.repeat(expected / np.maximum(sizes, 1) / max(size, 1), counts)
-        weights = 1.0 / (sizes.sum() * probabilities) if self.debias else np.ones(size)
-        return Draw(indices.astype(np.int64), probabilities, weights)
+        counts = (edges[1:] - edges[:-1]).astype(np.int64)
+        indices = np.concatenate(list(map(self._take, range(len(expected)), counts.tolist())), dtype=np.int64)
+        probabilities = (expected / np.maximum(self._sizes, 1) / max(size, 1)).repeat(counts)
+        weights = 1.0 / (self._count * probabilities) if self.debias else np.ones(size)
+        return Draw(indices, probabilities, weights)
 
-    def _expected_counts(self, sizes: Any, size: int, progress: float) -> Floats:
+    def _expected_counts(self, size: int, progress: float) -> Floats:
         """Return the expected number of samples from each bin: the mixture, capped at the bins' sizes."""
-        wanted = np.array(bin_probabilities(self.strategy, self.n_bins, progress, self.temperature)) * (sizes > 0)
-        total = wanted.sum()
-        uniform = sizes / sizes.sum()
-        wanted = wanted / total if total > 0 else uniform
-        expected: Floats = size * ((1 - UNIFORM_SHARE) * wanted + UNIFORM_SHARE * uniform)
-        full = np.zeros(self.n_bins, bool)
-        while (over := (expected > sizes) & ~full).any():
+        wanted = np.array(bin_probabilities(self.strategy, self.n_bins, progress, self.temperature)) * self._present
+        total = float(np.add.reduce(wanted))
+        wanted = wanted / total if total > 0 else self._uniform
+        expected: Floats = size * ((1 - UNIFORM_SHARE) * wanted + UNIFORM_SHARE * self._uniform)
+        sizes, full = self._sizes, np.zeros(self.n_bins, bool)
+        while np.count_nonzero(over := (expected > sizes) & ~full):
             full |= over
             expected[full] = sizes[full]
             rest = expected[~full].sum()
@@ -156,7 +166,7 @@ class Curriculum:
 
     def _take(self, number: int, count: int) -> Any:
         """Return the next members of a bin, starting over at its end."""
-        start, end = int(self._starts[number]), int(self._starts[number + 1])
+        start, end = self._bounds[number], self._bounds[number + 1]
         first = start + self._turns[number]
         part = self._members[first : min(first + count, end)]
         missing = count - len(part)
@@ -171,6 +181,5 @@ class Curriculum:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._members = np.array(state["members"], np.uint32)
-        self._starts = np.array(state["starts"], np.int64)
-        self._turns = [int(turn) for turn in state["turns"]]
+        starts = np.array(state["starts"], np.int64)
+        self._set_bins(np.array(state["members"], np.uint32), starts, [int(turn) for turn in state["turns"]])

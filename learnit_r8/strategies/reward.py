@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from learnit_r8.config import Problems
 from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_losses
+from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_losses, reported
 from learnit_r8.types import LossReport
 
 
@@ -96,7 +96,8 @@ class RewardWeighted(WeightedStrategy):
         low, high = self._range
         if self._sampler is None or self._rewards is not None or self.use_rank or not high > low:
             return
-        score = np.clip((high - report.losses.astype(np.float64)) / (high - low), 0.0, 1.0)
+        score = (high - reported(report)) / (high - low)
+        score = np.minimum(np.maximum(score, 0.0), 1.0)  # half of np.clip's time
         self._sampler.set(report.indices, reward_weights(score, self.temperature))
 
     def state_dict(self) -> dict[str, Any]:
