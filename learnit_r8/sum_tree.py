@@ -278,14 +278,17 @@ def _draw_kernel(values: Any, starts: Any, last_sums: Any, u: Any, slots: Any) -
     below_total = np.nextafter(total, 0.0)
     remainders = np.empty(len(u))
     for k in range(len(u)):
-        remainder = min(u[k] * total, below_total)
-        node, left = 0, len(last_sums)
-        while left > 1:
-            half = left >> 1
-            node += half if last_sums[node + half - 1] <= remainder else 0
-            left -= half
-        slots[k] = node
-        remainders[k] = remainder - (last_sums[node - 1] if node > 0 else 0.0)
+        slots[k] = 0
+        remainders[k] = min(u[k] * total, below_total)
+    left = len(last_sums)
+    while left > 1:  # for all numbers at once: vector instructions, and no branch to guess wrong
+        half = left >> 1
+        for k in range(len(u)):
+            slots[k] += half * (last_sums[slots[k] + half - 1] <= remainders[k])
+        left -= half
+    for k in range(len(u)):
+        if slots[k] > 0:
+            remainders[k] -= last_sums[slots[k] - 1]
     sums = np.empty(_FAN_OUT)
     touched = 0.0
     for level in range(len(starts) - 2, -1, -1):
