@@ -2,7 +2,7 @@
 
 `python -m benchmarks.strategies [--large] [--plain]`: B = 256, one loss per sample, microseconds per step, medians of
 rounds in which the strategies take turns. "choose" is draw + observe (plus the epoch's plan, spread over its batches);
-"step" is the whole of `R8Scheduler`'s share of a training step. Times are of the CPU (all of it is one thread's work),
+"step" is the whole of `R8Scheduler`'s share of a training step within an epoch. Times are of the CPU (all of it is one thread's work),
 so that other processes disturb less. `--large` adds N = 1e7, `--plain` leaves numba out.
 """
 
@@ -113,12 +113,12 @@ def stepping(num_samples: int) -> dict[str, float]:
     """Return microseconds of the scheduler's share of a step, after the cataloging epoch."""
     runs = {name: training(name, num_samples) for name in names()}
     epoch = -(-num_samples // BATCH)
-    turns = max(1, 2000 // epoch) * epoch if num_samples < 100_000 else 1000  # whole epochs, or parts of one
+    turns = max(1, 400 // epoch) * epoch if num_samples < 100_000 else 200  # whole epochs, or parts of one
     for run in runs.values():
         for _ in islice(run, epoch):  # cataloging
             pass
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
+    for _ in range(5 * ROUNDS):
         for name, run in runs.items():
             begin = time.process_time()
             for _ in islice(run, turns):
