@@ -2,8 +2,8 @@
 
 `python -m benchmarks.strategies [--large] [--plain]`: B = 256, one loss per sample, microseconds per step, medians of
 rounds in which the strategies take turns. "choose" is draw + observe (plus the epoch's plan, spread over its batches);
-"step" is the whole of `R8Scheduler`'s share of a training step within an epoch. Times are of the CPU (all of it is one thread's work),
-so that other processes disturb less. `--large` adds N = 1e7, `--plain` leaves numba out.
+"step" is the whole of `R8Scheduler`'s share of a training step within an epoch. Times are of the CPU (all of it is one
+thread's work), so that other processes disturb less. `--large` adds N = 1e7, `--plain` leaves numba out.
 """
 
 from __future__ import annotations

@@ -26,13 +26,17 @@ the weight: it is in every batch anyway, and all others would be drawn uniformly
 
 def reweigh(weights: Floats, losses: Floats, learning_rate: float, momentum: float) -> Floats:
     """Return the weights of some samples after their losses were seen, both float64 `[n]`."""
-    deviation = losses - losses.sum() / len(losses)
-    spread = math.sqrt(deviation @ deviation / len(losses))
+    factor = losses - np.add.reduce(losses) / len(losses)
+    spread = math.sqrt(factor.dot(factor) / len(losses))
     if spread > 0:
-        deviation /= spread
-    exponent = np.minimum(learning_rate * deviation, _LARGEST_EXPONENT)
-    boosted = weights * (momentum + (1 - momentum) * np.exp(exponent))
-    return np.asarray(np.maximum(np.minimum(boosted, _RANGE), 1 / _RANGE))
+        factor /= spread
+    factor *= learning_rate
+    np.exp(np.minimum(factor, _LARGEST_EXPONENT, out=factor), out=factor)
+    factor *= 1 - momentum
+    factor += momentum
+    factor *= weights
+    np.minimum(factor, _RANGE, out=factor)
+    return np.asarray(np.maximum(factor, 1 / _RANGE, out=factor))
 
 
 def _check(problems: Problems, learning_rate: float, momentum: float) -> tuple[float, float]:

@@ -25,7 +25,8 @@ from learnit_r8.config import Problems
 from learnit_r8.errors import ProtocolError
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.review_queue import ExponentialMovingStats, ReviewQueue, Spacing
+from learnit_r8.strategies.moving_stats import ExponentialMovingStats
+from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
 from learnit_r8.strategies.weighting import as_losses, draw_stable, reported
 from learnit_r8.types import Indices, LossReport, Mask
 
