@@ -67,7 +67,8 @@ class SumTree:
         self._starts = np.concatenate([[0], np.cumsum(self._widths)]).astype(np.int64) * _FAN_OUT
         self._values = _aligned_zeros(int(self._starts[-1]))  # all levels end to end
         self._last_values = np.zeros(self._widths[-1])
-        self._last_sums = np.zeros(self._widths[-1])
+        self._sums_before = np.zeros(self._widths[-1] + 1)  # the first is 0
+        self._last_sums = self._sums_before[1:]
         self._levels = [
             self._values[start:stop].reshape(-1, _FAN_OUT)
             for start, stop in zip(self._starts[:-1], self._starts[1:], strict=True)
@@ -164,7 +165,7 @@ class SumTree:
             return slots
         remainder = np.minimum(u * self._last_sums[-1], np.nextafter(self._last_sums[-1], 0.0))
         nodes: Indices = self._last_sums.searchsorted(remainder, side="right").astype(np.int64, copy=False)
-        remainder -= np.where(nodes > 0, self._last_sums[nodes - 1], 0.0)
+        remainder -= self._sums_before.take(nodes)
         columns = np.arange(len(nodes))
         for children in reversed(self._levels):
             # A row for each child, after one of zeros: whole rows, end to end, are added and compared.
@@ -176,7 +177,7 @@ class SumTree:
                 np.minimum(remainder, np.nextafter(sums[-1], 0.0), out=remainder)
             child = np.add.reduce((sums[1:] <= remainder).view(np.uint8), axis=0, dtype=np.uint8)
             nodes = (nodes << _SHIFT) + child
-            remainder -= sums[child, columns]
+            remainder -= sums.reshape(-1).take(child * np.int64(len(columns)) + columns)
         return nodes
 
     def _write(self, slots: Indices, values: Weights) -> None:
