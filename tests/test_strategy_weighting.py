@@ -130,6 +130,19 @@ def test_what_is_drawn_ahead_is_what_is_drawn_one_by_one_however_reports_come(st
             sampler.set(ids, rng.random(len(ids)))
 
 
+def test_a_large_data_set_is_drawn_ahead_further_and_alike():
+    rng = np.random.default_rng(5)
+    sampler, drawn_from = sampler_of(rng.random(100_000)), []
+    for _ in range(20):
+        alone = MixtureSampler.from_state(sampler.state_dict())
+        draw, expected = sampler.draw(256), alone.draw(256)
+        np.testing.assert_array_equal(draw.indices, expected.indices)
+        np.testing.assert_array_equal(draw.probabilities, expected.probabilities)
+        drawn_from.append(len(sampler._behind))
+        sampler.set(draw.indices, rng.random(256))
+    assert drawn_from[:10] == [*range(8), 0, 1]
+
+
 def test_a_sampler_restored_in_mid_epoch_draws_the_same():
     class Subject:
         def __init__(self):

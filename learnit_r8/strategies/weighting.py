@@ -43,6 +43,8 @@ _HIGHEST_SHARE = 0.25
 _GOLDEN = (5**0.5 - 1) / 2
 _ALMOST_ONE = 1 - 1e-9
 _BATCHES_BEHIND = 4
+_LARGE = 100_000
+"""Samples from which on twice as many batches may be behind: there 8 are a smaller part of an epoch."""
 
 
 class MixtureSampler:
@@ -61,6 +63,7 @@ class MixtureSampler:
         self._tree = SumTree(num_samples)
         self._floor = 0.0
         self._phase = 0.0
+        self._most_behind = _BATCHES_BEHIND * (2 if num_samples >= _LARGE else 1)
         self._behind: list[Indices] = []  # samples whose weights the tree does not have yet
         self._ahead: deque[Draw] = deque()  # drawn from the tree as it is, the next batch first
         self._ahead_size = 0
@@ -92,7 +95,7 @@ class MixtureSampler:
         self.weights[indices] = weights
         self._behind.append(indices)
         count = len(self._behind)
-        if count >= _BATCHES_BEHIND or 16 * count * len(indices) >= len(self._order):
+        if count >= self._most_behind or 16 * count * len(indices) >= len(self._order):
             self._catch_up()
 
     def _catch_up(self) -> None:
@@ -128,7 +131,7 @@ class MixtureSampler:
         drawn ahead is forgotten, so each batch is what it would be if it were drawn by itself.
         """
         phases = [self._phase]
-        while len(phases) < _BATCHES_BEHIND - len(self._behind):
+        while len(phases) < self._most_behind - len(self._behind):
             phases.append(_next_phase(phases[-1]))
         slots = self._tree.draw(self._points(size, *phases))
         values = self._tree.view.take(slots)
