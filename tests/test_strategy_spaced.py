@@ -319,3 +319,25 @@ def test_statistics_take_tensors_and_nothing_that_is_no_number():
         with pytest.raises(TypeError, match="must be numbers"):
             plain.update(wrong)
     assert plain.state_dict() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_resumed_in_mid_pass_goes_on_the_same_with_workers_too(workers):
+    def make():
+        sampler = SpacedRepetitionSampler(range(60), num_steps=30, batch_size=8, spacing_steps=2)
+        return sampler, DataLoader(range(60), batch_sampler=sampler, num_workers=workers)
+
+    def train(sampler, loader, stop=None):
+        seen = []
+        for batch in loader:
+            seen.append(batch.tolist())
+            sampler.update_difficulties(np.sin(batch.numpy()) + 2)
+            if len(seen) == stop:
+                break
+        return seen, sampler.state_dict()
+
+    whole, _ = train(*make())
+    head, state = train(*make(), stop=11)
+    sampler, loader = make()
+    sampler.load_state_dict(state)
+    assert head + train(sampler, loader)[0] == whole

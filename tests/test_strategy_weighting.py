@@ -271,3 +271,18 @@ def test_sample_says_what_it_needs(call):
 def global_randomness():
     legacy = np.random.get_state()[1]  # noqa: NPY002 - that is the state to leave alone
     return random.getstate(), legacy.tolist(), torch.random.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("ids", [[0.5, 1.7], ["1", "2"], np.ones(2, bool), [None, 1]])
+def test_ids_that_are_no_integers_are_refused(ids):
+    sampler = AdaptiveBatchSampler(10)
+    before = sampler.state_dict()["sampler"]["weights"]
+    with pytest.raises(ValueError, match="indices must be integers, got dtype"):
+        sampler.update_weights(ids, [1.0, 2.0])
+    np.testing.assert_array_equal(sampler.state_dict()["sampler"]["weights"], before)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "3", None, True, float("nan")])
+def test_a_batch_size_that_is_no_whole_number_is_refused(n):
+    with pytest.raises(ConfigError, match="sample needs n >= 1"):
+        AdaptiveBatchSampler(10).sample(n)

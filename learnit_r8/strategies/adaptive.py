@@ -15,7 +15,15 @@ from numpy.typing import ArrayLike
 
 from learnit_r8.config import Problems
 from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_losses, fill_unseen, reported
+from learnit_r8.strategies.weighting import (
+    Floats,
+    WeightedSampler,
+    WeightedStrategy,
+    as_ids,
+    as_losses,
+    fill_unseen,
+    reported,
+)
 from learnit_r8.types import LossReport
 
 _LARGEST_EXPONENT = 20.0
@@ -105,17 +113,15 @@ class AdaptiveBatchSampler(WeightedSampler):
             losses: Their losses, array or tensor of shape `[n]`.
 
         Raises:
-            ValueError: Shapes differ, an id is outside the data set, or a loss is not finite.
+            ValueError: Shapes differ, an id is no integer or outside the data set, or a loss is not finite.
                 Nothing is changed.
         """
-        ids = np.array(indices, dtype=np.int64).reshape(-1)
+        ids = as_ids(indices, len(self))
         values = as_losses(losses).reshape(-1)
         if len(ids) != len(values):
             raise ValueError(f"need one loss per index, got {len(ids)} indices and {len(values)} losses")
         if not len(ids):
             return
-        if ids.min() < 0 or ids.max() >= len(self):
-            raise ValueError(f"indices must be in 0 .. {len(self) - 1}, got {ids.min()} .. {ids.max()}")
         if not np.isfinite(values).all():
             raise ValueError("losses must be finite: leave out the samples whose loss is not")
         self._sampler.set(ids, reweigh(self._sampler.weights[ids], values, self.learning_rate, self.momentum))

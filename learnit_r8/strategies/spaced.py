@@ -27,7 +27,7 @@ from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.moving_stats import ExponentialMovingStats
 from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
-from learnit_r8.strategies.weighting import as_losses, draw_stable, reported
+from learnit_r8.strategies.weighting import as_ids, as_losses, draw_stable, reported
 from learnit_r8.types import Indices, LossReport, Mask
 
 __all__ = ["ExponentialMovingStats", "SpacedRepetition", "SpacedRepetitionSampler"]
@@ -231,6 +231,8 @@ class SpacedRepetitionSampler:
         """Start a pass; after `load_state_dict`, go on with the interrupted one.
 
         Batches that were handed out but not reported when the state was saved come again.
+        Nothing changes before the first batch is asked for: a `DataLoader` with workers makes two
+        iterators of its first pass, and uses the second.
         """
         again: list[Indices] = []
         if self._resuming:
@@ -241,9 +243,6 @@ class SpacedRepetitionSampler:
             self._open.clear()
             self._issued = 0
         self._resuming = False
-        return self._batches(again)
-
-    def _batches(self, again: list[Indices]) -> Iterator[list[int]]:
         for ids in again:
             yield ids.tolist()
         while self._issued < self.num_steps:
@@ -275,7 +274,7 @@ class SpacedRepetitionSampler:
                 raise ProtocolError("no batch waits for a loss: draw one first, or pass the indices it belongs to")
             ids = self._open[0][1]
         else:
-            ids = _as_ids(indices, len(self._queue.difficulty))
+            ids = as_ids(indices, len(self._queue.difficulty))
         if losses.size == 1:
             losses = np.full(len(ids), float(losses.reshape(-1)[0]))
         elif losses.shape != ids.shape:
@@ -315,15 +314,3 @@ class SpacedRepetitionSampler:
         batches = (np.array(ids, np.int64) for ids in state["open_batches"])
         self._open = deque(zip(map(int, state["open_steps"]), batches, strict=True))
         self._resuming = self._issued < self.num_steps or bool(self._open)
-
-
-def _as_ids(indices: ArrayLike, size: int) -> Indices:
-    if hasattr(indices, "detach"):
-        indices = indices.detach().cpu()
-    ids = np.asarray(indices).reshape(-1)
-    if len(ids) and ids.dtype.kind not in "iu":
-        raise ValueError(f"indices must be integers, got dtype {ids.dtype}")
-    ids = ids.astype(np.int64)
-    if len(ids) and (ids.min() < 0 or ids.max() >= size):
-        raise ValueError(f"indices must be in 0 .. {size - 1}, got {ids.min()} .. {ids.max()}")
-    return ids

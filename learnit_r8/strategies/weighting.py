@@ -305,7 +305,12 @@ class WeightedSampler:
             ConfigError: `n` is missing, given twice or below 1.
         """
         size = n if batch_size is None else batch_size
-        if size is None or (n is not None and batch_size is not None) or size < 1:
+        if (
+            not isinstance(size, (int, np.integer))
+            or isinstance(size, bool)
+            or size < 1
+            or (n is not None and batch_size is not None)
+        ):
             raise ConfigError([f"sample needs n >= 1 (or batch_size), got n={n!r}, batch_size={batch_size!r}"])
         if self._drawn >= len(self):
             self._round += 1
@@ -382,3 +387,20 @@ def as_losses(values: Any) -> Floats:
     if array.dtype.kind not in "fiub":
         raise TypeError(f"losses must be numbers, an array or a tensor, got {type(values).__name__} of {array.dtype}")
     return array.astype(np.float64)
+
+
+def as_ids(indices: Any, size: int) -> Indices:
+    """Return sample ids, an array or a tensor of any device, as int64 `[n]`.
+
+    Raises:
+        ValueError: Not integers, or outside 0 to `size` - 1.
+    """
+    if hasattr(indices, "detach"):
+        indices = indices.detach().cpu()
+    ids = np.asarray(indices).reshape(-1)
+    if len(ids) and ids.dtype.kind not in "iu":
+        raise ValueError(f"indices must be integers, got dtype {ids.dtype}")
+    ids = ids.astype(np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() >= size):
+        raise ValueError(f"indices must be in 0 .. {size - 1}, got {ids.min()} .. {ids.max()}")
+    return ids
