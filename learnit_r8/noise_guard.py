@@ -15,7 +15,9 @@ the untrained model's loss (ln K for K balanced classes), and two questions are 
   Otherwise a trial: for two epochs half of the candidates are left out in turn. A loss reported right
   after that is a held-out one; the gate opens where the suspects' held-out losses are above the
   untrained loss, in the mean and mostly, and there are still no more of them than the others allow.
-  Else it watches on, and tries again, up to `_TRIALS` times.
+  Where that is so by a little only, a second trial has to confirm it: a part of the data that is
+  learned late looks like wrong labels once, seldom twice. Else it watches on, and tries again, up to
+  `_TRIALS` times.
 
 Behind the gate ("cap") a suspect is drawn in every tenth epoch, in rotation, and each return is a
 further held-out look: what has fallen is released. From the middle of the budget on suspects stay
@@ -73,6 +75,11 @@ _SEEKING = 0.5
 without being called suspects, and suspects at once for good: it finds every wrong one that is left."""
 _EVIDENCE = 0.6
 """Share of the suspects whose held-out loss is above the untrained one, times the agreement, that opens the gate."""
+_SURE, _SURE_AGREED, _UNTAUGHT = 0.9, 1.2, 1.8
+"""The same product, or an agreement, from which one trial is enough; and an agreement above which it never is: the
+others' losses are so high then that the model has learned little yet."""
+_CONFIRMED = 0.7
+"""Share of the suspects whose held-out loss is above the untrained one in a second trial that opens the gate."""
 _TRIALS = 3
 """Trials, before the middle of the budget, after which the gate stays shut."""
 _LEVEL_OPEN = 0.15
@@ -153,6 +160,7 @@ class NoiseGuard:
         self._since: LossesSince | None = None
         self._turn = 0.0
         self._trials = 0
+        self._confirming = False  # the trial is a second one
 
     @property
     def flagged(self) -> Mask:
@@ -226,7 +234,7 @@ class NoiseGuard:
             judged &= self._classes.large
         cut = half_way(scores[judged], cuts[0] * self.untrained, cuts[1] * self.untrained)
         found = self._above(cut, scores, judged)
-        decision, reason, figure = self._decide(catalog, progress, found, scores, judged)
+        decision, reason, figure = self._decide(catalog, progress, found, judged)
         if self._stage is not Stage.OPEN:
             found = np.zeros_like(found)
         elif catalog.attributed and self.mode == "cap":
@@ -277,9 +285,7 @@ class NoiseGuard:
         found: Mask = (scores > cut) & judged
         return found if np.count_nonzero(found) <= _MOST * self.num_samples else np.zeros_like(found)
 
-    def _decide(
-        self, catalog: LossCatalog, progress: float, found: Mask, scores: Scores, judged: Mask
-    ) -> tuple[str, str, float]:
+    def _decide(self, catalog: LossCatalog, progress: float, found: Mask, judged: Mask) -> tuple[str, str, float]:
         """Move to the next stage; return the decision about the gate, why, and the figure."""
         if self._stage is Stage.TRIAL_1:
             self._stage = Stage.TRIAL_2
@@ -298,27 +304,38 @@ class NoiseGuard:
             if catalog.attributed or self.mode == "report":
                 self._stage = Stage.OPEN
                 return "noise guard open" if self.mode == "cap" else "suspects named", why, level
-            self._stage = Stage.TRIAL_1
-            self._since = LossesSince(catalog.mean_loss, catalog.uses)
-            self._candidate = judged & (scores > _CANDIDATE * self.untrained)
+            self._begin_trial(catalog, judged)
             return "noise trial", why, level
         return "", "", math.nan
 
+    def _begin_trial(self, catalog: LossCatalog, judged: Mask) -> None:
+        self._stage = Stage.TRIAL_1
+        self._since = LossesSince(catalog.mean_loss, catalog.uses)
+        self._candidate = judged & (self._scores(catalog) > _CANDIDATE * self.untrained)
+
     def _end_trial(self, catalog: LossCatalog, found: Mask, judged: Mask) -> tuple[str, str, float]:
-        """Open the gate, or watch on."""
-        self._trials += 1
+        """Open the gate, ask again, or watch on."""
         assert self._candidate is not None
         assert self._phase is not None
         assert self._since is not None
         held = self._since.means(catalog, found & self._candidate & (self._phase % 2 == 0)) / self.untrained
         level, above = (float(np.mean(held)), float(np.mean(held > 1))) if len(held) else (0.0, 0.0)
-        if level > _OPEN and above * self._agreement(catalog, found, judged) > _EVIDENCE:
-            self._stage = Stage.OPEN
-            return "noise guard open", f"left out, suspects have {level:.2f} of the untrained loss", level
+        figures = f"left out, suspects have {level:.2f} of the untrained loss"
+        agreed = self._agreement(catalog, found, judged)
+        evidence = above * agreed
+        if level > _OPEN and (above > _CONFIRMED if self._confirming else evidence > _EVIDENCE):
+            sure = (evidence >= _SURE or agreed >= _SURE_AGREED) and agreed <= _UNTAUGHT
+            if sure or self._confirming:
+                self._stage, self._confirming = Stage.OPEN, False
+                return "noise guard open", figures, level
+            self._confirming = True
+            self._begin_trial(catalog, judged)
+            return "noise trial again", figures, level
+        self._trials += 1
         self._stage = Stage.WATCHING if self._trials < _TRIALS else Stage.SHUT
-        self._since = self._candidate = None
+        self._since, self._candidate, self._confirming = None, None, False
         if level > _OPEN:
-            return "noise guard shut", f"left out, suspects have {level:.2f} of the untrained loss, but not most", level
+            return "noise guard shut", f"{figures}, but not most", level
         return "noise guard shut", f"suspects were rare or hard: left out, they fell to {level:.2f}", level
 
     def _agreement(self, catalog: LossCatalog, found: Mask, judged: Mask) -> float:
@@ -334,6 +351,7 @@ class NoiseGuard:
             "stage": self._stage.value,
             "turn": self._turn,
             "trials": self._trials,
+            "confirming": self._confirming,
             "suspect": _pack(self._suspect),
             "doubtful": _pack(self._doubtful),
             "candidate": _pack(self._candidate),
@@ -349,6 +367,7 @@ class NoiseGuard:
         self.untrained = math.nan if state["untrained"] is None else float(state["untrained"])
         self._stage, self._turn = Stage(state["stage"]), float(state["turn"])
         self._trials = int(state["trials"])
+        self._confirming = bool(state["confirming"])
         self._suspect, self._candidate = suspect, _unpack(state["candidate"], n)
         self._doubtful = _unpack(state["doubtful"], n)
         self._phase = None if state["phase"] is None else np.array(state["phase"], np.uint8)

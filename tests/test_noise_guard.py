@@ -221,6 +221,33 @@ def test_a_trial_that_acquits_is_followed_by_another_and_by_no_fourth():
     assert not guard.flagged.any()
 
 
+@pytest.mark.parametrize(("others", "again"), [(0.3, False), (0.17, True), (0.5, True)])
+@pytest.mark.parametrize("stays", [True, False])
+def test_thin_evidence_has_to_be_confirmed_by_a_second_trial(others, again, stays):
+    """Thin: the others keep a little less than a fifth of wrong labels implies, or so much that they are not learned."""
+    guard, catalog = NoiseGuard("cap", 1000), LossCatalog(1000)
+    ids = np.arange(1000)
+    absences, decisions, begun = np.zeros(1000, int), [], 60
+    for epoch in range(60):
+        mask = guard.start_epoch(catalog, epoch / 60, np.random.default_rng(epoch))
+        drawn = ids if mask is None else ids[~mask]
+        taught = not stays and epoch > begun + 2  # what the first trial left out was learned in the meantime
+        losses = np.where(drawn < 200, 0.5 if taught else 5.0, 2.3 if epoch == 0 else others).astype(np.float32)
+        catalog.record(catalog.look_up(drawn), losses, epoch)
+        report = guard.end_epoch(catalog, (epoch + 1) / 60)
+        state, guard = guard.state_dict(), NoiseGuard("cap", 1000)  # resumed between all epochs
+        guard.load_state_dict(state)
+        absences += False if mask is None else mask
+        if report is not None and report.decision:
+            decisions.append(report.decision)
+            begun = epoch if len(decisions) == 1 else begun
+    first = ["noise trial", *["noise trial again"] * again]
+    opened = stays or not again
+    assert decisions[: len(first) + 1] == [*first, "noise guard open" if opened else "noise guard shut"]
+    assert absences[:200].min() >= (40 if stays else 1)
+    assert not absences[200:].any()
+
+
 @pytest.mark.parametrize("cut", [5, 50, 61, 77, 90, 110, 140, 200])
 @pytest.mark.parametrize("strategy", ["uniform", "prioritized"])
 def test_a_resumed_run_leaves_out_the_same_samples(cut, strategy):
