@@ -224,7 +224,7 @@ def test_a_trial_that_acquits_is_followed_by_another_and_by_no_fourth():
 @pytest.mark.parametrize(("others", "again"), [(0.3, False), (0.17, True), (0.5, True)])
 @pytest.mark.parametrize("stays", [True, False])
 def test_thin_evidence_has_to_be_confirmed_by_a_second_trial(others, again, stays):
-    """Thin: the others keep a little less than a fifth of wrong labels implies, or so much that they are not learned."""
+    """Thin: the others keep less than a fifth of wrong labels implies, or so much that they are not learned."""
     guard, catalog = NoiseGuard("cap", 1000), LossCatalog(1000)
     ids = np.arange(1000)
     absences, decisions, begun = np.zeros(1000, int), [], 60
