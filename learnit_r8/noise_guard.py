@@ -15,9 +15,9 @@ the untrained model's loss (ln K for K balanced classes), and two questions are 
   Otherwise a trial: for two epochs half of the candidates are left out in turn. A loss reported right
   after that is a held-out one; the gate opens where the suspects' held-out losses are above the
   untrained loss, in the mean and mostly, and there are still no more of them than the others allow.
-  Where that is so by a little only, a second trial has to confirm it: a part of the data that is
-  learned late looks like wrong labels once, seldom twice. Else it watches on, and tries again, up to
-  `_TRIALS` times.
+  Where the classes are not known and that is so by a little only, a second trial has to confirm it:
+  a part of the data that is learned late looks like wrong labels once, seldom twice. Else it watches
+  on, and tries again, up to `_TRIALS` times.
 
 Behind the gate ("cap") a suspect is drawn in every tenth epoch, in rotation, and each return is a
 further held-out look: what has fallen is released. From the middle of the budget on suspects stay
@@ -76,8 +76,8 @@ without being called suspects, and suspects at once for good: it finds every wro
 _EVIDENCE = 0.6
 """Share of the suspects whose held-out loss is above the untrained one, times the agreement, that opens the gate."""
 _SURE, _SURE_AGREED, _UNTAUGHT = 0.9, 1.2, 1.8
-"""The same product, or an agreement, from which one trial is enough; and an agreement above which it never is: the
-others' losses are so high then that the model has learned little yet."""
+"""The same product, or an agreement, from which one trial is enough without classes; and an agreement above which it
+never is: the others' losses are so high then that the model has learned little yet."""
 _CONFIRMED = 0.7
 """Share of the suspects whose held-out loss is above the untrained one in a second trial that opens the gate."""
 _TRIALS = 3
@@ -325,7 +325,7 @@ class NoiseGuard:
         evidence = above * agreed
         if level > _OPEN and (above > _CONFIRMED if self._confirming else evidence > _EVIDENCE):
             sure = (evidence >= _SURE or agreed >= _SURE_AGREED) and agreed <= _UNTAUGHT
-            if sure or self._confirming:
+            if sure or self._classes is not None or self._confirming:
                 self._stage, self._confirming = Stage.OPEN, False
                 return "noise guard open", figures, level
             self._confirming = True

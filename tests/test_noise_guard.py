@@ -221,11 +221,14 @@ def test_a_trial_that_acquits_is_followed_by_another_and_by_no_fourth():
     assert not guard.flagged.any()
 
 
-@pytest.mark.parametrize(("others", "again"), [(0.3, False), (0.17, True), (0.5, True)])
+@pytest.mark.parametrize(
+    ("others", "groups", "again"),
+    [(0.3, None, False), (0.17, None, True), (0.5, None, True), (0.17, np.arange(1000) % 10, False)],
+)
 @pytest.mark.parametrize("stays", [True, False])
-def test_thin_evidence_has_to_be_confirmed_by_a_second_trial(others, again, stays):
+def test_thin_evidence_has_to_be_confirmed_by_a_second_trial(others, groups, again, stays):
     """Thin: the others keep less than a fifth of wrong labels implies, or so much that they are not learned."""
-    guard, catalog = NoiseGuard("cap", 1000), LossCatalog(1000)
+    guard, catalog = NoiseGuard("cap", 1000, groups), LossCatalog(1000)
     ids = np.arange(1000)
     absences, decisions, begun = np.zeros(1000, int), [], 60
     for epoch in range(60):
@@ -235,7 +238,7 @@ def test_thin_evidence_has_to_be_confirmed_by_a_second_trial(others, again, stay
         losses = np.where(drawn < 200, 0.5 if taught else 5.0, 2.3 if epoch == 0 else others).astype(np.float32)
         catalog.record(catalog.look_up(drawn), losses, epoch)
         report = guard.end_epoch(catalog, (epoch + 1) / 60)
-        state, guard = guard.state_dict(), NoiseGuard("cap", 1000)  # resumed between all epochs
+        state, guard = guard.state_dict(), NoiseGuard("cap", 1000, groups)  # resumed between all epochs
         guard.load_state_dict(state)
         absences += False if mask is None else mask
         if report is not None and report.decision:
