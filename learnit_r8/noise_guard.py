@@ -178,10 +178,6 @@ class NoiseGuard:
         early = progress < START_UNTRIED - 1e-9
         return self.mode == "cap" and (early or self._stage in (Stage.TRIAL_1, Stage.TRIAL_2))
 
-    def suspects(self, catalog: LossCatalog, k: int) -> Indices:
-        """Return the k samples that look most wrong, worst first, flagged or not."""
-        return _largest(np.where(catalog.uses > 0, self._scores(catalog), -np.inf), min(k, catalog.num_seen))
-
     # The loop calls these -----------------------------------------------------------------
 
     def start_epoch(self, catalog: LossCatalog, progress: float, rng: np.random.Generator) -> Mask | None:
@@ -226,8 +222,10 @@ class NoiseGuard:
         start, cuts = START if self.mode == "cap" else START_UNTRIED, _CUT
         if catalog.attributed:
             start, cuts = START_ATTRIBUTED, _CUT_ATTRIBUTED
-        if progress < start - 1e-9 or not self.untrained > 0:
+        if progress < start - 1e-9 or math.isnan(self.untrained):
             return None
+        if self.untrained <= 0:
+            return self._give_up()
         scores = self._scores(catalog)
         judged = catalog.uses > 0
         if self._classes is not None:
@@ -250,6 +248,15 @@ class NoiseGuard:
         count = int(np.count_nonzero(found))
         worst = _largest(np.where(found, scores, -np.inf), min(count, _NAMED))
         return GuardReport(worst, scores[worst], count, changed, decision, reason, figure)
+
+    def _give_up(self) -> GuardReport | None:
+        """Say once that these losses cannot be judged, to who asked for suspects to be kept out."""
+        if self.mode != "cap" or self._stage is Stage.SHUT:
+            return None
+        self._stage = Stage.SHUT
+        why = "losses of the untrained model are not above 0: they do not tell wrong samples from right ones"
+        nobody = np.empty(0, np.int64)
+        return GuardReport(nobody, nobody.astype(np.float32), 0, False, "noise guard shut", why, self.untrained)
 
     # How it decides -----------------------------------------------------------------------
 
@@ -295,6 +302,7 @@ class NoiseGuard:
         if self._stage is Stage.WATCHING and found.any():
             level = float(np.mean(catalog.expected_loss[found], dtype=np.float64)) / self.untrained
             why = f"suspects' loss stays at {level:.2f} of the untrained one"
+            why += ", by estimates from one loss a batch, which are weak" if catalog.attributed else ""
             if catalog.attributed or self.mode == "report":
                 ripe = level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN)
             else:

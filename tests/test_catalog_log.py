@@ -61,6 +61,21 @@ def test_what_the_noise_guard_flags_is_logged_and_counted(tmp_path):
     assert found.num_flagged == 12
 
 
+def test_flagged_samples_come_first_where_one_loss_a_batch_is_known(tmp_path):
+    """Their estimates are as old as their absence; others' go on changing."""
+    heard, flagged = trained(100), np.arange(100) % 9 == 0
+    catalog, ids = LossCatalog(100), np.arange(100)
+    for step, start in enumerate(range(0, 100, 10)):
+        catalog.record_batch(catalog.look_up(ids[start : start + 10]), 1.0 + start, step)
+    for known, first in ((catalog, True), (heard, False)):
+        CatalogLog(tmp_path).write(known, None, 1, flagged)
+        suspects = read_catalog(tmp_path).suspects
+        expected = known.suspects(100)
+        if first:
+            expected = [*expected[flagged[expected]], *expected[~flagged[expected]]]
+        assert np.array_equal(suspects, expected)
+
+
 @pytest.mark.parametrize("guard", ["off", "report", "cap"])
 def test_a_run_logs_what_its_guard_flags(tmp_path, guard):
     run(tmp_path, noise_guard=guard)

@@ -374,6 +374,22 @@ def test_losses_since_a_moment_are_those_reported_after_it(data):
     assert since.means(catalog, np.ones(n, bool)) == pytest.approx(np.array(means), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("value", [-2.0, 0.0])
+@pytest.mark.parametrize("mode", ["report", "cap"])
+def test_losses_that_cannot_be_judged_are_told_once_to_who_wants_suspects_kept_out(value, mode):
+    guard, catalog = NoiseGuard(mode, 100), LossCatalog(100)
+    ids, reports = np.arange(100), []
+    for epoch in range(20):
+        catalog.record(catalog.look_up(ids), np.full(100, value, np.float32), epoch)
+        reports.append(guard.end_epoch(catalog, (epoch + 1) / 20))
+        state, guard = guard.state_dict(), NoiseGuard(mode, 100)
+        guard.load_state_dict(state)
+        assert guard.start_epoch(catalog, (epoch + 1) / 20, np.random.default_rng(0)) is None
+    told = [report for report in reports if report is not None]
+    assert [report.decision for report in told] == (["noise guard shut"] if mode == "cap" else [])
+    assert all("not above 0" in report.reason and report.count == 0 for report in told)
+
+
 def test_a_rollback_that_takes_uses_back_leaves_no_negative_counts():
     catalog = LossCatalog(3)
     ids = np.arange(3)
