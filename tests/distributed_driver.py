@@ -103,12 +103,30 @@ class OwnMind:
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng([os.getpid()])
+        self.decisions = [("own mind", f"process {os.getpid()}", float(os.getpid()))]
+
+    def pop_decisions(self):
+        decisions, self.decisions = self.decisions, []
+        return decisions
 
     def draw(self, request):
         from learnit_r8.strategies import Draw
 
         ids = self.rng.choice(SAMPLES, request.size, replace=False)
         return Draw(ids, probabilities=np.full(len(ids), 2 / SAMPLES))
+
+
+class Heard:
+    """A sink that keeps what the strategy decided."""
+
+    def __init__(self) -> None:
+        self.decisions: list[list] = []
+
+    def record(self, event) -> None:
+        from learnit_r8.events import StrategyDecided
+
+        if isinstance(event, StrategyDecided):
+            self.decisions.append([event.decision, event.reason, event.figure])
 
 
 class Stopper:
@@ -197,9 +215,10 @@ def mismatch(folder: Path, ranks: dict) -> dict:
 def rank0(folder: Path, ranks: dict) -> dict:
     from learnit_r8.integrations.distributed import FromRank0
 
-    training = Training(folder / "rank0", ranks, num_epochs=1, strategy=FromRank0(OwnMind()))
+    heard = Heard()
+    training = Training(folder / "rank0", ranks, num_epochs=2, strategy=FromRank0(OwnMind()), sinks=[heard])
     training.go()
-    return training.report()
+    return training.report() | {"decisions": heard.decisions, "process": os.getpid()}
 
 
 class Broken:

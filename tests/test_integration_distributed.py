@@ -131,9 +131,11 @@ def test_ranks_with_different_plans_are_told_both_hashes(two):
 
 def test_rank_0_draws_for_all_when_the_strategy_would_not_agree(two):
     ranks = two[1]["rank0"]
-    assert ranks[0]["steps"] == 100
+    assert ranks[0]["steps"] == 200
     assert same([rank["hash"] for rank in ranks])
     assert all(len(set(batch)) == 8 for batch in merged(ranks))
+    leader = ranks[0]["process"]
+    assert [rank["decisions"] for rank in ranks] == [[["own mind", f"process {leader}", leader]]] * 2
 
 
 def test_what_rank_0_draws_wrongly_is_refused_on_all_ranks(two):

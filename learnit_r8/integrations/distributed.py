@@ -136,6 +136,7 @@ class FromRank0:
         self.catalogs = getattr(self.wrapped, "catalogs", True)
         self.covers = getattr(self.wrapped, "covers", False)
         self.replacement = getattr(self.wrapped, "replacement", False)
+        self._decisions: list[tuple[str, str, float]] = []
 
     @property
     def _leads(self) -> bool:
@@ -160,7 +161,17 @@ class FromRank0:
             samples = start(request) if start is not None else None
             message = np.array([-1 if samples is None else samples])
         samples = int(self._broadcast(message)[0])
+        pop = getattr(self.wrapped, "pop_decisions", None)
+        if pop is not None:  # a detector that is warned on one rank only would judge differently there
+            told: list[Any] = [pop() if self._leads else None]
+            dist.broadcast_object_list(told, 0, device=_device(None))
+            self._decisions += told[0]
         return None if samples < 0 else samples
+
+    def pop_decisions(self) -> list[tuple[str, str, float]]:
+        """Return what rank 0's strategy decided since the last call."""
+        decisions, self._decisions = self._decisions, []
+        return decisions
 
     def draw(self, request: BatchRequest) -> Draw:
         """Return rank 0's choice."""
