@@ -321,3 +321,15 @@ def test_rank_windows_agree_with_sorting(seed, size, parts, levels, drift):
 def global_randomness():
     legacy = np.random.get_state()[1]  # noqa: NPY002 - that is the state to leave alone
     return random.getstate(), legacy.tolist()
+
+
+def test_a_new_alpha_counts_for_the_scores_after_it():
+    eager, lazy = (CurriculumScheduler(ema_alpha=0.5) for _ in range(2))
+    for scheduler in (eager, lazy):
+        for score in (0.0, 1.0):
+            scheduler.update("item", score)
+            if scheduler is eager:
+                scheduler.get_item_difficulty("item")
+        scheduler.ema_alpha = 0.1
+        scheduler.update("item", 0.0)
+    assert lazy.get_item_difficulty("item") == eager.get_item_difficulty("item") == pytest.approx(0.45)

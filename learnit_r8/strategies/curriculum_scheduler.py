@@ -56,7 +56,7 @@ class CurriculumScheduler(KeyedAverages):
         self._strategy, self.n_bins = check_curriculum(problems, strategy, n_bins)
         low = -math.inf  # values below the range are clamped, as published
         self.temperature = max(LOWEST_TEMPERATURE, problems.real("temperature", temperature, low))
-        self.ema_alpha = min(1.0, max(0.0, problems.real("ema_alpha", ema_alpha, low)))
+        alpha = min(1.0, max(0.0, problems.real("ema_alpha", ema_alpha, low)))
         self.competence_threshold = problems.real("competence_threshold", competence_threshold, low)
         self.seed = problems.integer("seed", seed, 0)
         problems.raise_if_any()
@@ -67,7 +67,7 @@ class CurriculumScheduler(KeyedAverages):
         self._rising: list[float] = []
         self._mastered = 0.0  # share of the items at or above the threshold
         self._binned_at = 0
-        self._track([], [], [])
+        super().__init__(alpha)
 
     @property
     def strategy(self) -> str:

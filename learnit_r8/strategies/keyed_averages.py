@@ -22,13 +22,21 @@ _SMALL = 2048  # keys; up to there it always does
 
 
 class KeyedAverages:
-    """One average for each key: the base of `CurriculumScheduler`. What reads the averages calls `_apply` first.
+    """One average for each key: the base of `CurriculumScheduler`. What reads the averages calls `_apply` first."""
 
-    Attributes:
-        ema_alpha: Weight of a new score, 0..1.
-    """
+    def __init__(self, ema_alpha: float) -> None:
+        self._alpha = ema_alpha
+        self._track([], [], [])
 
-    ema_alpha: float
+    @property
+    def ema_alpha(self) -> float:
+        """Weight of a new score, 0..1; a new value counts for the scores that come after it."""
+        return self._alpha
+
+    @ema_alpha.setter
+    def ema_alpha(self, value: float) -> None:
+        self._apply()
+        self._alpha = value
 
     def _track(self, keys: Sequence[Hashable], scores: Iterable[float], counts: Iterable[float]) -> None:
         self._keys = list(keys)
@@ -63,7 +71,7 @@ class KeyedAverages:
         at = 2 * (self._slot_of(key) if slot is None else slot)
         old = self._items[at]
         if old == old:  # not NaN: the key is not new
-            score = self.ema_alpha * score + (1 - self.ema_alpha) * old
+            score = self._alpha * score + (1 - self._alpha) * old
         self._items[at] = score
         self._items[at + 1] += 1.0
         if self._ranked is not None:
@@ -79,7 +87,7 @@ class KeyedAverages:
         at = 2 * np.array(slots)
         old = items.take(at)
         np.add.at(items, at + 1, 1.0)
-        alpha, rest = self.ema_alpha, 1 - self.ema_alpha
+        alpha, rest = self._alpha, 1 - self._alpha
         if len(set(slots)) == len(slots):
             new = np.array(scores)
             known = old == old
