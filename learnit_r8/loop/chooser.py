@@ -6,13 +6,12 @@ import warnings
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.config import Config
 from learnit_r8.errors import ProtocolError
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
+from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, complaint
 from learnit_r8.strategies.uniform import Uniform
 from learnit_r8.types import Indices, Losses, LossReport, Mask
 
@@ -138,9 +137,9 @@ class Chooser:
         if given is None:
             return None
         values = np.asarray(given)
-        if values.shape != np.shape(draw.indices) or values.dtype.kind not in "fiu" or not _positive(values):
+        if (wanted := complaint(kind, values, len(draw.indices))) is not None:
             raise ProtocolError(
-                f"{name}.draw must return {kind} that are finite and positive, one per sample: got shape "
+                f"{name}.draw must return {kind} that are {wanted}: got shape "
                 f"{values.shape}, {np.array2string(values, threshold=8)}, for {len(draw.indices)} samples"
             )
         weights = draw.importance(self._config.num_samples)
@@ -216,10 +215,6 @@ def _read_only(mask: Mask | None) -> Mask | None:
     view = mask.view()
     view.flags.writeable = False
     return view
-
-
-def _positive(values: NDArray[Any]) -> bool:
-    return bool(np.isfinite(values).all() and (values > 0).all())
 
 
 def _state(strategy: Strategy) -> dict[str, Any] | None:

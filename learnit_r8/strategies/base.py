@@ -83,6 +83,16 @@ class BatchRequest(NamedTuple):
         return self.streams.at(self.purpose, self.epoch, self.cursor)
 
 
+def complaint(kind: str, values: NDArray[Any], count: int) -> str | None:
+    """Return what the "probabilities" or "weights" of `count` drawn samples should be, or None where they are."""
+    zeros = kind == "weights"  # of a sample that is drawn but does not count
+    if values.shape == (count,) and values.dtype.kind in "fiu" and np.isfinite(values).all():
+        low = values.min()
+        if low > 0 or (zeros and low == 0 and values.any()):
+            return None
+    return f"{'finite, not negative and not all 0' if zeros else 'finite and positive'}, one per sample"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
     """The chosen samples and, for a biased choice, how likely each was.
@@ -91,8 +101,8 @@ class Draw:
         indices: Sample ids, any integer dtype, shape `[n]`, `1 <= n <= request.size`.
         probabilities: Expected share of a draw that each chosen sample gets, shape `[n]`:
             1/N where all are alike. None: unbiased.
-        weights: Importance weights, shape `[n]`, where the strategy computes them itself: mean about 1,
-            or a sum of N over a shortened epoch. None: `1 / (N p)` from `probabilities`.
+        weights: Importance weights, shape `[n]`, not negative, where the strategy computes them itself:
+            mean about 1, or a sum of N over a shortened epoch. None: `1 / (N p)` from `probabilities`.
     """
 
     indices: NDArray[np.integer[Any]]

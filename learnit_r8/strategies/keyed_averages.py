@@ -22,7 +22,11 @@ _SMALL = 2048  # keys; up to there it always does
 
 
 class KeyedAverages:
-    """One average for each key: the base of `CurriculumScheduler`. What reads the averages calls `_apply` first."""
+    """One average for each key: the base of `CurriculumScheduler`. What reads the averages calls `_apply` first.
+
+    Args:
+        ema_alpha: Weight of a new score, 0..1.
+    """
 
     def __init__(self, ema_alpha: float) -> None:
         self._alpha = ema_alpha

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
+from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, complaint
 from learnit_r8.testing.states import equal, require, round_trip
 from learnit_r8.types import Indices, LossReport, Mask
 
@@ -186,12 +186,8 @@ class _Run:
         for name, values in (("probabilities", draw.probabilities), ("weights", draw.weights)):
             if values is not None:
                 array = np.asarray(values)
-                self._require(
-                    array.shape == ids.shape
-                    and array.dtype.kind in "fiu"
-                    and bool(np.isfinite(array).all() and (array > 0).all()),
-                    f"{name} must be finite and positive, one per sample: got {array!r} for {len(ids)} samples",
-                )
+                asked = complaint(name, array, len(ids))
+                self._require(asked is None, f"{name} must be {asked}: got {array!r} for {len(ids)} samples")
         return ids
 
     def _require(self, holds: bool, otherwise: str) -> None:
