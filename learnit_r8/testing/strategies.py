@@ -186,8 +186,8 @@ class _Run:
         for name, values in (("probabilities", draw.probabilities), ("weights", draw.weights)):
             if values is not None:
                 array = np.asarray(values)
-                asked = complaint(name, array, len(ids))
-                self._require(asked is None, f"{name} must be {asked}: got {array!r} for {len(ids)} samples")
+                demand = complaint(name, array, len(ids))
+                self._require(demand is None, f"{name} must be {demand}: got {array!r} for {len(ids)} samples")
         return ids
 
     def _require(self, holds: bool, otherwise: str) -> None:
