@@ -197,3 +197,4 @@ class Terminal:
 
 def _take_terminal():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and children inherit that
