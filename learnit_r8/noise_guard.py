@@ -335,7 +335,8 @@ class NoiseGuard:
             sure = (evidence >= _SURE or agreed >= _SURE_AGREED) and agreed <= _UNTAUGHT
             if sure or self._classes is not None or self._confirming:
                 self._stage, self._confirming = Stage.OPEN, False
-                return "noise guard open", figures, level
+                hint = "" if self._classes is not None else "; pass groups= if some classes are rare"
+                return "noise guard open", figures + hint, level
             self._confirming = True
             self._begin_trial(catalog, judged)
             return "noise trial again", figures, level

@@ -243,6 +243,7 @@ def test_thin_evidence_has_to_be_confirmed_by_a_second_trial(others, groups, aga
         absences += False if mask is None else mask
         if report is not None and report.decision:
             decisions.append(report.decision)
+            assert ("groups=" in report.reason) == (report.decision == "noise guard open" and groups is None)
             begun = epoch if len(decisions) == 1 else begun
     first = ["noise trial", *["noise trial again"] * again]
     opened = stays or not again
