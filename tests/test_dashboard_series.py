@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from learnit_r8.dashboard.series import BLOCK, MIDDLE_BINS, RECENT_POINTS, WHOLE_BINS, Series
@@ -114,6 +114,7 @@ def blocks_of(count, cuts):
     st.lists(st.integers(0, 5000), max_size=6),
     st.lists(st.sampled_from([0.5, 0.9, 0.98, 0.995]), max_size=3, unique=True),
 )
+@example([0.0] * 10 + [1.0], 5, [0, 0, 1, 1, 54], [0.5])  # single points before and after a block that settles it
 @settings(max_examples=80, deadline=None)
 def test_points_in_blocks_are_the_same_as_points_one_by_one(values, repeats, cuts, decays):
     values = np.array(values * repeats, float)

@@ -181,12 +181,10 @@ class Series:
             else:
                 self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, self._gains)])  # noqa: B905
             return
-        self._gains = tuple([(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays])
         if finite == 1:
             self.averages = (value,) * len(self.decays)
-        self.averages = tuple(
-            [old + gain * (value - old) for old, gain in zip(self.averages, self._gains, strict=True)]
-        )
+        gains = [(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays]
+        self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, gains, strict=True)])
 
     def _debiased(self, values: Floats) -> Floats:
         """Return the moving averages before the first of some finite values and after each, float64 `[n + 1, d]`."""
