@@ -8,7 +8,7 @@ import pytest
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.events import SampleQuarantined
 from learnit_r8.scheduler import R8Scheduler
-from learnit_r8.strategies import Draw, base
+from learnit_r8.strategies import Draw, base, make
 from learnit_r8.testing import check_strategy
 
 
@@ -41,6 +41,16 @@ def plans(samples):
             return samples
 
     return Planning
+
+
+class Wraps:
+    """Changes what a built-in strategy draws."""
+
+    def __init__(self):
+        self.wrapped = make("uniform")
+
+    def draw(self, request):
+        return np.asarray(self.wrapped.draw(request)) + 50
 
 
 class Turning(Sound):
@@ -141,6 +151,7 @@ def scheduler_with(strategy, **arguments):
     ("factory", "complaint"),
     [
         (returns(lambda ids: ids + 50), "Changed.draw returned ids from .* allowed are 0 to 49"),
+        (Wraps, "Wraps.draw returned ids from .* allowed are 0 to 49"),
         (returns(lambda ids: np.repeat(ids[:1], 2)), "twice in one batch"),
         (returns(lambda ids: ids / 1.0), "ndarray of shape .8,. and dtype float64"),
         (returns(lambda ids: None), "got NoneType"),

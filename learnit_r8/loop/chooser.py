@@ -42,8 +42,8 @@ class Chooser:
         self._left = 0  # samples of the plan that are not drawn yet
         self._excluded: Mask | None = None
         self._observe = getattr(strategy, "observe", None)
-        chooses = getattr(strategy, "wrapped", strategy)  # FromRank0 passes on what another one chose
-        self._trusted = type(chooses).__module__.startswith("learnit_r8.")
+        chain = strategy, getattr(strategy, "wrapped", strategy)  # FromRank0 passes on what another one chose
+        self._trusted = all(type(one).__module__.startswith("learnit_r8.") for one in chain)
         self._warned = False
 
     @property
