@@ -88,10 +88,11 @@ class CatalogLog:
             OSError: The file could not be written; an earlier one is as it was.
         """
         size = catalog.num_samples
-        suspects = catalog.suspects(size if catalog.attributed else MAX_SUSPECTS)
-        if catalog.attributed and flagged is not None:  # left out, they are not heard of again: estimates of them age
-            suspects = suspects[np.argsort(~flagged[suspects], kind="stable")]
-        suspects = suspects[:MAX_SUSPECTS]
+        suspects = catalog.suspects(MAX_SUSPECTS)
+        if catalog.attributed and flagged is not None and flagged.any():
+            # Left out, they are not heard of again: estimates of them age.
+            everyone = catalog.suspects(size)
+            suspects = everyone[np.argsort(~flagged[everyone], kind="stable")][:MAX_SUSPECTS]
         count = min(size, MAX_SAMPLES)
         ids = np.union1d(np.arange(count, dtype=np.int64) * size // count, suspects)
         columns: dict[str, Any] = {
