@@ -59,8 +59,20 @@ class Config:
     def batches(self, samples: int) -> int:
         """Batches that so many samples make."""
         full, rest = divmod(samples, self.batch_size)
-        # A last batch that cannot give each rank a sample is dropped: padding would count samples twice.
         return full + (rest >= self.world_size and rest > 0 and not self.drop_last)
+
+    def next_size(self, samples: int) -> int:
+        """Size of the next batch where so many samples are left.
+
+        The last batch, too, gives every rank equally many; what is over is left out. Padding would count samples
+        twice, and slices of different sizes would weigh them differently.
+        """
+        return min(self.batch_size, samples - samples % self.world_size)
+
+    @property
+    def left_out(self) -> int:
+        """Samples of each full epoch that no rank gets, see `next_size`."""
+        return 0 if self.drop_last else self.num_samples % self.batch_size % self.world_size
 
     @property
     def total_steps(self) -> int | None:

@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     BATCH = 1
     LR_SEARCH = 2
     EXCLUSION = 3
+    SLICES = 4
 
 
 class RandomStreams:

@@ -362,7 +362,7 @@ class R8Scheduler:
         reported = read_losses(loss, len(ticket.batch.indices))
         started = self._clock.monotonic()
         if self._ranks.exchanges:
-            reported = self._gather(reported, ticket.indices)
+            reported = self._gather(reported, ticket)
         outdated = self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
@@ -406,9 +406,11 @@ class R8Scheduler:
             judgement.accepted, rolled_back, judgement.verdict, reported.mean, rows.expected, surprise, step
         )
 
-    def _gather(self, reported: Reported, indices: NDArray[np.int64]) -> Reported:
+    def _gather(self, reported: Reported, ticket: Ticket) -> Reported:
         """Exchange this rank's report for everyone's, and hear of what stops the run."""
-        reported = self._ranks.gather(reported, indices, self._progress.global_step, self._control.interrupts.pending)
+        reported = self._ranks.gather(
+            reported, ticket.indices, ticket.order, self._progress.global_step, self._control.interrupts.pending
+        )
         self._control.heed_ranks()
         return reported
 
@@ -501,14 +503,15 @@ class R8Scheduler:
         cursor: int,
         started: float,
     ) -> Ticket:
-        part = self._ranks.cut(len(indices))
+        order = self._ranks.order(len(indices), self._streams, self._progress.epoch, cursor)
+        part = slice(None) if order is None else order[self._ranks.cut(len(indices))]
         mine = indices[part].copy()
         shown = (self._ones[: len(mine)] if weights is None else weights[part]).copy()
         now = self._clock.monotonic()
         if self._bus and self._bus.wants_batches:
             self._bus.emit(events.BatchIssued, step, self._progress.epoch, len(indices), self._lr, now - started)
         batch = Batch(mine, self._lr, shown, number, step, self._progress.epoch)
-        return Ticket(batch, indices, weights, cursor, now, now - started)
+        return Ticket(batch, indices, weights, cursor, now, now - started, order)
 
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
         """Let an accepted loss enter the catalog, and the strategy hear of it."""
@@ -740,6 +743,12 @@ class R8Scheduler:
             return
         self._begun, self._control.stop = True, None
         self._presence.begin(self._progress.global_step, self._budget.elapsed, resumed=self._resumed)
+        if out := self._config.left_out:
+            message = (
+                f"each epoch leaves out {out} samples, others each time: its last batch gives all "
+                f"{self._config.world_size} ranks equally many"
+            )
+            self._bus.emit(events.Notice, self._progress.global_step, message)
         self._budget.begin()
 
     def _end(self, reason: str) -> None:

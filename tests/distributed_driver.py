@@ -1,7 +1,7 @@
 """One rank of a training, run by test_integration_distributed.py: distributed_driver.py FOLDER RANK WORLD SCENARIO...
 
 The model is a logistic regression whose update is computed from all ranks' gathered gradients,
-sample by sample, so that its weights are equal to the bit on any number of ranks.
+sample by sample in the order of their ids, so that its weights are equal to the bit on any number of ranks.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Training:
         if poison:
             rows = rows * np.nan
         gather = self.ranks["all_gather"] or (lambda array: array)
-        self.weights = self.weights - lr * gather(rows.ravel()).reshape(-1, FEATURES).mean(axis=0)
+        rows = gather(rows.ravel()).reshape(-1, FEATURES)[np.argsort(gather(ids))]
+        self.weights = self.weights - lr * rows.mean(axis=0)
         return np.log1p(np.exp(-margins)) * (np.nan if poison else 1)
 
     def go(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from learnit_r8 import ProtocolError, R8Scheduler
+from learnit_r8.strategies import names
 from tests.backup_watch import check_survival
 
 DRIVER = Path(__file__).with_name("distributed_driver.py")
@@ -52,8 +53,12 @@ def results(folder: Path, world: int, scenario: str) -> list[dict]:
 
 
 def merged(ranks: list[dict]) -> list[list[int]]:
-    """The global batches: every rank's slices, joined."""
-    return [list(itertools.chain(*slices)) for slices in zip(*(rank["seen"] for rank in ranks), strict=True)]
+    """The global batches: every rank's slices, joined and sorted."""
+    return [sorted(itertools.chain(*slices)) for slices in zip(*(rank["seen"] for rank in ranks), strict=True)]
+
+
+def ordered(batches: list[list[int]]) -> list[list[int]]:
+    return [sorted(batch) for batch in batches]
 
 
 def same(values: list) -> bool:
@@ -108,7 +113,7 @@ def test_nan_at_random_steps_on_any_rank_rolls_all_ranks_back_to_the_backup(two)
 def test_two_ranks_do_what_one_rank_does(two, tmp_path):
     alone = driver.Training(tmp_path, driver.one_rank())
     alone.go(nan_at=333)
-    assert merged(two[1]["plain"]) == alone.seen
+    assert merged(two[1]["plain"]) == ordered(alone.seen)
     assert two[1]["plain"][0]["weights"] == alone.weights.tobytes().hex()
 
 
@@ -118,7 +123,7 @@ def test_a_run_of_two_ranks_is_resumed_on_one(two, tmp_path):
     whole.go()
     tail = driver.Training(folder / "half", driver.one_rank(), resume=True)
     tail.go()
-    assert merged(scenarios["half"]) + tail.seen == whole.seen
+    assert merged(scenarios["half"]) + ordered(tail.seen) == ordered(whole.seen)
     assert tail.weights.tobytes() == whole.weights.tobytes()
 
 
@@ -166,7 +171,7 @@ def test_four_ranks_hold_one_plan_for_a_thousand_steps(tmp_path):
     alone.go(nan_at=333)
     assert same([rank["hash"] for rank in ranks])
     assert [rank["rolled_back"] for rank in ranks] == [[333]] * 4
-    assert merged(ranks) == alone.seen
+    assert merged(ranks) == ordered(alone.seen)
     assert {rank["weights"] for rank in ranks} == {alone.weights.tobytes().hex()}
     assert all(rank["equal"] == [True] * 4 for rank in results(tmp_path, 4, "ragged"))
 
@@ -180,7 +185,7 @@ def test_two_ranks_then_one_then_four_equal_the_uninterrupted_run(tmp_path):
     middle.go(stop_at=700)
     launch(tmp_path, 4, "resumed")
     tail = results(tmp_path, 4, "resumed")
-    assert merged(results(tmp_path, 2, "half")) + middle.seen + merged(tail) == whole.seen
+    assert merged(results(tmp_path, 2, "half")) + ordered(middle.seen) + merged(tail) == ordered(whole.seen)
     assert {rank["weights"] for rank in tail} == {whole.weights.tobytes().hex()}
 
 
@@ -193,7 +198,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_nothing_els
     whole = driver.Training(tmp_path / "whole", driver.one_rank())
     whole.go()
     assert ranks[0]["first"] == 250
-    assert merged(ranks) == whole.seen[250:]
+    assert merged(ranks) == ordered(whole.seen)[250:]
     assert {rank["weights"] for rank in ranks} == {whole.weights.tobytes().hex()}
 
 
@@ -237,13 +242,13 @@ def on_threads(world: int, function) -> list:
 @pytest.mark.parametrize("world", [2, 3])
 def test_one_number_a_rank_is_averaged_by_the_slices_sizes(world):
     def body(ranks):
-        scheduler = R8Scheduler(7 * 4, 7, num_epochs=1, checkpoint_dir=None, ui="off", **ranks)
+        scheduler = R8Scheduler(6 * 4, 6, num_epochs=1, checkpoint_dir=None, ui="off", **ranks)
         return [
             scheduler.update_with_loss(float(batch.indices.mean())).loss for batch in scheduler.batch_iterator()
         ], np.array([])
 
     def whole(ranks):
-        scheduler = R8Scheduler(7 * 4, 7, num_epochs=1, checkpoint_dir=None, ui="off")
+        scheduler = R8Scheduler(6 * 4, 6, num_epochs=1, checkpoint_dir=None, ui="off")
         return [batch.indices.mean() for batch in drained(scheduler)]
 
     outcomes = on_threads(world, body)
@@ -312,10 +317,10 @@ def test_rank_0_alone_writes_the_event_log_and_every_ranks_own_sinks_hear_all(tm
         assert kinds.count("LossReported") == 4
 
 
-@pytest.mark.parametrize(("samples", "world", "steps"), [(18, 2, 5), (18, 3, 4), (17, 1, 5), (17, 2, 4)])
+@pytest.mark.parametrize(("samples", "world", "steps"), [(26, 2, 5), (26, 3, 4), (25, 1, 5), (25, 2, 4)])
 def test_a_last_batch_too_small_for_the_ranks_is_neither_drawn_nor_counted(samples, world, steps):
     def body(ranks):
-        scheduler = R8Scheduler(samples, 4, num_epochs=3, checkpoint_dir=None, ui="off", **ranks)
+        scheduler = R8Scheduler(samples, 6, num_epochs=3, checkpoint_dir=None, ui="off", **ranks)
         lrs = []
         for _ in scheduler.epoch_iterator():
             for batch in scheduler.batch_iterator():
@@ -324,11 +329,100 @@ def test_a_last_batch_too_small_for_the_ranks_is_neither_drawn_nor_counted(sampl
                 scheduler.update_with_loss(np.ones(len(batch.indices)))
         return scheduler.steps_per_epoch, scheduler.total_steps, scheduler.global_step, lrs
 
-    whole = R8Scheduler(steps * 4, 4, num_epochs=3, checkpoint_dir=None, ui="off")
+    whole = R8Scheduler(steps * 6, 6, num_epochs=3, checkpoint_dir=None, ui="off")
     expected = [lr for _ in whole.epoch_iterator() for _, lr in drained(whole)]
     for each, total, done, lrs in on_threads(world, body):
         assert (each, total, done) == (steps, steps * 3, steps * 3)
         assert lrs == expected
+
+
+@pytest.mark.parametrize(("samples", "world", "out"), [(41, 4, 1), (47, 4, 3), (48, 4, 0), (37, 4, 1)])
+def test_every_slice_has_one_size_and_what_is_over_is_told_and_changes(samples, world, out):
+    class Listener(list):
+        record = list.append
+
+    def body(ranks):
+        heard, left = Listener(), []
+        options = {"checkpoint_dir": None, "ui": "off", "sinks": [heard], "strategy": "uniform"}
+        scheduler = R8Scheduler(samples, 12, num_epochs=3, **options, **ranks)
+        for _ in scheduler.epoch_iterator():
+            sizes = []
+            for batch in scheduler.batch_iterator():
+                sizes.append(len(batch.indices))
+                scheduler.update_with_loss(np.ones(len(batch.indices)))
+            left.append(frozenset(np.flatnonzero(scheduler.catalog.uses == scheduler.catalog.uses.min()).tolist()))
+        notices = [event.message for event in heard if type(event).__name__ == "Notice"]
+        return sizes, notices, left, scheduler.global_step
+
+    for sizes, notices, left, steps in on_threads(world, body):
+        assert sizes == on_threads(world, body)[0][0]
+        assert sum(sizes) * world == samples - out
+        assert len(notices) == (out > 0)
+        assert all(f"leaves out {out} samples" in notice for notice in notices)
+        assert steps == 3 * len(sizes)
+        assert out == 0 or len(set(left)) > 1
+
+
+@pytest.mark.parametrize(("batch", "advice"), [(10, "give 8 or 12"), (7, "give 4 or 8")])
+def test_slices_that_would_differ_in_size_are_refused(batch, advice):
+    from learnit_r8.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=f"multiple of world_size=4, got {batch}: {advice}"):
+        R8Scheduler(100, batch, num_epochs=1, world_size=4, all_gather=np.asarray, checkpoint_dir=None, ui="off")
+
+
+def test_an_own_strategys_batch_that_cannot_be_shared_equally_is_refused():
+    class Five:
+        catalogs = False
+
+        def draw(self, request):
+            assert request.multiple == 2
+            return np.arange(5)
+
+    def body(ranks):
+        scheduler = R8Scheduler(16, 8, num_epochs=1, checkpoint_dir=None, ui="off", strategy=Five(), **ranks)
+        next(scheduler.batch_iterator())
+
+    outcomes = on_threads(2, body)
+    assert all(isinstance(o, ProtocolError) and "drew 5 samples for 2 ranks" in str(o) for o in outcomes)
+
+
+@pytest.mark.parametrize("strategy", sorted(names()))
+def test_the_slices_of_every_strategy_are_alike_in_expectation(strategy):
+    """Each sample has a loss of its own; over an epoch the ranks' means differ by no more than chance lets them."""
+    level = np.random.default_rng(0).lognormal(0, 1, 1600)
+
+    def body(ranks):
+        options = {"checkpoint_dir": None, "ui": "off", "seed": 3}
+        scheduler = R8Scheduler(1600, 32, num_epochs=6, strategy=strategy, **options, **ranks)
+        mine = []
+        for epoch in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                losses = level[batch.indices] * 0.7**epoch
+                scheduler.update_with_loss(losses)
+                if epoch:
+                    mine.append(losses.mean() / 0.7**epoch)
+        return np.array(mine)
+
+    slices = np.stack(on_threads(4, body))
+    away = slices - slices.mean(axis=0)  # of each step: what the ranks share is no difference between them
+    errors = away.std(axis=1) / np.sqrt(slices.shape[1])
+    assert (np.abs(away.mean(axis=1)) < 3.5 * errors).all(), (slices.mean(axis=1), errors)
+
+
+def test_what_is_known_of_samples_is_the_same_to_the_bit_on_any_number_of_ranks():
+    level = np.random.default_rng(0).lognormal(0, 1, 400)
+
+    def body(ranks):
+        scheduler = R8Scheduler(400, 24, num_epochs=4, checkpoint_dir=None, ui="off", **ranks)
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                scheduler.update_with_loss(level[batch.indices] * 0.99**batch.step)
+        return scheduler.catalog.expected_loss.tobytes(), scheduler.global_step
+
+    alone = on_threads(1, body)
+    for world in (2, 4):
+        assert set(on_threads(world, body)) == set(alone)
 
 
 def test_more_ranks_than_samples_are_refused():

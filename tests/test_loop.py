@@ -694,7 +694,7 @@ def rank_run(num_samples, world_size, loss, scalar=False, stop=None, state=None,
 
     def work(rank, all_gather):
         scheduler = R8Scheduler(
-            num_samples, 8, num_epochs=epochs, rank=rank, world_size=world_size,
+            num_samples, 6, num_epochs=epochs, rank=rank, world_size=world_size,
             all_gather=all_gather if world_size > 1 else None, **BARE,
         )  # fmt: skip
         if state is not None:
@@ -712,7 +712,7 @@ def rank_run(num_samples, world_size, loss, scalar=False, stop=None, state=None,
     return World(world_size).run(work)
 
 
-@pytest.mark.parametrize("num_samples", [32, 35, 39])  # the last batch: none, 3 or 7 samples
+@pytest.mark.parametrize("num_samples", [30, 33, 35])  # the last batch: none, 3 or 5 samples
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("scalar", [False, True])
 def test_ranks_share_one_plan_and_learn_the_same(num_samples, world_size, scalar):
@@ -721,17 +721,18 @@ def test_ranks_share_one_plan_and_learn_the_same(num_samples, world_size, scalar
 
     (single, single_results, alone), *_ = rank_run(num_samples, 1, loss, scalar)
     ranks = rank_run(num_samples, world_size, loss, scalar)
+    left_out = num_samples % 6 % world_size
     for step, whole in enumerate(single):
         parts = [slices[step] for slices, _, _ in ranks]
-        if step < len(single) // 3:  # later the plan depends on rounding where scalars are averaged
-            assert sum(parts, []) == whole  # noqa: RUF017 - three short lists
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert min(map(len, parts)) >= 1
+        if step < len(single) // 3:  # later the plan depends on what was left out, or on rounding of averaged scalars
+            assert sorted(sum(parts, [])) == sorted(whole[: len(whole) - len(whole) % world_size])  # noqa: RUF017
+        assert len(set(map(len, parts))) == 1
+        assert len(parts[0]) >= 1
     for _, results, scheduler in ranks:
         assert [r.loss for r in results] == [r.loss for r in ranks[0][1]]
         for name in ("expected_loss", "uses", "last_seen", "variance"):
             np.testing.assert_array_equal(getattr(scheduler.catalog, name), getattr(ranks[0][2].catalog, name))
-    if not scalar:
+    if not scalar and not left_out:
         np.testing.assert_array_equal(ranks[0][2].catalog.expected_loss, alone.catalog.expected_loss)
         assert [r.loss for r in ranks[0][1]] == pytest.approx([r.loss for r in single_results], rel=1e-6)
 
@@ -769,12 +770,12 @@ def test_a_run_resumes_with_another_number_of_ranks(before, after):
     def loss(batch):
         return np.sin(batch.indices) + 2
 
-    (whole, _, reference), *_ = rank_run(40, 1, loss)
-    first = rank_run(40, before, loss, stop=7)
-    resumed = rank_run(40, after, loss, state=first[0][2].state_dict())
+    (whole, _, reference), *_ = rank_run(42, 1, loss)
+    first = rank_run(42, before, loss, stop=7)
+    resumed = rank_run(42, after, loss, state=first[0][2].state_dict())
     for step in range(7, len(whole)):
         parts = [slices[step - 7] for slices, _, _ in resumed]
-        assert sum(parts, []) == whole[step]  # noqa: RUF017 - three short lists
+        assert sorted(sum(parts, [])) == sorted(whole[step])  # noqa: RUF017 - three short lists
     np.testing.assert_array_equal(resumed[0][2].catalog.expected_loss, reference.catalog.expected_loss)
     np.testing.assert_array_equal(resumed[0][2].catalog.uses, 3)
 

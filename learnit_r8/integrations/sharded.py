@@ -28,7 +28,9 @@ from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.losses import Reported
 from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.tickets import Ticket
 from learnit_r8.quadrants import QuadrantTable
+from learnit_r8.rng import RandomStreams
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.types import Indices, Losses, Mask
 
@@ -120,9 +122,8 @@ class ShardedRanks(Ranks):
         super().__init__(rank, world_size, all_gather, args.clock, plan)
         self.writes = self.exchanges = True
 
-    def cut(self, size: int) -> slice:
-        """Return all of the batch: it is this rank's own."""
-        return slice(0, size)
+    def order(self, size: int, streams: RandomStreams, epoch: int, cursor: int) -> None:
+        """Return None: all of the batch is this rank's own."""
 
 
 class ShardedScheduler(R8Scheduler):
@@ -175,11 +176,11 @@ class ShardedScheduler(R8Scheduler):
     def _make_catalog(self, num_samples: int) -> LossCatalog:
         return ShardedCatalog(num_samples, self._shard[2])
 
-    def _gather(self, reported: Reported, indices: NDArray[np.int64]) -> Reported:
+    def _gather(self, reported: Reported, ticket: Ticket) -> Reported:
         if reported.values is None:
             raise ProtocolError("a sharded run needs one loss per sample: report the array, not its mean")
-        rows = self._catalog.look_up_here(indices)
-        size = len(indices)
+        rows = self._catalog.look_up_here(ticket.indices)
+        size = len(ticket.indices)
         mine = np.array([reported.mean * size, size, not reported.finite, *self._catalog.sums(rows)])
         _, everyone = self._ranks.exchange(
             mine, len(mine), b"", self._progress.global_step, self._control.interrupts.pending

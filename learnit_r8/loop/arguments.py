@@ -119,6 +119,12 @@ def _sizes(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
     world = problems.integer("world_size", args.world_size, 1)
     if world > batch:
         problems.append(f"batch_size is the global batch and must be >= world_size={world}, got {args.batch_size!r}")
+    elif batch % world:
+        near = batch - batch % world
+        problems.append(
+            f"batch_size is the global batch and must be a multiple of world_size={world}, got {args.batch_size!r}: "
+            f"give {near} or {near + world}; an average over slices of different sizes weighs samples differently"
+        )
     elif world > size:
         problems.append(
             f"num_samples must be >= world_size={world}, got {args.num_samples!r}: each rank needs a sample"

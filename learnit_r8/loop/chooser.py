@@ -86,13 +86,14 @@ class Chooser:
 
     def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
-        request = self._request(
-            min(self._config.batch_size, self._left), epoch, step, progress, Purpose.BATCH, stable_only
-        )
+        size = self._config.next_size(self._left)
+        request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)
         chosen = self._active.draw(request)
         draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
         if self._trusted:
-            indices, weights = draw.indices.astype(np.int64, copy=False), draw.importance(self._config.num_samples)
+            count = len(draw.indices) - len(draw.indices) % self._config.world_size  # fewer where few may be drawn
+            indices, weights = draw.indices[:count].astype(np.int64), draw.importance(self._config.num_samples)
+            weights = None if weights is None else weights[:count]
         else:
             indices, weights = self._checked(draw, request)
         self.drawn += 1
@@ -103,7 +104,17 @@ class Chooser:
         self, size: int, epoch: int, step: int, progress: float, purpose: Purpose, stable_only: bool = False
     ) -> BatchRequest:
         return BatchRequest(
-            size, epoch, self.drawn, step, progress, self._catalog, self._streams, purpose, self._excluded, stable_only
+            size,
+            epoch,
+            self.drawn,
+            step,
+            progress,
+            self._catalog,
+            self._streams,
+            purpose,
+            self._excluded,
+            stable_only,
+            self._config.world_size,
         )
 
     def _checked(self, draw: Draw, request: BatchRequest) -> tuple[Indices, Losses | None]:
@@ -150,12 +161,14 @@ class Chooser:
     ) -> tuple[Indices, Losses | None]:
         """Take out what must not be trained on. To stop would punish a run for a quarantine that came hours into it."""
         advice = f"{name}.draw returned samples of request.excluded (quarantine, noise guard): leave these out"
-        if np.count_nonzero(kept) < self._config.world_size:
+        remain = np.flatnonzero(kept)
+        remain = remain[: len(remain) - len(remain) % self._config.world_size]
+        if not len(remain):
             raise ProtocolError(f"{advice}; too few of a batch remain")
         if not self._warned:
             self._warned = True
             warnings.warn(f"{advice}; until then they are taken out of its batches", RuntimeWarning, stacklevel=2)
-        return indices[kept], None if weights is None else weights[kept]
+        return indices[remain], None if weights is None else weights[remain]
 
     @property
     def listens(self) -> bool:

@@ -1,5 +1,10 @@
 """Several processes, one plan: the global batch is formed first, then cut by rank.
 
+A strategy's batch has an order (by loss quartile, by bin), so each rank takes places drawn at random: the slices are
+alike in expectation. Losses are put back into the batch's order, in which all that is derived from them is derived:
+it is the same to the bit on any number of ranks. Slices have one size, since an average of averages would weigh the
+samples of a smaller slice more.
+
 Nothing but losses has to travel for the ranks to stay equal, as all else follows from the same
 seed. What does not follow from it travels along with every report: the time (rank 0's counts for
 everyone), signals, commands and a damaged model (any rank's count for everyone), and a hash of the
@@ -18,6 +23,7 @@ from numpy.typing import NDArray
 from learnit_r8.clock import Clock
 from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.losses import Reported, read_losses
+from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.types import Command, Indices
 
 _COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _DAMAGED, _HEADER = range(7)
@@ -77,9 +83,31 @@ class Ranks:
         self.clock = clock if world_size == 1 else self._shared
         self._hash = zlib.crc32(plan.encode())
 
+    def order(self, size: int, streams: RandomStreams, epoch: int, cursor: int) -> Indices | None:
+        """Return the places of a global batch in the order in which the ranks take them; None: as they are.
+
+        Args:
+            size: Samples in the global batch.
+            streams: The run's randomness.
+            epoch: Of the batch.
+            cursor: Number of the batch within the epoch.
+
+        Raises:
+            ProtocolError: The ranks cannot have equal shares of it.
+        """
+        if self.world_size == 1:
+            return None
+        if size % self.world_size:
+            raise ProtocolError(
+                f"the strategy drew {size} samples for {self.world_size} ranks, whose slices would differ in size and "
+                "weigh their samples differently: let draw(request) return a multiple of request.multiple samples"
+            )
+        return streams.at(Purpose.SLICES, epoch, cursor).permutation(size)
+
     def cut(self, size: int) -> slice:
-        """Return this rank's part of a global batch: contiguous, sizes differ by one at most."""
-        return _cut(size, self.rank, self.world_size)
+        """Return this rank's part of what `order` returned."""
+        share = size // self.world_size
+        return slice(self.rank * share, (self.rank + 1) * share)
 
     def everyone(self, number: float) -> NDArray[np.float64]:
         """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
@@ -89,12 +117,15 @@ class Ranks:
         assert self._all_gather is not None
         return np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
 
-    def gather(self, reported: Reported, indices: Indices, step: int, signal: int | None) -> Reported:
+    def gather(
+        self, reported: Reported, indices: Indices, order: Indices | None, step: int, signal: int | None
+    ) -> Reported:
         """Return the report of the global batch; one rank's NaN is every rank's NaN.
 
         Args:
             reported: This rank's report.
             indices: The global batch.
+            order: The places in it that the ranks' losses belong to, in rank order; None: as they are.
             step: Global step.
             signal: A signal that this process got.
 
@@ -104,7 +135,12 @@ class Ranks:
         values = np.array([reported.mean]) if reported.values is None else reported.values
         count = 0 if reported.values is None else len(values)
         counts, losses = self.exchange(values, count, indices.tobytes(), step, signal)
-        return self._join(counts, losses, len(indices))
+        reported = self._join(counts, losses, len(indices))
+        if order is None or reported.values is None:
+            return reported
+        values = np.empty_like(losses)
+        values[order] = losses
+        return read_losses(values, len(values))
 
     def exchange(
         self, values: NDArray[Any], count: int, plan: bytes, step: int, signal: int | None
@@ -169,16 +205,9 @@ class Ranks:
         if len(losses) == size and counts.all():
             return read_losses(losses, size)
         if not counts.any():
-            parts = [_cut(size, rank, self.world_size) for rank in range(self.world_size)]
-            return read_losses(float(losses @ [part.stop - part.start for part in parts]) / size, size)
+            return read_losses(float(losses.mean()), size)
         raise ProtocolError(
             f"there came {len(losses)} losses for a global batch of {size} samples on {self.world_size} ranks, by rank "
             f"{[int(count) for count in counts]} (0: one number for all of them): report per-sample losses on every "
             "rank, or one number on every rank"
         )
-
-
-def _cut(size: int, rank: int, world_size: int) -> slice:
-    share, rest = divmod(size, world_size)
-    start = rank * share + min(rank, rest)
-    return slice(start, start + share + (rank < rest))

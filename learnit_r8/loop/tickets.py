@@ -26,6 +26,7 @@ class Ticket(NamedTuple):
         cursor: Number of the batch within its epoch.
         issued_at: Monotonic seconds.
         draw_seconds: Time that choosing the samples took.
+        order: Places of the global batch in the order in which the ranks take them; None: as they are.
     """
 
     batch: Batch
@@ -34,6 +35,7 @@ class Ticket(NamedTuple):
     cursor: int
     issued_at: float
     draw_seconds: float
+    order: Indices | None = None
 
 
 class TicketDesk:

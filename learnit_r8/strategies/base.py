@@ -59,6 +59,7 @@ class BatchRequest(NamedTuple):
             guard, probes), shape `[num_samples]`, or None when all may be drawn. It
             changes at epoch starts only.
         stable_only: Prefer samples of low loss (Q1): the model was just rolled back.
+        multiple: Number of ranks, which take equal shares of a batch: draw a multiple of it. `size` is one.
     """
 
     size: int
@@ -71,6 +72,7 @@ class BatchRequest(NamedTuple):
     purpose: Purpose = Purpose.BATCH
     excluded: Mask | None = None
     stable_only: bool = False
+    multiple: int = 1
 
     @property
     def num_samples(self) -> int:
