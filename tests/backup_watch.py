@@ -20,6 +20,8 @@ def leaves(tree: Any) -> list[Any]:
         tree = list(tree.values())
     if isinstance(tree, (list, tuple)):
         return [leaf for part in tree for leaf in leaves(part)]
+    if hasattr(tree, "to_local"):  # this rank's part of a DTensor
+        tree = tree.to_local()
     return [tree.detach().cpu() if hasattr(tree, "detach") else tree]
 
 

@@ -23,11 +23,11 @@ driver = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(driver)
 
 
-def launch(folder: Path, world: int, *scenarios: str, dies: bool = False) -> None:
+def launch(folder: Path, world: int, *scenarios: str, dies: bool = False, program: Path = DRIVER) -> None:
     """Run scenarios one after another on `world` processes."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(DRIVER), str(folder), str(rank), str(world), *scenarios],
+            [sys.executable, str(program), str(folder), str(rank), str(world), *scenarios],
             cwd=DRIVER.parent.parent,
             env={"PYTHONPATH": str(DRIVER.parent.parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
             stderr=subprocess.PIPE,

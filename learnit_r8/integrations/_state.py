@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
+
+from learnit_r8.stability.tree_copy import CopyPlan, buffers_of
 
 State = dict[str, Any]
 _PARTS = ("model", "optimizer", "scaler", "ema")
@@ -46,9 +47,7 @@ def capture_state(
         live["rngs"] = _capture_rngs()
     if not copy:
         return live
-    copier = _Copier()
-    state: State = copier.copy(live, out)
-    copier.finish()
+    state: State = CopyPlan(live, None if out is None else buffers_of(out)).fill().tree
     return state
 
 
@@ -77,7 +76,8 @@ def restore_state(
     for name, part in given.items():
         if part is not None and name in state:
             # A module copies into its own memory; optimizers and others keep the tensors that they are given.
-            part.load_state_dict(state[name] if isinstance(part, torch.nn.Module) else _Copier().copy(state[name]))
+            kept = state[name] if isinstance(part, torch.nn.Module) else CopyPlan(state[name]).fill().tree
+            part.load_state_dict(kept)
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
     elif isinstance(model, torch.nn.Module):
@@ -133,50 +133,6 @@ def _mapped(tree: Any, function: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(function(value) for value in tree)
     return tree.item() if isinstance(tree, np.generic) else tree
-
-
-class _Copier:
-    """Copies a tree of containers and tensors to the CPU, into old buffers where they fit."""
-
-    def __init__(self) -> None:
-        self._copies: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._taken: set[int] = set()  # addresses of old buffers: two that were tied may not be so any more
-        self._from_gpu = False
-
-    def copy(self, tree: Any, out: Any = None) -> Any:
-        if isinstance(tree, torch.Tensor):
-            return self._tensor(tree, out if isinstance(out, torch.Tensor) else None)
-        if isinstance(tree, dict):
-            old = out if isinstance(out, dict) else {}
-            return {key: self.copy(value, old.get(key)) for key, value in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            parts = out if isinstance(out, (list, tuple)) and len(out) == len(tree) else [None] * len(tree)
-            return type(tree)(self.copy(value, part) for value, part in zip(tree, parts, strict=True))
-        return deepcopy(tree)
-
-    def _tensor(self, source: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        source = source.detach()
-        if source.layout is not torch.strided:
-            return source.cpu().clone()
-        key = (source.device, source.data_ptr(), source.shape, source.stride(), source.dtype)
-        if source.numel() and key in self._copies:
-            return self._copies[key]
-        if out is None or out.data_ptr() in self._taken or not _fits(out, source):
-            out = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
-        out.copy_(source, non_blocking=source.is_cuda)
-        self._from_gpu |= source.is_cuda
-        self._copies[key] = out
-        self._taken.add(out.data_ptr())
-        return out
-
-    def finish(self) -> None:
-        """Wait until the copies are complete."""
-        if self._from_gpu:
-            torch.cuda.synchronize()
-
-
-def _fits(buffer: torch.Tensor, source: torch.Tensor) -> bool:
-    return buffer.shape == source.shape and buffer.dtype == source.dtype and buffer.device.type == "cpu"
 
 
 def _capture_rngs() -> State:

@@ -8,6 +8,9 @@ and only then *fill* the buffers.
 Arrays that share memory (tied weights, views of one flat buffer) share it in the copy as well:
 arrays whose address ranges overlap form a group, and a group of different views is copied as one
 range of bytes that the views are laid over again.
+
+A tensor made of tensors (`tensor_parts.py`) is copied through its parts. What can be copied in none of these ways ends
+in a TypeError before anything has changed: a backup that is not the state would be worse than none.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.stability.tensor_parts import Parts, all_finite, made_of, parts_of, readable
+
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 20
 _PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-_SCAN_BYTES = 1 << 18  # a chunk and its mask stay in the L2 cache
-_HALF_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}  # IEEE 754 binary16 and bfloat16: all ones = Inf or NaN
 
 Pool = dict[tuple[Any, ...], list[Any]]
 
@@ -75,6 +78,18 @@ class TreeCopy:
         return frozenset(path for path, array in self.arrays if not all_finite(array))
 
 
+def buffers_of(tree: Any) -> Pool:
+    """Return the CPU arrays of a copy that is not needed any more, each as a buffer for another one."""
+    pool: Pool = {}
+    leaves = _collect(tree, "", set(), {}, [])
+    for first, *others in _groups([leaf for leaf in leaves if leaf.device == "cpu"]):
+        if all(leaf.layout == first.layout and leaf.low == first.low for leaf in others):
+            pinned = first.is_tensor and first.array.is_pinned()
+            layout = (True, "pinned", *first.layout[2:]) if pinned else first.layout
+            pool.setdefault(layout, []).append(first.array)
+    return pool
+
+
 class CopyPlan:
     """A copy that is assembled but not filled: nothing of `recycled` has been written to yet.
 
@@ -92,15 +107,23 @@ class CopyPlan:
         self._arrays: list[tuple[str, Any]] = []
         self._nbytes = 0
         self._arena = _Arena()
-        leaves = list(_collect(source, "", set()))
+        parts: dict[int, Parts] = {}
+        others: list[tuple[str, Any]] = []
+        leaves = list(_collect(source, "", set(), parts, others))
         for group in _groups(leaves):
             self._place(group)
-        self._tree = _assemble(source, self._placed, {})
+        memo: dict[int, Any] = {}
+        self._tree = _assemble(source, self._placed, memo, parts)
+        for path, node in others:
+            self._arrays.extend(readable(memo.get(id(node)), path))
+        self._on_gpu = any(leaf.device.startswith("cuda") for leaf in leaves)
 
     def fill(self) -> TreeCopy:
         """Copy the bytes and return the finished copy."""
         for job, target, source in self._jobs:
             job(target, source)
+        if self._on_gpu:  # into pinned memory all copies run together
+            sys.modules["torch"].cuda.synchronize()
         return TreeCopy(self._tree, tuple(self._arrays), self._pool, self._nbytes)
 
     def _place(self, group: list[_Leaf]) -> None:
@@ -136,29 +159,6 @@ class CopyPlan:
         return buffer
 
 
-def all_finite(array: Any) -> bool:
-    """Say whether an array or CPU tensor holds neither NaN nor infinity (true for integers)."""
-    name = str(array.dtype).removeprefix("torch.")
-    if not isinstance(array, np.ndarray):
-        torch = sys.modules["torch"]
-        if not (array.is_floating_point() or array.is_complex()):
-            return True
-        if name == "bfloat16":
-            array = array.view(torch.int16)
-        elif name not in ("float16", "float32", "float64", "complex64", "complex128"):
-            return bool(array.float().isfinite().all())
-        array = array.numpy()
-    elif array.dtype.kind not in "fc" and name != "bfloat16":  # which numpy takes for a kind of bytes
-        return True
-    flat = array.ravel(order="K")  # a view for every dense layout
-    step = max(1, _SCAN_BYTES // flat.itemsize)
-    exponent = _HALF_EXPONENT.get(name)
-    if exponent is not None:
-        bits = flat.view(np.uint16)
-        return all(int((bits[i : i + step] & exponent).max()) != exponent for i in range(0, bits.size, step))
-    return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
-
-
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
     """Return (key, child) of a container that is copied piece by piece, None for anything else."""
     if hasattr(type(node), "__deepcopy__"):
@@ -173,19 +173,29 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def _collect(node: Any, path: str, seen: set[int]) -> Iterator[_Leaf]:
+def _collect(
+    node: Any, path: str, seen: set[int], parts: dict[int, Parts], others: list[tuple[str, Any]]
+) -> Iterator[_Leaf]:
+    """Yield the arrays of a tree; fill `parts` with the tensors made of tensors, `others` with what is neither."""
     if type(node) in _ATOMS:
         return
     leaf = _leaf(node, path)
     if leaf is not None:
         yield leaf
         return
-    children = _children(node)
-    if children is None or id(node) in seen:
+    if id(node) in seen:
         return
+    children = _children(node)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(node, getattr(torch, "Tensor", ())):
+        inner = parts[id(node)] = parts_of(node, path, torch)
+        one = len(inner.tensors) == 1
+        children = [(None if one else name, tensor) for name, tensor in inner.tensors.items()] or None
     seen.add(id(node))
-    for key, child in children:
-        yield from _collect(child, f"{path}/{key}", seen)
+    if children is None:
+        others.append((path, node))
+    for key, child in children or ():
+        yield from _collect(child, path if key is None else f"{path}/{key}", seen, parts, others)
 
 
 def _leaf(node: Any, path: str) -> _Leaf | None:
@@ -240,7 +250,7 @@ def _groups(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
         yield group
 
 
-def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any]) -> Any:
+def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any], parts: dict[int, Parts]) -> Any:
     if type(node) in _ATOMS:
         return node
     if id(node) in placed:
@@ -248,13 +258,20 @@ def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any]) -> Any:
     if id(node) in memo:
         return memo[id(node)]
     children = _children(node)
+    whole = parts.get(id(node))
+    if whole is not None and whole.tensors:
+        inner = {name: _assemble(tensor, placed, memo, parts) for name, tensor in whole.tensors.items()}
+        memo[id(node)] = made_of(node, whole, inner)
+        return memo[id(node)]
     if children is None:
         # Framework tensors that are not plain memory, of torch or of anything that looks like it.
+        source = node
         if callable(getattr(node, "detach", None)) and callable(getattr(node, "cpu", None)):
-            node = node.detach().cpu()
-        return copy.deepcopy(node, memo)
+            source = node.detach().cpu()
+        memo[id(node)] = copy.deepcopy(source, memo)
+        return memo[id(node)]
     if isinstance(node, tuple):
-        items = [_assemble(child, placed, memo) for _, child in children]
+        items = [_assemble(child, placed, memo, parts) for _, child in children]
         result: Any = type(node)(*items) if hasattr(node, "_fields") else tuple(items)
         memo[id(node)] = result
         return result
@@ -262,12 +279,12 @@ def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any]) -> Any:
     memo[id(node)] = result
     own = getattr(result, "__dict__", None)
     if own:
-        own.update({name: _assemble(value, placed, memo) for name, value in own.items()})
+        own.update({name: _assemble(value, placed, memo, parts) for name, value in own.items()})
     if type(node) is list:
         result.extend([None] * len(node))
     put = operator.setitem if isinstance(node, (dict, list)) else object.__setattr__
     for key, child in children:
-        put(result, key, _assemble(child, placed, memo))
+        put(result, key, _assemble(child, placed, memo, parts))
     return result
 
 
@@ -310,7 +327,7 @@ def _empty_like(leaf: _Leaf, arena: _Arena) -> Any:
 
 
 def _copy_tensor(target: Any, source: Any) -> None:
-    target.copy_(source)
+    target.copy_(source, non_blocking=source.is_cuda)
 
 
 def _copy_range(target: NDArray[np.uint8], source: tuple[_Leaf, int, int]) -> None:

@@ -1,0 +1,236 @@
+"""One rank of a training whose model is sharded: sharded_driver.py FOLDER RANK WORLD NAME...
+
+A name is SCENARIO or SCENARIO:KIND, with KIND one of `KINDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+SAMPLES, BATCH, EPOCHS, FEATURES = 960, 48, 3, 16
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)]
+    return nn.Sequential(*layers).double()
+
+
+def sharded(net: nn.Module, mesh: Any, **options: Any) -> nn.Module:
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(net, mesh=mesh, **options)
+
+
+def ddp(world: int) -> nn.Module:
+    return DistributedDataParallel(network())
+
+
+def fsdp2(world: int) -> nn.Module:
+    return sharded(network(), init_device_mesh("cpu", (world,)))
+
+
+def offload(world: int) -> nn.Module:
+    return sharded(network(), init_device_mesh("cpu", (world,)), offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def hsdp(world: int) -> nn.Module:
+    return sharded(network(), init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+
+
+def tensor_parallel(world: int, mesh: Any = None) -> nn.Module:
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return parallelize_module(network(), mesh or init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)), plan)
+
+
+def both(world: int) -> nn.Module:
+    """FSDP2 over tensor parallelism."""
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    return fully_shard(tensor_parallel(world, mesh["tp"]), mesh=mesh["dp"])
+
+
+KINDS = {kind.__name__: kind for kind in (ddp, fsdp2, offload, hsdp, tensor_parallel, both)}
+GENERATOR = torch.Generator().manual_seed(1)
+X = torch.randn(SAMPLES, FEATURES, generator=GENERATOR, dtype=torch.float64)
+Y = (X[:, :4].sum(dim=1) > 0).long()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return copies of all tensors, by means of none of the library's functions."""
+    named = dict(model.state_dict())
+    for number, state in optimizer.state_dict()["state"].items():
+        named |= {f"{number}.{name}": value for name, value in state.items()}
+    return {name: local(torch.as_tensor(value)).detach().clone() for name, value in named.items()}
+
+
+def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X[step::50]), Y[step::50]).backward()
+        optimizer.step()
+
+
+def copied(folder: Path, ranks: dict, kind: str) -> dict:
+    """Capture, train on, restore: what is another than it was?"""
+    from learnit_r8.integrations.torch import capture_state, restore_state
+    from learnit_r8.stability.tree_copy import CopyPlan
+
+    wrong = {}
+    old = None
+    for way in ("copy", "scheduler", "out"):
+        model = KINDS[kind](ranks["world_size"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        plain_steps(model, optimizer, 5)
+        before = snapshot(model, optimizer)
+        if way == "scheduler":
+            copy = CopyPlan(capture_state(model, optimizer, copy=False)).fill()
+            assert not copy.nonfinite()
+            assert len(copy.arrays) >= len(before)
+            state = copy.tree
+        else:
+            state = old = capture_state(model, optimizer, out=old)
+        plain_steps(model, optimizer, 5)
+        changed = snapshot(model, optimizer)
+        restore_state(state, model, optimizer)
+        after = snapshot(model, optimizer)
+        wrong[way] = [name for name in before if not torch.equal(before[name], after[name])]
+        assert sum(not torch.equal(before[name], changed[name]) for name in before) > len(before) // 2
+        plain_steps(model, optimizer, 5)
+        again = snapshot(model, optimizer)
+        wrong[way] += [name for name in changed if not torch.equal(changed[name], again[name])]
+    return {"wrong": wrong, "tensors": len(before)}
+
+
+class Training:
+    """The loop of docs/several-gpus.md over a model of some kind."""
+
+    def __init__(self, kind: str, ranks: dict, *, scheduler: Any = None, watch: Any = None, **options: Any) -> None:
+        from learnit_r8 import R8Scheduler
+        from learnit_r8.integrations.torch import capture_state, follow_lr, restore_state
+
+        self.model = KINDS[kind](dist.get_world_size())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.losses: list[float] = []
+        self.rolled_back: list[int] = []
+        options = {"num_epochs": EPOCHS, "initial_lr": 1e-2, "checkpoint_dir": None, "ui": "off"} | ranks | options
+        self.scheduler = scheduler or R8Scheduler(SAMPLES, BATCH, **options)
+        self.scheduler.attach_model(
+            lambda: capture_state(self.model, self.optimizer, copy=False),
+            lambda state: restore_state(state, self.model, self.optimizer),
+        )
+        follow_lr(self.scheduler, self.optimizer)
+
+    def go(self, before_step: Any = lambda step: 1.0, stop_at: int = -1, micro: int = 1) -> None:
+        for _ in self.scheduler.epoch_iterator():
+            for batch in self.scheduler.batch_iterator():
+                factor = before_step(batch.step)
+                losses = []
+                self.optimizer.zero_grad()
+                parts = torch.from_numpy(batch.indices).chunk(micro)
+                for number, ids in enumerate(parts):
+                    self._sync(number == len(parts) - 1)
+                    part = nn.functional.cross_entropy(self.model(X[ids]), Y[ids], reduction="none") * factor
+                    (part.sum() / len(batch.indices)).backward()
+                    losses.append(part.detach())
+                self.optimizer.step()
+                result = self.scheduler.update_with_loss(torch.cat(losses))
+                self.losses.append(result.loss)
+                if result.rolled_back:
+                    self.rolled_back.append(batch.step)
+                if self.scheduler.global_step == stop_at:
+                    return
+
+    def _sync(self, last: bool) -> None:
+        if hasattr(self.model, "set_requires_gradient_sync"):
+            self.model.set_requires_gradient_sync(last)
+        elif isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = last
+
+    def weights(self) -> list[float]:
+        """All weights, whole."""
+        state = self.model.state_dict()
+        whole = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in state.values()]
+        return torch.cat([value.detach().flatten() for value in whole]).tolist()
+
+
+def faults(folder: Path, ranks: dict, kind: str) -> dict:
+    """NaN at random steps, each time on another rank; four runs of five."""
+    from learnit_r8 import R8Scheduler
+    from tests.backup_watch import BackupWatch, random_steps
+
+    found = []
+    for seed in range(4):
+        options = {"num_epochs": EPOCHS, "initial_lr": 1e-2, "checkpoint_dir": None, "ui": "off", "seed": seed}
+        watch = BackupWatch(random_steps(seed), partial(R8Scheduler, SAMPLES, BATCH, **options, **ranks))
+        training = Training(kind, ranks, scheduler=watch.scheduler)
+
+        def poison(step: int, watch: Any = watch) -> float:
+            factor = watch.factor()
+            return factor if step % ranks["world_size"] == ranks["rank"] else 1.0
+
+        training.go(poison)
+        found.append(watch.findings())
+    return {"findings": found}
+
+
+def hidden(folder: Path, ranks: dict, kind: str) -> dict:
+    """NaN in one rank's shard of a parameter that no loss depends on."""
+    training = Training(kind, ranks, backup_every=5)
+
+    def poison(step: int) -> float:
+        if step == 20 and ranks["rank"] == ranks["world_size"] - 1:
+            local(training.frozen.detach())[:] = float("nan")
+        return 1.0
+
+    training.frozen = nn.Parameter(next(training.model.parameters()).detach().clone(), requires_grad=False)
+    training.model.register_parameter("frozen", training.frozen)
+    training.go(poison)
+    return {"rolled_back": training.rolled_back, "finite": bool(local(training.frozen).isfinite().all())}
+
+
+def plain(folder: Path, ranks: dict, kind: str) -> dict:
+    """A thousand steps with accumulation."""
+    training = Training(kind, ranks, num_epochs=50)
+    training.go(micro=3)
+    return {"weights": training.weights(), "losses": training.losses, "hash": training.scheduler._ranks._hash}
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*(barrier|gloo|Gloo).*")
+    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous-{world}-{sys.argv[4].replace(chr(58), chr(45))}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    from learnit_r8.integrations.distributed import rank_arguments
+
+    for name in sys.argv[4:]:
+        scenario, _, kind = name.partition(":")
+        result = globals()[scenario](folder, rank_arguments(), kind)
+        (folder / f"{name.replace(':', '-')}-{world}-{rank}.json").write_text(json.dumps(result))
+        dist.barrier()
+    os._exit(0)  # gloo of torch 2.13 aborts now and then in its destructors, with or without this library
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Models that are sharded over real processes: FSDP2, HSDP, tensor parallelism; backups, rollbacks, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learnit_r8 import R8Scheduler
+from learnit_r8.stability.tree_copy import CopyPlan
+from tests.test_integration_distributed import launch, results, same
+
+DRIVER = Path(__file__).with_name("sharded_driver.py")
+KINDS_OF_2 = ("ddp", "fsdp2", "offload", "hsdp", "tensor_parallel")
+
+
+def run(folder: Path, world: int, *names: str) -> dict[str, list[dict]]:
+    launch(folder, world, *names, program=DRIVER)
+    return {name: results(folder, world, name.replace(":", "-")) for name in names}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    scenarios = [f"copied:{kind}" for kind in KINDS_OF_2]
+    return run(tmp_path_factory.mktemp("two"), 2, *scenarios, "faults:fsdp2", "hidden:fsdp2", "hidden:ddp")
+
+
+def check_faults(ranks: list[dict]) -> None:
+    """20 NaN, 20 rollbacks, each to the snapshot's bits."""
+    assert sum(found["rollbacks"] for found in ranks[0]["findings"]) == 20
+    for found in [found for rank in ranks for found in rank["findings"]]:
+        assert {found[name] for name in ("finite", "equal", "unchanged", "held")} == {True}, found
+        assert found["steps"] == found["length"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_2)
+def test_a_sharded_model_is_restored_to_the_bit(two, kind):
+    for rank in two[f"copied:{kind}"]:
+        assert rank == {"wrong": {"copy": [], "scheduler": [], "out": []}, "tensors": 24}
+
+
+def test_nan_on_any_rank_of_an_fsdp2_run_is_undone_to_the_bit(two):
+    check_faults(two["faults:fsdp2"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_nan_hidden_in_one_ranks_shard_rolls_all_ranks_back(two, kind):
+    ranks = two[f"hidden:{kind}"]
+    assert all(rank["finite"] for rank in ranks)
+    assert same([rank["rolled_back"] for rank in ranks])
+    assert len(ranks[0]["rolled_back"]) == 1
+
+
+@pytest.mark.slow
+def test_nan_on_four_ranks_is_undone_to_the_bit(tmp_path):
+    kinds = ("fsdp2", "hsdp", "both")
+    ranks = run(tmp_path, 4, *[f"copied:{kind}" for kind in kinds], "faults:fsdp2", "faults:hsdp", "hidden:hsdp")
+    for kind in kinds:
+        assert all(rank["wrong"] == {"copy": [], "scheduler": [], "out": []} for rank in ranks[f"copied:{kind}"])
+    check_faults(ranks["faults:fsdp2"])
+    check_faults(ranks["faults:hsdp"])
+    assert all(rank["finite"] and len(rank["rolled_back"]) == 1 for rank in ranks["hidden:hsdp"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ddp_fsdp2_and_hsdp_train_the_same_run(tmp_path, world):
+    ranks = run(tmp_path, world, "plain:ddp", "plain:fsdp2", "plain:hsdp")
+    first = ranks["plain:ddp"][0]
+    for each in (rank for kind in ranks.values() for rank in kind):
+        assert each["hash"] == first["hash"]
+        assert len(each["losses"]) == 1000
+        np.testing.assert_allclose(each["losses"], first["losses"], rtol=1e-6)
+        np.testing.assert_allclose(each["weights"], first["weights"], rtol=0, atol=1e-9)
+
+
+# What cannot be copied -----------------------------------------------------------------------------
+
+
+class Hollow(torch.Tensor):
+    """A tensor whose numbers are nowhere that torch could tell."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{function} is not for Hollow")
+
+
+class Scaled(torch.Tensor):
+    """Whole numbers and a scale, as quantized weights are kept."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Scaled(inner["numbers"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Scaled(args[0].numbers, args[0].scale)
+        raise NotImplementedError(f"{function} is not for Scaled")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.empty(3, device="meta"), "on the device meta, which holds no numbers"),
+        (Hollow((2, 2)), "Hollow that cannot be copied"),
+        (torch.nn.UninitializedParameter(), "UninitializedParameter that cannot be copied"),
+    ],
+    ids=["meta", "wrapper", "uninitialized"],
+)
+def test_a_tensor_that_cannot_be_copied_ends_in_one_sentence_at_the_first_backup(tensor, reason):
+    scheduler = R8Scheduler(
+        64, 8, num_epochs=1, checkpoint_dir=None, ui="off", state_callback=lambda: {"net": {"w": tensor}},
+        load_callback=lambda state: None,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=rf"net/w is a .*{reason}.*leave it out"):
+        next(scheduler.batch_iterator())
+    assert scheduler.global_step == 0
+
+
+def test_tensors_made_of_tensors_are_copied_and_scanned_through_their_parts():
+    source = {"a": Scaled(torch.arange(4), torch.ones(4)), "b": Scaled(torch.arange(4) * 2, torch.full((4,), 2.0))}
+    copy = CopyPlan(source).fill()
+    source["a"].numbers.zero_()
+    source["b"].scale.mul_(float("nan"))
+    assert copy.tree["a"].numbers.tolist() == [0, 1, 2, 3]
+    assert copy.tree["b"].scale.tolist() == [2.0] * 4
+    assert type(copy.tree["a"]) is Scaled
+    assert not copy.nonfinite()
+    assert CopyPlan(source, copy.pool).fill().nonfinite() == {"/b/scale"}
+
+
+def test_what_is_copied_as_a_whole_is_scanned_too():
+    layer = torch.nn.Linear(2, 2)
+    sparse = torch.eye(3).to_sparse()
+    assert not CopyPlan({"net": layer, "sparse": sparse}).fill().nonfinite()
+    with torch.no_grad():
+        layer.bias[0] = float("nan")
+    assert CopyPlan({"net": layer, "sparse": sparse * float("inf")}).fill().nonfinite() == {"/net/bias", "/sparse"}
