@@ -47,7 +47,6 @@ def main() -> None:
         batch_sampler=R8BatchSampler(scheduler),  # R8
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
-        generator=torch.Generator(),  # so that a resumed run draws the same random numbers
     )
     poisoned = scheduler.total_steps // 2 if args.nan else -1
     with scheduler:

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     LR_SEARCH = 2
     EXCLUSION = 3
     SLICES = 4
+    LOADING = 5
 
 
 class RandomStreams:

@@ -43,7 +43,7 @@ from learnit_r8.loop.progress import Progress, Stage, check_state, resumed_argum
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
-from learnit_r8.loop.tickets import Ticket, TicketDesk
+from learnit_r8.loop.tickets import Loader, Ticket, TicketDesk
 from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus
@@ -268,24 +268,54 @@ class R8Scheduler:
         position = self._budget.position(self._progress.epoch, cursor, self._chooser.batches)
         return self._budget.learning_rate(position, self._safety.lr_multiplier(self._progress.global_step))
 
-    def allow_lookahead(self, batches: int, prefetched: int = 0) -> None:
+    @property
+    def current_batch(self) -> Batch | None:
+        """The batch that the loop got last and has not reported: `current_batch.weights` are its importance weights."""
+        ticket = self._desk.current
+        return None if ticket is None else ticket.batch
+
+    @property
+    def nothing_to_draw(self) -> str | None:
+        """Why a loop over the batches would be empty, None where it would not, or where somebody stopped the run."""
+        progress = self._progress
+        if self._closed:
+            return "the scheduler is closed"
+        if self._control.stop or progress.stage is Stage.RUNNING:
+            return None
+        if self._budget.over(progress.epoch + (progress.stage is Stage.DONE)):
+            return "the run has spent its budget"
+        done = progress.stage is Stage.DONE
+        return f"all batches of epoch {progress.epoch} are reported, and no other epoch is open" if done else None
+
+    def data_seed(self, batch: Batch | None = None) -> int:
+        """Return a seed for the random numbers of loading a batch, or of the workers that this epoch starts.
+
+        It follows from the run's seed, the epoch, the batch's place in it, and the rank.
+        """
+        cursor = 0 if batch is None else 1 + self._desk.find(batch).cursor
+        rng = self._streams.at(Purpose.LOADING, self._progress.epoch, cursor)
+        return int(rng.integers(1 << 62)) + self._ranks.rank
+
+    def allow_lookahead(self, batches: int) -> None:
         """Let at least so many batches be out before their losses come back.
 
         For loaders that prefetch: their lead is known only once they exist.
 
         Args:
             batches: As `lookahead`.
-            prefetched: How many of them, the newest, a loader holds that the model has not seen.
 
         Raises:
             ProtocolError: A learning-rate search is due, which needs every loss before the next batch.
         """
-        if self._search is not None and batches > 1:
+        self._check_search(batches - 1)
+        self._desk.allow(batches)
+
+    def _check_search(self, lead: int) -> None:
+        if self._search is not None and lead > 0:
             raise ProtocolError(
-                f"auto_find_lr needs each loss before the next batch, and this loader is {batches - 1} ahead: search "
+                f"auto_find_lr needs each loss before the next batch, and this loader is {lead} ahead: search "
                 "with a loader that does not prefetch (num_workers=0), or give initial_lr"
             )
-        self._desk.lookahead, self._desk.prefetched = max(self._desk.lookahead, batches), prefetched
 
     def attach_model(self, capture: Callable[[], Any], restore: Callable[[Any], Any]) -> None:
         """Give the callbacks for backups in RAM that were not given at construction.
@@ -322,16 +352,25 @@ class R8Scheduler:
                     self._progress.next_epoch()
         self._end("stopped" if self._control.stop else "finished")
 
-    def batch_iterator(self) -> Iterator[Batch]:
+    def batch_iterator(self, loader: Loader | None = None) -> Iterator[Batch]:
         """Yield the batches that are left of the current epoch; each unpacks as `indices, lr`.
 
+        Args:
+            loader: What draws ahead of the loop, for integrations.
+
         Raises:
-            ProtocolError: The next batch is asked for while the loss of an earlier one is due.
+            ProtocolError: The next batch is asked for while the loss of an earlier one is due, or no epoch is open.
         """
         self._begin()
+        if loader is not None:
+            self._check_search(loader.lead + loader.ahead)
         if self._progress.stage is Stage.FRESH and not self._budget.over(self._progress.epoch):
             self._start_epoch()
-        self._desk.take_back()
+        elif self._progress.stage is Stage.DONE and not self._budget.over(self._progress.epoch + 1):
+            raise ProtocolError(
+                f"{self.nothing_to_draw}: begin the next one with `for epoch in scheduler.epoch_iterator()`"
+            )
+        self._desk.start_pass(loader)
         with self._control.interrupts:
             if self._search is not None:
                 yield from self._search_batches(self._search)

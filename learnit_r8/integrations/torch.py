@@ -17,7 +17,7 @@ Under Accelerate, leave the loader out of `prepare`, and save the run with every
 from __future__ import annotations
 
 from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr, set_lr
-from learnit_r8.integrations._sampler import R8BatchSampler
+from learnit_r8.integrations._sampler import R8BatchSampler, evaluation_loader
 from learnit_r8.integrations._state import (
     TensorState,
     arrays_from_tensors,
@@ -34,6 +34,7 @@ __all__ = [
     "TensorState",
     "arrays_from_tensors",
     "capture_state",
+    "evaluation_loader",
     "follow_lr",
     "importance_weights",
     "restore_state",

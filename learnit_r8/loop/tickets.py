@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,26 @@ class Ticket(NamedTuple):
     order: Indices | None = None
 
 
+class Loader(NamedTuple):
+    """What stands between the scheduler and the loop that trains.
+
+    Attributes:
+        lead: Batches that it holds and the loop has not got, at most.
+        ahead: Further batches that the loop holds before it reports the first of them.
+        delivered: Returns how many batches of this pass the loop got so far.
+    """
+
+    lead: int
+    ahead: int
+    delivered: Callable[[], int]
+
+
+_LEFT_OUT = (
+    "a batch that is left out (out of memory, bad data) is reported as update_with_loss(float('nan'), skipped=True), "
+    "and what only evaluates takes evaluation_loader(loader)"
+)
+
+
 class TicketDesk:
     """Open tickets in the order of issue, and drawn batches that wait to be issued again.
 
@@ -46,8 +67,10 @@ class TicketDesk:
     """
 
     def __init__(self, lookahead: int) -> None:
-        self.lookahead = lookahead
-        self.prefetched = 0  # of these, how many a loader holds that the model has not seen
+        self._lookahead = lookahead  # without a loader
+        self._loader: Loader | None = None
+        self._issued = 0  # in this pass over the batches
+        self._stale = False
         self._next_id = 0
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
@@ -79,20 +102,55 @@ class TicketDesk:
         self._next_id += 1
         return self._next_id - 1
 
+    def allow(self, batches: int) -> None:
+        """Let at least so many batches be out, in every pass."""
+        self._lookahead = max(self._lookahead, batches)
+
+    @property
+    def _patience(self) -> int:
+        """How many batches the loop may hold without a report."""
+        return self._lookahead if self._loader is None else max(self._lookahead, self._loader.ahead + 1)
+
+    @property
+    def held(self) -> int:
+        """Open batches that the loop has got. What a loader only holds ready does not count."""
+        if self._loader is None:
+            return len(self._open)
+        return len(self._open) - max(self._issued - self._loader.delivered(), 0)
+
+    @property
+    def current(self) -> Ticket | None:
+        """The batch that the loop got last, None where all that it got is reported."""
+        held = self.held
+        return next(itertools.islice(self._open.values(), held - 1, None)) if held > 0 else None
+
     def check_room(self) -> None:
         """Raise unless one more batch may be handed out."""
-        if len(self._open) < self.lookahead:
+        if self._stale:
+            raise ProtocolError(
+                "the state was restored while a loader held batches of the run before: leave the loop, and begin a "
+                "new one over the loader"
+            )
+        lead = 0 if self._loader is None else self._loader.lead
+        if len(self._open) < self._patience + lead and self.held < self._patience:
             return
         first = next(iter(self._open.values())).batch
         raise ProtocolError(
             f"the loss of step {first.step} (epoch {first.epoch}, batch id {first.id}) has not been reported: call "
             f"update_with_loss(loss) before asking for the next batch, or create the scheduler with lookahead=n "
-            f"to hold n batches at once (lookahead={self.lookahead})"
+            f"(R8BatchSampler with ahead=n - 1) to hold n batches at once, now {self._patience}; {_LEFT_OUT}"
         )
+
+    def start_pass(self, loader: Loader | None) -> None:
+        """Begin a loop over the batches: what is open is handed out again, first and in order."""
+        self._waiting.extendleft(reversed(self._open.values()))
+        self._open.clear()
+        self._loader, self._issued, self._stale = loader, 0, False
 
     def issue(self, ticket: Ticket) -> Batch:
         """Hand a ticket out."""
         self._open[ticket.batch.id] = ticket
+        self._issued += 1
         self._outdated.discard(ticket.batch.id)
         return ticket.batch
 
@@ -100,13 +158,9 @@ class TicketDesk:
         """Return the next batch that was drawn but never reported, or None."""
         return self._waiting.popleft() if self._waiting else None
 
-    def take_back(self) -> None:
-        """Un-issue all open tickets: they will be handed out again, in order."""
-        self._waiting.extendleft(reversed(self._open.values()))
-        self._open.clear()
-
     def drop_all(self) -> list[Ticket]:
         """Forget all tickets, open and waiting, and return them."""
+        self._stale = len(self._open) > max(self.held, 0)
         dropped = [*self._open.values(), *self._waiting]
         self._open.clear()
         self._waiting.clear()
@@ -125,7 +179,14 @@ class TicketDesk:
                 raise ProtocolError(
                     "no batch is open: call update_with_loss once for each batch of batch_iterator(), inside its loop"
                 )
-            return next(iter(self._open.values()))
+            first = next(iter(self._open.values()))
+            if (held := self.held) > self._patience:  # near an epoch's end: the loader asks for no further batch
+                raise ProtocolError(
+                    f"{held} batches came to the loop since step {first.batch.step} (epoch {first.batch.epoch}, batch "
+                    f"id {first.batch.id}), whose loss has not been reported: this one would reach its samples; "
+                    f"{_LEFT_OUT}"
+                )
+            return first
         if not isinstance(batch, Batch):
             raise TypeError(f"batch must be a Batch from batch_iterator() or None, got {type(batch).__name__}")
         if batch.id not in self._open:
@@ -142,8 +203,8 @@ class TicketDesk:
 
     def outdate(self) -> None:
         """Mark the open tickets: the model was restored, they may have been trained on the one that is gone."""
-        # What a loader had only prefetched, the newest ones, was trained on nothing yet.
-        self._outdated = set(list(self._open)[: max(self.lookahead - 1 - self.prefetched, 0)])
+        # What a loader only holds ready, the newest ones, was trained on nothing yet.
+        self._outdated = set(list(self._open)[: max(self.held, 0)])
 
     def close(self, ticket: Ticket) -> bool:
         """Remove a reported ticket; return whether it was out when the model was restored."""
