@@ -173,9 +173,10 @@ class R8Scheduler:
         self._ones = np.ones(config.batch_size, np.float32)
         self._progress = Progress()
         self._epoch_started = 0.0  # monotonic seconds
-        self._lr = self._lr_at(0)
+        self._lr = self._lr_at(0, 0)
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._resumed = self._begun = self._closed = False
+        self._within = False  # whether an epoch loop is going
 
     # `ShardedScheduler` has its own of these two.
 
@@ -262,10 +263,10 @@ class R8Scheduler:
         ticket = self._desk.oldest
         if ticket is None or self._search is not None:
             return self._lr
-        return self._lr_at(ticket.cursor) if self._safety.restored else ticket.batch.lr
+        return self._lr_at(ticket.cursor, ticket.batches) if self._safety.restored else ticket.batch.lr
 
-    def _lr_at(self, cursor: int) -> float:
-        position = self._budget.position(self._progress.epoch, cursor, self._chooser.batches)
+    def _lr_at(self, cursor: int, batches: int) -> float:
+        position = self._budget.position(self._progress.epoch, cursor, batches)
         return self._budget.learning_rate(position, self._safety.lr_multiplier(self._progress.global_step))
 
     @property
@@ -344,7 +345,11 @@ class R8Scheduler:
             while not self._control.stop and not self._budget.over(self._progress.epoch):
                 if self._progress.stage is Stage.FRESH:
                     self._start_epoch()
-                yield self._progress.epoch
+                self._within = True
+                try:
+                    yield self._progress.epoch
+                finally:
+                    self._within = False
                 if self._progress.stage is Stage.RUNNING and not self._control.stop:
                     self._end_epoch(completed=False)
                 if self._progress.stage is Stage.DONE:
@@ -366,7 +371,7 @@ class R8Scheduler:
             self._check_search(loader.lead + loader.ahead)
         if self._progress.stage is Stage.FRESH and not self._budget.over(self._progress.epoch):
             self._start_epoch()
-        elif self._progress.stage is Stage.DONE and not self._budget.over(self._progress.epoch + 1):
+        elif self._progress.stage is Stage.DONE and not (self._within or self._budget.over(self._progress.epoch + 1)):
             raise ProtocolError(
                 f"{self.nothing_to_draw}: begin the next one with `for epoch in scheduler.epoch_iterator()`"
             )
@@ -520,10 +525,11 @@ class R8Scheduler:
         epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
         waiting = self._desk.reissue()
         cursor = self._chooser.drawn if waiting is None else waiting.cursor
-        position = self._budget.position(epoch, cursor, self._chooser.batches)
+        batches = self._chooser.batches if waiting is None else waiting.batches
+        position = self._budget.position(epoch, cursor, batches)
         if waiting is not None:
             indices, weights, number = waiting.indices, waiting.weights, waiting.batch.id
-        elif cursor < self._chooser.batches:
+        elif cursor < batches:
             progress, stable_only = position[0] / position[1], self._safety.stable_only(step)
             indices, weights = self._chooser.draw(epoch, step, progress, stable_only=stable_only)
             number = self._desk.new_id()
@@ -531,7 +537,7 @@ class R8Scheduler:
             return None
         self._lr = self._budget.learning_rate(position, self._safety.lr_multiplier(step))
         self._safety.saw_lr(step, self._lr)
-        return self._ticket(indices, weights, number, step, cursor, started)
+        return self._ticket(indices, weights, number, step, (cursor, batches), started)
 
     def _ticket(
         self,
@@ -539,9 +545,10 @@ class R8Scheduler:
         weights: NDArray[np.float32] | None,
         number: int,
         step: int,
-        cursor: int,
+        place: tuple[int, int],
         started: float,
     ) -> Ticket:
+        cursor, batches = place
         order = self._ranks.order(len(indices), self._streams, self._progress.epoch, cursor)
         part = slice(None) if order is None else order[self._ranks.cut(len(indices))]
         mine = indices[part].copy()
@@ -550,7 +557,7 @@ class R8Scheduler:
         if self._bus and self._bus.wants_batches:
             self._bus.emit(events.BatchIssued, step, self._progress.epoch, len(indices), self._lr, now - started)
         batch = Batch(mine, self._lr, shown, number, step, self._progress.epoch)
-        return Ticket(batch, indices, weights, cursor, now, now - started, order)
+        return Ticket(batch, indices, weights, cursor, batches, now, now - started, order)
 
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
         """Let an accepted loss enter the catalog, and the strategy hear of it."""
@@ -593,7 +600,9 @@ class R8Scheduler:
                 while not search.done:
                     indices, self._lr = search.next_batch()
                     started = self._clock.monotonic()
-                    ticket = self._ticket(indices, None, self._desk.new_id(), self._progress.global_step, 0, started)
+                    ticket = self._ticket(
+                        indices, None, self._desk.new_id(), self._progress.global_step, (0, 0), started
+                    )
                     yield self._desk.issue(ticket)
                     self._desk.check_room()
             except BaseException:  # left or failed: the next loop starts the search anew
@@ -743,13 +752,13 @@ class R8Scheduler:
             self._search = None
         self._budget.load_state_dict(state["budget"])
         self._catalog.load_state_dict(state["catalog"])
-        self._desk.load_state_dict(state["tickets"], self._progress.epoch)
+        self._desk.load_state_dict(state["tickets"], self._progress.epoch, int(state["chooser"]["batches"]))
         done, total = self._budget.position(self._progress.epoch, 0, 1)
         self._chooser.load_state_dict(state["chooser"], self._progress.epoch, self._progress.global_step, done / total)
         self._safety.load_state_dict(state["safety"])
         self._guard.load_state_dict(state["guard"])
         self._epoch_started = self._clock.monotonic()
-        self._lr = self._lr_at(self._chooser.drawn)
+        self._lr = self._lr_at(self._chooser.drawn, self._chooser.batches)
         self._control.stop = None
         self._begun = False
         self._resumed = True

@@ -99,7 +99,7 @@ class Scribbles(Sound):
 @pytest.mark.parametrize(
     ("factory", "complaint"),
     [
-        (returns(lambda ids: ids[:1]), "1 ids where 5 were asked for.*num_samples=5, batch_size=8"),
+        (returns(lambda ids: ids[:0]), "0 ids where 1 were asked for.*num_samples=1, batch_size=1"),
         (returns(lambda ids: None), "NoneType of shape"),
         (returns(lambda ids: Draw(ids, weights=["1"] * len(ids))), "not all 0, one per sample"),
         (returns(lambda ids: Draw(ids, weights=np.ones(len(ids) + 1))), "one per sample"),
@@ -234,3 +234,88 @@ def test_what_must_not_be_trained_on_is_taken_out_of_a_careless_strategys_batche
     assert min(len(batch.indices) for batch in batches) < 8
     for batch in batches:
         np.testing.assert_allclose(batch.weights, 1 + batch.indices / 100, rtol=1e-6)
+
+
+LENGTHS = np.random.default_rng(3).integers(10, 60, 1000)
+
+
+class TokenBudget:
+    """As many samples as make up 256 tokens, each once an epoch."""
+
+    covers = True
+    catalogs = False
+
+    def __init__(self):
+        self.plan = np.empty(0, np.int64)
+
+    def start_epoch(self, request):
+        order = request.rng.permutation(request.num_samples)
+        self.plan = order if request.excluded is None else order[~request.excluded[order]]
+        return len(self.plan)
+
+    def draw(self, request):
+        count = max(int((np.cumsum(LENGTHS[self.plan[: request.size]]) <= 256).sum()), 1)
+        chosen, self.plan = self.plan[:count], self.plan[count:]
+        return chosen
+
+    def state_dict(self):
+        return {"plan": self.plan}
+
+    def load_state_dict(self, state):
+        self.plan = np.array(state["plan"], np.int64)
+
+
+def drawn(scheduler, stop_at=-1):
+    seen = []
+    for _ in scheduler.epoch_iterator():
+        for batch in scheduler.batch_iterator():
+            seen.append((batch.epoch, batch.indices.tolist(), batch.lr))
+            scheduler.update_with_loss(np.cos(batch.indices) + 2)
+            if len(seen) == stop_at:
+                return seen
+    return seen
+
+
+def test_an_epoch_of_short_batches_goes_on_until_each_sample_was_drawn():
+    check_strategy(TokenBudget, thorough=False)
+    with R8Scheduler(300, 32, num_epochs=3, ui="off", checkpoint_dir=None, strategy=TokenBudget()) as scheduler:
+        seen = drawn(scheduler)
+    for epoch in range(3):
+        assert sorted(i for at, ids, _ in seen if at == epoch for i in ids) == list(range(300))
+    assert max(int(LENGTHS[ids].sum()) for _, ids, _ in seen) <= 256
+    rates = [lr for _, _, lr in seen]
+    peak = int(np.argmax(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.01 * max(rates)
+
+
+@pytest.mark.parametrize("lookahead", [1, 6])
+@pytest.mark.parametrize("stop_at", [1, 20, 45])
+def test_short_batches_resume_to_the_bit_also_those_that_were_out(lookahead, stop_at):
+    def make():
+        return R8Scheduler(
+            300, 32, num_epochs=3, ui="off", checkpoint_dir=None, strategy=TokenBudget(), lookahead=lookahead
+        )
+
+    whole = drawn(make())
+    first = make()
+    head = drawn(first, stop_at)
+    early = first.batch_iterator()
+    for _ in range(lookahead):  # drawn ahead, and lost with the process
+        next(early, None)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    assert head + drawn(second) == whole
+    first.close()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_strategy_without_a_plan_that_draws_few_takes_more_batches(count):
+    with R8Scheduler(
+        20, 8, num_epochs=2, ui="off", checkpoint_dir=None, strategy=returns(lambda ids: ids[:count])()
+    ) as scheduler:
+        seen = drawn(scheduler)
+    sizes = [len(ids) for epoch, ids, _ in seen if epoch == 1]
+    assert sum(sizes) == 20
+    assert max(sizes) == count

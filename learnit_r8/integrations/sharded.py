@@ -203,4 +203,4 @@ class ShardedScheduler(R8Scheduler):
     def _agree_on_batches(self) -> None:
         # Samples in quarantine, or left out by a strategy, differ by shard; the number of steps must not.
         batches = np.asarray(self._shard[2](np.array([self._chooser.batches], np.float64)))
-        self._chooser.batches = int(batches.min())
+        self._chooser.batches, self._chooser.fixed = int(batches.min()), True

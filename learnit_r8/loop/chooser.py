@@ -26,13 +26,15 @@ class Chooser:
         streams: The run's randomness.
 
     Attributes:
-        batches: Number of batches in the epoch's plan.
+        batches: Number of batches in the epoch's plan; it grows where the strategy draws fewer samples than asked for.
+        fixed: Whether it may not grow, as it is the same on several ranks that draw for themselves.
         drawn: How many of them were drawn.
     """
 
     def __init__(self, strategy: Strategy, config: Config, catalog: LossCatalog, streams: RandomStreams) -> None:
         self.strategy = strategy
         self.batches = 0
+        self.fixed = False
         self.drawn = 0
         self._config = config
         self._catalog = catalog
@@ -98,7 +100,19 @@ class Chooser:
             indices, weights = self._checked(draw, request)
         self.drawn += 1
         self._left -= len(draw.indices)
+        if len(draw.indices) < request.size:
+            self._plan_longer(len(draw.indices), request.size)
         return indices, weights
+
+    def _plan_longer(self, count: int, asked: int) -> None:
+        """Let the epoch go on until all of its samples were drawn."""
+        if not self.fixed:
+            self.batches = self.drawn + self._config.batches(self._left)
+        elif not self._trusted:
+            raise ProtocolError(
+                f"{type(self._active).__name__}.draw returned {count} ids where {asked} were asked for: under "
+                "ShardedScheduler, whose ranks take steps together, each batch has to be full"
+            )
 
     def _request(
         self, size: int, epoch: int, step: int, progress: float, purpose: Purpose, stable_only: bool = False

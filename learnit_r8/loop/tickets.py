@@ -25,6 +25,7 @@ class Ticket(NamedTuple):
         indices: The whole global batch, int64, our own copy: users may write into theirs.
         weights: Importance weights of the global batch, or None for ones.
         cursor: Number of the batch within its epoch.
+        batches: Batches of the epoch's plan when it was drawn: with the cursor its place in the learning-rate schedule.
         issued_at: Monotonic seconds.
         draw_seconds: Time that choosing the samples took.
         order: Places of the global batch in the order in which the ranks take them; None: as they are.
@@ -34,6 +35,7 @@ class Ticket(NamedTuple):
     indices: Indices
     weights: NDArray[np.float32] | None
     cursor: int
+    batches: int
     issued_at: float
     draw_seconds: float
     order: Indices | None = None
@@ -233,12 +235,19 @@ class TicketDesk:
         return {
             "next_id": self._next_id,
             "unreported": [
-                {"id": t.batch.id, "cursor": t.cursor, "indices": t.indices, "weights": t.weights} for t in tickets
+                {
+                    "id": t.batch.id,
+                    "cursor": t.cursor,
+                    "batches": t.batches,
+                    "indices": t.indices,
+                    "weights": t.weights,
+                }
+                for t in tickets
             ],
         }
 
-    def load_state_dict(self, state: dict[str, Any], epoch: int) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any], epoch: int, batches: int) -> None:
+        """Restore what `state_dict` returned; `batches` are those of the epoch, for states that do not say."""
         self.drop_all()
         self._next_id = int(state["next_id"])
         for item in state["unreported"]:
@@ -246,4 +255,5 @@ class TicketDesk:
             weights = None if item["weights"] is None else np.array(item["weights"], np.float32)
             # Only the id counts: step and learning rate are set when it is issued again.
             blank = Batch(indices, 0.0, np.ones(0, np.float32), int(item["id"]), 0, epoch)
-            self._waiting.append(Ticket(blank, indices, weights, int(item["cursor"]), 0.0, 0.0))
+            planned = int(item.get("batches", batches))
+            self._waiting.append(Ticket(blank, indices, weights, int(item["cursor"]), planned, 0.0, 0.0))

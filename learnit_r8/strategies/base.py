@@ -13,6 +13,7 @@ Optional methods, used where present:
 
 * `start_epoch(request) -> int | None`: the epoch's plan is due; the number of samples that
   the epoch will draw, at least 1 (None: as many as there are samples, less `request.excluded`).
+  The epoch goes on until so many are drawn, also where draws return fewer ids than asked for.
 * `observe(report)`: an accepted `LossReport`.
 * `forget(indices)`: these were drawn but will never be reported.
 * `state_dict() -> dict` and `load_state_dict(state)`: needed when a draw depends on anything
@@ -46,7 +47,7 @@ class BatchRequest(NamedTuple):
     """All that a strategy may look at when it chooses.
 
     Attributes:
-        size: Number of samples wanted (of the whole global batch, before it is cut by
+        size: Number of samples wanted, at most (of the whole global batch, before it is cut by
             rank). In `start_epoch`: the full batch size.
         epoch: From 0.
         cursor: Number of the batch within the epoch, from 0.
@@ -124,7 +125,7 @@ class Strategy(Protocol):
     """Chooses samples. See the module's text for the optional methods."""
 
     def draw(self, request: BatchRequest) -> Draw | Indices:
-        """Return `request.size` sample ids (fewer where there are not as many)."""
+        """Return `request.size` sample ids, or fewer, at least one: the epoch then takes more batches."""
         ...
 
 

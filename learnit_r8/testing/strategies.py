@@ -24,7 +24,7 @@ _LIMIT_Z = 5.5
 def check_strategy(factory: Callable[[], Strategy], *, thorough: bool = True) -> None:
     """Check that a strategy keeps its contract.
 
-    Ids in range and integers, full batches, no sample twice in a batch (unless `replacement`),
+    Ids in range and integers, no empty batches, no sample twice in a batch (unless `replacement`),
     excluded samples left out, data sets smaller than a batch and of one sample, draws before any
     loss is known, equal draws for equal seeds, the same tail after a restore in mid-epoch, states
     that are copies, weights within 5 and of mean 1, and inclusion probabilities that are true. A
@@ -157,17 +157,15 @@ class _Run:
 
     def _checked(self, draw: Draw, asked: int) -> Indices:
         ids = np.asarray(draw.indices)
-        least = min(asked, self._allowed)
-        wanted = f"{asked}" if least == asked else f"{least} to {asked}"
         self._require(
             ids.ndim == 1 and ids.dtype.kind in "iu",
             f"draw returned {type(draw.indices).__name__} of shape {ids.shape} and dtype {ids.dtype}: return a 1-D "
             "integer array of sample ids",
         )
         self._require(
-            least <= len(ids) <= asked,
-            f"draw returned {len(ids)} ids where {wanted} were asked for: return request.size of them, fewer "
-            "only where there are not as many, and let start_epoch return how many samples the epoch draws",
+            1 <= len(ids) <= asked,
+            f"draw returned {len(ids)} ids where {asked} were asked for: return request.size of them, or fewer, at "
+            "least one; the epoch goes on until it has drawn as many samples as start_epoch returned",
         )
         ids = ids.astype(np.int64)
         self._require(
