@@ -241,6 +241,11 @@ class R8Scheduler:
         return self._config.batch_size
 
     @property
+    def drop_last(self) -> bool:
+        """Whether an epoch's last, shorter batch is left out."""
+        return self._config.drop_last
+
+    @property
     def world_size(self) -> int:
         """Number of processes."""
         return self._config.world_size
@@ -249,6 +254,32 @@ class R8Scheduler:
     def open_batches(self) -> tuple[Batch, ...]:
         """The batches that were handed out and whose loss is due, oldest first."""
         return self._desk.open_batches
+
+    @property
+    def epoch_batches(self) -> tuple[int, int]:
+        """How many batches of the current epoch were reported, and how many it has."""
+        if self._progress.stage is Stage.FRESH:
+            return 0, self._config.steps_per_epoch
+        return self._progress.reported, self._chooser.batches
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal waits to be acted on; a host that saves the run itself does, and then delivers it."""
+        return self._control.interrupted
+
+    def deliver_signal(self, news: str) -> None:
+        """Act on the signal that waits, as if it had come now.
+
+        Args:
+            news: What has become of the run and how it goes on, one sentence.
+        """
+        self._end("stopped")  # the terminal is given back before the process may die
+        self._control.interrupts.deliver(news)
+        self._begin()  # a handler of the user's own has returned
+
+    def tell(self, message: str) -> None:
+        """Show a warning beside the run's other events."""
+        self._bus.emit(events.Notice, self._progress.global_step, message, "warning")
 
     def importance_weights(self, position: int) -> NDArray[np.float32] | None:
         """Return the importance weights of an open batch, None where all are 1.
@@ -577,11 +608,7 @@ class R8Scheduler:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
         if self._control.interrupted:
             self._save_if_possible()
-            self._end("stopped")  # the terminal is given back before the process may die
-            self._control.interrupts.deliver(
-                self._saver.farewell(self._progress.global_step, writes=self._ranks.writes)
-            )
-            self._begin()  # a handler of the user's own has returned
+            self.deliver_signal(self._saver.farewell(self._progress.global_step, writes=self._ranks.writes))
         if self._bus and self._bus.commanding:
             self._control.obey(self._progress.global_step, self._save_if_possible)
         self._safety.before_step(self._progress.global_step)

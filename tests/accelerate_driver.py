@@ -121,13 +121,12 @@ def trainer(folder: Path) -> dict:
     rows = [{"input_ids": torch.from_numpy(row), "labels": int(row[0] > 9)} for row in ids]
     run = R8Trainer(model, args, train_dataset=rows, scheduler=watch.scheduler)
     run.log = lambda *_args, **_options: None
-    compute = run._head_losses
 
-    def poisoned(*arguments: Any) -> Any:
-        losses = compute(*arguments)
-        return losses._replace(sums=losses.sums * factor(watch))
+    def poison(_module: Any, _args: Any, outputs: Any) -> Any:
+        by = factor(watch)
+        return type(outputs)(loss=outputs.loss * by, logits=outputs.logits * by)
 
-    run._head_losses = poisoned
+    model.register_forward_hook(poison)
     run.train()
     return {"weights": hexed(model), **watch.findings()}
 

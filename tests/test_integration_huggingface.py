@@ -246,13 +246,12 @@ def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(
 
 def poisoned_trainer(hf, folder, kind: str, watch: BackupWatch, **options):
     trainer = trainer_for(hf, folder, kind, watch.scheduler, **options)
-    compute = trainer._head_losses
 
-    def poisoned(logits, labels, config):
-        losses = compute(logits, labels, config)
-        return losses._replace(sums=losses.sums * watch.factor())
+    def poison(module, args, outputs):
+        factor = watch.factor()
+        return type(outputs)(loss=outputs.loss * factor, logits=outputs.logits * factor)
 
-    trainer._head_losses = poisoned
+    trainer.model.register_forward_hook(poison)
     return trainer
 
 
@@ -315,14 +314,16 @@ def test_a_loss_function_of_the_trainer_is_reported_as_one_number_a_batch(hf, tm
     transformers, huggingface = hf
     scheduler = scheduler_for(num_epochs=1)
     spy = Spy(scheduler)
-    huggingface.R8Trainer(
+    trainer = huggingface.R8Trainer(
         tiny_model(transformers, "class"),
         arguments(transformers, tmp_path, gradient_accumulation_steps=2),
         train_dataset=Tokens("class"),
         scheduler=scheduler,
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * 0 + 0.75,
-    ).train()
-    assert [losses for _, losses in spy.reports] == [[1.5]] * 10
+    )
+    with pytest.warns(RuntimeWarning, match="note_sample_losses"):
+        trainer.train()
+    assert [losses for _, losses in spy.reports] == [[0.75]] * 10
 
 
 def test_arguments_that_do_not_go_together_are_listed(hf, tmp_path):

@@ -1,95 +1,218 @@
-"""One loss per sample from a Hugging Face model's logits, with the same mean as the model's own loss.
+"""One loss per sample from what a Hugging Face model was given and returned: readings that have to be proved.
 
-With gradient accumulation the mean is over all micro-batches of an optimizer step. (transformers
-5.23 adds up the micro-batches' means where a model's own loss ignores `num_items_in_batch`, as
-Bert's does; that is not imitated.)
+Each reading takes the batch and the model's output and returns one loss per sample, or None where it does not apply.
+None of them is believed: whoever uses one compares its sum with the loss that the host has computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 IGNORED = -100
+_AT_ONCE = 1 << 26
+"""Logits that are widened to float32 at a time: a vocabulary times a few thousand tokens."""
 
 
 class SampleLosses(NamedTuple):
     """Losses of one micro-batch.
 
     Attributes:
-        sums: Loss of each sample, added up over its labels, `[B]`, with grad.
-        number: Returns how many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
-        single: No sample has more than one label.
+        sums: Loss of each sample, added up over its labels, `[B]`.
+        numbers: How many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
     """
 
     sums: Tensor
-    number: Callable[[], Tensor]
-    single: bool = False
+    numbers: Tensor
 
     @property
     def means(self) -> Tensor:
         """Mean loss of each sample, `[B]`, without grad; 0 where all labels are masked."""
-        sums = self.sums.detach()
-        return sums if self.single else sums / self.number().clamp(min=1)
+        return self.sums.detach() / self.numbers.clamp(min=1)
 
 
-def logits_of(outputs: Any) -> Tensor:
-    """Return the logits of a model's output, a dict or a tuple."""
-    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]  # type: ignore[no-any-return]
+class Seen(NamedTuple):
+    """What one call of a host's `compute_loss` showed.
 
-
-def causal_lm(logits: Tensor, labels: Tensor, _config: Any) -> SampleLosses:
-    """Cross-entropy of the next token: logits `[B, S, V]`, labels `[B, S]`, -100 where masked.
-
-    As transformers' `ForCausalLMLoss`: the labels are shifted, not the (large) logits.
+    Attributes:
+        inputs: The batch.
+        outputs: What the model returned, one a call.
+        reference: What a reference model returned, one a call.
+        samples: Number of samples in the batch.
+        host: The trainer.
     """
-    targets = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].to(logits.device)
-    flat = logits.float().reshape(-1, logits.shape[-1])
-    tokens = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="none")
-    return SampleLosses(tokens.view(targets.shape).sum(dim=1), lambda: targets.ne(IGNORED).sum(dim=1))
+
+    inputs: Mapping[str, Any]
+    outputs: list[Any]
+    reference: list[Any]
+    samples: int
+    host: Any
 
 
-def sequence_classification(logits: Tensor, labels: Tensor, config: Any) -> SampleLosses:
-    """Cross-entropy, squared error or binary cross-entropy by the model's problem type, as transformers does."""
-    labels = labels.to(logits.device)
-    if config.problem_type is None:
-        whole = labels.dtype in (torch.long, torch.int)
-        config.problem_type = (
-            "regression"
-            if config.num_labels == 1
-            else "single_label_classification"
-            if whole
-            else "multi_label_classification"
+Reading = Callable[[Seen], SampleLosses | None]
+
+
+def _tensor(mapping: Any, name: str) -> Tensor | None:
+    value = mapping.get(name) if isinstance(mapping, Mapping) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _logits_and_labels(seen: Seen) -> tuple[Tensor, Tensor] | None:
+    outputs, labels = seen.outputs[-1], _tensor(seen.inputs, "labels")
+    if isinstance(outputs, Mapping):
+        logits = _tensor(outputs, "logits")
+    else:
+        found = [part for part in outputs if isinstance(part, Tensor) and part.dim() > 0] if outputs else []
+        logits = found[0] if found else None
+    if logits is None or labels is None or len(labels) != seen.samples or len(logits) != seen.samples:
+        return None
+    return logits, labels.to(logits.device)
+
+
+def _smoothing(seen: Seen) -> float:
+    smoother = getattr(seen.host, "label_smoother", None)
+    return 0.0 if smoother is None else float(smoother.epsilon)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> SampleLosses:
+    """Cross-entropy: logits `[B, ..., C]`, labels `[B, ...]`, -100 where masked; added up for each sample."""
+    labels = labels.long()
+    rows = max(1, _AT_ONCE // max(logits[0].numel(), 1))  # no second copy of all logits of a large vocabulary
+    sums = [
+        functional.cross_entropy(
+            part.reshape(-1, part.shape[-1]).float(),
+            target.reshape(-1),
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=smoothing,
         )
-    if config.problem_type == "single_label_classification":
-        labels = labels.view(-1)
-        losses = functional.cross_entropy(
-            logits.view(-1, config.num_labels), labels, ignore_index=IGNORED, reduction="none"
-        )
-        return SampleLosses(losses, lambda: labels.ne(IGNORED), single=True)
-    function: Callable[..., Tensor] = functional.mse_loss
-    if config.problem_type == "multi_label_classification":
-        function = functional.binary_cross_entropy_with_logits
-    rows = function(logits.view(len(labels), -1), labels.view(len(labels), -1).to(logits.dtype), reduction="none")
-    return SampleLosses(rows.sum(dim=1), lambda: torch.full((len(rows),), rows.shape[1], device=rows.device))
+        .view(len(part), -1)
+        .sum(dim=1)
+        for part, target in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
+    ]
+    numbers = labels.ne(IGNORED).view(len(labels), -1).sum(dim=1)
+    return SampleLosses(sums[0] if len(sums) == 1 else torch.cat(sums), numbers)
 
 
-BY_LOSS_TYPE: dict[str, Callable[[Tensor, Tensor, Any], SampleLosses]] = {
-    "ForCausalLM": causal_lm,
-    "ForSequenceClassification": sequence_classification,
-}
-"""Keys are `PreTrainedModel.loss_type`, which follows from the class's name."""
+def classes(seen: Seen) -> SampleLosses | None:
+    """One class a sample."""
+    found = _logits_and_labels(seen)
+    if found is None or found[0].dim() != 2 or found[1].is_floating_point() or found[1].numel() != seen.samples:
+        return None
+    return _cross_entropy(found[0], found[1].view(-1), _smoothing(seen))
 
 
-def loss_function(model: Any) -> Callable[[Tensor, Tensor, Any], SampleLosses] | None:
-    """Return the function for a model's loss type; None for types that are not known."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps
-    loss_type = getattr(inner, "loss_type", None)
-    if loss_type is None and type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        loss_type = "ForCausalLM"  # GPT2LMHeadModel and others are named without it
-    return BY_LOSS_TYPE.get(loss_type or "")
+def next_tokens(seen: Seen) -> SampleLosses | None:
+    """Causal language models: the label of a position is the token after it."""
+    found = _token_labels(seen)
+    if found is None:
+        return None
+    logits, labels = found
+    return _cross_entropy(logits, functional.pad(labels, (0, 1), value=IGNORED)[..., 1:], _smoothing(seen))
+
+
+def tokens(seen: Seen) -> SampleLosses | None:
+    """One class a token: masked tokens, tags, the target of an encoder-decoder."""
+    found = _token_labels(seen)
+    return None if found is None else _cross_entropy(*found, _smoothing(seen))
+
+
+def _token_labels(seen: Seen) -> tuple[Tensor, Tensor] | None:
+    found = _logits_and_labels(seen)
+    if found is None:
+        return None
+    logits, labels = found
+    behind = logits.shape[1] - labels.shape[1] if logits.dim() == 3 and labels.dim() == 2 else -1
+    if behind < 0 or labels.is_floating_point():
+        return None
+    return logits, functional.pad(labels, (behind, 0), value=IGNORED)  # trained prompts stand in front, unlabelled
+
+
+def fused_tokens(seen: Seen) -> SampleLosses | None:
+    """TRL's fused heads: log-probabilities of the labels in place of logits."""
+    log_probs, mask = _tensor(seen.outputs[-1], "log_probs"), _tensor(seen.outputs[-1], "label_mask")
+    if log_probs is None or mask is None or len(log_probs) != seen.samples:
+        return None
+    return SampleLosses(-log_probs.sum(dim=1), mask.sum(dim=1))
+
+
+def several_labels(seen: Seen) -> SampleLosses | None:
+    """Any number of classes a sample."""
+    return _elementwise(seen, functional.binary_cross_entropy_with_logits)
+
+
+def numbers(seen: Seen) -> SampleLosses | None:
+    """Regression: one number a sample, or several."""
+    return _elementwise(seen, functional.mse_loss)
+
+
+def _elementwise(seen: Seen, function: Callable[..., Tensor]) -> SampleLosses | None:
+    found = _logits_and_labels(seen)
+    if found is None or found[0].numel() != found[1].numel() or _smoothing(seen):
+        return None
+    logits, labels = (part.reshape(seen.samples, -1) for part in found)
+    losses = function(logits, labels.to(logits.dtype), reduction="none")
+    return SampleLosses(losses.sum(dim=1), torch.full_like(losses[:, 0], losses.shape[1], dtype=torch.long))
+
+
+def _one_each(losses: Tensor) -> SampleLosses:
+    return SampleLosses(losses, torch.ones_like(losses, dtype=torch.long))
+
+
+def spans(seen: Seen) -> SampleLosses | None:
+    """Question answering: where the answer starts and ends."""
+    ends = []
+    for name in ("start", "end"):
+        logits, at = _tensor(seen.outputs[-1], f"{name}_logits"), _tensor(seen.inputs, f"{name}_positions")
+        if logits is None or at is None or logits.dim() != 2 or len(logits) != seen.samples:
+            return None
+        at = at.to(logits.device).view(-1).clamp(0, logits.shape[1])  # beyond the end: ignored
+        ends.append(functional.cross_entropy(logits, at, ignore_index=logits.shape[1], reduction="none"))
+    return _one_each((ends[0] + ends[1]) / 2)
+
+
+def rewards(seen: Seen) -> SampleLosses | None:
+    """A reward model's pairs: the chosen ones, then the rejected ones."""
+    logits = _tensor(seen.outputs[-1], "logits")
+    if logits is None or logits.numel() != 2 * seen.samples or "labels" in seen.inputs:
+        return None
+    better, worse = logits.reshape(-1).chunk(2)
+    margin = _tensor(seen.inputs, "margin")
+    losses = -functional.logsigmoid(better - worse - (0 if margin is None else margin))
+    coefficient = getattr(seen.host.args, "center_rewards_coefficient", None)
+    return _one_each(losses if coefficient is None else losses + coefficient * (better + worse) ** 2)
+
+
+def preferences(seen: Seen) -> SampleLosses | None:
+    """TRL's DPO (sigmoid): pairs' log-probabilities under the model and under the reference."""
+    mask, beta = _tensor(seen.inputs, "completion_mask"), getattr(seen.host, "beta", None)
+    policy = _tensor(seen.outputs[0], "log_probs")
+    if mask is None or beta is None or policy is None or len(policy) != 2 * seen.samples:
+        return None
+    length = mask.shape[1] - 1
+    better, worse = policy[:, -length:].sum(dim=1).chunk(2)
+    before, after = _tensor(seen.inputs, "ref_chosen_logps"), _tensor(seen.inputs, "ref_rejected_logps")
+    if before is None or after is None:
+        others = seen.reference or seen.outputs[1:]
+        log_probs = _tensor(others[-1], "log_probs") if others else None
+        if log_probs is None or len(log_probs) != 2 * seen.samples:
+            return None
+        before, after = log_probs[:, -length:].sum(dim=1).chunk(2)
+    return _one_each(-functional.logsigmoid(beta * ((better - before) - (worse - after))))
+
+
+READINGS: tuple[Reading, ...] = (
+    fused_tokens, next_tokens, tokens, classes, several_labels, numbers, spans, rewards, preferences,
+)  # fmt: skip
+"""In the order in which they are tried."""
+
+
+def auxiliary(outputs: Any, config: Any) -> Tensor | None:
+    """Return what a mixture of experts adds to its loss, weighted; None where there is none."""
+    loss = _tensor(outputs, "aux_loss")
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    return None if loss is None or coefficient is None else coefficient * loss.detach()

@@ -1,187 +1,323 @@
-"""A Hugging Face Trainer that computes one loss per sample and reports it after the optimizer step."""
+"""Watches the loss that a Hugging Face Trainer computes, and finds each sample's share of it.
+
+The host's own `compute_loss` makes the loss that is trained on. What is reported is read off the batch and the model's
+output (`_sample_losses.py`), and only if the parts add up to the host's loss; else it is the mean of the micro-batch.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
-from transformers.trainer_utils import seed_worker
 
 from learnit_r8.errors import ProtocolError
-from learnit_r8.integrations._sample_losses import logits_of, loss_function
+from learnit_r8.integrations._sample_losses import (
+    IGNORED,
+    READINGS,
+    Reading,
+    SampleLosses,
+    Seen,
+    auxiliary,
+)
+
+_TRIES = 3
+"""Batches in which no reading was right before none is tried any more."""
+_EXACT, _HALF = 2e-4, 2e-2
+"""Relative differences that rounding explains, for losses in float32 and in less."""
 
 
-class SampleLossMixin:
-    """Lets a Trainer compute one loss per sample and report each micro-batch after its optimizer step.
+class Note(NamedTuple):
+    """What there is to report of one micro-batch.
 
-    For sequence classification and causal language models the losses come from the logits, once,
-    and their sum is the model's own loss. For other models, with label smoothing and with a
-    `compute_loss_func`, the mean of the micro-batch is reported: give `sample_loss_func`.
-
-    Args:
-        sample_loss_func: `(outputs, labels) -> losses [B]`, with grad.
+    Attributes:
+        mean: Its mean loss, a number on the device.
+        losses: One loss a sample, `[B]`, where a reading gave them.
+        sides: Numbers of which one pair has to be equal if the reading is right: the host's loss, then what the
+            losses come to; None where that is settled.
+        tolerance: Relative difference that rounding explains.
     """
 
-    def __init__(self, *args: Any, sample_loss_func: Callable[[Any, Any], Tensor] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        trainer: Any = self
-        self._pending: list[Tensor] = []  # losses whose optimizer step is not done yet
-        self._stepping = False
-        self._resumed = False
-        self._sample_loss_func = sample_loss_func
-        plain = trainer.compute_loss_func is None and trainer.label_smoother is None
-        self._head_losses = loss_function(trainer.model) if plain and trainer.model is not None else None
-        if sample_loss_func is not None or self._head_losses is not None:
-            trainer.compute_loss_func = self._compute_sample_losses
-        self.args = copy.copy(trainer.args)  # some values follow from the sampler; the caller's object stays as it is
-        trainer.add_callback(_Callback(self))
+    mean: Tensor
+    losses: Tensor | None = None
+    sides: Tensor | None = None
+    tolerance: float = _EXACT
 
-    # What subclasses define -----------------------------------------------------------------
+    def agrees(self) -> bool:
+        """Whether the losses are the host's; a host's loss that is not finite cannot say no."""
+        if self.sides is None:
+            return True
+        host, *others = self.sides.tolist()
+        if not math.isfinite(host):
+            return True
+        return any(abs(host - other) <= self.tolerance * (abs(host) + 1e-3) for other in others)
 
-    def _batch_sampler(self) -> Sampler[list[int]]:
-        raise NotImplementedError
 
-    def _report(self, losses: Tensor, *, skipped: bool) -> None:
-        raise NotImplementedError
+class LossWatch:
+    """Stands around a host's `compute_loss`, for as long as a training step lasts.
 
-    def _weights(self, losses: Tensor) -> Tensor | None:
-        """Return importance weights for the micro-batch that is being trained on."""
+    Args:
+        host: The trainer, a `SampleLossMixin`.
+        reads: Whether to look for one loss per sample.
+
+    Attributes:
+        open: A training step is running.
+        notes: Of the micro-batches whose optimizer step is not done yet.
+        reading: The reading that is right for this training, None while there is none.
+    """
+
+    def __init__(self, host: Any, *, reads: bool = True) -> None:
+        self.notes: list[Note] = []
+        self.reading: Reading | None = None
+        self._host = host
+        self._tries = _TRIES if reads else 0
+        self.open = False
+        self._calls = 0
+        self._outputs: list[Any] = []
+        self._reference: list[Any] = []
+        self._given: Tensor | None = None
+        self._hooked: dict[Any, Any] = {}
+        self._divided: float | None = None  # share of the host's loss that is divided by num_items_in_batch
+        self._compute = host.compute_loss
+        host.compute_loss = self._compute_loss  # on the object: whoever overrides it, above or below, is inside
+
+    # Around a training step -----------------------------------------------------------------
+
+    def step(self, train: Callable[[], Tensor], model: Any) -> Tensor:
+        """Run the host's training step; takes note of one micro-batch."""
+        self._attach(model)
+        known, self.open, self._calls = len(self.notes), True, 0
+        try:
+            loss = train()
+        finally:
+            self.open = False
+            self._outputs.clear()
+            self._reference.clear()
+        if self._calls != 1:
+            # Nothing is known of what the host did with them: its own number is the loss.
+            del self.notes[known:]
+            self.notes.append(Note(loss.detach().float()))
+            self._host._say("calls", f"compute_loss ran {self._calls} times in a training step: {_ONE_NUMBER}")
+        return loss
+
+    def _attach(self, model: Any) -> None:
+        host = self._host
+        wrapped = host.args.torch_compile or host.args.n_gpu > 1 or not isinstance(host.model, torch.nn.Module)
+        reference = getattr(host, "ref_model", None)
+        targets = {model if wrapped else host.model: self._outputs}
+        if isinstance(reference, torch.nn.Module):
+            targets[reference] = self._reference
+        if self._hooked.keys() == targets.keys():
+            return
+        self.detach()
+        for module, kept in targets.items():
+            self._hooked[module] = module.register_forward_hook(self._keep_in(kept))
+
+    def _keep_in(self, kept: list[Any]) -> Callable[..., None]:
+        def keep(_module: Any, _args: Any, outputs: Any) -> None:
+            if self.open:
+                kept.append(outputs)
+
+        return keep
+
+    def detach(self) -> None:
+        """Leave the models alone."""
+        for handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
+
+    def give(self, losses: Tensor) -> None:
+        """Take the losses of this micro-batch from who computes them."""
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != self._host._batch_rows():
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            wanted = self._host._batch_rows()
+            raise ProtocolError(f"one loss per sample is a tensor of shape ({wanted},) here, got {got}")
+        self._given = losses
+
+    # Around the host's loss -----------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.open:
+            return self._compute(model, inputs, *args, **kwargs)
+        self._calls += 1
+        self._outputs.clear()
+        self._reference.clear()
+        self._given = None
+        batch = dict(inputs) if hasattr(inputs, "keys") else {}
+        items = kwargs.get("num_items_in_batch")
+        probe = self._probe(items)
+        if probe is not None:
+            kwargs["num_items_in_batch"] = probe
+        result = self._compute(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if self._calls > 1:
+            return result
+        if probe is not None:
+            self._divided = _share(loss, probe)
+        seen = Seen(batch, self._outputs, self._reference, self._host._batch_rows(), self._host)
+        weighted = self._note(loss, seen, items)
+        if weighted is loss:
+            return result
+        return (weighted, *result[1:]) if isinstance(result, tuple) else weighted
+
+    def _note(self, loss: Tensor, seen: Seen, items: Any) -> Tensor:
+        """Take note of the micro-batch; return the loss to train on, weighted where there are weights."""
+        weights = self._host._weights(loss)
+        with torch.set_grad_enabled(weights is not None):
+            found = self._read(loss, seen, items)
+        mean = self._mean(loss.detach().float().mean(), seen, items)
+        if found is None:
+            note, weighted = Note(mean), None
+        else:
+            sides = self._sides(loss, found, seen, items)
+            note = Note(mean, found.means, None if found.sums is self._given else sides, _tolerance(loss))
+            weighted = None if weights is None else self._weigh(loss, found, weights, items, sides.tolist())
+        self.notes.append(note)
+        if weights is not None and weighted is None:
+            self._host._say("weights", _UNWEIGHTED)
+        return loss if weighted is None else weighted
+
+    def _weigh(self, loss: Tensor, found: SampleLosses, weights: Tensor, items: Any, sides: list[float]) -> Any:
+        """Return the loss with its samples' shares weighted, or None where they do not add up to it."""
+        host, *others = sides
+        nearest = min(range(len(others)), key=lambda i: abs(others[i] - host))
+        if not abs(others[nearest] - host) <= _tolerance(loss) * (abs(host) + 1e-3):  # NaN, too
+            return None
+        divisors = self._divisors(found, items)
+        return loss + ((weights - 1) * found.sums).sum() / divisors[nearest % len(divisors)]
+
+    def _read(self, loss: Tensor, seen: Seen, items: Any) -> SampleLosses | None:
+        if self._given is not None:
+            return SampleLosses(self._given, torch.ones_like(self._given, dtype=torch.long))
+        if self.reading is not None:
+            found = self.reading(seen)
+            if found is not None:
+                return found
+        return self._search(loss, seen, items) if self._tries else None
+
+    def _search(self, loss: Tensor, seen: Seen, items: Any) -> SampleLosses | None:
+        """Try all readings, and keep the one that is right; this waits for the device."""
+        if not bool(torch.isfinite(loss.detach()).all()):
+            return None
+        for reading in READINGS if seen.outputs else ():
+            found = reading(seen)
+            if found is None:
+                continue
+            if Note(loss, found.sums, self._sides(loss, found, seen, items), _tolerance(loss)).agrees():
+                self.reading = reading
+                return found
+        self.failed()
         return None
 
-    def _on_train_begin(self, control: Any) -> None:
-        pass
+    def failed(self) -> None:
+        """Note that no reading was right for a micro-batch."""
+        self.reading = None
+        self._tries = max(self._tries - 1, 0)
+        self._host._say("means", _MEANS)
 
-    def _on_epoch_end(self, control: Any) -> None:
-        pass
+    # How the host scales its loss -----------------------------------------------------------
 
-    # What the Trainer calls -----------------------------------------------------------------
+    @property
+    def _steps(self) -> int:
+        return int(getattr(self._host, "current_gradient_accumulation_steps", 1))
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return a plain loader: one prepared by Accelerate would cut the batches anew.
+    def _divisors(self, found: SampleLosses, items: Any) -> list[Any]:
+        """Return what the host may have divided the sum by: the items of the whole step, or of the micro-batch.
 
-        Raises:
-            ValueError: There is no `train_dataset`.
+        Where gradients are averaged over processes it may have multiplied the loss by their number.
         """
-        trainer: Any = self
-        args, dataset, collate = trainer.args, trainer.train_dataset, trainer.data_collator
-        if dataset is None:
-            raise ValueError("Trainer: training requires a train_dataset.")
-        if type(dataset).__module__.startswith("datasets."):
-            dataset = trainer._remove_unused_columns(dataset, description="training")
-        else:
-            collate = trainer._get_collator_with_removed_columns(collate, description="training")
-        self._sampler = _Skipping(self._batch_sampler())
-        return DataLoader(
-            dataset,
-            batch_sampler=self._sampler,
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
+        own = found.numbers.sum().clamp(min=1)
+        divisors = [own] if items is None else [items, own]
+        if self._given is not None and self._steps > 1:
+            divisors.append(own * self._steps)
+        world = self._host.accelerator.num_processes
+        return divisors if world == 1 else [*divisors, *(divisor / world for divisor in divisors)]
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`."""
-        self._resumed = bool(resume_from_checkpoint)
-        self._pending.clear()
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+    def _sides(self, loss: Tensor, found: SampleLosses, seen: Seen, items: Any) -> Tensor:
+        total = found.sums.detach().sum()
+        sides = [total / divisor for divisor in self._divisors(found, items)]
+        extra = auxiliary(seen.outputs[-1] if seen.outputs else None, getattr(self._host.model, "config", None))
+        if extra is not None:
+            world = self._host.accelerator.num_processes
+            parts = {1.0, 1 / self._steps, float(world), world / self._steps}
+            sides += [side + part * extra for part in sorted(parts) for side in sides]
+        return torch.stack([loss.detach().float().mean(), *(side.float().to(loss.device) for side in sides)])
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `Trainer.training_step`; takes note of the losses."""
-        known = len(self._pending)
-        self._stepping = True
-        try:
-            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._stepping = False
-        if len(self._pending) == known:
-            steps = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-            self._pending.append(loss.detach() * steps)
-        return loss
+    def _scale(self, loss: Tensor, seen: Seen, items: Any) -> float:
+        """Return by how much the host multiplied its loss, because gradients are averaged over processes."""
+        host = self._host
+        world = float(host.accelerator.num_processes)
+        if world == 1 or items is None or not host.args.average_tokens_across_devices:
+            return 1.0
+        if getattr(type(host).compute_loss, "__module__", "").startswith("transformers."):
+            return world
+        raw = _raw_loss(seen.outputs)
+        return world if raw is not None and math.isclose(float(loss), world * float(raw), rel_tol=1e-3) else 1.0
 
-    def _compute_sample_losses(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Return the loss to train on, as `compute_loss_func` does; the Trainer does not scale it any more."""
-        trainer: Any = self
-        steps = trainer.current_gradient_accumulation_steps if self._stepping else 1
-        if self._sample_loss_func is not None:
-            values = self._sample_loss_func(outputs, labels)
-            return self._weighted(values, values.detach()).mean() / steps
-        if labels is None or self._head_losses is None:
-            raise ProtocolError(
-                "the batch has no labels, so no loss per sample can be computed: let the data collator give "
-                "'labels', or give the trainer a sample_loss_func(outputs, labels)"
-            )
-        config = trainer.model.config
-        losses = self._head_losses(logits_of(outputs), labels, config)
-        total = self._weighted(losses.sums, losses.means).sum()
-        items = losses.number().sum() if num_items_in_batch is None else num_items_in_batch
-        loss: Tensor = total / (items if torch.is_tensor(items) else max(items, 1))
-        auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
-        if auxiliary is not None:  # mixture-of-experts models add it where they compute the loss themselves
-            loss = loss + config.router_aux_loss_coef * auxiliary / steps
-        return loss
+    def _probe(self, items: Any) -> Tensor | None:
+        """Return the count of items as a leaf of the graph, where it has to be found out what the host does with it."""
+        steps = getattr(self._host, "current_gradient_accumulation_steps", 1)
+        alone = steps == 1 and self._host.accelerator.num_processes == 1
+        if self._divided is not None or alone or self.reading is not None or self._host.args.torch_compile:
+            return None
+        if not isinstance(items, Tensor) or items.dim() or not items.is_floating_point():
+            return None
+        return items.detach().clone().requires_grad_()
 
-    def _weighted(self, losses: Tensor, reported: Tensor) -> Tensor:
-        """Return the losses times their importance weights, and keep what is to be reported."""
-        if not self._stepping:
-            return losses
-        weights = self._weights(losses)
-        self._pending.append(reported)
-        return losses if weights is None else losses * weights
-
-    def _report_pending(self) -> None:
-        skipped = bool(self.accelerator.optimizer_step_was_skipped)  # type: ignore[attr-defined]
-        pending, self._pending = self._pending, []
-        for losses in pending:
-            self._report(losses, skipped=skipped)
+    def _mean(self, loss: Tensor, seen: Seen, items: Any) -> Tensor:
+        """Return the mean of the micro-batch from a loss that may be divided by the items of the whole step."""
+        scale = self._scale(loss, seen, items)
+        loss = loss if scale == 1 else loss / scale
+        if not isinstance(items, Tensor) or not self._divided:
+            return loss
+        labels = seen.inputs.get("shift_labels")
+        if labels is None:
+            labels = seen.inputs["labels"]
+            labels = labels[..., 1:] if getattr(self._host, "_loss_shifts_labels", False) else labels
+        own = labels.ne(IGNORED).sum().clamp(min=1).to(loss.device)
+        part = loss * self._divided
+        mean: Tensor = loss - part + part * items.to(loss.device).float().mean() / own
+        return mean
 
 
-class _Callback(TrainerCallback):
-    """Carries the Trainer's events to the trainer's own methods."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._on_train_begin(control)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer._resumed and not args.ignore_data_skip:
-            # The Trainer skips what was trained on before it was stopped; the sampler is past that already.
-            updates = -(-len(trainer._sampler) // args.gradient_accumulation_steps)
-            trainer._sampler.skip = state.global_step % max(updates, 1) * args.gradient_accumulation_steps
-        trainer._resumed = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._report_pending()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._report_pending()  # an epoch that was cut short may end within an accumulation
-        if not control.should_training_stop or state.global_step >= state.max_steps:
-            self._trainer._on_epoch_end(control)
+def _tolerance(loss: Tensor) -> float:
+    return _EXACT if loss.dtype in (torch.float32, torch.float64) else _HALF
 
 
-class _Skipping(Sampler[list[int]]):
-    """A batch sampler with placeholders in front, for a loader that skips its first `skip` batches."""
+def _raw_loss(outputs: list[Any]) -> Tensor | None:
+    last = outputs[-1] if outputs else None
+    loss = last.get("loss") if isinstance(last, dict) else None
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
-    def __init__(self, sampler: Sampler[list[int]]) -> None:
-        self.sampler = sampler
-        self.skip = 0
 
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
+def _share(loss: Tensor, items: Tensor) -> float:
+    """Return which share of a loss is divided by `items`: -n dL/dn / L."""
+    if not loss.requires_grad or loss.dim():
+        return 0.0
+    try:
+        (slope,) = torch.autograd.grad(loss, items, retain_graph=True, allow_unused=True)
+    except RuntimeError:  # a fused kernel that cannot be walked twice
+        return 0.0
+    value = loss.item()
+    if slope is None or not math.isfinite(value) or value == 0:
+        return 0.0
+    return min(max(-(items.detach() * slope).item() / value, 0.0), 1.0)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for _ in range(self.skip):
-            yield []
-        self.skip = 0
-        yield from self.sampler
+
+_ONE_NUMBER = (
+    "the mean of each micro-batch is reported, and which of its samples are hard shows only slowly. To give one loss "
+    "per sample, call self.note_sample_losses(losses) in your compute_loss"
+)
+_MEANS = (
+    "learnit_r8 could not find each sample's share of this training's loss (it is not the cross-entropy or squared "
+    f"error of the model's logits and labels): training is as without it, {_ONE_NUMBER}, or pass "
+    "sample_loss_func=(outputs, labels) -> losses [B] to train on their mean"
+)
+_UNWEIGHTED = (
+    "the strategy draws some samples more often and gives importance weights that make up for it, but learnit_r8 "
+    "cannot find each sample's share of this training's loss: the weights are not applied. Call "
+    "self.note_sample_losses(losses) in your compute_loss with losses whose mean is your loss, or use a strategy "
+    "without weights, such as 'quadrant'"
+)
