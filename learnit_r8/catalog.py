@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.attribution import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
+from learnit_r8.portable import plain_state
 from learnit_r8.quadrants import Quadrants, QuadrantTable
 from learnit_r8.types import Indices, Losses, Mask
 
@@ -67,6 +68,7 @@ class Rows(NamedTuple):
     unseen: int
 
 
+@plain_state()
 class LossCatalog:
     """Per-sample loss statistics.
 
@@ -84,6 +86,13 @@ class LossCatalog:
         self._num_seen = 0
         self._journal: deque[tuple[int, int, Rows]] = deque()  # step, number of the edges, rows
         self._journal_bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_opaque"}  # a view of the rows
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._opaque = self._rows.view(_OPAQUE)
 
     # What users read ----------------------------------------------------------------------
 

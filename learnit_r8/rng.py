@@ -32,10 +32,15 @@ class RandomStreams:
     """
 
     def __init__(self, seed: int) -> None:
+        self._seed = seed
         self._bits = np.random.Philox(key=seed % (1 << 128))
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state
         self._counter = self._state["state"]["counter"]
+
+    def __reduce__(self) -> tuple[type[RandomStreams], tuple[int]]:
+        # Before numpy 2 a copied generator has bits of its own, which `at` would not re-seat.
+        return RandomStreams, (self._seed,)
 
     def at(self, purpose: Purpose, epoch: int, cursor: int = 0) -> np.random.Generator:
         """Return the generator, re-seated at one address.

@@ -45,6 +45,7 @@ from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
 from learnit_r8.loop.tickets import Loader, Ticket, TicketDesk
 from learnit_r8.noise_guard import NoiseGuard, either
+from learnit_r8.portable import portable, unpacked
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus
 from learnit_r8.strategies.base import Strategy
@@ -736,12 +737,14 @@ class R8Scheduler:
     def state_dict(self) -> State:
         """Return all that the next step depends on: JSON scalars, lists, dicts and numpy arrays.
 
+        Saved with `torch.save` it loads with `torch.load`'s defaults (see `portable.py`).
+
         Raises:
             ProtocolError: The search of `auto_find_lr` is running.
         """
         if self._search is not None and self._search.running:
             raise ProtocolError("the LR search is running: its state cannot be saved, save before or after it")
-        return {
+        state = {
             "version": __version__,
             "config": self._config.to_json(),
             "groups": None if self._args.groups is None else self._args.groups.copy(),
@@ -754,6 +757,7 @@ class R8Scheduler:
             "safety": self._safety.state_dict(),
             "guard": self._guard.state_dict(),
         }
+        return portable(state)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; a finished run goes on where there are more epochs now.
@@ -763,6 +767,7 @@ class R8Scheduler:
                 damaged, and the run goes on as before, without the backups in RAM that it had.
             ProtocolError: The search of `auto_find_lr` is running.
         """
+        state = unpacked(state)
         check_state(state, self._config)
         before, flags = self.state_dict(), (self._search, self._control.stop, self._begun, self._resumed)
         try:

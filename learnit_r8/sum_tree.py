@@ -78,7 +78,17 @@ class SumTree:
         self.view = self._values[: self.size]
         """The weights themselves, read-only: `view[slots]` is the quickest way to look some up."""
         self.view.flags.writeable = False
+        self._fast = fast
         self._kernels = _choose_kernels(self.size, fast)
+
+    def __getstate__(self) -> tuple[int, bool | None, Weights]:
+        # Copied one by one, arrays that are views of each other would come apart: draws from one, updates to another.
+        return self.size, self._fast, self.weights()
+
+    def __setstate__(self, state: tuple[int, bool | None, Weights]) -> None:
+        size, fast, weights = state
+        self.__init__(size, fast=fast)  # type: ignore[misc]
+        self.fill(weights)
 
     def __len__(self) -> int:
         return self.size
@@ -175,9 +185,9 @@ class SumTree:
                 running += before
             if np.count_nonzero(remainder >= sums[-1]):
                 np.minimum(remainder, np.nextafter(sums[-1], 0.0), out=remainder)
-            child = np.add.reduce((sums[1:] <= remainder).view(np.uint8), axis=0, dtype=np.uint8)
+            child = np.add.reduce((sums[1:] <= remainder).view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
             nodes = (nodes << _SHIFT) + child
-            remainder -= sums.reshape(-1).take(child * np.int64(len(columns)) + columns)
+            remainder -= sums.reshape(-1).take(child * len(columns) + columns)
         return nodes
 
     def _write(self, slots: Indices, values: Weights) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from array import array
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnit_r8.strategies import CurriculumScheduler, CurriculumStrategy
+from learnit_r8 import R8Scheduler
+from learnit_r8.strategies import Curriculum, CurriculumScheduler, CurriculumStrategy
 from learnit_r8.strategies.rank_windows import RankWindows
 from learnit_r8.testing import check_resume
 
@@ -204,14 +207,56 @@ def test_a_published_state_is_read():
     assert scheduler.metrics_dict()["curriculum/total_updates"] == 4
     with pytest.raises(ValueError, match="n_bins must be >= 1"):
         scheduler.load_state_dict({**state, "n_bins": 0})
-    with pytest.raises(TypeError, match="only str and int keys"):
-        unsaveable().state_dict()
 
 
-def unsaveable():
+KEYS = [3, "3", ("math", 3), ("math", (3, None)), 2.5, b"\xff", None, -(2**70), ""]
+
+
+def test_keys_of_every_kind_are_one_key_in_memory_and_in_the_state():
+    torch = pytest.importorskip("torch")
     scheduler = CurriculumScheduler()
-    scheduler.update((1, 2), 0.5)
-    return scheduler
+    for key in [*KEYS, np.int64(3), np.int8(3), torch.tensor(3), np.array(3), np.str_("3"), ("math", torch.tensor(3))]:
+        scheduler.update(key, 1.0)
+    scheduler.update_batch(np.bytes_(b"\xff"), [0.0, 1.0])
+    assert scheduler.n_items_tracked == len(KEYS)
+    restored = CurriculumScheduler()
+    restored.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
+    for key in KEYS:
+        assert restored.get_item_difficulty(key) == scheduler.get_item_difficulty(key) is not None
+        assert type(restored._keys[restored._slots[key]]) is type(key)
+    assert restored.get_item_difficulty(torch.tensor(3)) == 1.0
+    assert restored.get_item_bin(np.int32(3)) == restored.get_item_bin(3)
+
+
+@pytest.mark.parametrize("key", [math.nan, object(), np.arange(2), frozenset("a"), Path("a"), (1, object()), 2 + 1j])
+def test_a_key_that_no_state_could_hold_is_refused_at_the_update(key):
+    scheduler = CurriculumScheduler()
+    with pytest.raises(TypeError, match=r"key|unhashable"):
+        scheduler.update(key, 1.0)
+    assert scheduler.n_items_tracked == 0
+
+
+def test_a_few_solved_or_unsolved_items_among_a_thousand_ties_are_told_apart():
+    def share(strategy, step, rare, mass):
+        scheduler = CurriculumScheduler(strategy)
+        for key in range(1000):
+            scheduler.update(key, rare if key < 10 else mass)
+        bins = np.array([scheduler.get_item_bin(key) for key in range(1000)])
+        np.testing.assert_array_equal(scheduler._bins(np.array(scheduler._items[::2])), bins)
+        draws = [scheduler.sample_item(step, 1000) for _ in range(1000)]
+        return np.mean(np.array(draws) < 10)
+
+    assert share("easy_first", 0, 1.0, 0.0) > 0.4, "solved ones are preferred"
+    assert share("competence_based", 0, 1.0, 0.0) > 0.8
+    assert share("competence_based", 1000, 1.0, 0.0) < 0.02
+    assert share("competence_based", 1000, 0.0, 1.0) > 0.9, "unsolved ones come at the end"
+    assert share("competence_based", 0, 0.0, 1.0) < 0.15
+    assert share("uniform", 0, 0.5, 0.5) < 0.03, "all alike"
+
+
+def test_ties_within_the_range_share_the_middle_of_the_bins_that_they_fill():
+    scheduler = tracked([0.0, 0.1, *[0.5] * 96, 0.9, 1.0])
+    assert [scheduler.get_item_bin(f"item {i}") for i in (0, 1, 50, 98, 99)] == [4, 4, 2, 0, 0]
 
 
 class OneByOne:
@@ -262,8 +307,8 @@ def test_updates_in_bulk_are_updates_one_by_one_to_the_bit(seed, first, n_bins, 
         naive.update(0, 0.25)
         scheduler.bin_probabilities()
         state = scheduler.state_dict()
-        assert dict(zip(state["keys"].tolist(), state["scores"].tolist(), strict=True)) == naive.scores
-        assert dict(zip(state["keys"].tolist(), state["counts"].tolist(), strict=True)) == naive.counts
+        assert dict(zip(state["keys"], state["scores"], strict=True)) == naive.scores
+        assert dict(zip(state["keys"], state["counts"], strict=True)) == naive.counts
         if state["last_rebin_count"] == state["updates"]:
             assert (state["bin_boundaries"], state["mastered"]) == naive.bins(n_bins)
 
@@ -333,3 +378,19 @@ def test_a_new_alpha_counts_for_the_scores_after_it():
         scheduler.ema_alpha = 0.1
         scheduler.update("item", 0.0)
     assert lazy.get_item_difficulty("item") == eager.get_item_difficulty("item") == pytest.approx(0.45)
+
+
+def test_the_strategy_tells_a_few_easy_or_hard_samples_among_equal_losses_apart():
+    def shares(losses, mode, progress_epoch):
+        counts = np.zeros(200)
+        with R8Scheduler(200, 20, num_epochs=6, ui="off", checkpoint_dir=None, strategy=Curriculum(mode)) as scheduler:
+            for epoch in scheduler.epoch_iterator():
+                for batch in scheduler.batch_iterator():
+                    counts[batch.indices] += epoch == progress_epoch
+                    scheduler.update_with_loss(losses[batch.indices])
+        return counts / counts.sum()
+
+    rare = np.arange(200) < 20
+    assert shares(np.where(rare, 0.1, 2.0), "easy_first", 1)[rare].sum() > 0.3
+    assert shares(np.where(rare, 2.0, 0.1), "competence_based", 5)[rare].sum() > 0.5
+    assert shares(np.where(rare, 2.0, 0.1), "competence_based", 1)[rare].sum() < 0.2

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError
+from learnit_r8.portable import PortableArray
 
 ALIGNMENT = 64
 """Arrays start at multiples of this: a cache line, and a multiple of every item size."""
@@ -134,7 +135,7 @@ class _Encoder:
             return {
                 self._key(key, where): self.encode(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()
             }
-        if type(value) in (np.ndarray, np.memmap):
+        if type(value) in (np.ndarray, np.memmap, PortableArray):
             return {"$array": self._store(value, where)}
         raise CheckpointError(
             f"{where} is {_describe(value)}, which a checkpoint cannot hold: use None, bool, int, float, str, "

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.replay.storage import as_array
+from learnit_r8.replay.saving import filled
+from learnit_r8.replay.trees import as_array
 from learnit_r8.types import Indices
 
 Floats = NDArray[np.float64]
@@ -137,13 +138,21 @@ class EmbeddingSpread:
             "fitted_at": self._fitted_at,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any], used: int) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            LookupError, TypeError, ValueError: It is damaged; use a copy of this object.
+        """
         held = np.asarray(state["embeddings"], dtype=np.float32)
-        self.embeddings = np.zeros((self._capacity, held.shape[1]) if held.size else (0, 0), dtype=np.float32)
-        self.embeddings[: len(held)] = held
-        self._anchor, self._sum = np.array(state["anchor"]), np.array(state["sum"])
-        self._norms[: len(held)] = state["norms"]
+        width = held.shape[1] if used else 0
+        self.embeddings = np.zeros((self._capacity if used else 0, width), dtype=np.float32)
+        if used:
+            filled(held, used, self.embeddings)
+        self._anchor, self._sum = (np.array(state[name], dtype=np.float64) for name in ("anchor", "sum"))
+        if self._anchor.shape != (width,) or self._sum.shape != (width,):
+            raise ValueError(f"anchor and sum must have {width} components")
+        self._norms = filled(state["norms"], used, np.zeros(self._capacity))
         self._puts, self._fitted_at = int(state["puts"]), int(state["fitted_at"])
         self._centers = None if state["centers"] is None else np.array(state["centers"], dtype=np.float32)
         self._cached = None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from learnit_r8.errors import CheckpointError, ConfigError
+from learnit_r8.config import Problems
+from learnit_r8.errors import CheckpointError
 from learnit_r8.replay.diversity import EmbeddingSpread
-from learnit_r8.replay.storage import as_array
+from learnit_r8.replay.item import ReplayItem
+from learnit_r8.replay.saving import SavedBuffer, filled
+from learnit_r8.replay.trees import as_array
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.types import Indices
 
@@ -22,6 +24,8 @@ Filter = Callable[[Any, NDArray[np.float32], float], bool]
 
 _EASIEST, _HARDEST, _FIRST = 2.5, 1.3, 2.0
 _EASIER, _HARDER = 0.1, -0.2
+_RECENT = 0.7
+"""Weight of a new score in an experience's running mean and variance."""
 _BOOST = 1.0
 """Added to the diversity of an experience that is flagged divergent: as much as the spread of all."""
 _EVICTIONS = ("fifo", "mastered", "reservoir")
@@ -34,42 +38,12 @@ _COLUMNS = {
     "boost": np.float64,
     "recalls": np.int64,
     "recall_mean": np.float64,
-    "recall_squares": np.float64,  # sum of squared deviations from the mean (Welford 1962)
+    "recall_variance": np.float64,  # exponentially weighted, like the mean
     "spare": np.float64,  # diversity at the last review if mastered, else infinity: the smallest goes first
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ReplayItem:
-    """One experience as it stood when it was handed out. `item["easiness"]` works too.
-
-    Attributes:
-        experience: What was added.
-        embedding: float32, shape `[d]`.
-        variance: Variance of its rewards.
-        interval: Steps between two reviews.
-        easiness: 1.3 (hard) to 2.5 (easy).
-        last_review: Step of the last review; 0 before the first.
-        serial: Its number among all that were ever added.
-        slot: Where the buffer keeps it.
-    """
-
-    experience: Any
-    embedding: NDArray[np.float32]
-    variance: float
-    interval: float
-    easiness: float
-    last_review: float
-    serial: int
-    slot: int
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.__slots__:
-            raise KeyError(name)
-        return getattr(self, name)
-
-
-class HybridSRLReplayBuffer:
+class HybridSRLReplayBuffer(SavedBuffer):
     """Experiences on a review schedule, shortened for those that differ from the rest.
 
     An experience is due when `step >= last_review + interval`; harder ones come first. Its
@@ -100,7 +74,9 @@ class HybridSRLReplayBuffer:
             diversity until its first review.
         seed: Of that flag and of the clusters.
         uncertainty: A score must pass the threshold by this many standard deviations of the
-            experience's scores so far, so that a noisy recall takes more to count as mastery.
+            experience's recent scores, so that a noisy recall takes more to count as mastery. Once
+            these are above the threshold on average, `best_score` is enough.
+        best_score: The highest score there is; with `uncertainty` not below the threshold.
         filters: Called as `filter(experience, embedding, variance)`; one False refuses it.
         clusters: Number of k-means clusters: beyond `cluster_above` experiences d is the
             distance to the nearest cluster's centre. Needs scikit-learn.
@@ -126,34 +102,31 @@ class HybridSRLReplayBuffer:
         seed: int = 0,
         *,
         uncertainty: float = 0.0,
+        best_score: float = 1.0,
         filters: Sequence[Filter] = (),
         clusters: int | None = None,
         cluster_above: int = 50_000,
         asynchronous: bool = False,
     ) -> None:
-        ints = {"capacity": (capacity, 1), "seed": (seed, 0), "cluster_above": (cluster_above, 0)}
-        ints |= {} if clusters is None else {"clusters": (clusters, 2)}
-        limits = {
-            "mastery_threshold": (mastery_threshold, -math.inf, math.inf),
-            "initial_interval": (initial_interval, 0.0, math.inf),
-            "multiplier": (multiplier, 0.0, math.inf),
-            "alpha": (alpha, 0.0, math.inf),
-            "beta": (beta, 0.0, 1.0),
-            "epsilon": (epsilon, 0.0, 1.0),
-            "uncertainty": (uncertainty, 0.0, math.inf),
-        }
-        problems = _problems(ints, limits)
-        if eviction not in _EVICTIONS:
-            problems.append(f"eviction must be one of {_EVICTIONS}, got {eviction!r}")
-        if problems:
-            raise ConfigError(problems)
-        self.capacity, self.mastery_threshold, self.initial_interval = (
-            int(capacity),
-            mastery_threshold,
-            initial_interval,
-        )
-        self.multiplier, self.alpha, self.beta, self.uncertainty = multiplier, alpha, beta, uncertainty
-        self.eviction, self.epsilon, self.seed = eviction, epsilon, int(seed)
+        problems = Problems()
+        self.capacity = problems.integer("capacity", capacity, 1)
+        self.seed = problems.integer("seed", seed, 0)
+        problems.integer("cluster_above", cluster_above, 0)
+        if clusters is not None:
+            problems.integer("clusters", clusters, 2)
+        self.mastery_threshold = problems.real("mastery_threshold", mastery_threshold, -math.inf)
+        self.initial_interval = problems.real("initial_interval", initial_interval, 0.0, open_low=True)
+        self.multiplier = problems.real("multiplier", multiplier, 0.0, open_low=True)
+        self.alpha = problems.real("alpha", alpha, 0.0)
+        self.beta = problems.real("beta", beta, 0.0, 1.0)
+        self.epsilon = problems.real("epsilon", epsilon, 0.0, 1.0)
+        self.uncertainty = problems.real("uncertainty", uncertainty, 0.0)
+        self.best_score = problems.real("best_score", best_score, -math.inf)
+        if self.uncertainty and self.best_score < self.mastery_threshold:
+            problems.append(f"best_score must not be below mastery_threshold={mastery_threshold!r}, got {best_score!r}")
+        self.eviction = problems.choice("eviction", eviction, _EVICTIONS)
+        problems.raise_if_any()
+        super().__init__()
         self.refused = 0
         """Number of experiences that a filter refused."""
         self._filters = tuple(filters)
@@ -162,8 +135,7 @@ class HybridSRLReplayBuffer:
         self._columns = {name: np.zeros(self.capacity, dtype) for name, dtype in _COLUMNS.items()}
         self._experiences: list[Any] = []
         self._added = 0
-        self._lock = threading.Lock()
-        self._worker = ThreadPoolExecutor(1, "replay-updates") if asynchronous else None
+        self._worker = _worker() if asynchronous else None
         self._jobs: list[Future[None]] = []
 
     def __len__(self) -> int:
@@ -314,37 +286,51 @@ class HybridSRLReplayBuffer:
         if self._worker is not None:
             self._worker.shutdown()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of everything but the experiences themselves, which are listed as they are."""
+    def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        with self._lock:
-            used = len(self)
-            return {
-                "capacity": self.capacity,
-                "seed": self.seed,
-                "added": self._added,
-                "refused": self.refused,
-                "columns": {name: column[:used].copy() for name, column in self._columns.items()},
-                "spread": self._spread.state_dict(used),
-                "experiences": list(self._experiences),
-            }
+        with self._lock:  # other threads go on while the copies are pickled
+            copies: dict[str, Any] = {name: copy.deepcopy(vars(self)[name]) for name in ("_columns", "_spread")}
+            worker = self._worker is not None
+            experiences = list(self._experiences)
+            return {**super().__getstate__(), **copies, "_experiences": experiences, "_jobs": [], "_worker": worker}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_worker": _worker() if state["_worker"] else None})
 
-        Raises:
-            CheckpointError: The state is of a buffer of another capacity.
-        """
-        if state["capacity"] != self.capacity:
-            raise CheckpointError(f"the state is of capacity {state['capacity']}, this buffer has {self.capacity}")
+    def _settle(self) -> None:
         self.flush()
-        with self._lock:
-            self._experiences = list(state["experiences"])
-            for name, column in self._columns.items():
-                column[: len(self)] = state["columns"][name]
-            self._spread.load_state_dict(state["spread"])
-            self.seed, self._added, self.refused = int(state["seed"]), int(state["added"]), int(state["refused"])
-            self._streams = RandomStreams(self.seed)
+
+    def _made_with(self) -> dict[str, Any]:
+        return {"capacity": self.capacity}
+
+    def _state(self, experiences: bool, *, copy: bool) -> dict[str, Any]:
+        used = len(self)
+        return {
+            "version": 1,
+            "made_with": self._made_with(),
+            "seed": self.seed,
+            "added": self._added,
+            "refused": self.refused,
+            "columns": {name: column[:used].copy() for name, column in self._columns.items()},
+            "spread": self._spread.state_dict(used),
+            "experiences": list(self._experiences) if experiences else None,
+        }
+
+    def _take(self, state: dict[str, Any], before: Any) -> None:
+        if state["experiences"] is None:
+            raise CheckpointError("the state was saved without its experiences: save with experiences=True")
+        self._experiences = list(state["experiences"])
+        used = len(self)
+        self.seed, self._added, self.refused = int(state["seed"]), int(state["added"]), int(state["refused"])
+        if not used <= min(self.capacity, self._added) or self.refused < 0:
+            raise ValueError(f"{used} experiences, {self._added} were added, {self.refused} refused")
+        self._columns = {
+            name: filled(state["columns"][name], used, np.zeros(self.capacity, dtype))
+            for name, dtype in _COLUMNS.items()
+        }
+        self._spread = copy.copy(self._spread)
+        self._spread.load_state_dict(state["spread"], used)
+        self._streams = RandomStreams(self.seed)
 
     def _apply(self, slots: Indices, serials: Indices, scores: NDArray[np.float64], step: float) -> None:
         known = np.flatnonzero((slots >= 0) & (slots < len(self)))
@@ -364,7 +350,11 @@ class HybridSRLReplayBuffer:
         self, slots: Indices, scores: NDArray[np.float64], diversity: NDArray[np.float64], step: float
     ) -> None:
         columns = self._columns
-        mastered = scores >= self.mastery_threshold + self.uncertainty * self._score_deviation(slots, scores)
+        bar = self.mastery_threshold + self.uncertainty * self._score_deviation(slots, scores)
+        if self.uncertainty:  # who recalls well again must be able to pass
+            steady = self._columns["recall_mean"][slots] >= self.mastery_threshold
+            np.minimum(bar, self.best_score, out=bar, where=steady)
+        mastered = scores >= bar
         easiness = columns["easiness"][slots] + np.where(mastered, _EASIER, _HARDER)
         easiness = np.clip(easiness, _HARDEST, _EASIEST)
         base = np.where(mastered, columns["interval"][slots] * self.multiplier * (easiness - 1.0), 1.0)
@@ -377,14 +367,14 @@ class HybridSRLReplayBuffer:
     def _score_deviation(self, slots: Indices, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """Take the scores into their running statistics; return the standard deviations, 0 for a first score."""
         columns = self._columns
-        recalls = columns["recalls"][slots] + 1
+        recalls = columns["recalls"][slots]
+        share = np.where(recalls > 0, _RECENT, 1.0)
         away = scores - columns["recall_mean"][slots]
-        mean = columns["recall_mean"][slots] + away / recalls
-        squares = columns["recall_squares"][slots] + away * (scores - mean)
-        columns["recalls"][slots], columns["recall_mean"][slots] = recalls, mean
-        columns["recall_squares"][slots] = squares
-        deviation: NDArray[np.float64] = np.sqrt(squares / np.maximum(recalls - 1, 1))
-        return deviation
+        variance = (1.0 - share) * (columns["recall_variance"][slots] + share * away * away)
+        columns["recalls"][slots] = recalls + 1
+        columns["recall_mean"][slots] += share * away
+        columns["recall_variance"][slots] = variance
+        return np.asarray(np.sqrt(variance))
 
     def _slot_to_drop(self, rng: np.random.Generator) -> int | None:
         if self.eviction == "fifo":
@@ -409,16 +399,5 @@ class HybridSRLReplayBuffer:
         )
 
 
-def _problems(ints: dict[str, tuple[Any, int]], limits: dict[str, tuple[Any, float, float]]) -> list[str]:
-    problems = [
-        f"{name} must be an int of at least {low}, got {value!r}"
-        for name, (value, low) in ints.items()
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low
-    ]
-    for name, (value, low, high) in limits.items():
-        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        positive = name in ("initial_interval", "multiplier")
-        if not (number and math.isfinite(value) and low <= value <= high and not (positive and value == 0)):
-            allowed = "above 0" if positive else f"in {low:g} .. {high:g}"
-            problems.append(f"{name} must be a finite number {allowed}, got {value!r}")
-    return problems
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "replay-updates")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from learnit_r8.errors import ConfigError
@@ -41,24 +42,71 @@ class NStep:
         self._fields = (reward, next_state, done)
         self._pending: deque[Any] = deque()
 
+    @property
+    def pending(self) -> list[Any]:
+        """The steps that are not complete yet, oldest first."""
+        return list(self._pending)
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """The arguments, as JSON data."""
+        return {"n": self.n, "gamma": self.gamma, "fields": list(self._fields)}
+
     def push(self, experience: Any) -> list[Any]:
-        """Take one step; return the experiences that are complete, oldest first."""
-        self._pending.append(experience)
-        if experience[self._fields[2]]:
-            return self.end_episode()
-        if len(self._pending) < self.n:
-            return []
-        ready = self._combined()
-        self._pending.popleft()
-        return [ready]
+        """Take one step; return the experiences that are complete, oldest first.
+
+        Raises:
+            ValueError: It lacks a field, or its reward is no number. Nothing is changed.
+        """
+        ready, pending = self.follow([experience])
+        self.keep(pending)
+        return ready
 
     def end_episode(self) -> list[Any]:
         """The episode was cut short (time limit): return what is pending, with fewer steps each."""
-        ready = []
-        while self._pending:
-            ready.append(self._combined())
-            self._pending.popleft()
+        ready = self._drain(self._pending)
+        self._pending = deque()
         return ready
+
+    def follow(self, steps: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the experiences that these steps would complete, and what would be pending after them.
+
+        Raises:
+            ValueError: See `push`.
+        """
+        ready, pending = [], self._pending.copy()
+        for step in steps:
+            self._check(step, pending[0] if pending else step)
+            pending.append(step)
+            if step[self._fields[2]]:
+                ready += self._drain(pending)
+                pending.clear()
+            elif len(pending) == self.n:
+                ready.append(self.combined(pending))
+                pending.popleft()
+        return ready, list(pending)
+
+    def keep(self, pending: Iterable[Any]) -> None:
+        """Set what is pending."""
+        self._pending = deque(pending)
+
+    def _drain(self, pending: Iterable[Any]) -> list[Any]:
+        steps = list(pending)
+        return [self.combined(steps[first:]) for first in range(len(steps))]
+
+    def _check(self, step: Any, first: Any) -> None:
+        reward, next_state, done = self._fields
+        try:
+            _ = step[next_state], self.gamma * step[reward] + 0.0, bool(step[done])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"a step needs a reward at {reward!r}, a next state at {next_state!r} and whether it is done at "
+                f"{done!r}, got {step!r:.80} ({type(error).__name__}: {error})"
+            ) from error
+        if isinstance(step, dict) != isinstance(first, dict) or len(step) != len(first):
+            raise ValueError(f"the steps of an episode must be built alike: {first!r:.80} and {step!r:.80}")
+        if isinstance(step, dict) and "discount" in step:
+            raise ValueError('a step has a "discount" of its own, which gamma**n would replace: call it something else')
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps that are not complete yet."""
@@ -68,13 +116,15 @@ class NStep:
         """Restore the steps that were not complete yet."""
         self._pending = deque(state["pending"])
 
-    def _combined(self) -> Any:
+    def combined(self, steps: Sequence[Any]) -> Any:
+        """Return one experience made of all of these steps."""
         reward, next_state, done = self._fields
-        steps = self._pending
         total = sum(self.gamma**k * step[reward] for k, step in enumerate(steps))
         changes = {reward: total, next_state: steps[-1][next_state], done: steps[-1][done]}
         discount = self.gamma ** len(steps)
         if isinstance(steps[0], dict):
             return {**steps[0], **changes, "discount": discount}
-        fields = [changes.get(position, value) for position, value in enumerate(steps[0])]
+        fields = list(steps[0])
+        for position, value in changes.items():
+            fields[position] = value  # type: ignore[index]
         return (*fields, discount)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from learnit_r8.errors import CheckpointError, ConfigError
+from learnit_r8.config import Problems
+from learnit_r8.errors import CheckpointError
+from learnit_r8.replay.drawn import DrawnIndices
 from learnit_r8.replay.n_step import NStep
 from learnit_r8.replay.ranking import Ranking
-from learnit_r8.replay.storage import as_array, make_storage
+from learnit_r8.replay.recent import RecentLargest
+from learnit_r8.replay.saving import SavedBuffer, filled
+from learnit_r8.replay.storage import make_storage
+from learnit_r8.replay.trees import as_array
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sum_tree import SumTree
 from learnit_r8.types import Indices, Losses
@@ -29,17 +34,22 @@ _LARGEST_ALPHA, _LARGEST_BETA, _LARGEST_EPS, _LARGEST_ERROR = 3.0, 10.0, 1.0, 1e
 _IDLE, _AWAITED, _REPLACED = 0, 1, 2
 
 
-class PrioritizedReplayBuffer:
+class PrioritizedReplayBuffer(SavedBuffer):
     """A ring of experiences, drawn in proportion to how wrong the model was about them.
 
     `p_i = (|delta_i| + eps)**alpha`, `P(i) = p_i / sum p`, `w_i = (N P(i))**-beta`, where N is
     the number of experiences held (section 3.3 and 3.4 of the paper). The rank-based variant
     has `p_i = rank(i)**-alpha`, rank 1 being the largest |delta|. New experiences get the
-    largest priority there is, so that each is soon replayed once.
+    largest priority there is, so that each is soon replayed once: the largest of the last
+    `capacity` additions and reported errors, so that an outlier is forgotten after a lap. Until
+    an error is reported all are alike.
 
     Draws are stratified (appendix B.2.1): the sum of priorities is cut into `batch_size`
     equal ranges with one draw from each, with replacement, so a batch may be larger than the
     buffer. Indices are slots, `0 .. len - 1`; slots are reused, oldest first.
+
+    Any number of threads may use one buffer (with `n_step` one of them adds). Copies made by pickle
+    and deepcopy go on like the original; `save` and `load` keep a buffer in a file.
 
     Args:
         capacity: Number of experiences held, at least 1.
@@ -56,7 +66,7 @@ class PrioritizedReplayBuffer:
             looked up in the last order in between.
         storage: "objects": anything, `sample` returns a list. "arrays": arrays or tensors of
             fixed shapes (see `ArrayStorage`), `sample` returns them stacked, much faster.
-        path: Folder for memory-mapped arrays; needs `storage="arrays"`.
+        path: Folder for memory-mapped arrays, of this buffer alone; needs `storage="arrays"`.
         n_step: Makes n-step experiences of single steps on their way in.
         fast: See `SumTree`.
 
@@ -81,36 +91,41 @@ class PrioritizedReplayBuffer:
         n_step: NStep | None = None,
         fast: bool | None = None,
     ) -> None:
-        problems = _problems(
-            capacity,
-            beta_steps,
-            seed,
-            {
-                "alpha": (alpha, _LARGEST_ALPHA),
-                "beta": (beta, _LARGEST_BETA),
-                "beta_end": (beta_end, _LARGEST_BETA),
-                "eps": (eps, _LARGEST_EPS),
-            },
-        )
+        problems = Problems()
+        self.capacity = problems.integer("capacity", capacity, 1)
+        self.seed = problems.integer("seed", seed, 0)
+        self.beta_steps = None if beta_steps is None else problems.integer("beta_steps", beta_steps, 1)
+        self.alpha = problems.real("alpha", alpha, 0.0, _LARGEST_ALPHA)
+        self.beta_start = problems.real("beta", beta, 0.0, _LARGEST_BETA)
+        self.beta_end = problems.real("beta_end", beta_end, 0.0, _LARGEST_BETA)
+        self.eps = problems.real("eps", eps, 0.0, _LARGEST_EPS)
         for name, value in (("normalize", normalize), ("variant", variant), ("storage", storage)):
             if value not in _CHOICES[name]:
                 problems.append(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
         if path is not None and storage != "arrays":
             problems.append(f'path needs storage="arrays", got storage={storage!r}')
-        if problems:
-            raise ConfigError(problems)
-        self.capacity, self.alpha, self.eps, self.seed = int(capacity), alpha, eps, int(seed)
-        self.beta_start, self.beta_end, self.beta_steps = beta, beta_end, beta_steps
+        problems.raise_if_any()
+        super().__init__()
         self._normalize = normalize
-        self._n_step = n_step
+        self._kind = {"variant": variant, "storage": storage}
+        self._n_step = copy.deepcopy(n_step)  # one for each buffer: what is pending belongs to one episode
         self._streams = RandomStreams(self.seed)
+        self._fast = fast
         self._tree = SumTree(self.capacity, fast=fast)
         self._storage = make_storage(storage, self.capacity, path)
         self._marks = np.zeros(self.capacity, dtype=np.uint8)
         self._added = 0
         self._draws = 0
         self._ranking = Ranking(self.capacity) if variant == "rank" else None
-        self._largest = 1.0  # |delta| (rank) or p (proportional), of this lap or the last
+        self._recent = RecentLargest(self.capacity)  # |delta| (rank) or p (proportional)
+        self._largest = 1.0  # what a new experience gets: the largest of them
+        self._default = np.zeros(self.capacity, dtype=bool)  # experiences that have it: no error was reported yet
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:  # other threads go on while the copies are pickled
+            parts = {name: copy.deepcopy(vars(self)[name]) for name in ("_tree", "_ranking", "_n_step", "_recent")}
+            arrays = {"_marks": self._marks.copy(), "_default": self._default.copy()}
+            return {**super().__getstate__(), **parts, **arrays, "_storage": self._storage.copied()}
 
     def __len__(self) -> int:
         return min(self._added, self.capacity)
@@ -143,9 +158,11 @@ class PrioritizedReplayBuffer:
         Raises:
             ValueError: A NaN or infinite priority, or an experience unlike the first.
         """
-        ready = [experience] if self._n_step is None else self._n_step.push(experience)
-        if ready:
-            self._append(ready, None if priority is None else [priority] * len(ready), stacked=False)
+        with self._lock:
+            if self._n_step is None:
+                self._append([experience], None if priority is None else [priority])
+            else:
+                self._add_steps([experience], priority)
 
     def extend(self, experiences: Any, priorities: ArrayLike | None = None, *, stacked: bool = False) -> None:
         """Add many experiences at once.
@@ -159,16 +176,28 @@ class PrioritizedReplayBuffer:
         Raises:
             ValueError: As for `add`; nothing is added.
         """
-        if self._n_step is not None:
-            if stacked or priorities is not None:
-                raise ValueError("with n_step, extend takes an iterable of single steps and no priorities")
-            experiences = [ready for step in experiences for ready in self._n_step.push(step)]
-        self._append(experiences, priorities, stacked=stacked)
+        if self._n_step is not None and (stacked or priorities is not None):
+            raise ValueError("with n_step, extend takes an iterable of single steps and no priorities")
+        with self._lock:
+            if self._n_step is None:
+                self._append(experiences, priorities, stacked=stacked)
+            else:
+                self._add_steps(list(experiences), None)
 
     def end_episode(self) -> None:
         """With `n_step`: the episode was cut short, so add what is pending."""
         if self._n_step is not None:
-            self._append(self._n_step.end_episode(), None, stacked=False)
+            with self._lock:
+                self._append(self._n_step.end_episode(), None)
+
+    def _add_steps(self, steps: list[Any], priority: float | None) -> None:
+        assert self._n_step is not None
+        # Each step by itself: what does not fit is refused now, not when it has become part of others.
+        alone = steps if len(self) else [*self._n_step.pending, *steps]
+        ready, pending = self._n_step.follow(steps)
+        self._storage.stack([self._n_step.combined([step]) for step in alone], stacked=False)
+        self._append(ready, None if priority is None else [priority] * len(ready))
+        self._n_step.keep(pending)
 
     def sample(self, batch_size: int, beta: float | None = None) -> tuple[Any, Losses, Indices]:
         """Draw a batch, with replacement.
@@ -179,40 +208,44 @@ class PrioritizedReplayBuffer:
 
         Returns:
             Experiences (list or stacked tree), weights (float32, shape `[batch_size]`) and
-            indices (int64, same shape) for `update_priorities`.
+            indices (int64, same shape) for `update_priorities`, which know when they were drawn.
 
         Raises:
             ValueError: The buffer is empty or `batch_size` is not a positive int.
         """
         if not _is_int(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
-        if not self._added:
-            raise ValueError("cannot sample from an empty buffer: add experiences first")
-        beta = self.beta if beta is None else beta
-        rng = self._streams.at(Purpose.BATCH, 0, self._draws)
-        u = rng.random(batch_size)
-        u += np.arange(batch_size)
-        u /= batch_size
-        slots = self._tree.draw(u)
-        p = self._tree.view[slots]
-        if self._normalize == "max":
-            weights = (p / p.min()) ** -beta
-        else:
-            weights = (p * (len(self) / self._tree.total)) ** -beta
-            if self._normalize == "mean":
-                weights /= weights.mean()
-        experiences = self._storage.read(slots)
-        self._marks[slots] = _AWAITED
-        self._draws += 1
-        return experiences, weights.astype(np.float32), slots
+        with self._lock:
+            if not self._added:
+                raise ValueError("cannot sample from an empty buffer: add experiences first")
+            beta = self.beta if beta is None else beta
+            rng = self._streams.at(Purpose.BATCH, 0, self._draws)
+            u = rng.random(batch_size)
+            u += np.arange(batch_size)
+            u /= batch_size
+            slots = self._tree.draw(u)
+            p = self._tree.view[slots]
+            if self._normalize == "max":
+                weights = (p / p.min()) ** -beta
+            else:
+                weights = (p * (len(self) / self._tree.total)) ** -beta
+                if self._normalize == "mean":
+                    weights /= weights.mean()
+            experiences = self._storage.read(slots)
+            self._marks[slots] = _AWAITED
+            self._draws += 1
+            drawn = slots.view(DrawnIndices)
+            drawn.as_of = self._added
+        return experiences, weights.astype(np.float32), drawn
 
     def update_priorities(self, indices: ArrayLike, td_errors: ArrayLike, *, as_of: int | None = None) -> int:
         """Give experiences the priority of their newest error.
 
         Where an index comes twice the last one counts. An index is skipped where the
         experience that was sampled has been overwritten since: the error belongs to one that
-        is gone. By default the buffer remembers per slot whether an answer to `sample` is
-        awaited; several batches in flight at once need `as_of` to be told apart.
+        is gone. The indices that `sample` returned, and slices of them, know when they were drawn;
+        of copies in another form the buffer knows per slot whether an answer is awaited, and
+        several batches of them in flight at once need `as_of` to be told apart.
 
         Args:
             indices: Slots that `sample` returned, shape `[n]`.
@@ -226,79 +259,82 @@ class PrioritizedReplayBuffer:
             IndexError: An index outside `0 .. len - 1`.
             ValueError: NaN or infinite errors, or not one per index. Nothing is changed.
         """
-        slots = as_array(indices).reshape(-1)
+        as_of = getattr(indices, "as_of", None) if as_of is None else as_of
+        slots = np.asarray(as_array(indices)).reshape(-1)
         errors = self._checked_errors(td_errors, slots.size)
         if slots.size and slots.dtype.kind not in "iu":
             raise IndexError(f"indices must be integers, got dtype {slots.dtype}")
         slots = slots.astype(np.int64, copy=False)
-        # Negative numbers read as unsigned are huge: one comparison checks both ends.
-        if slots.size and slots.view(np.uint64).max() >= len(self):
-            bad = slots[(slots < 0) | (slots >= len(self))]
-            raise IndexError(
-                f"indices must be in 0 .. {len(self) - 1}, got {bad[0]} ({bad.size} of {slots.size} outside)"
-            )
-        if as_of is None:
-            marks = self._marks[slots]
+        with self._lock:
+            # Negative numbers read as unsigned are huge: one comparison checks both ends.
+            if slots.size and slots.view(np.uint64).max() >= len(self):
+                bad = slots[(slots < 0) | (slots >= len(self))]
+                raise IndexError(
+                    f"indices must be in 0 .. {len(self) - 1}, got {bad[0]} ({bad.size} of {slots.size} outside)"
+                )
+            if as_of is None:
+                current = self._marks[slots] != _REPLACED
+            else:
+                # How many experiences were added after the one now in the slot.
+                age = (self._added - 1 - slots) % self.capacity
+                current = age >= self._added - as_of
             self._marks[slots] = _IDLE
-            current = marks != _REPLACED
-        else:
-            # How many experiences were added after the one now in the slot.
-            age = (self._added - 1 - slots) % self.capacity
-            current = age >= self._added - as_of
-        if not current.all():
-            slots, errors = slots[current], errors[current]
-        if slots.size:
-            self._set(slots, errors)
+            if not current.all():
+                slots, errors = slots[current], errors[current]
+            if slots.size:
+                self._set(slots, errors)
         return int(slots.size)
 
-    def state_dict(self, *, experiences: bool = True) -> dict[str, Any]:
-        """Return copies of priorities, counters and experiences.
+    def _made_with(self) -> dict[str, Any]:
+        steps = None if self._n_step is None else self._n_step.made_with
+        return {"capacity": self.capacity, "alpha": self.alpha, "eps": self.eps, **self._kind, "n_step": steps}
 
-        Args:
-            experiences: False leaves them out. With `path` the files are flushed and opened
-                again on loading; they go on changing, so such a state is good for stopping
-                and going on, not for going back.
-        """
+    def _state(self, experiences: bool, *, copy: bool) -> dict[str, Any]:
+        count, head = len(self), self._added % self.capacity
         return {
-            "capacity": self.capacity,
+            "version": 1,
+            "made_with": self._made_with(),
             "seed": self.seed,
             "added": self._added,
             "draws": self._draws,
+            "recent": self._recent.state_dict(),
+            "default": self._default[:count].copy(),
             "largest": self._largest,
             "priorities": self.priorities,
-            "marks": self._marks[: len(self)].copy(),
-            "ranking": None if self._ranking is None else self._ranking.state_dict(len(self)),
+            "marks": self._marks[:count].copy(),
+            "ranking": None if self._ranking is None else self._ranking.state_dict(count),
             "n_step": None if self._n_step is None else self._n_step.state_dict(),
-            "experiences": self._storage.state_dict(len(self), contents=experiences),
+            "experiences": self._storage.state_dict(count, head, contents=experiences, copy=copy),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            CheckpointError: The state is of a buffer made with other arguments.
-        """
-        parts = {"ranking": self._ranking, "n_step": self._n_step}
-        mine = {"capacity": self.capacity} | {name: part is not None for name, part in parts.items()}
-        came = {"capacity": state["capacity"]} | {name: state[name] is not None for name in parts}
-        if came != mine:
-            raise CheckpointError(f"the state is of a buffer with {came}, this one has {mine}")
-        count = min(state["added"], self.capacity)
-        self._storage.load_state_dict(state["experiences"], count)
-        weights = np.zeros(self.capacity)
-        weights[:count] = state["priorities"]
-        self._tree.fill(weights)
-        self._marks[:] = _IDLE
-        self._marks[:count] = state["marks"]
-        self.seed = int(state["seed"])
-        self._streams = RandomStreams(self.seed)
-        self._added, self._draws = int(state["added"]), int(state["draws"])
+    def _take(self, state: dict[str, Any], before: Any) -> None:
+        """Make this copy of a buffer hold a state; all but the experiences first."""
+        self._added, self._draws, self.seed = int(state["added"]), int(state["draws"]), int(state["seed"])
         self._largest = float(state["largest"])
-        for name, part in parts.items():
-            if part is not None:
-                part.load_state_dict(state[name])
+        count = len(self)
+        if min(self._added, self._draws, self.seed) < 0 or not 0.0 <= self._largest < math.inf:
+            raise ValueError("a counter is negative")
+        self._streams = RandomStreams(self.seed)
+        self._tree = SumTree(self.capacity, fast=self._fast)
+        self._tree.fill(filled(state["priorities"], count, np.zeros(self.capacity)))
+        self._marks = filled(state["marks"], count, np.zeros(self.capacity, dtype=np.uint8))
+        self._default = filled(state["default"], count, np.zeros(self.capacity, dtype=bool))
+        self._recent = RecentLargest(self.capacity)
+        self._recent.load_state_dict(state["recent"])
+        if self._ranking is not None:
+            self._ranking = Ranking(self.capacity)
+            self._ranking.load_state_dict(state["ranking"], count)
+        pending = None if self._n_step is None else list(state["n_step"]["pending"])
+        if state["experiences"] is not None:
+            self._storage.load_state_dict(state["experiences"], count, self._added % self.capacity)
+        elif count and before._added != self._added:
+            raise CheckpointError(
+                "the state was saved without its experiences, and this buffer holds others: save with experiences=True"
+            )
+        if self._n_step is not None and pending is not None:
+            self._n_step.keep(pending)
 
-    def _append(self, experiences: Any, priorities: ArrayLike | None, *, stacked: bool) -> None:
+    def _append(self, experiences: Any, priorities: ArrayLike | None, *, stacked: bool = False) -> None:
         count, rows = self._storage.stack(experiences, stacked=stacked)
         errors = None if priorities is None else self._checked_errors(priorities, count)
         if not count:
@@ -307,28 +343,38 @@ class PrioritizedReplayBuffer:
         slots = np.arange(self._added + count - kept, self._added + count) % self.capacity
         self._storage.write(slots, rows)
         self._marks[slots] = np.where(self._marks[slots] == _IDLE, _IDLE, _REPLACED)
-        laps = self._added // self.capacity
         self._added += count
         if errors is not None:
             self._set(slots, errors[-kept:])
-        elif self._ranking is not None:
-            self._set(slots, np.full(kept, self._largest))
         else:
-            self._tree.set(slots, self._largest)
-        if self._added // self.capacity > laps:
-            # Once a lap, so that one outlier does not rule over new experiences for ever.
-            self._largest = float((self._tree.view if self._ranking is None else self._ranking.values).max())
+            self._default[slots] = True
+            self._weigh(slots, self._largest)
+            self._note(count, None)
 
     def _set(self, slots: Indices, errors: NDArray[np.float64]) -> None:
-        largest = float(errors.max())
+        self._default[slots] = False
+        values = errors if self._ranking is not None else (errors + self.eps) ** self.alpha
+        self._weigh(slots, values)
+        self._note(slots.size, float(values.max()))
+
+    def _weigh(self, slots: Indices, values: NDArray[np.float64] | float) -> None:
         if self._ranking is None:
-            p = (errors + self.eps) ** self.alpha
-            self._tree.set(slots, p)
-            largest = float(p.max())
+            self._tree.set(slots, values)
         else:
-            slots, ranks = self._ranking.set(slots, errors, len(self))
+            slots, ranks = self._ranking.set(slots, np.broadcast_to(values, slots.shape), len(self))
             self._tree.set(slots, ranks**-self.alpha)
-        self._largest = max(self._largest, largest)
+
+    def _note(self, events: int, largest: float | None) -> None:
+        """Count events; where the largest falls, or is known at last, so do the priorities that are nobody's error."""
+        first = self._recent.value is None
+        self._recent.note(events, largest)
+        value = self._recent.value
+        if value is None or value == self._largest:
+            return
+        fell, self._largest = value < self._largest, value
+        if (fell or first) and self._default.any():
+            slots = np.flatnonzero(self._default)
+            self._weigh(slots, value)
 
     def _checked_errors(self, values: ArrayLike, count: int) -> NDArray[np.float64]:
         signed = np.asarray(as_array(values, lambda tensor: tensor.double()), dtype=np.float64)
@@ -341,24 +387,5 @@ class PrioritizedReplayBuffer:
         return np.minimum(errors, _LARGEST_ERROR)
 
 
-def _problems(capacity: Any, beta_steps: Any, seed: Any, numbers: Mapping[str, tuple[Any, float]]) -> list[str]:
-    ints = {"capacity": (capacity, 1), "seed": (seed, 0)} | (
-        {} if beta_steps is None else {"beta_steps": (beta_steps, 1)}
-    )
-    return [
-        f"{name} must be an int of at least {low}, got {value!r}"
-        for name, (value, low) in ints.items()
-        if not (_is_int(value) and value >= low)
-    ] + [
-        f"{name} must be a number in 0 .. {high:g}, got {value!r}"
-        for name, (value, high) in numbers.items()
-        if not (_is_number(value) and 0.0 <= value <= high)
-    ]
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.replay.saving import filled
 from learnit_r8.types import Indices
 
 Floats = NDArray[np.float64]
@@ -47,10 +48,9 @@ class Ranking:
         """Return copies of everything that the next ranks depend on."""
         return {"values": self.values[:used].copy(), "order": self._order.copy(), "changes": self._changes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], used: int) -> None:
         """Restore what `state_dict` returned."""
-        self.values[:] = 0.0
-        self.values[: len(state["values"])] = state["values"]
+        self.values = filled(state["values"], used, np.zeros_like(self.values))
         self._order = np.array(state["order"], dtype=np.float64)
         self._changes = int(state["changes"])
 

@@ -7,18 +7,17 @@ the form that is stored, without changing anything; `write` and `read` work on s
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+import hashlib
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from learnit_r8.errors import CheckpointError, ConfigError
+from learnit_r8.replay.trees import Spec, fits, flatten, layout_of, stack_trees, to_numpy, to_torch, unflatten
 from learnit_r8.types import Indices
-
-Spec = int | dict[str, Any]
-"""Shape of an experience as JSON: a leaf's number, or {"dict": {name: spec}} or {"tuple": [spec]}."""
 
 
 class Storage(Protocol):
@@ -36,12 +35,23 @@ class Storage(Protocol):
         """Return the experiences of these slots."""
         ...
 
-    def state_dict(self, count: int, *, contents: bool) -> dict[str, Any] | None:
-        """Return a copy of the first `count` slots; without `contents`, what is needed to find them again."""
+    def copied(self) -> Storage:
+        """Return a storage with the same experiences in slots of its own."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any] | None, count: int) -> None:
-        """Restore the first `count` slots."""
+    def state_dict(self, count: int, head: int, *, contents: bool, copy: bool = True) -> dict[str, Any] | None:
+        """Return the first `count` slots; without `contents`, what is needed to find them again.
+
+        Args:
+            count: How many.
+            head: The slot that is written next.
+            contents: See above.
+            copy: False: views of the slots, for a caller who is done with them before the next write.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
+        """Restore the first `count` slots; where that is not possible nothing is changed."""
         ...
 
 
@@ -76,15 +86,26 @@ class ObjectStorage:
         held = self._slots
         return [held[slot] for slot in slots.tolist()]
 
-    def state_dict(self, count: int, *, contents: bool) -> dict[str, Any] | None:
+    def copied(self) -> ObjectStorage:
+        """Return a storage with the same experiences in a list of its own."""
+        other = ObjectStorage(0)
+        other._slots = self._slots.copy()
+        return other
+
+    def state_dict(self, count: int, head: int, *, contents: bool, copy: bool = True) -> dict[str, Any] | None:
         """Return the experiences in a new list. The experiences themselves are not copied."""
         return {"kind": "objects", "experiences": self._slots[:count]} if contents else None
 
-    def load_state_dict(self, state: dict[str, Any] | None, count: int) -> None:
-        """Restore the experiences."""
-        if state is not None:
-            _check_kind(state, "objects")
-            self._slots[:count] = state["experiences"]
+    def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
+        """Restore the experiences.
+
+        Raises:
+            CheckpointError: There are more or fewer than `count`.
+        """
+        experiences = list(state["experiences"])
+        if len(experiences) != count:
+            raise CheckpointError(f"the state has {len(experiences)} experiences where it says {count}")
+        self._slots = experiences + [None] * (len(self._slots) - count)
 
 
 class ArrayStorage:
@@ -119,7 +140,7 @@ class ArrayStorage:
         """
         if stacked:
             leaves: list[Any] = []
-            spec = _flatten(experiences, leaves)
+            spec = flatten(experiences, leaves)
             counts = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
             if len(counts) != 1 or -1 in counts:
                 shapes = [tuple(leaf.shape) for leaf in leaves]
@@ -127,7 +148,7 @@ class ArrayStorage:
         else:
             if not (experiences := list(experiences)):
                 return 0, []
-            spec, leaves = _stack(experiences)
+            spec, leaves = stack_trees(experiences)
             counts = {len(experiences)}
         self._check(spec, leaves)
         return counts.pop(), (spec, leaves)
@@ -138,7 +159,7 @@ class ArrayStorage:
             return
         spec, leaves = experiences
         if self._spec is None:
-            self._leaves = [self._allocate(number, leaf) for number, leaf in enumerate(leaves)]
+            self._leaves = self._allocate_all(leaves)
             self._spec = spec
         for held, leaf in zip(self._leaves, leaves, strict=True):
             held[slots] = leaf[-len(slots) :]
@@ -148,10 +169,23 @@ class ArrayStorage:
         if self._spec is None:
             raise ValueError("no experience was added yet")
         leaves = [held.take(slots, axis=0) if isinstance(held, np.ndarray) else held[slots] for held in self._leaves]
-        return _unflatten(self._spec, leaves)
+        return unflatten(self._spec, leaves)
 
-    def state_dict(self, count: int, *, contents: bool) -> dict[str, Any] | None:
-        """Return copies of the arrays; tensors become arrays, bfloat16 as float32.
+    def copied(self) -> ArrayStorage:
+        """Return a storage with the same experiences in arrays of its own.
+
+        Raises:
+            TypeError: They lie in files.
+        """
+        if self._path is not None:
+            raise TypeError(f"a buffer with its experiences in files ({self._path}) cannot be copied: save() it")
+        other = ArrayStorage(self._capacity)
+        other._spec = self._spec
+        other._leaves = [held.copy() if isinstance(held, np.ndarray) else held.clone() for held in self._leaves]
+        return other
+
+    def state_dict(self, count: int, head: int, *, contents: bool, copy: bool = True) -> dict[str, Any] | None:
+        """Return the arrays; tensors become arrays, bfloat16 as float32.
 
         Without `contents`: the layout of memory-mapped files, which are flushed.
         """
@@ -163,45 +197,95 @@ class ArrayStorage:
         return {
             "kind": "arrays",
             "spec": self._spec,
-            "leaves": [_to_numpy(held[:count]) for held in self._leaves] if contents else None,
+            "leaves": [to_numpy(held[:count], copy=copy) for held in self._leaves] if contents else None,
             "tensors": [None if isinstance(held, np.ndarray) else str(held.dtype) for held in self._leaves],
+            "layout": [layout_of(held) for held in self._leaves],
+            "next_row": None if contents else self._digest(head),
         }
 
-    def load_state_dict(self, state: dict[str, Any] | None, count: int) -> None:
+    def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
         """Restore the arrays; tensors come back on the CPU unless the buffer already holds some.
 
         Raises:
-            CheckpointError: The state is of another kind of storage, or its files are missing.
+            CheckpointError: The state is damaged, or the files that it names are missing or others.
         """
-        if state is None:
-            return
-        _check_kind(state, "arrays")
         if state["spec"] is None:
+            self._spec, self._leaves = None, []
             return
         if state["leaves"] is None:
-            self._leaves = [self._reopen(number) for number in range(len(state["tensors"]))]
+            self._leaves = [self._reopen(number, layout) for number, layout in enumerate(state["layout"])]
+            if self._digest(head) != state["next_row"]:
+                warnings.warn(
+                    f"experiences in {self._path} were overwritten after this state was saved: they are drawn with "
+                    "the priorities of the ones before them (save() with experiences=True goes back exactly)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         else:
-            tensors = zip(state["leaves"], state["tensors"], strict=True)
-            leaves = [np.asarray(saved) if dtype is None else _to_torch(saved, dtype) for saved, dtype in tensors]
-            if self._spec != state["spec"]:
-                self._leaves = [self._allocate(number, leaf) for number, leaf in enumerate(leaves)]
-            for held, leaf in zip(self._leaves, leaves, strict=True):
-                held[:count] = leaf
+            self._replace([self._filled(number, state, count) for number in range(len(state["leaves"]))])
         self._spec = state["spec"]
 
-    def _reopen(self, number: int) -> Any:
-        if self._path is None:
-            raise CheckpointError("the experiences were left in files: make the buffer with the path of their folder")
-        file = self._path / f"{number:03d}.npy"
+    def _filled(self, number: int, state: dict[str, Any], count: int) -> Any:
+        """Return a leaf of `capacity` rows; beside a memory-mapped store a file that is not in use yet."""
+        saved, dtype = state["leaves"][number], state["tensors"][number]
+        rows: Any = np.asarray(saved) if dtype is None else to_torch(saved, dtype)
+        if len(rows) != count or layout_of(rows) != list(state["layout"][number]):
+            raise CheckpointError(f"leaf {number} of the state has {len(rows)} rows of {layout_of(rows)}, want {count}")
+        if dtype is not None and self._spec == state["spec"]:
+            rows = rows.to(self._leaves[number].device)
+        held = self._allocate(number, rows, suffix=".new")
+        held[:count] = rows
+        return held
+
+    def _replace(self, leaves: list[Any]) -> None:
+        if self._path is None or not leaves:
+            self._leaves = leaves
+            return
+        for held in leaves:
+            held.flush()
+        layouts = [layout_of(held) for held in leaves]
+        self._leaves = leaves = []  # no file is renamed while it is mapped: Windows forbids that
+        for number in range(len(layouts)):
+            self._file(number, ".new").replace(self._file(number))
+        self._leaves = [self._reopen(number, layout) for number, layout in enumerate(layouts)]
+
+    def _reopen(self, number: int, layout: Sequence[Any]) -> Any:
+        file = self._file(number)
         try:
             held = np.lib.format.open_memmap(file, mode="r+")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot open the experiences in {file}: {error}") from error
-        if len(held) != self._capacity:
-            raise CheckpointError(f"{file} holds {len(held)} experiences, this buffer {self._capacity}")
+        if len(held) != self._capacity or layout_of(held) != list(layout):
+            raise CheckpointError(
+                f"{file} holds {len(held)} experiences of {layout_of(held)}, this state {self._capacity} of {layout}"
+            )
         return held
 
-    def _allocate(self, number: int, leaf: Any) -> Any:
+    def _file(self, number: int, suffix: str = "") -> Path:
+        if self._path is None:
+            raise CheckpointError("the experiences were left in files: make the buffer with the path of their folder")
+        return self._path / f"{number:03d}.npy{suffix}"
+
+    def _digest(self, row: int) -> str:
+        """Return a hash of one row: that of the oldest tells whether anything has been added since."""
+        digest = hashlib.sha256()
+        for held in self._leaves:
+            digest.update(np.ascontiguousarray(held[row]).tobytes())
+        return digest.hexdigest()
+
+    def _allocate_all(self, leaves: list[Any]) -> list[Any]:
+        made: list[Any] = []
+        try:
+            for number, leaf in enumerate(leaves):
+                made.append(self._allocate(number, leaf))
+        except Exception:
+            for number, held in enumerate(made):
+                if isinstance(held, np.memmap):
+                    self._file(number).unlink()
+            raise
+        return made
+
+    def _allocate(self, number: int, leaf: Any, suffix: str = "") -> Any:
         shape = (self._capacity, *leaf.shape[1:])
         if not isinstance(leaf, np.ndarray):
             if self._path is not None:
@@ -210,7 +294,14 @@ class ArrayStorage:
         if self._path is None:
             return np.zeros(shape, leaf.dtype)
         self._path.mkdir(parents=True, exist_ok=True)
-        file = self._path / f"{number:03d}.npy"
+        file = self._file(number, suffix)
+        if not suffix and file.exists():
+            raise ConfigError(
+                [
+                    f"{file} exists: it may hold another buffer's experiences. Load the state that was saved with "
+                    "them before you add any, name another folder, or remove the files"
+                ]
+            )
         return np.lib.format.open_memmap(file, mode="w+", dtype=leaf.dtype, shape=shape)
 
     def _check(self, spec: Spec, leaves: list[Any]) -> None:
@@ -223,7 +314,7 @@ class ArrayStorage:
             raise ValueError(f"experiences must be built like the first one, {self._spec}, got {spec}")
         for number, (held, leaf) in enumerate(zip(self._leaves, leaves, strict=True)):
             same_kind = (
-                isinstance(leaf, np.ndarray) and np.can_cast(leaf.dtype, held.dtype, "same_kind")
+                isinstance(leaf, np.ndarray) and _may_cast(leaf.dtype, held.dtype)
                 if isinstance(held, np.ndarray)
                 else getattr(leaf, "dtype", None) == held.dtype
             )
@@ -232,90 +323,19 @@ class ArrayStorage:
                     f"leaf {number} must be like the first experience's, {tuple(held.shape[1:])} {held.dtype}, got "
                     f'{tuple(leaf.shape[1:])} {leaf.dtype}; for varying shapes use storage="objects"'
                 )
+            if leaf.dtype != held.dtype and not fits(leaf, held.dtype):
+                raise ValueError(
+                    f"leaf {number} does not fit into {held.dtype}, which the first experience had: give the first "
+                    f'one the type that all of them need, or use storage="objects"; got {leaf!r:.80}'
+                )
 
 
-def _check_kind(state: dict[str, Any], kind: str) -> None:
-    if state["kind"] != kind:
-        raise CheckpointError(f"the state is of storage={state['kind']!r}, this buffer has storage={kind!r}")
+def _may_cast(given: np.dtype[Any], held: np.dtype[Any]) -> bool:
+    return given == held or (
+        (given.kind == held.kind or {given.kind, held.kind} <= set("biufc")) and np.can_cast(given, held, "same_kind")
+    )
 
 
 def make_storage(kind: str, capacity: int, path: str | Path | None) -> Storage:
     """Return the storage called "objects" or "arrays"."""
     return ObjectStorage(capacity) if kind == "objects" else ArrayStorage(capacity, path)
-
-
-def as_array(values: Any, cast: Callable[[Any], Any] = lambda tensor: tensor) -> np.ndarray[Any, Any]:
-    """Return anything array-like as a numpy array; `cast` is applied to tensors first."""
-    if hasattr(values, "detach"):
-        values = cast(values.detach()).cpu().numpy()
-    return np.asarray(values)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return hasattr(leaf, "detach") and hasattr(leaf, "new_zeros")
-
-
-def _flatten(tree: Any, leaves: list[Any]) -> Spec:
-    if isinstance(tree, dict):
-        if not all(isinstance(key, str) for key in tree):
-            raise ValueError(f"dicts of arrays need string keys, got {list(tree)}")
-        return {"dict": {key: _flatten(tree[key], leaves) for key in sorted(tree)}}
-    if isinstance(tree, tuple):
-        return {"tuple": [_flatten(item, leaves) for item in tree]}
-    leaves.append(tree.detach() if _is_tensor(tree) else np.asarray(tree))
-    return len(leaves) - 1
-
-
-def _unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
-    if isinstance(spec, int):
-        return leaves[spec]
-    if "dict" in spec:
-        return {key: _unflatten(item, leaves) for key, item in spec["dict"].items()}
-    return tuple(_unflatten(item, leaves) for item in spec["tuple"])
-
-
-def _stack(experiences: list[Any]) -> tuple[Spec, list[Any]]:
-    columns: list[list[Any]] = []
-    first: Spec | None = None
-    for experience in experiences:
-        leaves: list[Any] = []
-        spec = _flatten(experience, leaves)
-        if first is None:
-            first = spec
-            columns = [[leaf] for leaf in leaves]
-            continue
-        if spec != first:
-            raise ValueError(f"experiences must be built alike: {first} and {spec}")
-        for column, leaf in zip(columns, leaves, strict=True):
-            if leaf.shape != column[0].shape or leaf.dtype != column[0].dtype:
-                raise ValueError(
-                    f"experiences must have equal shapes and dtypes: {tuple(column[0].shape)} {column[0].dtype} "
-                    f'and {tuple(leaf.shape)} {leaf.dtype}; for varying ones use storage="objects"'
-                )
-            column.append(leaf)
-    assert first is not None
-    return first, [_stack_leaf(column) for column in columns]
-
-
-def _stack_leaf(column: list[Any]) -> Any:
-    if not _is_tensor(column[0]):
-        return np.stack(column)
-    stacked = column[0].new_empty((len(column), *column[0].shape))
-    for row, leaf in enumerate(column):
-        stacked[row] = leaf
-    return stacked
-
-
-def _to_numpy(held: Any) -> np.ndarray[Any, Any]:
-    if isinstance(held, np.ndarray):
-        return np.array(held)
-    tensor = held.detach().cpu()
-    return np.array((tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
-
-
-def _to_torch(saved: Any, dtype: str) -> Any:
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError as error:
-        raise CheckpointError("this buffer held tensors: restoring it needs torch") from error
-    return torch.from_numpy(np.array(saved)).to(getattr(torch, dtype.removeprefix("torch.")))

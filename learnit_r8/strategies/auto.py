@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
+from learnit_r8.portable import plain_state
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.weighting import Floats, MixtureSampler, draw_stable, fill_unseen
 from learnit_r8.types import LossReport, Mask
@@ -56,6 +57,7 @@ _TOLD_CHANGE = 0.25
 
 
 @register("auto")
+@plain_state()
 class Auto:
     """Leans to hard samples as far as they turn out learnable; avoids the unexplained. Experimental.
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
+from learnit_r8.portable import plain_state
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.plan import shuffled
 from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, draw_stable
@@ -77,7 +78,22 @@ def check_curriculum(
     return CurriculumStrategy(strategy), int(n_bins)
 
 
+def _bins(edges: NDArray[Any], losses: NDArray[Any]) -> NDArray[np.intp]:
+    """Return the bin of each loss; equal losses that fill several are in the middle one of these.
+
+    Unless they are the lowest or the highest there are, which are in the first and the last bin.
+    """
+    low, high = edges.searchsorted(losses, "left"), edges.searchsorted(losses, "right")
+    tied = high - low > 1
+    if tied.any():
+        high[tied] = (low[tied] + high[tied]) // 2
+        high[tied & (losses == losses.max())] = len(edges)
+        high[tied & (losses == losses.min())] = 0
+    return high
+
+
 @register("curriculum")
+@plain_state()
 class Curriculum:
     """Draws from bins of the catalog's loss; the bins are made anew at every epoch start.
 
@@ -124,7 +140,7 @@ class Curriculum:
         bins = np.full(len(order), self.n_bins // 2, np.int32)
         if len(known):
             ranks = np.unique(np.arange(1, self.n_bins) * len(known) // self.n_bins)
-            bins[seen] = np.searchsorted(np.partition(known, ranks)[ranks], known, side="right")
+            bins[seen] = _bins(np.partition(known, ranks)[ranks], known)
         starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=self.n_bins))])
         self._set_bins(order[np.argsort(bins, kind="stable")], starts, [0] * self.n_bins)
 

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Hashable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
 from learnit_r8.errors import ConfigError
+from learnit_r8.portable import plain_state
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.curriculum import LOWEST_TEMPERATURE, bin_probabilities, check_curriculum
 from learnit_r8.strategies.keyed_averages import KeyedAverages
+from learnit_r8.strategies.keys import key_from_json, key_to_json, plain_key
+from learnit_r8.strategies.weighting import Floats
 
 _REBIN_EVERY = 50
 """Updates after which the bins' boundaries are taken anew."""
 
 
+@plain_state(as_json=sys.maxsize)
 class CurriculumScheduler(KeyedAverages):
     """Tracks the difficulty of keyed items by their scores, and says which to try next.
 
     Scores are rewards: the higher, the easier. Each item's difficulty is an exponential moving
     average of its scores; boundaries of the bins are quantiles over all items, taken anew at the
-    first question after 50 updates or more. Updates are applied together, at a question or when
+    first question after 50 updates or more. Equal scores share a bin, the lowest of all the hardest, so that
+    a few solved items among many unsolved ones are told apart. Updates are applied together, at a question or when
     256 are pending; each is O(1), and leaves O(log n) to the question that takes new boundaries.
 
     Args:
@@ -65,6 +73,7 @@ class CurriculumScheduler(KeyedAverages):
         self._draws = 0
         self._boundaries: list[float] = []
         self._rising: list[float] = []
+        self._ends = (0.0, 0.0)  # the lowest and the highest score
         self._mastered = 0.0  # share of the items at or above the threshold
         self._binned_at = 0
         super().__init__(alpha)
@@ -77,12 +86,39 @@ class CurriculumScheduler(KeyedAverages):
     def get_item_bin(self, item_key: Hashable) -> int:
         """Return the item's bin, 0 (easiest) to n_bins - 1; the middle one if it has no score."""
         self._apply()
-        slot = self._slots.get(item_key)
-        return self.n_bins // 2 if slot is None else self._bin_of(self._items[2 * slot])
+        slot = self._slots.get(plain_key(item_key))
+        if slot is None:
+            return self.n_bins // 2
+        self._rebin_if_due()
+        return self._bin_of(self._items[2 * slot])
 
     def _bin_of(self, score: float) -> int:
-        self._rebin_if_due()
-        return len(self._rising) - bisect_right(self._rising, score)
+        low, high = bisect_left(self._rising, score), bisect_right(self._rising, score)
+        if high - low > 1:  # equal scores that fill several bins
+            low, high = self._place_of_ties(score, low, high)
+        return len(self._rising) - (low + high + 1) // 2
+
+    def _bins(self, scores: Floats) -> NDArray[np.int64]:
+        """Return `_bin_of` of many scores."""
+        rising = np.array(self._rising)
+        low, high = (rising.searchsorted(scores, side) for side in ("left", "right"))
+        for value in {score for score, after in pairwise(self._rising) if score == after}:
+            tied = scores == value
+            first = int(tied.argmax())
+            if tied[first]:
+                low[tied], high[tied] = self._place_of_ties(value, int(low[first]), int(high[first]))
+        return np.asarray(len(rising) - (low + high + 1) // 2)
+
+    def _place_of_ties(self, score: float, low: int, high: int) -> tuple[int, int]:
+        """Return where equal scores that fill several bins belong: into the middle one of these.
+
+        Unless they are the highest or the lowest there are: what everybody solves is the easiest bin, and what
+        nobody solves the hardest, however many share it.
+        """
+        lowest, highest = self._ends
+        if score >= highest:
+            return len(self._rising), len(self._rising)
+        return (0, 0) if score <= lowest else (low, high)
 
     def _rebin_if_due(self) -> None:
         if not self._binned_at or self._updates - self._binned_at >= _REBIN_EVERY:
@@ -92,7 +128,7 @@ class CurriculumScheduler(KeyedAverages):
     def _rebin(self) -> None:
         """Set the boundaries: the lowest score of each bin but the hardest, the easiest bin first.
 
-        All bins have the same number of items, within one; equal scores share the easier bin.
+        All bins have the same number of items, within one, but equal scores share a bin (see `_bin_of`).
         (The published class compares with each bin's highest score: its easiest bin holds the
         best item only, its hardest nearly two bins' worth.) With fewer items than bins the
         boundaries are evenly spaced.
@@ -101,12 +137,10 @@ class CurriculumScheduler(KeyedAverages):
         count = len(self._keys)
         if not count:
             return
-        ranks = [count - i * count // self.n_bins for i in range(1, self.n_bins)]
+        ranks = [count - i * count // self.n_bins for i in range(1, self.n_bins)] if count >= self.n_bins else []
+        (*self._boundaries, low, high), below = self._select([*ranks, 0, count - 1], self.competence_threshold)
+        self._ends = low, high
         if count < self.n_bins:
-            ranks = [0, count - 1]
-        self._boundaries, below = self._select(ranks, self.competence_threshold)
-        if count < self.n_bins:
-            low, high = self._boundaries
             self._boundaries = [high - i * (high - low) / self.n_bins for i in range(1, self.n_bins)]
         self._rising = self._boundaries[::-1]
         self._mastered = 1 - below / count
@@ -144,7 +178,7 @@ class CurriculumScheduler(KeyedAverages):
     def sample_item(self, current_step: int = 0, total_steps: int = 1000) -> Hashable:
         """Draw a tracked item from the bin that `sample_bin` would draw.
 
-        Where no item of that bin turns up (ties can empty a bin), the nearest bin's is taken.
+        Where that bin is empty (of many equal scores all are in one), the nearest is taken, of two the harder.
 
         Raises:
             ValueError: No item is tracked yet.
@@ -154,16 +188,15 @@ class CurriculumScheduler(KeyedAverages):
             raise ValueError("no item is tracked yet: call update(key, score) first")
         rng = self._rng()
         target = self._pick_bin(rng, current_step, total_steps)
-        # Bins are quantiles: a uniform item is in the target bin once in n_bins tries.
-        tries = rng.integers(len(self._keys), size=16 * self.n_bins)
-        bins = (abs(self._bin_of(self._items[2 * slot]) - target) for slot in tries)
-        best, nearest = 0, self.n_bins
-        for slot, distance in zip(tries, bins, strict=True):
-            if distance < nearest:
-                best, nearest = int(slot), distance
-            if not distance:
-                break
-        return self._keys[best]
+        self._rebin_if_due()
+        # Bins are quantiles: mostly, a uniform item is in the target bin once in n_bins tries.
+        for slot in rng.integers(len(self._keys), size=4 * self.n_bins).tolist():
+            if self._bin_of(self._items[2 * slot]) == target:
+                return self._keys[int(slot)]
+        bins = self._bins(np.array(self._items[::2]))
+        counts = np.bincount(bins, minlength=self.n_bins)
+        nearest = min(counts.nonzero()[0].tolist(), key=lambda number: (abs(number - target), -number))
+        return self._keys[int(rng.choice(np.flatnonzero(bins == nearest)))]
 
     def metrics_dict(self) -> dict[str, float]:
         """Return figures for a metrics log; O(n)."""
@@ -180,21 +213,13 @@ class CurriculumScheduler(KeyedAverages):
         }
         self._rebin_if_due()
         if self._boundaries:
-            bins = len(self._rising) - np.searchsorted(np.array(self._rising), scores, side="right")
-            for number, count in enumerate(np.bincount(bins, minlength=self.n_bins)):
+            for number, count in enumerate(np.bincount(self._bins(scores), minlength=self.n_bins)):
                 metrics[f"curriculum/bin_{number}_count"] = float(count)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that later answers depend on: JSON values and arrays.
-
-        Raises:
-            TypeError: A key is neither str nor int, and could not be restored.
-        """
+        """Return everything that later answers depend on, as JSON data."""
         self._apply()
-        strange = next((key for key in self._keys if type(key) not in (str, int)), None)
-        if strange is not None:
-            raise TypeError(f"only str and int keys can be saved, got {strange!r}")
         return {
             "strategy": self.strategy,
             "n_bins": self.n_bins,
@@ -204,13 +229,14 @@ class CurriculumScheduler(KeyedAverages):
             "seed": self.seed,
             "steer": self.steer,
             "draws": self._draws,
-            "keys": np.array(self._keys, np.int64) if _all_int64(self._keys) else list(self._keys),
+            "keys": list(map(key_to_json, self._keys)),
             "scores": np.array(self._items[::2]),
-            "counts": np.array(self._items[1::2]).astype(np.uint64),
+            "counts": np.array(self._items[1::2]).astype(np.int64),
             "bin_boundaries": list(self._boundaries),
             "updates": self._updates,
             "last_rebin_count": self._binned_at,
             "mastered": self._mastered,
+            "ends": list(self._ends),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,27 +253,35 @@ class CurriculumScheduler(KeyedAverages):
         if problems:
             raise ConfigError(problems)
         if "item_scores" in state:
-            items: dict[Hashable, Any] = state["item_scores"]
-            keys, scores, counts = list(items), [pair[0] for pair in items.values()], [p[1] for p in items.values()]
-            self._boundaries = []  # its boundaries mean something else; taken anew at the next use
+            # The boundaries of the published class mean something else: they are taken anew at the next use.
+            items = {plain_key(key): pair for key, pair in state["item_scores"].items()}
+            keys, boundaries = list(items), []
+            scores, counts = [float(pair[0]) for pair in items.values()], [float(pair[1]) for pair in items.values()]
         else:
-            keys, scores, counts = state["keys"], state["scores"], state["counts"]
-            keys = keys.tolist() if isinstance(keys, np.ndarray) else keys
-            self._boundaries = [float(boundary) for boundary in state["bin_boundaries"]]
+            keys = list(map(key_from_json, as_list(state["keys"])))
+            scores, counts = list(map(float, state["scores"])), list(map(float, state["counts"]))
+            boundaries = [float(boundary) for boundary in state["bin_boundaries"]]
+        numbers = {name: float(state[name]) for name in ("temperature", "ema_alpha", "competence_threshold")}
+        updates = int(state.get("updates", sum(counts)))
+        binned_at = int(state["last_rebin_count"]) if "updates" in state else 0
+        seed, draws, mastered = (
+            int(state.get("seed", self.seed)),
+            int(state.get("draws", 0)),
+            float(state.get("mastered", 0.0)),
+        )
+        low, high = map(float, state.get("ends", (0.0, 0.0)))
+        if not len(keys) == len(scores) == len(counts) == len(set(keys)):
+            raise ConfigError([f"the state is damaged: {len(keys)} keys, {len(scores)} scores, {len(counts)} counts"])
+        self._track(keys, scores, counts)
         self._strategy, self.n_bins = strategy, n_bins
-        self.temperature = float(state["temperature"])
-        self.ema_alpha = float(state["ema_alpha"])
-        self.competence_threshold = float(state["competence_threshold"])
-        self.seed = int(state.get("seed", self.seed))
-        self._streams = RandomStreams(self.seed)
+        self._alpha, self.temperature = numbers["ema_alpha"], numbers["temperature"]
+        self.competence_threshold = numbers["competence_threshold"]
+        self.seed, self._streams, self._draws = seed, RandomStreams(seed), draws
         self.steer = bool(state.get("steer", self.steer))
-        self._draws = int(state.get("draws", 0))
-        self._track(keys, map(float, scores), map(float, counts))
-        self._rising = self._boundaries[::-1]
-        self._applied = int(state.get("updates", sum(self._items[1::2])))
-        self._binned_at = int(state["last_rebin_count"]) if "updates" in state else 0
-        self._mastered = float(state.get("mastered", 0.0))
+        self._boundaries, self._rising, self._ends = boundaries, boundaries[::-1], (low, high)
+        self._applied, self._binned_at, self._mastered = updates, binned_at, mastered
 
 
-def _all_int64(keys: Sequence[Hashable]) -> bool:
-    return all(type(key) is int and -(2**63) <= key < 2**63 for key in keys)
+def as_list(values: Any) -> list[Any]:
+    """Return a list or an array as a list."""
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)

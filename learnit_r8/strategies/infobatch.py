@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from learnit_r8.config import Problems
+from learnit_r8.portable import plain_state
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.plan import EpochPlan, shuffled
 from learnit_r8.strategies.weighting import MAX_WEIGHT
@@ -27,6 +28,7 @@ from learnit_r8.types import Mask
 
 
 @register("infobatch")
+@plain_state()
 class InfoBatch:
     """Every sample of high loss once an epoch, those below the mean once in `1 / (1 - ratio)` epochs.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from learnit_r8.strategies.keys import plain_key
 from learnit_r8.strategies.rank_windows import RankWindows
 
 _MOST_PENDING = 256
@@ -18,6 +19,7 @@ it asks for the next one's."""
 _FEW = 8  # updates for which that is not worth a call of numpy
 _CHANGED = 8
 """Where more than one average in 8 has changed, sorting all of them costs less than moving each."""
+_USUAL = {int, str}  # keys that are as they are
 _SMALL = 2048  # keys; up to there it always does
 
 
@@ -134,17 +136,19 @@ class KeyedAverages:
         """Take one score of an item.
 
         Args:
-            item_key: Any hashable; str or int where the state is to be saved.
+            item_key: A text, a number, bytes, None, or a tuple of those; an element of an array or a
+                tensor is its number.
             score: Finite; higher is easier.
 
         Raises:
             ValueError: The score is not finite.
-            TypeError: The key is not hashable. Nothing is changed in either case.
+            TypeError: The key is none of these. Nothing is changed in either case.
         """
+        if type(item_key) not in _USUAL:
+            item_key = plain_key(item_key)
         score = float(score)
         if not math.isfinite(score):
             raise ValueError(f"score must be finite, got {score} for item {item_key!r}")
-        hash(item_key)  # raises TypeError while nothing is changed
         self._pending_keys.append(item_key)
         self._pending_scores.append(score)
         if len(self._pending_keys) >= _MOST_PENDING:
@@ -158,7 +162,7 @@ class KeyedAverages:
     def get_item_difficulty(self, item_key: Hashable) -> float | None:
         """Return the item's average score (higher is easier), or None if it has none."""
         self._apply()
-        slot = self._slots.get(item_key)
+        slot = self._slots.get(plain_key(item_key))
         return None if slot is None else self._items[2 * slot]
 
     def _select(self, ranks: list[int], mark: float) -> tuple[list[float], int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.portable import plain_state
 from learnit_r8.types import Indices
 
 _LOOK_AHEAD = 128  # samples of a queue that may be swapped in
@@ -112,6 +113,7 @@ class EpochPlan:
         return cls([samples[start:end] for start, end in pairwise(ends)])
 
 
+@plain_state()
 class PlannedStrategy:
     """Base of strategies that plan the whole epoch at its start. Subclasses define `queues`."""
 

@@ -93,18 +93,29 @@ class ReviewQueue:
         self.spacing = spacing
         self.stats = stats
         # All that is known of a sample lies together, so that a step reads memory once for each.
-        self._rows = np.zeros(num_samples, _ROW)
-        self._opaque = self._rows.view(_OPAQUE)
-        self.difficulty = self._rows["difficulty"]
-        """Average loss of each sample; 0 before its first report."""
-        self.interval = self._rows["interval"]
-        """Review interval of each sample; 0 before its first report."""
-        self._due = self._rows["due"]
+        self._look_at(np.zeros(num_samples, _ROW))
         self._due[:] = _UNSEEN
         order = np.arange(num_samples, dtype=np.uint32)
         rng.shuffle(order)
         self._unseen = order
         self.exclude(excluded)
+
+    def _look_at(self, rows: NDArray[Any]) -> None:
+        self._rows = rows
+        self._opaque = rows.view(_OPAQUE)
+        self.difficulty = rows["difficulty"]
+        """Average loss of each sample; 0 before its first report."""
+        self.interval = rows["interval"]
+        """Review interval of each sample; 0 before its first report."""
+        self._due = rows["due"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        views = ("_opaque", "difficulty", "interval", "_due")  # copied one by one they would come apart
+        return {name: value for name, value in vars(self).items() if name not in views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._look_at(self._rows)
 
     def exclude(self, excluded: Mask | None) -> None:
         """Draw these no more (None: draw all again), and sort the others into their places; O(N)."""
@@ -327,4 +338,4 @@ class ReviewQueue:
         self._unseen = np.array(state["unseen"], np.uint32)
         self.stats.load_state_dict(state["stats"])
         packed = state["excluded"]
-        self.exclude(None if packed is None else np.unpackbits(packed, count=size).astype(bool))
+        self.exclude(None if packed is None else np.unpackbits(np.array(packed, np.uint8), count=size).astype(bool))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from learnit_r8.config import Problems
+from learnit_r8.portable import plain_state
 from learnit_r8.strategies.base import BatchRequest, register
 from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_losses, reported
 from learnit_r8.types import LossReport
@@ -52,6 +53,7 @@ def _check(rewards: ArrayLike | None, temperature: float, seed: int = 0) -> Floa
 
 
 @register("reward")
+@plain_state()
 class RewardWeighted(WeightedStrategy):
     """Draws samples of high reward more often, and corrects the bias.
 

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from learnit_r8.config import Problems
 from learnit_r8.errors import ProtocolError
+from learnit_r8.portable import JSON_SIZE, plain_state
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.moving_stats import ExponentialMovingStats
@@ -34,6 +35,7 @@ __all__ = ["ExponentialMovingStats", "SpacedRepetition", "SpacedRepetitionSample
 
 
 @register("spaced")
+@plain_state()
 class SpacedRepetition:
     """Chooses by review date. It meets unseen samples by itself, so there is no cataloging epoch.
 
@@ -137,6 +139,7 @@ def _empty_queue(size: int, spacing: Spacing, stats: ExponentialMovingStats, see
     return ReviewQueue(size, spacing, stats, RandomStreams(seed).at(Purpose.PLAN, 0))
 
 
+@plain_state(as_json=JSON_SIZE)
 class SpacedRepetitionSampler:
     """The same without a scheduler: a `batch_sampler` for a torch `DataLoader`, or any loop.
 
@@ -209,6 +212,14 @@ class SpacedRepetitionSampler:
         self._issued = 0  # batches handed out in this pass
         self._open: deque[tuple[int, Indices]] = deque()  # (step, ids) without a report
         self._resuming = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy goes on with the pass that the original is in, as after `load_state_dict`.
+        return {**vars(self), "_resuming": self._unfinished}
+
+    @property
+    def _unfinished(self) -> bool:
+        return self._issued < self.num_steps or bool(self._open)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -313,4 +324,4 @@ class SpacedRepetitionSampler:
         self._step, self._issued = int(state["step"]), int(state["issued"])
         batches = (np.array(ids, np.int64) for ids in state["open_batches"])
         self._open = deque(zip(map(int, state["open_steps"]), batches, strict=True))
-        self._resuming = self._issued < self.num_steps or bool(self._open)
+        self._resuming = self._unfinished

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from learnit_r8.errors import ConfigError
+from learnit_r8.portable import JSON_SIZE, plain_state
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.base import BatchRequest, Draw
 from learnit_r8.sum_tree import SumTree
@@ -228,6 +229,7 @@ def _importance(probabilities: Floats, count: int) -> Floats:
     return np.minimum(1.0 / (count * probabilities), MAX_WEIGHT)
 
 
+@plain_state()
 class WeightedStrategy:
     """Base of strategies that draw by weight. Subclasses define `epoch_weights`."""
 
@@ -264,6 +266,7 @@ class WeightedStrategy:
         self._sampler = None if saved is None else MixtureSampler.from_state(saved)
 
 
+@plain_state(as_json=JSON_SIZE)
 class WeightedSampler:
     """Base of the stand-alone samplers: a mixture sampler with its own randomness.
 

@@ -1,0 +1,146 @@
+"""What both buffers have in common: states that are checked before anything changes, files, copies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.errors import CheckpointError
+from learnit_r8.portable import plain_state
+from learnit_r8.replay.disk import read, write
+
+
+@plain_state()
+class SavedBuffer:
+    """Base of the buffers. Subclasses say what their state is (`_state`) and take one (`_take`)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def _settle(self) -> None:
+        """Wait for whoever needs the lock to finish what was begun."""
+
+    def _made_with(self) -> dict[str, Any]:
+        """Return the arguments that a state's buffer must have in common with this one, as JSON data."""
+        raise NotImplementedError
+
+    def _state(self, experiences: bool, *, copy: bool) -> dict[str, Any]:
+        """Return the state; with `copy=False` as views, for a caller who holds the lock until it is done with them."""
+        raise NotImplementedError
+
+    def _take(self, state: dict[str, Any], before: Any) -> None:
+        """Make this shallow copy of the buffer `before` hold a state; what they share is changed last."""
+        raise NotImplementedError
+
+    def state_dict(self, *, experiences: bool = True) -> dict[str, Any]:
+        """Return copies of all that later draws depend on; the experiences themselves are listed as they are.
+
+        Args:
+            experiences: False leaves them out. Those in files (`path`) are flushed and opened
+                again on loading; they go on changing, so such a state is good for stopping
+                and going on, not for going back.
+        """
+        self._settle()
+        with self._lock:
+            return self._state(experiences, copy=True)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            CheckpointError: The state is damaged, or of a buffer made with other arguments. Nothing is changed.
+        """
+        self._settle()
+        with self._lock:
+            check_keys(state, self._state(False, copy=False))
+            check_made_with(state["made_with"], self._made_with())
+            fresh = type(self).__new__(type(self))
+            fresh.__dict__.update(vars(self))
+            try:
+                fresh._take(state, self)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"the state is damaged ({type(error).__name__}: {error})") from error
+            self.__dict__.update(vars(fresh))
+
+    def save(self, path: str | Path, *, experiences: bool = True) -> None:
+        """Write the buffer into one file, whole or not at all; other threads wait until that is done.
+
+        Args:
+            path: Name of the file. One of that name is replaced once the new one is complete.
+            experiences: False leaves them in the files of a memory-mapped buffer: see `state_dict`.
+
+        Raises:
+            CheckpointError: Something in it is of a kind that no file holds.
+            OSError: A write failed. An older file is as it was in either case.
+        """
+        self._settle()
+        with self._lock:
+            state = self._state(experiences, copy=False)
+            if state["experiences"] is None:
+                raise CheckpointError("experiences=False needs a buffer with path=, whose files hold them")
+            write(path, {"class": type(self).__name__, **state})
+
+    def load(self, path: str | Path) -> None:
+        """Restore what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CheckpointError: It is damaged, or of a buffer made with other arguments. Nothing is changed.
+        """
+        state = read(path)
+        check_made_with({"class": state.pop("class", None)}, {"class": type(self).__name__})
+        self.load_state_dict(state)
+
+
+def check_keys(state: Any, mine: Mapping[str, Any]) -> None:
+    """Raise unless the state has what this version's states have.
+
+    Raises:
+        CheckpointError: It lacks something, or is of another version.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"a state is the dict that state_dict() returned, got {type(state).__name__}")
+    missing, unknown = [key for key in mine if key not in state], [key for key in state if key not in mine]
+    if missing or unknown or state["version"] != mine["version"]:
+        raise CheckpointError(
+            f"this is no state of a buffer of version {mine['version']}: got version {state.get('version')!r}, "
+            f"missing {missing}, unknown {unknown}"
+        )
+
+
+def check_made_with(came: Any, mine: Mapping[str, Any]) -> None:
+    """Raise unless the state's buffer was made with the arguments of this one.
+
+    Raises:
+        CheckpointError: Names the arguments that differ.
+    """
+    came = came if isinstance(came, Mapping) else {}
+    theirs = {name: came.get(name) for name in mine if came.get(name) != mine[name]}
+    if theirs:
+        ours = {name: mine[name] for name in theirs}
+        raise CheckpointError(f"the state is of a buffer with {theirs}, this one has {ours}: make it with the same")
+
+
+def filled(values: Any, count: int, into: NDArray[Any]) -> NDArray[Any]:
+    """Return `into` with its first `count` entries set.
+
+    Raises:
+        ValueError: There are more or fewer values.
+    """
+    values = np.asarray(values)
+    if values.shape != (count, *into.shape[1:]):
+        raise ValueError(f"{values.shape} values for {count} experiences")
+    into[:count] = values
+    return into

@@ -1,0 +1,328 @@
+"""Copies and saved states of every stateful class go on exactly as the original, or refuse with a sentence."""
+
+import copy
+import inspect
+import io
+import itertools
+import json
+import pickle
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+import learnit_r8.replay
+import learnit_r8.strategies
+from learnit_r8 import R8Scheduler
+from learnit_r8.catalog import LossCatalog
+from learnit_r8.errors import CheckpointError
+from learnit_r8.portable import portable, unpacked
+from learnit_r8.replay import HybridSRLReplayBuffer, NStep, PrioritizedReplayBuffer
+from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.strategies import (
+    AdaptiveBatchSampler,
+    CurriculumScheduler,
+    ExponentialMovingStats,
+    RewardWeightedSampler,
+    SpacedRepetitionSampler,
+    names,
+)
+from learnit_r8.sum_tree import SumTree
+from learnit_r8.testing.states import equal
+
+STEPS = 1000
+
+
+def torch_saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file)  # with its defaults: weights_only=True
+
+
+def torch_object(original):
+    file = io.BytesIO()
+    torch.save(original, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "pickle": lambda original: pickle.loads(pickle.dumps(original)),
+    "deepcopy": copy.deepcopy,
+    "torch.save": torch_object,
+}
+
+
+def transition(rng, k, arrays):
+    observation = rng.normal(size=3).astype(np.float32) if arrays else [k]
+    return observation, int(rng.integers(4)), float(k), observation, k % 17 == 16
+
+
+def prioritized(**options):
+    arrays = options.get("storage") == "arrays"
+
+    def advance(buffer, k):
+        rng = np.random.default_rng(k)
+        buffer.add(transition(rng, k, arrays))
+        if not len(buffer):
+            return None
+        experiences, weights, indices = buffer.sample(8)
+        buffer.update_priorities(indices, rng.normal(size=8) * (1e3 if k == 70 else 1.0))
+        return experiences, weights, np.asarray(indices), buffer.priorities
+
+    return lambda: PrioritizedReplayBuffer(60, **options), advance
+
+
+def hybrid(**options):
+    def advance(buffer, k):
+        rng = np.random.default_rng(k)
+        buffer.add(("x", k), rng.normal(size=4), float(rng.random()), step=k)
+        items = buffer.get_due_samples(k + 3, 5)
+        buffer.update_after_replay(items, rng.random(len(items)), k + 3)
+        buffer.flush()
+        return [(item.experience, item.easiness, item.interval, item.embedding) for item in items]
+
+    return lambda: HybridSRLReplayBuffer(40, epsilon=0.1, uncertainty=0.5, **options), advance
+
+
+def weighted(make):
+    def advance(sampler, k):
+        indices, weights = sampler.sample(5)
+        if hasattr(sampler, "update_weights"):
+            sampler.update_weights(indices, np.sin(indices + k))
+        return indices, weights
+
+    return make, advance
+
+
+def spaced():
+    def advance(holder, k):
+        sampler, passes = holder
+        if passes is None or k % 50 == 0:
+            passes = holder[1] = iter(sampler)
+        batch = next(passes)
+        sampler.update_difficulties(np.cos(np.array(batch) + k))
+        return batch, sampler.difficulties.copy()
+
+    return lambda: [SpacedRepetitionSampler(range(90), num_steps=50, batch_size=4, spacing_steps=2), None], advance
+
+
+def curriculum():
+    def advance(scheduler, k):
+        scheduler.update(k * 7919 % 130, (k * 31 % 7) / 7)
+        scheduler.update(("pair", k % 5), float(k % 3 == 0))
+        return scheduler.sample_item(k, STEPS), scheduler.bin_probabilities(k, STEPS), scheduler.metrics_dict()
+
+    return lambda: CurriculumScheduler("competence_based", steer=True), advance
+
+
+def moving_stats():
+    def advance(stats, k):
+        stats.update(np.sin(k))
+        return stats.mean, stats.std
+
+    return ExponentialMovingStats, advance
+
+
+def n_step():
+    return lambda: NStep(3, 0.9), lambda steps, k: steps.push((k, 0, 1.0 * k, k + 1, k % 7 == 6))
+
+
+def tree(size):
+    def advance(tree, k):
+        rng = np.random.default_rng(k)
+        tree.set(rng.integers(size, size=9), rng.random(9))
+        return tree.draw(np.sort(rng.random(7))), tree.total, tree.view.copy()
+
+    return lambda: SumTree(size), advance
+
+
+def streams():
+    return lambda: RandomStreams(5), lambda streams, k: streams.at(Purpose.BATCH, 0, k).random(3)
+
+
+def strategy(name):
+    """A strategy inside its scheduler; the scheduler gets a copy at the cut."""
+
+    def make():
+        scheduler = R8Scheduler(120, 6, num_epochs=60, strategy=name, ui="off", checkpoint_dir=None)
+        return [scheduler, loop(scheduler)]
+
+    def advance(holder, k):
+        return next(holder[1])
+
+    return make, advance
+
+
+def loop(scheduler):
+    for _ in scheduler.epoch_iterator():
+        for batch in scheduler.batch_iterator():
+            losses = np.abs(np.sin(batch.indices + scheduler.global_step)) + batch.indices % 5
+            scheduler.update_with_loss(losses)
+            yield batch.indices, batch.weights, batch.lr, scheduler.catalog.expected_loss.copy()
+
+
+SUBJECTS = {
+    "prioritized": prioritized(),
+    "prioritized, arrays, rank, n-step": prioritized(storage="arrays", variant="rank", n_step=NStep(3), beta_steps=300),
+    "prioritized, numpy": prioritized(storage="arrays", fast=False),
+    "hybrid": hybrid(),
+    "hybrid, mastered": hybrid(eviction="mastered"),
+    "hybrid, reservoir, asynchronous": hybrid(eviction="reservoir", asynchronous=True),
+    "adaptive": weighted(lambda: AdaptiveBatchSampler(70)),
+    "reward": weighted(lambda: RewardWeightedSampler(np.sin(np.arange(70.0)))),
+    "spaced": spaced(),
+    "curriculum": curriculum(),
+    "moving stats": moving_stats(),
+    "n-step": n_step(),
+    "sum tree, small": tree(200),
+    "sum tree, large": tree(9000),
+    "streams": streams(),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_copy_goes_on_exactly_as_the_original_for_a_thousand_operations(name, how):
+    make, advance = SUBJECTS[name]
+    for cut in (0, 1, 150):
+        original = make()
+        for k in range(cut):
+            advance(original, k)
+        double = copied(original, COPIES[how])
+        assert shared(original) == shared(double), "what is a view of what"
+        for k in range(cut, cut + (STEPS if cut > 1 else 100)):
+            assert equal(advance(original, k), advance(double, k)), f"operation {k} after a copy at {cut}"
+
+
+def copied(original, how):
+    if isinstance(original, list):  # a sampler and its pass: the copy begins the rest of the pass
+        sampler, passes = original
+        if passes is None:
+            return [how(sampler), None]
+        double = how(sampler)
+        return [double, iter(double)]
+    return how(original)
+
+
+@pytest.mark.parametrize("name", [name for name, (make, _) in SUBJECTS.items() if hasattr(make(), "state_dict")])
+def test_a_state_goes_through_torch_load_with_its_defaults_and_goes_on(name):
+    make, advance = SUBJECTS[name]
+    original = make()
+    for k in range(150):
+        advance(original, k)
+    restored = make()
+    restored.load_state_dict(torch_saved(original.state_dict()))
+    for k in range(150, 400):
+        assert equal(advance(original, k), advance(restored, k))
+
+
+@pytest.mark.parametrize("name", ["adaptive", "reward", "curriculum", "moving stats", "n-step", "spaced"])
+def test_the_states_of_small_samplers_are_json(name):
+    make, advance = SUBJECTS[name]
+    original, restored = make(), make()
+    for k in range(130):
+        advance(original, k)
+    both = (original[0], restored[0]) if isinstance(original, list) else (original, restored)
+    both[1].load_state_dict(json.loads(json.dumps(both[0].state_dict(), allow_nan=False)))
+    if isinstance(restored, list):
+        restored[1] = iter(restored[0])
+    for k in range(130, 400):
+        assert equal(plain(advance(original, k)), plain(advance(restored, k)))
+
+
+def plain(value):
+    return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_scheduler_with_any_strategy_goes_on_from_what_torch_load_returns(name):
+    make, advance = strategy(name)
+    original, restored = make(), make()
+    for k in range(250):
+        advance(original, k)
+    state = torch_saved(original[0].state_dict())
+    restored[0].load_state_dict(state)
+    restored[1] = loop(restored[0])
+    for k in range(250, 400):
+        assert equal(advance(original, k), advance(restored, k))
+    own = original[0].strategy
+    if hasattr(own, "state_dict"):
+        copy.deepcopy(own).load_state_dict(torch_saved(own.state_dict()))
+    for how in COPIES.values():
+        assert shared(how(own)) == shared(own)
+        catalog = how(original[0].catalog)
+        assert shared(catalog) == shared(original[0].catalog)
+        assert equal(unpacked(catalog.state_dict()), unpacked(original[0].catalog.state_dict()))
+
+
+def test_what_cannot_be_copied_says_so(tmp_path):
+    for how in COPIES.values():
+        with pytest.raises(TypeError, match="save state_dict"):
+            how(R8Scheduler(10, 2, num_epochs=1, ui="off", checkpoint_dir=None))
+        with pytest.raises(TypeError, match=r"cannot be copied: save\(\) it"):
+            how(PrioritizedReplayBuffer(4, storage="arrays", path=tmp_path))
+
+
+def test_every_public_stateful_class_is_among_those_that_are_tried():
+    tried = {type(make()[0] if isinstance(make(), list) else make()) for make, _ in SUBJECTS.values()}
+    tried |= {type(learnit_r8.strategies.make(name)) for name in names()} | {LossCatalog}
+    public = [getattr(module, name) for module in (learnit_r8.replay, learnit_r8.strategies) for name in module.__all__]
+    stateful = {one for one in public if inspect.isclass(one) and hasattr(one, "load_state_dict")}
+    assert stateful - tried - {learnit_r8.strategies.Strategy} == set()
+
+
+def arrays_of(owner, path="", seen=None):
+    """Return all arrays that an object of ours holds, by the way to them."""
+    seen = {} if seen is None else seen
+    if id(owner) in seen:
+        return {}
+    seen[id(owner)] = owner
+    if isinstance(owner, np.ndarray):
+        return {path: owner} if owner.size else {}
+    if isinstance(owner, dict):
+        parts = owner.items()
+    elif isinstance(owner, (list, tuple, deque)):
+        parts = enumerate(owner)
+    elif type(owner).__module__.startswith("learnit_r8"):
+        slots = [
+            name for kind in type(owner).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(owner, name)
+        ]
+        parts = [*getattr(owner, "__dict__", {}).items(), *((name, getattr(owner, name)) for name in slots)]
+    else:
+        return {}
+    return {key: value for name, part in parts for key, value in arrays_of(part, f"{path}.{name}", seen).items()}
+
+
+def shared(owner):
+    """Return which of its arrays share memory."""
+    arrays = arrays_of(owner)
+    return {pair for pair in itertools.combinations(arrays, 2) if np.shares_memory(*map(arrays.get, pair))}
+
+
+def test_arrays_stay_arrays_until_they_are_pickled_and_come_back_exactly():
+    values = [
+        np.arange(6, dtype=np.int16).reshape(2, 3)[:, ::2],
+        np.array(np.nan),
+        np.zeros((0, 4), np.float32),
+        np.array(["ab", "c"]),
+        np.array(["2026-01-01"], "M8[s]"),
+        np.array([1.0, 2.0], ">f8"),
+        np.array([True]),
+    ]
+    state = portable({"deep": [tuple(values)], "scalar": np.float32(0.1), "text": "x"})
+    assert all(isinstance(value, np.ndarray) for value in state["deep"][0])
+    for saved in (state, pickle.loads(pickle.dumps(state)), torch_saved(state), copy.deepcopy(state)):
+        back = unpacked(saved)
+        for before, after in zip(values, back["deep"][0], strict=True):
+            assert type(after) is np.ndarray
+            assert (after.dtype, after.shape) == (before.dtype, before.shape)
+            np.testing.assert_array_equal(after, before)
+        assert type(back["scalar"]) is np.float32
+        assert back["scalar"] == np.float32(0.1)
+    with pytest.raises(CheckpointError, match="an array cannot be read"):
+        unpacked({"x": {"$array": ["<f8", [3], "AAAA"]}})
+    untouched = (1, [2], "x")
+    assert portable([untouched])[0][1] == [2]
