@@ -295,7 +295,29 @@ class R8Scheduler:
         ticket = self._desk.oldest
         if ticket is None or self._search is not None:
             return self._lr
-        return self._lr_at(ticket.cursor, ticket.batches) if self._safety.restored else ticket.batch.lr
+        changed = self._safety.restored or self._budget.scaled
+        return self._lr_at(ticket.cursor, ticket.batches) if changed else ticket.batch.lr
+
+    def highest_lr_ahead(self) -> float:
+        """Return the highest learning rate that the schedule has from now on."""
+        done, total = self._budget.position(self._progress.epoch, self._progress.reported, self._chooser.batches)
+        return self._budget.highest(done, total)
+
+    def scale_lr(self, factor: float, who: str) -> None:
+        """Multiply the learning rate, from the next step to the run's end; it is part of the run's state.
+
+        Args:
+            factor: Positive.
+            who: Asked for it.
+        """
+        self._budget.scale(factor)
+        message = f"{who} multiplied the learning rate by {factor:.3g}: the schedule's peak is {self._budget.peak:.3g}"
+        self._bus.emit(events.Notice, self._progress.global_step, message)
+
+    @property
+    def running(self) -> bool:
+        """Whether a loop over epochs or batches has begun and not ended."""
+        return self._begun and not self._closed
 
     def _lr_at(self, cursor: int, batches: int) -> float:
         position = self._budget.position(self._progress.epoch, cursor, batches)

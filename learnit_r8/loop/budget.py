@@ -12,6 +12,10 @@ VIRTUAL_STEPS = 10_000
 """A budget in seconds is laid out as this many steps, so that schedules need no second form."""
 
 
+_POINTS = 256
+"""Where the rest of a schedule is looked at, to find its highest rate."""
+
+
 class Budget:
     """Epochs or seconds, and where the run stands in them.
 
@@ -30,6 +34,7 @@ class Budget:
         self._steps_per_epoch, self._total_steps = config.steps_per_epoch, config.total_steps
         self._seconds = config.train_duration_seconds
         self.peak = config.initial_lr
+        self.scaled = False  # the peak has changed since batches were drawn
         self._offset = 0.0  # seconds spent on finding the learning rate: no part of the schedule
 
     @property
@@ -92,6 +97,16 @@ class Budget:
                 f"the schedule gave a learning rate of {rate!r} at step {position[0]:g} of {position[1]:g}"
             )
         return min(self.peak, max(floor, rate))
+
+    def highest(self, done: float, total: float) -> float:
+        """Return the highest learning rate from a position to the end."""
+        points = ((done + (total - done) * part / _POINTS, total) for part in range(_POINTS + 1))
+        return max(self.learning_rate(point, 1.0) for point in points)
+
+    def scale(self, factor: float) -> None:
+        """Multiply the peak."""
+        self.peak *= factor
+        self.scaled = True
 
     def restart_schedule(self, peak: float) -> None:
         """Take a new peak; what is left of the budget is the whole schedule."""
