@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -858,6 +859,13 @@ class R8Scheduler:
             self._begun = False
             self._budget.stop()
             self._presence.end(self._progress.global_step, reason, self._budget.elapsed)
+
+    def terminal(self) -> AbstractContextManager[None]:
+        """Lend the terminal: inside `with scheduler.terminal():` an editor, a password or a menu have it to themselves.
+
+        `input()`, `getpass`, reads from `sys.stdin` and debuggers need no such line.
+        """
+        return self._presence.terminal()
 
     def close(self) -> None:
         """Release the terminal, the log and the signal handlers; any number of times."""

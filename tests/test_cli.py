@@ -223,11 +223,11 @@ def test_the_demo_shows_the_screen_pauses_and_stops_by_keys(tmp_path):
     argv = [*R8, "demo", "--speed", "20", "--log-dir", str(tmp_path / "log")]
     with Terminal("", tmp_path, (120, 35), argv=argv) as terminal:
         terminal.until("● RUN")
-        terminal.send("p")
+        terminal.send("ppause\r")
         terminal.until("PAUSED")
         terminal.send("p")
         terminal.until("● RUN")
-        terminal.send("ss")
+        terminal.send("sstep\r")
         assert terminal.wait() == 0
         assert terminal.stty() == terminal.before
     *_, last = read_events(tmp_path / "log" / "events.jsonl")

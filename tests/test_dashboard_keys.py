@@ -41,23 +41,46 @@ def test_q_detaches_and_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("key", "command"), [("s", Command.STOP_AFTER_STEP), ("e", Command.STOP_AFTER_EPOCH), ("n", Command.STOP_NOW)]
+    ("keys", "command"),
+    [
+        ("sstep", Command.STOP_AFTER_STEP),
+        ("sepoch", Command.STOP_AFTER_EPOCH),
+        ("sabort", Command.STOP_NOW),
+        ("ppause", Command.PAUSE),
+    ],
 )
-def test_stopping_takes_a_second_key_that_says_how(key, command):
-    view, asked = press("s", key)
-    assert asked == [None, command]
+def test_stopping_and_pausing_take_a_whole_word_and_enter(keys, command):
+    view, asked = press(*keys, "ENTER")
+    assert asked == [None] * len(keys) + [command]
     assert not view.confirm
+    assert press(*keys, "ESC")[1][-1] is None
+    assert press(*keys[:-1], "ENTER")[1][-1] is None
+    assert press(*keys, "x", "KEY_BACKSPACE", "ENTER")[1][-1] is command
 
 
-@pytest.mark.parametrize("key", ["ESC", "q", "y", "ENTER", "c", "x", " "])
-def test_any_other_key_leaves_the_stop_dialogue_and_stops_nothing(key):
-    view, asked = press("s", key)
-    assert asked == [None, None]
+SHELL = """
+ls -la;cd ..;ps aux;cp -r a b;ssh gpu2;less train.log;pip install numpy;python train.py;nvidia-smi;top;htop;vim x.py
+git status;git push;sudo su;df -h;du -sh .;tail -f out.log;grep -n step *.py;squeue -u me;scancel 123;sbatch run.sh;exit
+make;cmake ..;gcc a.c;docker compose up;tmux ls;screen -r;mv a b;rm x;echo $PATH;source env.sh;conda activate p;snow sql
+pause;stop;pp;ss;ps;sp;cpp;pip;gcc;kill %1;fg;bg;jobs;history;clear;reset;export X=1;unzip a.zip;tar xf p.tgz;cat a
+"""
+
+
+@pytest.mark.parametrize("command", [line.strip() for line in SHELL.replace("\n", ";").split(";") if line.strip()])
+def test_a_shell_command_that_was_meant_for_another_window_neither_stops_nor_pauses(command):
+    asked = press(*command, "ENTER", *command, "ENTER")[1]
+    assert not set(asked) & {Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH, Command.STOP_NOW, Command.PAUSE}
+
+
+@pytest.mark.parametrize("word", ["", "y", "yes", "stop", "s", "n", "e", " step", "pause"])
+def test_any_other_word_leaves_the_stop_dialogue_and_stops_nothing(word):
+    view, asked = press("s", *word, "ENTER")
+    assert set(asked) == {None}
     assert not view.confirm
 
 
 def test_p_pauses_and_goes_on():
-    assert press("p", "p")[1] == [Command.PAUSE, Command.RESUME]
+    assert press(*"ppause", "ENTER", "p")[1][-2:] == [Command.PAUSE, Command.RESUME]
     assert press("p", paused=True)[1] == [Command.RESUME]
 
 
@@ -71,7 +94,7 @@ def test_readonly_turns_control_keys_off(key):
 
 
 def test_repaint_works_everywhere():
-    for fields in ({}, {"editing": True}, {"confirm": True}, {"help": True}):
+    for fields in ({}, {"editing": True}, {"confirm": "stop"}, {"help": 1}):
         assert press("^L", **fields)[1] == [Action.REPAINT]
 
 
@@ -107,7 +130,7 @@ def test_arrows_scroll_towards_older_lines_in_each_pane():
 
 
 def test_cycles_come_back():
-    for key, length in (("y", 3), ("z", 4), ("x", 3), ("g", 3), ("f", 2), ("?", 2)):
+    for key, length in (("y", 3), ("z", 4), ("x", 3), ("g", 3), ("f", 2), ("?", 4)):
         assert press(*[key] * length)[0] == ViewState()
         assert press(key)[0] != ViewState()
 

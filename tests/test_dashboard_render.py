@@ -116,7 +116,7 @@ def check_cells(grid, width, height, ascii_only=False):
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_every_size_is_filled_exactly(width, height, glyphs):
     for model in (run(), DashboardModel()):
-        for view in ({}, {"help": True}, {"confirm": True}, {"focus": 3, "zoomed": True}, {"focus": 2, "zoomed": True}):
+        for view in ({}, {"help": 2}, {"confirm": "stop"}, {"focus": 3, "zoomed": True}, {"focus": 2, "zoomed": True}):
             grid = frame(width, height, model, CONSOLE, now=model.last_time, glyphs=glyphs, **view)
             check_cells(grid, width, height, glyphs == "ascii")
 
@@ -131,8 +131,8 @@ VIEWS = st.builds(
     x_axis=st.sampled_from(AXES),
     window=st.integers(0, 16),
     glyphs=st.sampled_from(GLYPH_SETS),
-    help=st.booleans(),
-    confirm=st.booleans(),
+    help=st.integers(0, 3),
+    confirm=st.sampled_from(["", "stop", "pause"]),
     filter=st.text(max_size=4),
     editing=st.booleans(),
     scroll=st.integers(0, 10**6),

@@ -109,6 +109,8 @@ def test_ctrl_z_gives_the_terminal_to_the_shell_and_fg_repaints(tmp_path):
         ("tmux", True),
         ("linux", True),
         ("vt100", True),
+        ("xterm-ghostty", True),  # no description of them is installed here
+        ("xterm-kitty-newest", True),
         ("dumb", False),
         ("no-such-terminal", False),
         (None, False),
@@ -118,12 +120,14 @@ def test_every_kind_of_terminal_gets_a_screen_or_plain_lines(term, curses, tmp_p
     code = "d = open_dashboard('auto')\nprint('face:', d.name, file=open('face', 'w'))\ntrain(d, epochs=2)\nd.close()\n"
     with Terminal(code, tmp_path, env={"TERM": term}) as terminal:
         terminal.until(lambda: "loss" in terminal.text() if curses else b"r8 " in terminal.raw)
+        terminal.until(lambda: (tmp_path / "face").exists() and (tmp_path / "face").stat().st_size)
         assert (tmp_path / "face").read_text() == f"face: {'curses' if curses else 'log'}\n"
         terminal.stop()
         assert terminal.wait() == 0
         assert terminal.stty() == terminal.before
         if not curses:
             assert b"\x1b" not in terminal.raw
+            assert b"TERM" in terminal.raw, "a person at a terminal is told why there is no screen"
 
 
 def test_a_storm_of_200_resizes_ends_with_a_whole_screen(tmp_path):
@@ -189,7 +193,7 @@ def test_every_key_does_what_the_help_says(tmp_path):
             ("gg", "!─"),
             ("g", "─"),
             ("12345\t\x1b[Z\x1b[5~\x1b[6~\x1bOA\x1bOB\x1b[H\x1b[Fzzzz++--ff\x0c", "EPOCH"),
-            ("cpsn", "!after this epoch"),
+            ("cppause\rsabort\r", "!after this epoch"),
         ]:
             terminal.send(keys)
             if expected.startswith("!"):
@@ -205,7 +209,7 @@ def test_readonly_keys_control_nothing(tmp_path):
     code = STILL.replace("log_dir='run'", "log_dir='run', readonly=True")
     with Terminal(code, tmp_path, size=(120, 35)) as terminal:
         terminal.until("needle in the console")
-        terminal.send("cpsn?")
+        terminal.send("cppause\rsabort\r\x1b?")
         terminal.until("close this view")
         terminal.stop()
         assert terminal.wait() == 0
@@ -257,6 +261,138 @@ print('hello', x)
         assert terminal.wait() == 0
         assert b"hello Ada" in terminal.raw.split(LEFT_ALTERNATE)[-1]
         assert terminal.stty() == terminal.before
+
+
+TALKS = {
+    "pdb.set_trace": ("import pdb; pdb.set_trace()\nx = 1", b"(Pdb) ", "p 6 * 7\ncontinue\n", b"42"),
+    "pdb.post_mortem": (
+        "try:\n    1 / 0\nexcept ZeroDivisionError:\n    import pdb; pdb.post_mortem()",
+        b"(Pdb) ",
+        "p 6 * 7\nq\n",
+        b"42",
+    ),
+    "code.interact": ("import code; code.interact(banner='HELLO', local={})", b">>> ", "6 * 7\n\x04", b"42"),
+    "stdin.readline": (
+        "print('PROMPT> ', end=''); print('GOT', sys.stdin.readline())",
+        b"PROMPT> ",
+        "Ada\n",
+        b"GOT Ada",
+    ),
+    "getpass": ("import getpass; print('GOT', getpass.getpass('secret: '))", b"secret: ", "Ada\n", b"GOT Ada"),
+    "getpass imported before": ("print('GOT', ask('secret: '))", b"secret: ", "Ada\n", b"GOT Ada"),
+    "IPython.embed": ("import IPython; IPython.embed(colors='nocolor')", b"]: ", "6*7\n\x04y\n", b"42"),
+    "a shell in suspended()": (
+        "with d.suspended(): subprocess.run(['sh', '-c', 'printf \"asks: \"; read x; echo GOT $x'])",
+        b"asks: ",
+        "Ada\n",
+        b"GOT Ada",
+    ),
+}
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_whatever_talks_to_the_user_gets_the_normal_screen(talk, tmp_path):
+    code, prompt, keys, answer = TALKS[talk]
+    program = f"""
+from getpass import getpass as ask
+d = open_dashboard('curses', log_dir='run')
+train(d, 0.3)
+{code}
+train(d)
+d.close()
+"""
+    with Terminal(program, tmp_path) as terminal:
+        terminal.until(lambda: prompt in terminal.raw.rpartition(LEFT_ALTERNATE)[2])
+        if talk == "IPython.embed":
+            terminal.pump(1.0)  # it discards what is typed before it is ready
+        entered = terminal.raw.count(b"\x1b[?1049h")
+        for key in keys:
+            terminal.send(key)
+            terminal.pump(0.02)
+        terminal.until(lambda: terminal.raw.count(b"\x1b[?1049h") > entered)
+        terminal.stop()
+        assert terminal.wait() == 0
+        shown = terminal.raw.decode("utf-8", "replace").replace("\x1b[?1049h", "")
+        assert answer.decode() in shown
+        if talk.startswith("getpass"):
+            assert shown.count("Ada") == shown.count("GOT Ada"), "what is typed is not echoed"
+        assert terminal.stty() == terminal.before
+
+
+def test_another_program_that_takes_the_terminal_is_left_alone_and_told_about(tmp_path):
+    code = """
+d = open_dashboard('curses', log_dir='run')
+train(d, 0.3)
+subprocess.run(['sh', '-c', 'saved=$(stty -g); stty -echo icanon; read x; stty $saved; echo GOT $x'])
+train(d)
+d.close()
+"""
+    with Terminal(code, tmp_path) as terminal:
+        terminal.until(lambda: b"another program has taken the terminal" in terminal.raw)
+        entered = terminal.raw.count(b"\x1b[?1049h")
+        terminal.send("Ada\n")
+        terminal.until(lambda: terminal.raw.count(b"\x1b[?1049h") > entered)
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert "GOT Ada" in terminal.raw.rpartition(LEFT_ALTERNATE)[2].decode()
+        assert terminal.stty() == terminal.before
+
+
+def test_after_a_sudden_death_the_terminal_has_the_last_words_and_the_newest_checkpoint(tmp_path):
+    code = """
+from learnit_r8.events import CheckpointSaved
+d = open_dashboard('curses', log_dir='run')
+print('an early line')
+train(d, 0.3)
+d.record(CheckpointSaved(time.time(), 7, 'ckpt/step7', 10, 0.1))
+for n in range(30):
+    print('line', n)
+print('\\x1b[31mred\\x1b[0m 10%\\r 20%\\r 30%', end='', flush=True)
+time.sleep(0.7)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with Terminal(code, tmp_path) as terminal:
+        assert terminal.wait() == -9
+        terminal.until(lambda: b"newest checkpoint" in terminal.raw)
+        terminal.pump(0.3)
+        after = terminal.raw.rpartition(LEFT_ALTERNATE)[2].decode()
+        words = after.partition("printed last:")[2]
+        lines = [line.strip() for line in words.splitlines() if line.strip()]
+        assert lines[:-2] == [f"line {n}" for n in range(16, 30)] + ["30%"]
+        assert lines[-2].endswith("run/console.log")
+        assert lines[-1].endswith(str(tmp_path / "ckpt" / "step7"))
+
+
+def test_after_q_faults_are_told_and_ctrl_z_and_fg_bring_the_screen_back(tmp_path):
+    code = RUN.replace("train(d)", "train(d, 60)")
+    argv = [sys.executable, "-c", JOB_CONTROL, PRELUDE + code]
+    with Terminal("", tmp_path, argv=argv) as terminal:
+        terminal.until("loss")
+        terminal.send("q")
+        terminal.until(lambda: b"training goes on" in terminal.raw)
+        terminal.until(lambda: b"rollback: ->" in terminal.raw.rpartition(b"training goes on")[2])
+        seen = len(terminal.raw)
+        terminal.send("\x1a")
+        terminal.until(lambda: (tmp_path / "stopped").exists())
+        (tmp_path / "fg").touch()
+        terminal.until(lambda: b"\x1b[?1049h" in terminal.raw[seen:])
+        terminal.until("EPOCH")
+        terminal.stop()
+        assert terminal.wait() == 0
+        assert terminal.stty() == terminal.before
+
+
+@pytest.mark.parametrize("names", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LANG": "xx_YY.UTF-8"}, {"LANG": None}])
+def test_no_cell_is_blank_where_the_locale_is_missing(names, tmp_path):
+    with Terminal(RUN, tmp_path, env=names) as terminal:
+        terminal.until("EPOCH")
+        terminal.until(lambda: set(terminal.text().splitlines()[-1].strip()) <= set("+-└─┘"))
+        assert len(terminal.text().splitlines()[-1].strip()) == 100
+        terminal.send("g")  # and other glyphs than the first are drawn as well
+        terminal.pump(1.0)
+        assert len(terminal.text().splitlines()[-1].strip()) == 100
+        terminal.stop()
+        assert terminal.wait() == 0
 
 
 def test_an_exception_in_the_thread_costs_a_rung_and_not_the_run(tmp_path):

@@ -53,8 +53,8 @@ def open_dashboard(
         return None
     from learnit_r8.dashboard.sink import Dashboard
 
-    # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does.
-    reason = "" if wanted == "auto" and rung.name == "log" else rung.reason
+    # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does, or on a terminal.
+    reason = "" if wanted == "auto" and rung.name == "log" and not around.stdout_tty else rung.reason
     asked = env.get("R8_UI", "").strip()
     if asked and asked.lower() not in ladder.UI_NAMES:
         reason = f"R8_UI={asked} is none of {', '.join(ladder.UI_NAMES)}"

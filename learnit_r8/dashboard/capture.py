@@ -18,27 +18,80 @@ from pathlib import Path
 from typing import Any
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_OTHER_THAN_COLOUR = re.compile(_ESCAPES.pattern.replace("[@-~]|", "[@-ln-~]|"))
 _CHUNK = 1 << 20
+REPLAY_BYTES, REPLAY_LINES = 1 << 20, 5000
+"""Of what was kept so much is put on the terminal at once; it is about what a terminal remembers."""
 _IOLBF = 1  # <stdio.h> of glibc, musl, macOS and the BSDs
 
 
-class Capture:
-    """Sends the given descriptors into one file until `release`.
+class ConsoleFile:
+    """A file for prints, and how much of it the terminal has shown.
 
     Args:
         path: File to append to; created with its folder. A file in the temporary folder when None.
-        descriptors: Those that are terminals are captured; a descriptor that already goes elsewhere is left alone.
+
+    Attributes:
+        path: The file.
+        start: Offset of the first byte that is this run's.
     """
 
-    def __init__(self, path: Path | None = None, descriptors: tuple[int, ...] = (1, 2)) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         if path is None:
             fd, name = tempfile.mkstemp(prefix=f"learnit_r8-{os.getpid()}-", suffix=".console.log")
             os.close(fd)
             path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self.start = os.fstat(self._file).st_size
+        self.path = path.absolute()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        self._file = os.open(path, flags, 0o644)
+        self.start = self._told = os.fstat(self._file).st_size
+
+    def unshown(self, last: bool = False, lines: bool = False) -> bytes:
+        """Return what was added since the last call, as text for a terminal: colours stay, other escapes do not.
+
+        Args:
+            last: Nothing follows: an unfinished line is ended.
+            lines: Hold an unfinished line back.
+        """
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                first = max(self._told, size - REPLAY_BYTES)
+                file.seek(first)
+                data = file.read(size - first)
+        except OSError:
+            return b""
+        if lines:
+            data = data[: data.rfind(b"\n") + 1]
+        skipped, self._told = first - self._told, first + len(data)
+        rows = data.split(b"\n")
+        if skipped or len(rows) > REPLAY_LINES:
+            rows = [f"[r8] earlier lines are in {self.path}".encode(), *rows[1:][-REPLAY_LINES:]]
+        text = b"\n".join(map(_last_state, rows))
+        return text + b"\n" if last and text and not text.endswith(b"\n") else text
+
+    def close(self) -> None:
+        """Close the file; one that this run added nothing to, and that nobody named, is removed."""
+        if self._file >= 0:
+            grown = os.fstat(self._file).st_size > self.start
+            os.close(self._file)
+            self._file = -1
+            if not grown and not self.start:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+
+
+class Capture(ConsoleFile):
+    """Sends the given descriptors into one file until `release`.
+
+    Args:
+        path: As for `ConsoleFile`.
+        descriptors: Those that are terminals are captured; a descriptor that already goes elsewhere is left alone.
+    """
+
+    def __init__(self, path: Path | None = None, descriptors: tuple[int, ...] = (1, 2)) -> None:
+        super().__init__(path)
         self._descriptors = descriptors
         self._saved: dict[int, int] = {}
         self.engage()
@@ -64,15 +117,9 @@ class Capture:
             del self._saved[fd]
 
     def close(self) -> None:
-        """Release, and remove a file that this run added nothing to and that nobody named."""
+        """As `ConsoleFile.close`, after `release`."""
         self.release()
-        if self._file >= 0:
-            grown = os.fstat(self._file).st_size > self.start
-            os.close(self._file)
-            self._file = -1
-            if not grown and not self.start:
-                with contextlib.suppress(OSError):
-                    self.path.unlink()
+        super().close()
 
 
 class ConsoleTail:
@@ -118,6 +165,13 @@ def fold(line: bytes) -> str:
     text = _ESCAPES.sub("", line.decode("utf-8", "replace")).rstrip("\r")
     shown = text.rsplit("\r", 1)[-1]
     return "".join(char for char in shown.expandtabs() if char >= " " and char != "\x7f")
+
+
+def _last_state(line: bytes) -> bytes:
+    r"""Return a line as `fold` does, its colours kept."""
+    shown = line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace")
+    text = _OTHER_THAN_COLOUR.sub("", shown)
+    return "".join(char for char in text if char >= " " or char in "\t\x1b").encode("utf-8", "replace")
 
 
 def flush_streams() -> None:

@@ -12,6 +12,10 @@ class Detach(Exception):  # noqa: N818 - a wish of the user's, no error
     """The user closed the view; training goes on."""
 
 
+class TerminalGone(Exception):  # noqa: N818 - a state of the world
+    """The terminal hung up: its window was closed or the connection was lost."""
+
+
 class Face:
     """One way of showing a run: a rung of the ladder.
 

@@ -1,7 +1,11 @@
-"""A small shell process that puts the terminal back when this one dies without a chance to do so.
+"""A small shell process that puts the terminal back, and says the last words, when this one dies without a chance to.
 
-It blocks on a pipe whose only writer is this process. A line means "all is well, leave"; end of file means that the
-writer died (SIGKILL, SIGSEGV, SIGTERM's default action, os._exit), and then it restores modes and screen.
+It blocks on a pipe whose only writer is this process. "leave" means that all is well; end of file means that the writer
+died (SIGKILL, SIGSEGV, abort, SIGTERM's default action, os._exit), and then it restores screen and modes, and shows the
+end of what was printed.
+
+The user's shell wakes up at the same time and prints its prompt. So the other screen is left with the very first
+command, and at the end the terminal seems to be resized for a moment: shells then draw their line anew.
 """
 
 from __future__ import annotations
@@ -10,16 +14,39 @@ import contextlib
 import os
 import subprocess
 import time
+from pathlib import Path
 
+LAST_LINES = 15
 # Modes are put back only while they are still the view's: a shell that took the terminal over has set its own.
-_SCRIPT = """
+# Arguments: modes, the view's modes, bytes that leave the screen, console file, its first byte.
+_SCRIPT = r"""
 trap '' INT QUIT TERM HUP TSTP TTOU TTIN
-IFS= read -r word
-[ -n "$word" ] && exit 0
+cr=$(printf '\r') esc=$(printf '\033') shown=yes ckpt=none
+while IFS= read -r word; do
+    case $word in
+    leave) exit 0 ;;
+    in) shown=yes ;;
+    out) shown= ;;
+    *) ckpt=${word#at } ;;
+    esac
+done
+[ -n "$shown" ] && printf '%b' "$3"
 exec 2>/dev/null <&1
 [ "$(stty -g)" = "$2" ] && stty "$1"
-printf '%b' "$3"
-"""
+[ -n "$4" ] || exit 0
+said="it had printed nothing"
+if [ "$(wc -c <"$4")" -ge "$5" ]; then
+    said=$(tail -c "+$5" <"$4" | tail -c 16384 | tail -n LAST_LINES |
+        sed "s/$cr\$//; s/.*$cr//; s/$esc\[[0-?]*[ -\/]*[@-~]//g; s/$esc//g; s/\$/$cr/")
+fi
+printf '\r\n[r8] the process died without a word; what it printed last:\r\n%s\r\n\n[r8] console: %s\r\n%s %s\r\n' \
+    "$said" "$4" '[r8] newest checkpoint:' "$ckpt"
+for pause in 0.1 0.4; do
+    sleep "$pause"
+    set -- $(stty size)
+    [ "${2:-0}" -gt 2 ] && stty cols $(($2 - 1)) && sleep 0.1 && stty cols "$2"
+done
+""".replace("LAST_LINES", str(LAST_LINES))
 
 
 class Guardian:
@@ -30,18 +57,24 @@ class Guardian:
         saved: Modes to restore, as `stty -g` prints them.
         ours: Modes that the view set, in the same form.
         reset: Bytes that leave the alternate screen and show the cursor.
+        console: Where prints go; None for a view of another process's run, which has no last words.
+        start: Offset of the first byte there that is this run's.
 
     Raises:
         OSError: There is no `sh`.
     """
 
-    def __init__(self, tty_fd: int, saved: str, ours: str, reset: bytes) -> None:
+    def __init__(
+        self, tty_fd: int, saved: str, ours: str, reset: bytes, console: Path | None = None, start: int = 0
+    ) -> None:
         octal = "".join(f"\\0{byte:03o}" for byte in reset)
+        path = "" if console is None else str(console)
         reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
         try:
             # Its own process group: a Ctrl-C or a shell's SIGHUP for this job is not for the guardian.
             self._process = subprocess.Popen(
-                ["sh", "-c", _SCRIPT, "r8-guardian", saved, ours, octal],
+                ["sh", "-c", _SCRIPT, "r8-guardian", saved, ours, octal, path, str(start + 1)],
                 stdin=reader,
                 stdout=tty_fd,
                 stderr=subprocess.DEVNULL,
@@ -54,13 +87,18 @@ class Guardian:
         finally:
             os.close(reader)
 
+    def tell(self, word: str) -> None:
+        """Let it know that the screen is "in" or "out", or that the newest checkpoint is "at" a path."""
+        if self._writer >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._writer, " ".join(word.split("\n")).encode("utf-8", "surrogateescape") + b"\n")
+
     def dismiss(self) -> None:
         """Send it home; waits half a second at most."""
         if self._writer < 0:
             return
+        self.tell("leave")
         writer, self._writer = self._writer, -1
-        with contextlib.suppress(OSError):
-            os.write(writer, b"leave\n")
         os.close(writer)
         deadline = time.monotonic() + 0.5
         while self._process.poll() is None and time.monotonic() < deadline:

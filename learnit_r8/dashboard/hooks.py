@@ -1,22 +1,37 @@
-"""Moments at which the user must see the terminal: `input()`, `breakpoint()`, and a traceback."""
+"""Moments at which the user must see the terminal: prompts, debuggers, shells within the program, and a traceback."""
 
 from __future__ import annotations
 
 import builtins
+import code
+import contextlib
+import getpass
+import importlib.util
 import os
+import pdb
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
+from functools import wraps
+from types import ModuleType
 from typing import Any
 
 Suspend = Callable[[], AbstractContextManager[None]]
 """Makes a context manager that gives the terminal to the user."""
+_DEBUGGERS = {"", "0", "pdb.set_trace", "ipdb.set_trace", "IPython.core.debugger.set_trace"}
+"""Values of PYTHONBREAKPOINT whose debugger is `pdb.Pdb` or a child of it."""
+_LATE = {
+    "IPython.terminal.interactiveshell": ("TerminalInteractiveShell", "interact"),
+    "prompt_toolkit.application.application": ("Application", "run"),
+}
+"""What talks to the user in modules that are slow to load: wrapped when they are."""
 
 
 class TalkHooks:
-    """Wraps `input`, `breakpoint` and `sys.excepthook` until `remove`.
+    """Wraps what talks to the user until `remove`.
+
+    `input()`, `getpass`, reads from `sys.stdin`, `code.interact`, IPython and prompt_toolkit have the terminal while
+    they run; a debugger has it from its stop to `continue` or `quit`; a traceback gets it for good.
 
     Args:
         suspend: Context manager that gives the terminal to the user.
@@ -25,38 +40,158 @@ class TalkHooks:
 
     def __init__(self, suspend: Suspend, close: Callable[[], None]) -> None:
         self._suspend, self._close = suspend, close
-        self._pid = os.getpid()
-        self._input, self._breakpoint, self._except = builtins.input, sys.breakpointhook, sys.excepthook
-        builtins.input, sys.breakpointhook, sys.excepthook = self._ask, self._debug, self._report
+        self._wrapped: list[tuple[Any, str, Any, Any]] = []
+        self._debugging = contextlib.ExitStack()
+        self._talking = False
+        for owner, name in ((builtins, "input"), (code.InteractiveConsole, "interact")):
+            self._wrap(owner, name, self._around)
+        self._wrap(getpass, "_raw_input", self._unseen)
+        self._wrap(pdb.Pdb, "interaction", self._before)
+        for name in ("set_continue", "set_quit"):
+            self._wrap(pdb.Pdb, name, self._after)
+        self._wrap(sys, "excepthook", self._closing)
+        if os.environ.get("PYTHONBREAKPOINT", "") not in _DEBUGGERS:
+            # When a foreign debugger lets go cannot be known.
+            self._wrap(sys, "breakpointhook", self._closing)
+        if sys.platform == "win32":
+            self._wrap(getpass, "getpass", self._around)
+        self._stdin: Any = sys.stdin
+        self._reader: Any = _Reader(sys.stdin, suspend)
+        with contextlib.suppress(AttributeError, ValueError):
+            if sys.stdin.isatty():
+                sys.stdin = self._reader
+        for module, (kind, name) in _LATE.items():
+            if module in sys.modules:
+                self._wrap(getattr(sys.modules[module], kind), name, self._around)
+        sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
         """Put back what was there, where nobody has replaced it since."""
-        if builtins.input == self._ask:
-            builtins.input = self._input
-        if sys.breakpointhook == self._debug:
-            sys.breakpointhook = self._breakpoint
-        if sys.excepthook == self._report:
-            sys.excepthook = self._except
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if sys.stdin is self._reader:
+            sys.stdin = self._stdin
+        for owner, name, before, mine in reversed(self._wrapped):
+            if vars(owner).get(name) is mine:
+                setattr(owner, name, before)
+        self._wrapped.clear()
+        self._debugging.close()
 
-    def _ask(self, prompt: object = "", /) -> str:
-        with self._suspend():
-            return self._input(prompt)
+    def _wrap(self, owner: Any, name: str, how: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        before = getattr(owner, name, None)
+        if before is not None:
+            mine = wraps(before)(how(before))
+            setattr(owner, name, mine)
+            self._wrapped.append((owner, name, before, mine))
 
-    def _debug(self, *args: Any, **kwargs: Any) -> Any:
-        chosen = os.environ.get("PYTHONBREAKPOINT", "")
-        mine = os.getpid() == self._pid and threading.current_thread() is threading.main_thread()
-        if not mine or chosen == "0" or self._breakpoint is not sys.__breakpointhook__:
-            return self._breakpoint(*args, **kwargs)
-        if chosen not in {"", "pdb.set_trace"}:
-            # When a foreign debugger lets go cannot be known: it gets the terminal for good.
+    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            with self._suspend():
+                return call(*args, **kwargs)
+
+        return mine
+
+    def _unseen(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """For `getpass`, which has turned off the echo of modes that `suspend` replaces by the user's."""
+
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            with self._suspend(), _no_echo():
+                return call(*args, **kwargs)
+
+        return mine
+
+    def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            if not self._talking:
+                self._talking = True
+                self._debugging.enter_context(self._suspend())
+            return call(*args, **kwargs)
+
+        return mine
+
+    def _after(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._talking = False
+                self._debugging.close()
+
+        return mine
+
+    def _closing(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
             self._close()
-            return self._breakpoint(*args, **kwargs)
-        from learnit_r8.dashboard.debugger import ScreenPdb
+            return call(*args, **kwargs)
 
-        frame = sys._getframe().f_back
-        ScreenPdb(self._suspend).set_trace(frame)
-        return None
+        return mine
 
-    def _report(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        self._close()
-        self._except(kind, error, trace)
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        """Wrap a module of `_LATE` once it is loaded; part of the protocol of `sys.meta_path`."""
+        if name not in _LATE or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        loader: Any = None if spec is None else spec.loader
+        if loader is None:
+            return None
+        execute = loader.exec_module
+
+        def execute_and_wrap(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                kind, method = _LATE[name]
+                self._wrap(getattr(module, kind), method, self._around)
+
+        loader.exec_module = execute_and_wrap
+        return spec
+
+
+class _Reader:
+    """`sys.stdin`, with the terminal given to the user while it is read."""
+
+    def __init__(self, stream: Any, suspend: Suspend) -> None:
+        self._stream, self._suspend = stream, suspend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def read(self, *args: Any) -> str:
+        with self._suspend():
+            return str(self._stream.read(*args))
+
+    def readline(self, *args: Any) -> str:
+        with self._suspend():
+            return str(self._stream.readline(*args))
+
+    def readlines(self, *args: Any) -> list[str]:
+        with self._suspend():
+            return list(self._stream.readlines(*args))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
+
+    def __next__(self) -> str:
+        if line := self.readline():
+            return line
+        raise StopIteration
+
+
+@contextlib.contextmanager
+def _no_echo() -> Iterator[None]:
+    import termios
+
+    fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    try:
+        before = termios.tcgetattr(fd)
+        quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(fd, termios.TCSAFLUSH, quiet)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)
+    finally:
+        os.close(fd)

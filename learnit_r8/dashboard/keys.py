@@ -44,8 +44,9 @@ class ViewState:
         window: Show the last `2 ** -window` of the run.
         glyphs: "braille", "blocks" or "ascii".
         frozen: The terminal shows a copy of the model, made when `f` was pressed.
-        help: The help lies over the screen.
-        confirm: The stop dialogue lies over the screen.
+        help: Page of the help that lies over the screen, 1 to `HELP_PAGES`; 0 for none.
+        confirm: Question that lies over the screen, a key of `WORDS`; empty for none.
+        typed: What has been typed in answer to it.
         filter: Events and console lines that do not contain this text are hidden.
         editing: Keys go into `filter`.
         scroll: Lines that the pane in focus is scrolled back from its newest.
@@ -68,8 +69,9 @@ class ViewState:
     window: int = 0
     glyphs: str = "braille"
     frozen: bool = False
-    help: bool = False
-    confirm: bool = False
+    help: int = 0
+    confirm: str = ""
+    typed: str = ""
     filter: str = ""
     editing: bool = False
     scroll: int = 0
@@ -84,7 +86,12 @@ class ViewState:
 
 
 _CONTROL = frozenset("scp")
-_CONFIRMED = {"s": Command.STOP_AFTER_STEP, "e": Command.STOP_AFTER_EPOCH, "n": Command.STOP_NOW}
+HELP_PAGES = 3
+# Whole words and Enter: keys that were meant for another window, such as `ssh`, `less` or `cp a b`, come to nothing.
+WORDS: dict[str, dict[str, Command]] = {
+    "stop": {"step": Command.STOP_AFTER_STEP, "epoch": Command.STOP_AFTER_EPOCH, "abort": Command.STOP_NOW},
+    "pause": {"pause": Command.PAUSE},
+}
 _BACKSPACE = frozenset({"KEY_BACKSPACE", "\x7f", "\x08", "^H"})
 _SCROLL = {"KEY_UP": 1, "KEY_DOWN": -1, "KEY_PPAGE": 10, "KEY_NPAGE": -10, "KEY_HOME": 1 << 30, "KEY_END": -(1 << 30)}
 _MAX_FILTER = 40
@@ -100,8 +107,8 @@ def _focus(view: ViewState, pane: int) -> ViewState:
 
 _Change = Callable[[ViewState], ViewState]
 _KEYS: dict[str, _Change] = {
-    "?": lambda view: replace(view, help=not view.help),
-    "s": lambda view: replace(view, confirm=True, help=False),
+    "?": lambda view: replace(view, help=(view.help + 1) % (HELP_PAGES + 1)),
+    "s": lambda view: replace(view, confirm="stop", typed="", help=0),
     "f": lambda view: replace(view, frozen=not view.frozen),
     "g": lambda view: replace(view, glyphs=_next(GLYPH_SETS, view.glyphs)),
     "y": lambda view: replace(view, scale=_next(SCALES, view.scale)),
@@ -110,7 +117,7 @@ _KEYS: dict[str, _Change] = {
     "+": lambda view: replace(view, window=min(MAX_WINDOW, view.window + 1)),
     "=": lambda view: replace(view, window=min(MAX_WINDOW, view.window + 1)),
     "-": lambda view: replace(view, window=max(0, view.window - 1)),
-    "/": lambda view: replace(view, editing=True, help=False),
+    "/": lambda view: replace(view, editing=True, help=0),
     "KEY_LEFT": lambda view: replace(view, metric=view.metric - 1),
     "KEY_RIGHT": lambda view: replace(view, metric=view.metric + 1),
     "TAB": lambda view: _focus(view, view.focus % PANES + 1),
@@ -124,7 +131,7 @@ _KEYS: dict[str, _Change] = {
 def _escape(view: ViewState) -> ViewState:
     """Leave whatever is open, one thing a key."""
     if view.help:
-        return replace(view, help=False)
+        return replace(view, help=0)
     if view.zoomed:
         return replace(view, zoomed=False, scroll=0)
     if view.filter:
@@ -147,8 +154,7 @@ def handle_key(view: ViewState, key: str, scroll_limit: int = 100_000) -> tuple[
     if view.editing:
         return _edit(view, key), None
     if view.confirm:
-        # Any other key is a no: nothing stops a run by accident.
-        return replace(view, confirm=False), None if view.readonly else _CONFIRMED.get(key)
+        return _answer(view, key)
     if key == "q":
         return view, Action.DETACH
     if view.readonly and key in _CONTROL:
@@ -156,13 +162,27 @@ def handle_key(view: ViewState, key: str, scroll_limit: int = 100_000) -> tuple[
     if key == "c":
         return view, Command.CHECKPOINT
     if key == "p":
-        return replace(view, paused=not view.paused), Command.RESUME if view.paused else Command.PAUSE
+        if view.paused:
+            return replace(view, paused=False), Command.RESUME
+        return replace(view, confirm="pause", typed="", help=0), None
     if key in _SCROLL:
         # The console's newest line is its last, every other pane's its first.
         distance = _SCROLL[key] if view.focus == CONSOLE else -_SCROLL[key]
         return replace(view, scroll=min(scroll_limit, max(0, view.scroll + distance))), None
     change = _KEYS.get(key)
     return (view if change is None else change(view)), None
+
+
+def _answer(view: ViewState, key: str) -> tuple[ViewState, Command | None]:
+    """Take a key into the answer to a question; Enter gives it, and any other word than those shown is a no."""
+    if key in {"ENTER", "ESC"}:
+        found = WORDS[view.confirm].get(view.typed) if key == "ENTER" and not view.readonly else None
+        return replace(view, confirm="", typed="", paused=view.paused or found is Command.PAUSE), found
+    if key in _BACKSPACE:
+        return replace(view, typed=view.typed[:-1]), None
+    if len(key) == 1 and key.isprintable():
+        return replace(view, typed=(view.typed + key)[:_MAX_FILTER]), None
+    return view, None
 
 
 def _edit(view: ViewState, key: str) -> ViewState:

@@ -179,8 +179,11 @@ def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
 
 def default_glyphs(env: Mapping[str, str]) -> str:
     """Return the best set of chart glyphs that this terminal is likely to have."""
+    told = next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := env.get(name))), "")
+    # Python itself writes UTF-8 where nothing, or "C", is set; a person who has set "C" may have meant it.
+    plain = told in {"C", "POSIX"} or ("." in told and "UTF8" not in told.upper().replace("-", ""))
     encoding = locale.getpreferredencoding(False).lower().replace("-", "")
-    return "ascii" if encoding != "utf8" or env.get("TERM", "").startswith(_ASCII_TERMS) else "braille"
+    return "ascii" if plain or encoding != "utf8" or env.get("TERM", "").startswith(_ASCII_TERMS) else "braille"
 
 
 def _has_curses() -> bool:
@@ -216,4 +219,5 @@ def _is_tty(stream: Any) -> bool:
 def _in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    # Colab's, Databricks' and Spyder's shells are children of Jupyter's.
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)

@@ -5,29 +5,30 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import select
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
-from learnit_r8.dashboard.faces import Face
+from learnit_r8.dashboard.cells import Style
+from learnit_r8.dashboard.faces import Face, TerminalGone
 from learnit_r8.dashboard.journal import entry
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.render import render
-from learnit_r8.dashboard.tty import TerminalGone
-from learnit_r8.events import Event, RunEnded
+from learnit_r8.events import Event
 
 HEARTBEAT = 30.0
 """Seconds between lines when nothing notable happens."""
 BURST = 20
-"""Notable lines in one heartbeat; the rest is counted, so that a run of spikes does not fill a disk."""
+"""Lines of one kind in one heartbeat; the rest is counted, so that a run of spikes does not fill a disk."""
 _PIECE = 512
 """Bytes in one write: a pipe that polls writable takes PIPE_BUF of them at once, and POSIX has that at 512 or more."""
 
 _VIEW = ViewState(glyphs="ascii")
+_NEVER_QUIET = {Style.BAD, Style.WARN, Style.TITLE}
+"""Styles of news that are faults, what became of them, or the run's own beginning and end."""
 
 
 def event_line(event: Event) -> str | None:
@@ -56,7 +57,7 @@ class LogLines(Face):
     Args:
         out: Where lines go.
         now: Wall-clock time of opening.
-        quiet: Write heartbeats only (the user has just closed the screen).
+        quiet: Leave out what is routine (the user has just closed the screen), never a fault or the end.
     """
 
     name = "log"
@@ -65,20 +66,18 @@ class LogLines(Face):
         self._out = out
         self._quiet = quiet
         self._last_beat = now
-        self._burst = self._muted = 0
+        self._burst: Counter[str] = Counter()
         self._step = -1
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Write what is due."""
-        for event in () if self._quiet else fresh:
-            line = event_line(event)
-            if line is None:
+        for event in fresh:
+            news = entry(event)
+            if news is None or (self._quiet and news.style not in _NEVER_QUIET):
                 continue
-            self._burst += 1
-            if self._burst <= BURST or isinstance(event, RunEnded):
-                self._out.line(line)
-            else:
-                self._muted += 1
+            self._burst[news.kind] += 1
+            if self._burst[news.kind] <= BURST:
+                self._out.line(event_line(event) or "")
         if now - self._last_beat >= HEARTBEAT:
             self._beat(model, now)
         self._out.pump()
@@ -86,9 +85,10 @@ class LogLines(Face):
 
     def _beat(self, model: DashboardModel, now: float) -> None:
         self._last_beat = now
-        if self._muted:
-            self._out.line(f"r8 ... and {self._muted} more events")
-        self._burst = self._muted = 0
+        muted = [f"{count - BURST} {kind}" for kind, count in self._burst.items() if count > BURST]
+        if muted:
+            self._out.line(f"r8 ... and more events: {', '.join(muted)}")
+        self._burst.clear()
         if model.step != self._step:
             self._step = model.step
             self._out.line(status_line(model, now))
@@ -121,8 +121,10 @@ class Outlet:
         self._waiting: deque[bytes] = deque(maxlen=256)
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            self._fd = self._stream.fileno() if isinstance(self._stream, io.TextIOWrapper) else -1
-            if os.isatty(self._fd):
+            # Windows has no way to ask for room: there the stream itself is written.
+            plain = isinstance(self._stream, io.TextIOWrapper) and sys.platform != "win32"
+            self._fd = self._stream.fileno() if plain else -1
+            if sys.platform != "win32" and os.isatty(self._fd):
                 # A terminal may have room for less than one line: only a non-blocking descriptor is safe.
                 self._fd = os.open(os.ttyname(self._fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
                 self._own = True
@@ -162,6 +164,8 @@ class Outlet:
         return True
 
     def _room(self, seconds: float) -> bool:
+        import select
+
         poller = select.poll()
         poller.register(self._fd, select.POLLOUT)
         return bool(poller.poll(seconds * 1000))

@@ -9,31 +9,67 @@ from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.layout import WIDE
 
 GLYPH_HINT_SECONDS = 10.0
-_HELP = (
-    ("q", "close this view; training goes on"),
-    ("s", "stop: after the step, after the epoch, or now"),
+_KEYS = (
+    ("q", "close this view; training goes on (Ctrl-Z, fg: back)"),
+    ("s", "stop: after the step, after the epoch, or at once"),
     ("c", "write a checkpoint"),
     ("p", "pause, and go on"),
-    ("1-6  Tab", "focus a pane"),
-    ("Enter  Esc", "zoom the pane in focus, and back"),
+    ("1-6 Tab", "focus a pane"),
+    ("Enter Esc", "zoom the pane in focus, and back"),
     ("← →", "other metric"),
-    ("↑ ↓  PgUp PgDn", "scroll the pane in focus"),
-    ("y", "vertical axis: auto, log, linear"),
-    ("z", "smoothing: .98, .995, none, .9"),
-    ("x", "horizontal axis: step, time, epoch"),
+    ("↑ ↓ PgUp PgDn", "scroll the pane in focus"),
+    ("y  x", "vertical axis: log, linear; horizontal: step, time, epoch"),
+    ("z", "smoothing: to fit, .9, .98, .995, none"),
     ("+ -", "shorter and longer window"),
-    ("/", "filter events and console"),
-    ("g", "glyphs: braille, blocks, ASCII"),
-    ("f", "freeze the picture"),
-    ("^L", "repaint"),
-    ("?", "this help"),
+    ("/  f", "filter events and console; freeze the picture"),
+    ("g  ^L", "glyphs: braille, blocks, ASCII; repaint"),
+    ("?", "next page: what the words mean"),
 )
-_CONFIRM = (
-    ("s", "after this step"),
-    ("e", "after this epoch, with a checkpoint"),
-    ("n", "now"),
-    ("Esc", "go on training"),
+_NUMBERS = (
+    ("ema", "exponential moving average of the loss; .98 looks back 50 steps"),
+    ("δsurp", "surprise: the loss less what was expected of the batch"),
+    ("σ", "usual distance of the loss from its average"),
+    ("z", "how many σ the detector found the last loss off"),
+    ("lr", "learning rate, the schedule's name, its course"),
+    ("step p50 p99", "time a step: half of the last 512 are below, 99% are below"),
+    ("└ms", "the same by place: your code, r8, between steps, this view"),
+    ("@ep  best", "epoch of the last and of the best value"),
+    ("RAM backup", "copy of the model that a rollback would restore"),
+    ("held", "samples kept out because faults name them again and again"),
+    ("alarms", "what needs a look: failed checkpoints, warnings"),
+    ("ETA ±", "time left and its spread; validation is counted"),
+    ("phase", "what the run does now: cataloging, training, LR search"),
+    ("ckpt", "checkpoint on disk"),
 )
+_SIGNS = (
+    ("━  ░", "the smoothed line; from lowest to highest loss there"),
+    ("▲ ▼ ×", "beyond the axis, with its value; × not finite"),
+    ("●", "validation"),
+    ("! R X", "spike, rollback, failure: always shown on the axis"),
+    ("C V P L", "checkpoint, validation, phase, lr found: where there is room"),
+    ("Q1..Q4", "quarters of the samples by loss; Q4 is hardest"),
+    ("draws", "share of all draws that the quarter gets"),
+    ("used×", "how often a sample of it was drawn"),
+    ("easier", "moved to a lower quarter at the last epoch"),
+    ("trend", "its mean loss, epoch by epoch"),
+    ("unseen", "samples never drawn yet"),
+    ("stuck>5", "in Q4 for more than five epochs: hard, or wrong"),
+    ("suspects", "samples likely wrong rather than hard"),
+    ("ui  Hz", "what this view costs a step; its frames a second"),
+)
+_PAGES = (("keys", _KEYS), ("numbers", _NUMBERS), ("signs", _SIGNS))
+_CONFIRM = {
+    "stop": (
+        "stop training?",
+        (
+            ("step", "and Enter: after this step"),
+            ("epoch", "and Enter: after this epoch, with a checkpoint"),
+            ("abort", "and Enter: now, as Ctrl-C does"),
+            ("Esc", "go on training"),
+        ),
+    ),
+    "pause": ("pause training?", (("pause", "and Enter: wait until p is pressed"), ("Esc", "go on training"))),
+}
 
 
 def key_line(grid: Grid, y: int, x: int, width: int, view: ViewState, now: float) -> None:
@@ -41,7 +77,7 @@ def key_line(grid: Grid, y: int, x: int, width: int, view: ViewState, now: float
     if view.editing:
         grid.put(y, x, clip(f"filter: {view.filter}_   Enter keep  Esc clear", width), Style.BOLD, x + width)
         return
-    control = [] if view.readonly else [("s", "stop…"), ("c", "ckpt"), ("p", "go on" if view.paused else "pause")]
+    control = [] if view.readonly else [("s", "stop…"), ("c", "ckpt"), ("p", "go on" if view.paused else "pause…")]
     keys = [("q", "close" if view.readonly else "detach"), *control]
     hint = 0 <= now - view.opened < GLYPH_HINT_SECONDS
     if hint:
@@ -76,11 +112,13 @@ def _box(grid: Grid, title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def help_overlay(grid: Grid, view: ViewState) -> None:
-    """Draw the keys and what they do."""
-    rows = [row for row in _HELP if not (view.readonly and row[0] in {"s", "c", "p"})]
-    _box(grid, "keys", rows)
+    """Draw a page of the help: the keys, or what words and signs mean."""
+    title, rows = _PAGES[view.help - 1]
+    shown = [row for row in rows if not (view.readonly and row[0] in {"s", "c", "p"})]
+    _box(grid, f"{title} · page {view.help} of {len(_PAGES)} · ? next, Esc close", shown)
 
 
-def confirm_overlay(grid: Grid) -> None:
-    """Draw the stop dialogue."""
-    _box(grid, "stop training?", _CONFIRM)
+def confirm_overlay(grid: Grid, view: ViewState) -> None:
+    """Draw a question, and what has been typed in answer."""
+    title, rows = _CONFIRM[view.confirm]
+    _box(grid, f"{title} type a word", (*rows, (">", f"{view.typed}_")))

@@ -107,7 +107,7 @@ class Painter:
                 _draw(grid, rect, model, view, now, console_lines, others, self._tabs)
                 self._between()
         if view.help or view.confirm:
-            help_overlay(grid, view) if view.help else confirm_overlay(grid)
+            help_overlay(grid, view) if view.help else confirm_overlay(grid, view)
             self._layout = ()
         return grid
 

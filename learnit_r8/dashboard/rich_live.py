@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import IO, Any, cast
 
+from learnit_r8.dashboard.capture import Capture
 from learnit_r8.dashboard.cells import Grid, Style
-from learnit_r8.dashboard.faces import Face
+from learnit_r8.dashboard.faces import Face, TerminalGone
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.log_lines import event_line
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.render import render
-from learnit_r8.dashboard.tty import TerminalGone, Tty
+from learnit_r8.dashboard.tty import Tty
 from learnit_r8.events import Event
 
 MAX_LINES = 10
@@ -35,31 +35,39 @@ _RICH_STYLES = {
 
 
 class RichLive(Face):
-    """Draws at most `MAX_LINES` lines twice a second; Python's prints appear above them.
+    """Draws at most `MAX_LINES` lines twice a second; whatever is printed, by Python, C or a child, appears above them.
 
     Args:
         glyphs: "braille", "blocks" or "ascii".
+        console: File for the prints; a temporary one when None.
     """
 
     name = "rich"
 
-    def __init__(self, glyphs: str = "blocks") -> None:
+    def __init__(self, glyphs: str = "blocks", console: Path | None = None) -> None:
         from rich.console import Console
 
-        self._tty = Tty()
-        self._file = _TtyFile(self._tty)
-        self._streams = (sys.stdout, sys.stderr)
+        with contextlib.ExitStack() as undo:
+            self._tty = Tty()
+            undo.callback(self._tty.close)
+            self._capture = Capture(console)
+            undo.pop_all()
         self._view = ViewState(glyphs=glyphs, readonly=True)
         self._events: list[str] = []
         self._live: Any = None
-        self._console = Console(file=cast("IO[str]", self._file), force_terminal=True, legacy_windows=False)
+        file = cast("IO[str]", _TtyFile(self._tty))
+        self._console = Console(file=file, force_terminal=True, legacy_windows=False)
+
+    @property
+    def console_path(self) -> Path:
+        """The file with the user's prints."""
+        return self._capture.path
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Draw one frame, unless the terminal still chews on the last one."""
         from rich.live import Live
         from rich.text import Text
 
-        self._file.drawer = threading.get_ident()
         self._events = [*self._events, *filter(None, map(event_line, fresh))][-_EVENT_LINES:]
         if not self._tty.in_foreground():
             return _PERIOD
@@ -68,8 +76,12 @@ class RichLive(Face):
             return _PERIOD
         width, height = self._tty.size()
         self._console.size = (width, height)
+        printed = self._capture.unshown(lines=True)
+        if printed and self._live is not None:
+            self._erase()
+        self._tty.send(printed)
         if self._live is None:
-            self._live = Live(console=self._console, auto_refresh=False)
+            self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
         grid = render(model, replace(self._view, paused=model.paused), width - 1, 4, now)
         text = _as_text(grid)
@@ -77,6 +89,12 @@ class RichLive(Face):
             text.append(f"\n{line[: width - 1]}", "dim")
         self._live.update(Text("\n").join(text.split("\n")[: min(MAX_LINES, height - 1)]), refresh=True)
         return _PERIOD
+
+    def _erase(self) -> None:
+        """Take the live lines away: the next ones are drawn below what is printed now."""
+        live, self._live = self._live, None
+        live.transient = True
+        live.stop()
 
     def leave(self) -> None:
         """Stop drawing; the last frame stays above whatever follows."""
@@ -86,43 +104,49 @@ class RichLive(Face):
                 live.stop()
                 self._tty.send(b"", 0.3)
 
+    def lend(self) -> None:
+        """Put on the terminal what is still unshown, and let prints reach it."""
+        self._show_rest()
+        self._capture.release()
+        self._show_rest()
+
+    def reclaim(self) -> None:
+        """Send prints into the file again."""
+        self._capture.engage()
+
+    def _show_rest(self, last: bool = False) -> None:
+        with contextlib.suppress(TerminalGone):
+            self._tty.send(self._capture.unshown(last), 0.5)
+
     def release(self, gone: bool = False) -> None:
-        """Close the terminal."""
-        self._restore_streams()
+        """Give the descriptors back and close the terminal."""
+        if not gone:
+            self.lend()
+            self._show_rest(last=True)
+            self._capture.close()
         self._tty.close()
 
     def emergency(self) -> None:
-        """Give the streams back and show the cursor."""
-        self._restore_streams()
+        """Give the descriptors back and show the cursor."""
         self._tty.muted = True
+        self._capture.release()
 
     def forget(self) -> None:
-        """In a child, a proxied print could wait for a lock that the parent's thread held."""
-        self._restore_streams()
+        """Close the child's copy."""
         self._tty.close()
-
-    def _restore_streams(self) -> None:
-        from rich.file_proxy import FileProxy
-
-        if isinstance(sys.stdout, FileProxy):
-            sys.stdout = self._streams[0]
-        if isinstance(sys.stderr, FileProxy):
-            sys.stderr = self._streams[1]
 
 
 class _TtyFile:
-    """A text file on the terminal: frames never wait for it, the user's own prints do, as without a dashboard."""
+    """A text file on the terminal that never waits for it."""
 
     encoding = "utf-8"
 
     def __init__(self, tty: Tty) -> None:
         self._tty = tty
-        self.drawer = 0
 
     def write(self, text: str) -> int:
-        own = threading.get_ident() == self.drawer
         # Modes are the user's here: the terminal maps newlines.
-        self._tty.send(text.encode("utf-8", "replace"), 0.0 if own else float("inf"))
+        self._tty.send(text.encode("utf-8", "replace"))
         return len(text)
 
     def flush(self) -> None:

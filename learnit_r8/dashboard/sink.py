@@ -5,7 +5,8 @@ training thread ── record() ──▶ deque ──▶ dashboard thread: mode
                 ◀── commands ── deque ◀── keys
 ```
 
-The face may change while a run goes on: `q` puts the log in place of the screen, an exception moves one rung down.
+The face may change while a run goes on: `q` puts the log in place of the screen, Ctrl-Z and `fg` bring it back, an
+exception moves one rung down.
 Nothing that happens in the thread reaches the training thread, and `close` waits one second for it at most.
 """
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import select
 import shutil
 import signal
 import sys
@@ -25,14 +25,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from learnit_r8.dashboard.faces import Detach, Face
+from learnit_r8.dashboard.faces import Detach, Face, TerminalGone
 from learnit_r8.dashboard.hooks import TalkHooks
 from learnit_r8.dashboard.ladder import Surroundings, below, default_glyphs
 from learnit_r8.dashboard.log_lines import LogLines, Outlet
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.summary import summary_text
-from learnit_r8.dashboard.tty import TerminalGone
+from learnit_r8.dashboard.waker import Waker
 from learnit_r8.events import Event, Notice
 from learnit_r8.types import Command
 
@@ -101,15 +102,17 @@ class Dashboard:
         self._closed = self._stopping = self._forgotten = False
         self._hold = threading.Event()
         self._held, self._unheld = threading.Event(), threading.Event()
-        self._wake_reader, self._wake_writer = os.pipe()
-        os.set_blocking(self._wake_reader, False)
-        os.set_blocking(self._wake_writer, False)
+        self._waker = Waker()
+        self._wake = self._waker.wake
+        self._detached = self._continued = False
+        self._on_continue: Any = None
         self._console_used: Path | None = None
         self._face: Face | None = None
         self._take_rung(name)
         if reason:
             self._notice(f"{self.name} dashboard: {reason}", "info")
         self._hooks = TalkHooks(self.suspended, self.close)
+        self._watch_continue()
         _open.add(self)
         atexit.register(self._close_at_exit)
         self._thread = threading.Thread(target=self._run, name="r8-dashboard", daemon=True)
@@ -154,6 +157,7 @@ class Dashboard:
         self._closed = self._stopping = True
         atexit.unregister(self._close_at_exit)
         self._hooks.remove()
+        self._unwatch_continue()
         _open.discard(self)
         self._unheld.set()
         self._wake()
@@ -166,8 +170,7 @@ class Dashboard:
                 with contextlib.suppress(Exception):
                     face.emergency() if stuck else face.release()
         if not stuck:
-            os.close(self._wake_reader)
-            os.close(self._wake_writer)
+            self._waker.close()
             with contextlib.suppress(Exception):
                 self._take_events()
                 self._summarise()
@@ -187,14 +190,17 @@ class Dashboard:
     # The dashboard's thread, from here to `_fall`.
 
     def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in _NOT_MINE})
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in _NOT_MINE})
         while True:
             try:
                 self._serve()
             except Detach:
                 self._drop_face()
-                self._say(["r8: view closed, training goes on; a line every 30 s follows"])
+                back = "; Ctrl-Z and fg: back" if hasattr(signal, "SIGCONT") else ""
+                self._say([f"r8: view closed, training goes on and tells its news here{back}"])
                 self._take_rung("log", quiet=True)
+                self._detached, self._continued = True, False
             except TerminalGone as error:
                 self._fall("off", error)
             except Exception as error:
@@ -210,6 +216,11 @@ class Dashboard:
                 stopping = self._stopping
                 if stopping:
                     return
+            if self._detached and self._continued:
+                self._detached = self._continued = False
+                self._drop_face()
+                self._take_rung("curses")
+                continue
             due = face is None or stopping or face.due() or len(self._queue) > QUEUE // 2
             fresh = self._take_events() if due else []
             delay = 1.0 if face is None else face.tick(self.model, fresh, self._clock())
@@ -217,7 +228,7 @@ class Dashboard:
                 if face is not None:
                     face.leave()
                 return
-            self._sleep(delay, () if face is None else face.inputs)
+            self._waker.wait(delay, () if face is None else face.inputs)
 
     def _wait_out(self, face: Face | None) -> None:
         if face is not None:
@@ -233,14 +244,6 @@ class Dashboard:
                 time.sleep(_BREATH)
             self.model.consume_all(taken[first : first + _SLICE])
         return taken
-
-    def _sleep(self, seconds: float, inputs: tuple[int, ...]) -> None:
-        poller = select.poll()
-        for fd in (self._wake_reader, *inputs):
-            poller.register(fd, select.POLLIN)
-        poller.poll(seconds * 1000)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_reader, 64)
 
     def _fall(self, name: str, error: Exception) -> None:
         self.fault = f"{type(error).__name__}: {error}"
@@ -284,7 +287,10 @@ class Dashboard:
         if name == "rich":
             from learnit_r8.dashboard.rich_live import RichLive
 
-            return RichLive("ascii" if default_glyphs(self._environment) == "ascii" else "blocks")
+            glyphs = "ascii" if default_glyphs(self._environment) == "ascii" else "blocks"
+            live = RichLive(glyphs, self._console)
+            self._console_used = live.console_path
+            return live
         from learnit_r8.dashboard.screen import Screen
 
         screen = Screen(self._environment, self.commands, self._console, self._readonly, now)
@@ -319,15 +325,28 @@ class Dashboard:
             lines.append(_NOT_CLOSED)
         return lines
 
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._wake_writer, b".")
+    def _watch_continue(self) -> None:
+        """Hear of `fg`; a handler can only be set in the main thread."""
+        number = getattr(signal, "SIGCONT", None)
+        if number is not None and self.name == "curses" and threading.current_thread() is threading.main_thread():
+            self._on_continue = signal.getsignal(number)
+            signal.signal(number, self._continue)
+
+    def _continue(self, number: int, frame: Any) -> None:
+        self._continued = True
+        self._wake()
+        if callable(self._on_continue):
+            self._on_continue(number, frame)
+
+    def _unwatch_continue(self) -> None:
+        number = getattr(signal, "SIGCONT", None)
+        with contextlib.suppress(ValueError):  # closed by another thread than the main one
+            if number is not None and self._on_continue is not None and signal.getsignal(number) == self._continue:
+                signal.signal(number, self._on_continue)
 
     def _forget(self) -> None:
         """In a forked child."""
-        for fd in (self._wake_reader, self._wake_writer):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        self._waker.close()
         if self._face is not None:
             with contextlib.suppress(Exception):
                 self._face.forget()

@@ -18,13 +18,25 @@ import ctypes
 import curses
 import locale
 import os
+import re
 import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 
 from learnit_r8.dashboard.cells import Grid, Style, cell_width
 
+# Tones of the 256 that stand out from black and from white (contrast of at least 3 with both): nobody can be asked
+# reliably what the background is.
+_TONES: dict[Style, int] = {
+    Style.GOOD: 28,
+    Style.WARN: 130,
+    Style.BAD: 160,
+    Style.ACCENT: 31,
+    Style.TITLE: 32,
+    Style.MARK: 133,
+}
 # Curses pairs for styles; the other styles are attributes only. Eight fixed pairs fit every terminal that has colours.
 _COLOURS: dict[Style, int] = {
     Style.GOOD: curses.COLOR_GREEN,
@@ -41,6 +53,13 @@ _ATTRIBUTES: dict[Style, int] = {
     Style.TITLE: curses.A_BOLD,
     Style.REVERSE: curses.A_REVERSE,
 }
+_MODERN = re.compile(
+    r"xterm|kitty|ghostty|alacritty|wezterm|foot|contour|rio|konsole|vte|gnome|iterm|mlterm|rxvt|tmux|screen|(256color|direct)$",
+    re.IGNORECASE,
+)
+_STAND_IN = "xterm-256color"
+"""What drives a terminal whose own description is not installed here, as after ssh from kitty."""
+_UNICODE_LOCALES = ("C.UTF-8", "C.utf8", "en_US.UTF-8", "UTF-8")
 _REPLACED_BY_INITSCR = ("SIGINT", "SIGTERM", "SIGTSTP", "SIGWINCH")
 
 
@@ -57,7 +76,8 @@ class Canvas:
     def __init__(self, environment: Mapping[str, str], size: tuple[int, int]) -> None:
         self._fd = _anonymous_file()
         self._window = _initscr(self._fd, size)
-        self._styles = _start_colours("NO_COLOR" in environment and environment["NO_COLOR"] != "")
+        self.unicode = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
+        self._styles = _start_colours(environment)
         self._shown = self._last = Grid(0, 0)
         self._whole = True
         self._pid = os.getpid()
@@ -163,15 +183,25 @@ def canvas(environment: Mapping[str, str], size: tuple[int, int]) -> Canvas:
 
 def term_problem(term: str) -> str:
     """Return why a terminal of this type cannot be drawn on; empty when it can."""
+    return _usable(term)[1]
+
+
+@cache
+def _usable(term: str) -> tuple[str, str]:
+    """Return the description to use for a terminal, and why there is none; curses takes only the first one it finds."""
     if not term:
-        return "TERM is not set"
-    try:
-        # Asking _curses directly would end the process for an unknown type.
-        curses.setupterm(term, fd=sys.__stdout__.fileno() if sys.__stdout__ else 1)
-        addressable = curses.tigetstr("cup") and curses.tigetstr("clear")
-    except (curses.error, OSError, ValueError) as error:
-        return f"TERM={term} is unknown ({error})"
-    return "" if addressable else f"TERM={term} cannot move its cursor"
+        return term, "TERM is not set"
+    problem = ""
+    for name in (term, _STAND_IN) if _MODERN.search(term) else (term,):
+        try:
+            # Asking _curses directly would end the process for an unknown type.
+            curses.setupterm(name, fd=sys.__stdout__.fileno() if sys.__stdout__ else 1)
+            addressable = curses.tigetstr("cup") and curses.tigetstr("clear")
+        except (curses.error, OSError, ValueError) as error:
+            problem = problem or f"TERM={term} is unknown here ({error}): install its terminfo, or try TERM={_STAND_IN}"
+        else:
+            return name, "" if addressable else f"TERM={term} cannot move its cursor"
+    return term, problem
 
 
 def can_redirect() -> bool:
@@ -206,13 +236,12 @@ def _initscr(fd: int, size: tuple[int, int]) -> curses.window:
     handlers = {
         number: signal.getsignal(number) for name in _REPLACED_BY_INITSCR if (number := getattr(signal, name, None))
     }
-    with contextlib.suppress(locale.Error):
-        locale.setlocale(locale.LC_CTYPE, "")
+    _choose_locale()
     pointer = _c_stdout(library)
     before = pointer.value
-    told = {name: os.environ.get(name) for name in ("COLUMNS", "LINES")}
+    told = {name: os.environ.get(name) for name in ("COLUMNS", "LINES", "TERM")}
     # A file has no size: without these, ncurses would set scrolling margins for 24 rows.
-    os.environ.update(COLUMNS=str(size[0]), LINES=str(size[1]))
+    os.environ.update(COLUMNS=str(size[0]), LINES=str(size[1]), TERM=_usable(os.environ.get("TERM", ""))[0])
     pointer.value = stream
     try:
         return curses.initscr()
@@ -225,10 +254,24 @@ def _initscr(fd: int, size: tuple[int, int]) -> curses.window:
                 signal.signal(number, handler)
 
 
-def _start_colours(plain: bool) -> dict[Style, int]:
+def _choose_locale() -> None:
+    """Let C write UTF-8, as Python itself does where there is no locale: ncurses blanks what it cannot encode."""
+    for name in ("", *_UNICODE_LOCALES):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            if locale.nl_langinfo(locale.CODESET).upper() in {"UTF-8", "UTF8"}:
+                return
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "")
+
+
+def _start_colours(environment: Mapping[str, str]) -> dict[Style, int]:
     styles = dict(_ATTRIBUTES)
-    if plain:
+    if environment.get("NO_COLOR"):
         return styles
+    # Where a terminal says so it is believed; yellow on white cannot be read.
+    light = environment.get("COLORFGBG", "").rpartition(";")[2] in {"7", "15"}
+    colours = _COLOURS | ({Style.WARN: curses.COLOR_RED} if light else {})
     try:
         curses.start_color()
         if not curses.has_colors():
@@ -237,7 +280,7 @@ def _start_colours(plain: bool) -> dict[Style, int]:
         with contextlib.suppress(curses.error):
             curses.use_default_colors()
             background = -1
-        for number, (style, colour) in enumerate(_COLOURS.items(), start=1):
+        for number, (style, colour) in enumerate((_TONES if curses.COLORS >= 256 else colours).items(), start=1):
             curses.init_pair(number, colour, background)
             styles[style] = styles.get(style, 0) | curses.color_pair(number)
     except curses.error:

@@ -18,11 +18,9 @@ import termios
 import time
 from typing import Any
 
+from learnit_r8.dashboard.faces import TerminalGone
+
 _GONE = {errno.EIO, errno.ENXIO, errno.EBADF, errno.EPIPE}
-
-
-class TerminalGone(Exception):  # noqa: N818 - a state of the world
-    """The terminal hung up: its window was closed or the connection was lost."""
 
 
 class Tty:
@@ -67,6 +65,13 @@ class Tty:
         """Set terminal modes at once, without waiting for output to drain."""
         with contextlib.suppress(termios.error, OSError):
             termios.tcsetattr(self.fd, termios.TCSANOW, modes)
+
+    def taken(self) -> bool:
+        """Return whether somebody has set other modes than the view's: an editor, a prompt for a password."""
+        with contextlib.suppress(termios.error, OSError):
+            now: list[Any] = termios.tcgetattr(self.fd)
+            return bool(now[:4] not in (self.modes[:4], self.saved[:4]))
+        return False
 
     @property
     def congested(self) -> bool:

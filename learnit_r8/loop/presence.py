@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, cast
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
@@ -99,6 +100,11 @@ class Presence:
         if self._display is not None:
             self._bus.remove(self._display)
             self._display = None
+
+    def terminal(self) -> AbstractContextManager[None]:
+        """Give the terminal to the caller for a while; what is no dashboard leaves it alone anyway."""
+        suspended: Any = getattr(self._display, "suspended", nullcontext)
+        return cast("AbstractContextManager[None]", suspended())
 
     def log_catalog(self, step: int) -> None:
         """Write the figures of the samples beside the event log; they help nobody enough to end a run."""

@@ -30,11 +30,13 @@ class WatchedRun:
     Attributes:
         model: The run's numbers.
         name: The folder's name, or what the run calls itself.
+        trouble: Why the log could not be read the last time; empty when it could.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.model = DashboardModel()
+        self.trouble = ""
         self._tail = EventTail(self.folder / EVENTS_FILE)
         console = self.folder / CONSOLE_FILE
         size = console.stat().st_size if console.exists() else 0
@@ -56,8 +58,15 @@ class WatchedRun:
         return self.folder / CONSOLE_FILE
 
     def poll(self, limit: int = CHUNK) -> list[Event]:
-        """Take the next events of the log into the model, `limit` bytes at most, and return them."""
-        events = self._tail.poll(limit)
+        """Take the next events of the log into the model, `limit` bytes at most, and return them.
+
+        What keeps the file from being read for now (a network folder that is away) is kept in `trouble`.
+        """
+        try:
+            events, self.trouble = self._tail.poll(limit), ""
+        except OSError as error:
+            self.trouble = error.strerror or str(error)
+            return []
         if self._tail.restarted:
             self.model = DashboardModel()
             self._console = ConsoleTail(self.console_path, 0)
@@ -67,7 +76,7 @@ class WatchedRun:
     def read_all(self) -> None:
         """Take everything that is in the log by now."""
         self.poll()
-        while self.behind:
+        while self.behind and not self.trouble:
             self.poll()
 
     def console(self) -> list[str]:
@@ -98,6 +107,8 @@ class WatchedRun:
             words = "waiting: no event yet"
         else:
             words = f"{status}: last event {f.span(self.silence(now))} ago"
+        if self.trouble:
+            words += f" (the log cannot be read now: {self.trouble})"
         return f"{self.name}: {words}, step {f.steps(self.model.step)}, {self.folder}"
 
     def to_json(self, now: float) -> dict[str, Any]:

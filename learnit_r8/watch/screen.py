@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import select
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from learnit_r8.dashboard.faces import Detach
+from learnit_r8.dashboard.faces import Detach, TerminalGone
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.ladder import choose, default_glyphs, look
 from learnit_r8.dashboard.render import render
 from learnit_r8.dashboard.screen import Scene, Screen
-from learnit_r8.dashboard.tty import TerminalGone
+from learnit_r8.dashboard.waker import Waker
 from learnit_r8.errors import ConfigError
 from learnit_r8.watch.run import WatchedRun
 
@@ -49,13 +48,13 @@ def show(runs: Sequence[WatchedRun], environment: Mapping[str, str], clock: Call
     if rung.name != "curses":
         raise ConfigError([f"cannot draw here ({rung.reason}): use --once for one frame, --json for numbers"])
     screen = Screen(environment, deque(), None, readonly=True, now=clock(), look=lambda: scene(runs))
-    gone = False
+    gone, waker = False, Waker()
     try:
         while True:
             fresh = [event for run in runs for event in run.poll()]
             delay = screen.tick(runs[0].model, fresh, clock())
             behind = any(run.behind for run in runs)
-            _sleep(0.0 if behind else delay, screen.inputs)
+            waker.wait(0.0 if behind else delay, screen.inputs)
     except (Detach, KeyboardInterrupt):
         pass
     except TerminalGone:
@@ -64,10 +63,4 @@ def show(runs: Sequence[WatchedRun], environment: Mapping[str, str], clock: Call
         if not gone:
             screen.leave()
         screen.release(gone)
-
-
-def _sleep(seconds: float, inputs: Sequence[int]) -> None:
-    poller = select.poll()
-    for fd in inputs:
-        poller.register(fd, select.POLLIN)
-    poller.poll(seconds * 1000)
+        waker.close()
