@@ -20,6 +20,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -45,6 +47,7 @@ from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
 from learnit_r8.loop.tickets import Loader, Ticket, TicketDesk
+from learnit_r8.loop.together import SaveTogether
 from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.portable import portable, unpacked
 from learnit_r8.rng import Purpose, RandomStreams
@@ -156,6 +159,10 @@ class R8Scheduler:
         self._desk = TicketDesk(config.lookahead)
         seeking = not getattr(args.strategy, "covers", False)
         self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
+        self._together = None
+        if args.save is not None and args.save.collective and self._ranks.world_size > 1:
+            self._together = SaveTogether(args.save, self._ranks)
+            args = self._args = replace(args, save=self._together)
         self._saver = Saver(args, self._bus)
         evidence = config.log_dir or config.checkpoint_dir
         self._safety = SafetyNet(
@@ -170,6 +177,7 @@ class R8Scheduler:
             self._ranks,
         )
         self._control = Control(self._bus, self._ranks, args.clock, saves=config.checkpoint_dir is not None)
+        self._control.together = self._together is not None
         self._presence = Presence(args, self._bus, self._catalog, self._guard, self._ranks.rank)
         self._replays = config.rollback_data == "replay"
         self._ones = np.ones(config.batch_size, np.float32)
@@ -371,6 +379,21 @@ class R8Scheduler:
             raise ProtocolError(
                 f"auto_find_lr needs each loss before the next batch, and this loader is {lead} ahead: search "
                 "with a loader that does not prefetch (num_workers=0), or give initial_lr"
+            )
+
+    def expect_sharded_model(self) -> None:
+        """Refuse a `save_callback` that would run on rank 0 alone, as the model is sharded over the ranks.
+
+        Raises:
+            ConfigError: It would write one rank's part of the model, or wait for the others for ever.
+        """
+        if self._args.save is not None and self._ranks.writes_alone and not self._together:
+            raise ConfigError(
+                [
+                    "save_callback runs on rank 0 alone, but the model is sharded over the ranks: give "
+                    "save_callback=collective(save), of learnit_r8.integrations.distributed, to have it called on all "
+                    "ranks with one path, or ShardedModel(model, optimizer).save"
+                ]
             )
 
     def attach_model(self, capture: Callable[[], Any], restore: Callable[[Any], Any]) -> None:
@@ -636,6 +659,9 @@ class R8Scheduler:
         if self._bus and self._bus.commanding:
             self._control.obey(self._progress.global_step, self._save_if_possible)
         self._safety.before_step(self._progress.global_step)
+        if self._together and self._ranks.save:
+            self._ranks.save = False
+            self._save_if_possible()
         self._save_if_due()
 
     # LR search ----------------------------------------------------------------------------
@@ -686,7 +712,8 @@ class R8Scheduler:
     def save_checkpoint(self, is_final: bool = False) -> Path:
         """Write the run's state, and the model through `save_callback`; return the checkpoint's path.
 
-        On several ranks, rank 0 writes it; the others write nothing and get the directory's path.
+        On several ranks, rank 0 writes it; the others write nothing and get the directory's path. With a collective
+        `save_callback` all ranks have to call it.
 
         Args:
             is_final: Mark the checkpoint as the run's last one.
@@ -694,11 +721,16 @@ class R8Scheduler:
         Raises:
             CheckpointError: Nothing was saved; earlier checkpoints are as they were.
         """
-        if not self._ranks.writes:
-            return self._saver.store.directory
-        return self._saver.save(
-            self._progress.global_step, self._progress.finished_epoch, self.state_dict, "final" if is_final else ""
-        )
+        step, epoch = self._progress.global_step, self._progress.finished_epoch
+        write = partial(self._saver.save, step, epoch, self.state_dict, "final" if is_final else "")
+        if self._together is None:
+            return write() if self._ranks.writes else self._saver.store.directory
+        if self._ranks.writes:
+            return self._together.lead(write)
+        self._saver.note(step, epoch)
+        path = self._together.follow(self.state_dict)
+        self._saver.note(step, epoch, path)
+        return path
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Restore the run's state, and the model through `load_callback`.
@@ -824,7 +856,7 @@ class R8Scheduler:
 
     def _save_if_possible(self) -> None:
         """Save; a failure is an event and a warning, and training goes on."""
-        if not self._ranks.writes or self._config.checkpoint_dir is None:
+        if self._config.checkpoint_dir is None or not (self._ranks.writes or self._together):
             return
         if self._search is not None and self._search.running:
             return
@@ -871,8 +903,8 @@ class R8Scheduler:
         """Release the terminal, the log and the signal handlers; any number of times."""
         if self._closed:
             return
-        if self._control.interrupts.pending is not None:  # it came in a step after which the loops were left
-            self._save_if_possible()
+        if self._control.interrupts.pending is not None and (not self._together or self._control.interrupted):
+            self._save_if_possible()  # it came in a step after which the loops were left
         self._end("closed")
         self._closed = True
         self._control.interrupts.release()

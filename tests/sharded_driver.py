@@ -214,6 +214,143 @@ def plain(folder: Path, ranks: dict, kind: str) -> dict:
     return {"weights": training.weights(), "losses": training.losses, "hash": training.scheduler._ranks._hash}
 
 
+class Saved(Training):
+    """A training that is saved and resumed by all ranks together, through ShardedModel."""
+
+    def __init__(self, kind: str, ranks: dict, folder: Path, *, resume: bool = False, **options: Any) -> None:
+        from learnit_r8 import R8Scheduler
+        from learnit_r8.integrations.distributed import ShardedModel
+        from learnit_r8.integrations.torch import follow_lr
+
+        self.model = KINDS[kind](dist.get_world_size())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
+        self.losses, self.rolled_back = [], []
+        parts = ShardedModel(self.model, self.optimizer)
+        options = {"ui": "off", "save_callback": parts.save, "load_callback": parts.load} | ranks | options
+        options |= {"state_callback": parts.capture}
+        if resume:
+            self.scheduler = R8Scheduler.resume_from_checkpoint(folder, **options)
+        else:
+            options = {"num_epochs": EPOCHS, "initial_lr": 1e-2, "checkpoint_dir": folder} | options
+            self.scheduler = R8Scheduler(SAMPLES, BATCH, **options)
+        follow_lr(self.scheduler, self.optimizer)
+
+    def outcome(self) -> dict:
+        return {"weights": self.weights(), "losses": self.losses, "rolled_back": self.rolled_back}
+
+
+def whole(folder: Path, ranks: dict, kind: str) -> dict:
+    training = Saved(kind, ranks, folder / f"whole-{ranks['world_size']}")
+    training.go()
+    return training.outcome()
+
+
+def first(folder: Path, ranks: dict, kind: str) -> dict:
+    """The first half, saved at its last step; a checkpoint was due at others."""
+    training = Saved(kind, ranks, folder / f"half-{kind}-{ranks['world_size']}", checkpoint_every=10)
+    training.go(stop_at=25)
+    path = training.scheduler.save_checkpoint()
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    return training.outcome() | {"path": path.name, "names": names}
+
+
+def second(folder: Path, ranks: dict, kind: str) -> dict:
+    """The second half of what another number of ranks, or another kind of sharding, began: KIND,FIRST,WORLD."""
+    kind, before, world = kind.split(",")
+    own = {"checkpoint_dir": None, "checkpoint_every": None}
+    training = Saved(kind, ranks, folder / f"half-{before}-{world}", resume=True, **own)
+    begun = training.scheduler.global_step
+    training.go()
+    return training.outcome() | {"begun": begun}
+
+
+def disk(folder: Path, ranks: dict, kind: str) -> dict:
+    """No backups in RAM: NaN rolls back to the checkpoint."""
+    training = Saved(kind, ranks, folder / "disk", checkpoint_every=10, backup_every=None)
+    training.go(lambda step: float("nan") if step == 35 and ranks["rank"] == 1 else 1.0)
+    return training.outcome()
+
+
+def failing(folder: Path, ranks: dict, kind: str) -> dict:
+    """A save that fails on one rank fails on all, and the run goes on."""
+    from learnit_r8 import CheckpointError, R8Scheduler
+    from learnit_r8.integrations.distributed import collective
+
+    calls = []
+
+    def save(path: str) -> None:
+        calls.append(path)
+        if len(calls) == 1 and ranks["rank"] == 1:
+            raise OSError("disk full")
+        if ranks["rank"] == 0:
+            Path(path).write_text("model")
+
+    options = {"num_epochs": 1, "ui": "off", "checkpoint_dir": folder / "failing"} | ranks
+    scheduler = R8Scheduler(SAMPLES, BATCH, save_callback=collective(save), **options)
+    told = []
+    for batch in scheduler.batch_iterator():
+        scheduler.update_with_loss(torch.ones(len(batch.indices)))
+        if batch.step < 2:
+            try:
+                told.append(scheduler.save_checkpoint().name)
+            except CheckpointError as error:
+                told.append(str(error))
+    return {"told": told, "paths": calls}
+
+
+def unmarked(folder: Path, ranks: dict, kind: str) -> dict:
+    """A save_callback that would gather a sharded model on rank 0 alone."""
+    from learnit_r8 import ConfigError
+
+    try:
+        Training(kind, ranks, checkpoint_dir=folder / "unmarked", save_callback=lambda path: None)
+    except ConfigError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def tutorial(folder: Path, ranks: dict, kind: str) -> dict:
+    """torch.distributed.checkpoint as its tutorial has it, with the scheduler as one of its parts."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    from learnit_r8.integrations.torch import TensorState
+
+    def save(training: Training) -> dict:
+        model, optimizer = get_state_dict(training.model, training.optimizer)
+        return {"model": model, "optimizer": optimizer, "r8": TensorState(training.scheduler)}
+
+    one = Training(kind, ranks)
+    one.go(stop_at=25)
+    dcp.save(save(one), checkpoint_id=folder / "tutorial")
+    one.go()
+    two = Training(kind, ranks)
+    state = save(two)
+    dcp.load(state, checkpoint_id=folder / "tutorial")
+    set_state_dict(two.model, two.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    begun = two.scheduler.global_step
+    two.go()
+    return {"begun": begun, "losses": [one.losses[25:], two.losses], "weights": [one.weights(), two.weights()]}
+
+
+def shared_slices(folder: Path, ranks: dict, kind: str) -> dict:
+    """Two processes train on each slice; NaN in a part that one of four processes holds."""
+    from learnit_r8.integrations.distributed import rank_arguments
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    ranks = rank_arguments(mesh["dp"])
+    training = Training("both" if world > 2 else "tensor_parallel", ranks)
+    seen = []
+
+    def poison(step: int) -> float:
+        seen.append(training.scheduler.open_batches[0].indices.tolist())
+        return float("nan") if step == 30 and dist.get_rank() == world - 1 else 1.0
+
+    training.go(poison)
+    return {"seen": seen, "weights": training.weights(), "rolled_back": training.rolled_back, "slice": ranks["rank"]}
+
+
 def main() -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=FutureWarning)

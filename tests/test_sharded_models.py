@@ -24,7 +24,9 @@ def run(folder: Path, world: int, *names: str) -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     scenarios = [f"copied:{kind}" for kind in KINDS_OF_2]
-    return run(tmp_path_factory.mktemp("two"), 2, *scenarios, "faults:fsdp2", "hidden:fsdp2", "hidden:ddp")
+    scenarios += ["faults:fsdp2", "hidden:fsdp2", "hidden:ddp", "first:fsdp2", "whole:fsdp2", "second:fsdp2,fsdp2,2"]
+    scenarios += ["second:ddp,fsdp2,2", "disk:fsdp2", "failing", "unmarked:fsdp2", "tutorial:fsdp2", "shared_slices"]
+    return run(tmp_path_factory.mktemp("two"), 2, *scenarios)
 
 
 def check_faults(ranks: list[dict]) -> None:
@@ -74,6 +76,86 @@ def test_ddp_fsdp2_and_hsdp_train_the_same_run(tmp_path, world):
         assert len(each["losses"]) == 1000
         np.testing.assert_allclose(each["losses"], first["losses"], rtol=1e-6)
         np.testing.assert_allclose(each["weights"], first["weights"], rtol=0, atol=1e-9)
+
+
+# Checkpoints of all ranks --------------------------------------------------------------------------
+
+
+def check_second_half(ranks: list[dict], first: list[dict], whole: list[dict]) -> None:
+    """It went on as the run on that many ranks."""
+    for rank in ranks:
+        assert rank["begun"] == 25
+        np.testing.assert_allclose(first[0]["losses"] + rank["losses"], whole[0]["losses"], rtol=1e-6)
+        np.testing.assert_allclose(rank["weights"], whole[0]["weights"], rtol=0, atol=1e-9)
+
+
+def test_a_sharded_run_is_saved_by_all_ranks_and_resumed_to_the_bit(two):
+    first, second, whole = (two[name] for name in ("first:fsdp2", "second:fsdp2,fsdp2,2", "whole:fsdp2"))
+    for rank in first:
+        assert rank["path"] == "step-000000025"
+        assert {"step-000000010", "step-000000020", "step-000000025"} <= set(rank["names"])
+    for head, tail, all_of_it in zip(first, second, whole, strict=True):
+        assert head["losses"] + tail["losses"] == all_of_it["losses"]
+        assert tail["weights"] == all_of_it["weights"]
+
+
+def test_a_sharded_run_goes_on_unsharded(two):
+    check_second_half(two["second:ddp,fsdp2,2"], two["first:fsdp2"], two["whole:fsdp2"])
+
+
+def test_without_backups_in_ram_all_ranks_go_back_to_the_checkpoint_that_they_wrote(two):
+    for rank in two["disk:fsdp2"]:
+        assert rank["rolled_back"] == [35]
+        assert np.isfinite(rank["weights"]).all()
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_next_one_works(two):
+    told = [rank["told"] for rank in two["failing"]]
+    assert [names[1] for names in told] == ["step-000000002"] * 2
+    assert "save_callback failed on another rank" in told[0][0]
+    assert "disk full" in told[1][0]
+    assert same([rank["paths"] for rank in two["failing"]])
+    assert len(two["failing"][0]["paths"]) == 2
+
+
+def test_a_save_callback_that_would_gather_a_sharded_model_on_rank_0_alone_is_refused(two):
+    assert all("save_callback=collective(save)" in rank["error"] for rank in two["unmarked:fsdp2"])
+
+
+def test_torchs_own_distributed_checkpoint_takes_the_scheduler_along(two):
+    for rank in two["tutorial:fsdp2"]:
+        assert rank["begun"] == 25
+        assert rank["losses"][0] == rank["losses"][1]
+        assert rank["weights"][0] == rank["weights"][1]
+
+
+def test_processes_that_share_a_slice_train_on_the_same_samples_and_hear_of_each_others_nan(two):
+    one, other = two["shared_slices"]
+    assert one["seen"] == other["seen"]
+    assert len(one["seen"][0]) == 48
+    assert one["rolled_back"] == other["rolled_back"] == [30]
+    assert one["weights"] == other["weights"]
+
+
+@pytest.mark.slow
+def test_four_ranks_save_and_two_go_on_and_the_other_way_round(tmp_path):
+    two = run(tmp_path, 2, "whole:fsdp2", "first:fsdp2")
+    four = run(tmp_path, 4, "whole:fsdp2", "first:fsdp2", "second:fsdp2,fsdp2,2", "second:hsdp,fsdp2,2")
+    tail = run(tmp_path, 2, "second:fsdp2,fsdp2,4", "second:hsdp,fsdp2,4")
+    for name in ("second:fsdp2,fsdp2,2", "second:hsdp,fsdp2,2"):
+        check_second_half(four[name], two["first:fsdp2"], four["whole:fsdp2"])
+    for ranks in tail.values():
+        check_second_half(ranks, four["first:fsdp2"], two["whole:fsdp2"])
+
+
+@pytest.mark.slow
+def test_four_processes_share_two_slices(tmp_path):
+    ranks = run(tmp_path, 4, "shared_slices")["shared_slices"]
+    assert [rank["slice"] for rank in ranks] == [0, 0, 1, 1]
+    assert ranks[0]["seen"] == ranks[1]["seen"] != ranks[2]["seen"] == ranks[3]["seen"]
+    assert not set(ranks[0]["seen"][0]) & set(ranks[2]["seen"][0])
+    assert all(rank["rolled_back"] == [30] for rank in ranks)
+    assert same([rank["weights"] for rank in ranks])
 
 
 # What cannot be copied -----------------------------------------------------------------------------

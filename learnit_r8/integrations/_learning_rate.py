@@ -241,7 +241,15 @@ def follow_lr(scheduler: R8Scheduler, optimizer: Any, *, relative: bool = False)
     Returns:
         The hook; `remove()` undoes it.
     """
-    return LearningRateHook(scheduler, unwrapped(optimizer), relative=relative)
+    inner = unwrapped(optimizer)
+    if any(is_sharded(parameter) for group in inner.param_groups for parameter in group["params"]):
+        scheduler.expect_sharded_model()
+    return LearningRateHook(scheduler, inner, relative=relative)
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether a rank may hold a part of a parameter only: a DTensor, or one of FSDP 1 or of DeepSpeed ZeRO-3."""
+    return any(hasattr(parameter, name) for name in ("placements", "_fsdp_flattened", "_is_flat_param", "ds_id"))
 
 
 def unwrapped(optimizer: Any) -> Optimizer:

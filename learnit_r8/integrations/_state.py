@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import random
+from collections import OrderedDict
+from collections.abc import Iterator, KeysView
 from typing import Any
 
 import numpy as np
@@ -44,7 +47,7 @@ def capture_state(
     given = dict(zip(_PARTS, (model, optimizer, scaler, ema), strict=True))
     live: State = {name: part.state_dict() for name, part in given.items() if part is not None}
     if rngs:
-        live["rngs"] = _capture_rngs()
+        live["rngs"] = capture_rngs()
     if not copy:
         return live
     state: State = CopyPlan(live, None if out is None else buffers_of(out)).fill().tree
@@ -83,7 +86,7 @@ def restore_state(
     elif isinstance(model, torch.nn.Module):
         model.zero_grad(set_to_none=True)
     if rngs and "rngs" in state:
-        _restore_rngs(state["rngs"])
+        restore_rngs(state["rngs"])
 
 
 def tensors_from_arrays(tree: Any) -> Any:
@@ -104,9 +107,10 @@ def arrays_from_tensors(tree: Any) -> Any:
 
 
 class TensorState:
-    """A scheduler or sampler whose state is tensors, lists and numbers, for what saves objects by `torch.save`.
+    """A scheduler or sampler for what saves objects by `torch.save` or `torch.distributed.checkpoint`.
 
         accelerator.register_for_checkpointing(TensorState(scheduler))
+        dcp.save({"model": model_state, "r8": TensorState(scheduler)}, checkpoint_id=folder)
 
     The file then loads under `weights_only=True`; the scheduler's own state holds numpy arrays, which do not.
 
@@ -117,14 +121,42 @@ class TensorState:
     def __init__(self, part: Any) -> None:
         self._part = part
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> OnePiece:
         """Return its state, in new memory."""
-        state: State = tensors_from_arrays(self._part.state_dict())
-        return state
+        return OnePiece(tensors_from_arrays(self._part.state_dict()))
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Restore what `state_dict` returned."""
-        self._part.load_state_dict(arrays_from_tensors(state))
+        self._part.load_state_dict(arrays_from_tensors({name: state[name] for name in state}))
+
+
+class OnePiece:
+    """A dict, which is an OrderedDict once it is pickled, and which torch.distributed.checkpoint does not take apart.
+
+    That reads into what a new object's state has the shape of, and a new scheduler has no plan yet.
+
+    Args:
+        state: The dict.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Any:
+        return self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def keys(self) -> KeysView[str]:
+        """Return the names."""
+        return self._state.keys()
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self._state.items())
 
 
 def _mapped(tree: Any, function: Any) -> Any:
@@ -135,7 +167,20 @@ def _mapped(tree: Any, function: Any) -> Any:
     return tree.item() if isinstance(tree, np.generic) else tree
 
 
-def _capture_rngs() -> State:
+def packed(state: Any) -> bytes:
+    """Return a state of tensors, containers and numbers as bytes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(data: bytes) -> Any:
+    """Undo `packed`."""
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def capture_rngs() -> State:
+    """Return the states of the global random generators."""
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the users' state, only kept
     return {
         "torch": torch.get_rng_state(),
@@ -145,7 +190,8 @@ def _capture_rngs() -> State:
     }
 
 
-def _restore_rngs(state: State) -> None:
+def restore_rngs(state: State) -> None:
+    """Restore what `capture_rngs` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])

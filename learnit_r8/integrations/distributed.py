@@ -17,10 +17,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.integrations._sharded_model import ShardedModel, collective
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make
 from learnit_r8.types import Indices, LossReport
 
-__all__ = ["FromRank0", "make_all_gather", "rank_arguments", "torch_all_gather"]
+__all__ = ["FromRank0", "ShardedModel", "collective", "make_all_gather", "rank_arguments", "torch_all_gather"]
 
 _NOT_INITIALIZED = (
     "torch.distributed is not initialized: call torch.distributed.init_process_group() first, in every process"
@@ -105,10 +106,36 @@ def torch_all_gather(array: NDArray[Any]) -> NDArray[Any]:
     return _default[0](array)
 
 
-def rank_arguments() -> dict[str, Any]:
-    """Return `rank`, `world_size` and `all_gather` of this process, for `R8Scheduler` or `resume_from_checkpoint`."""
+class _SharedSlices:
+    """`torch_all_gather` where several processes train on one slice of a batch.
+
+    Args:
+        mesh: The dimensions over which the data are parallel.
+    """
+
+    def __init__(self, mesh: Any) -> None:
+        coordinate = mesh.get_coordinate()
+        self.slice = int(np.ravel_multi_index(tuple(coordinate), tuple(mesh.shape)))
+        self.place = dist.get_rank()
+        self.slices = torch_all_gather(np.array([self.slice]))
+
+    def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
+        return torch_all_gather(array)
+
+
+def rank_arguments(mesh: Any = None) -> dict[str, Any]:
+    """Return `rank`, `world_size` and `all_gather` of this process, for `R8Scheduler` or `resume_from_checkpoint`.
+
+    Args:
+        mesh: Where not all processes are data-parallel (tensor, context or pipeline parallelism): the dimensions of
+            the `DeviceMesh` over which they are, `mesh["dp"]`. Processes that differ in the other dimensions get the
+            same slice. All processes must call it then.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return {"rank": 0, "world_size": 1, "all_gather": None}
+    if mesh is not None:
+        shared = _SharedSlices(mesh)
+        return {"rank": shared.slice, "world_size": mesh.size(), "all_gather": shared}
     return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "all_gather": torch_all_gather}
 
 

@@ -121,6 +121,14 @@ class ShardedRanks(Ranks):
         plan = f"{args.config.num_samples} {args.config.batch_size} {args.config.strategy}"
         super().__init__(rank, world_size, all_gather, args.clock, plan)
         self.writes = self.exchanges = True
+        self.writes_alone = False
+        if args.save is not None and args.save.collective:
+            raise ConfigError(
+                [
+                    "a collective save_callback is for one checkpoint of all ranks, here every rank writes its own: "
+                    "save this rank's part of the model, torch.save(capture_state(model, optimizer), path)"
+                ]
+            )
 
     def order(self, size: int, streams: RandomStreams, epoch: int, cursor: int) -> None:
         """Return None: all of the batch is this rank's own."""

@@ -61,7 +61,7 @@ def check_arguments(**given: Any) -> Arguments:
         **sizes,
         **_budget(problems, args.num_epochs, args.train_duration_seconds),
         **rates,
-        **_search(problems, args, undo=load is not None and (snapshot or save) is not None),
+        **_search(problems, args, undo=load is not None and (snapshot is not None or _undoes(save))),
         scheduler_mode=schedule_name,
         strategy=strategy_name,
         own_strategy=not isinstance(args.strategy, str),
@@ -130,6 +130,10 @@ def _sizes(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
             f"num_samples must be >= world_size={world}, got {args.num_samples!r}: each rank needs a sample"
         )
     return {"num_samples": size, "batch_size": batch, "drop_last": whole, "world_size": world}
+
+
+def _undoes(save: SaveCallback | None) -> bool:
+    return save is not None and not save.collective  # each rank would give it another temporary file
 
 
 def _search(problems: Problems, args: SimpleNamespace, *, undo: bool) -> dict[str, Any]:

@@ -16,12 +16,17 @@ class SaveCallback:
     Args:
         function: The user's function.
 
+    Attributes:
+        collective: It has to run on all ranks at once, see `learnit_r8.integrations.distributed.collective`.
+
     Raises:
         TypeError: It takes neither one nor two positional arguments.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
+        partly = getattr(function, "func", None)  # of functools.partial
+        self.collective = any(getattr(one, "collective", False) is True for one in (function, partly))
         self._with_state = accepts(function, 2) and not _wants_only_a_path(function)
         if not self._with_state and not accepts(function, 1):
             raise TypeError("save_callback must take (state_dict, filepath) or (filepath)")

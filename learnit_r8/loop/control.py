@@ -24,11 +24,13 @@ class Control:
     Attributes:
         interrupts: Keeps signals for the next step boundary.
         stop: The command to stop that is in force, or None.
+        together: A checkpoint is written by all ranks at once, so all of them have to be asked for it.
     """
 
     def __init__(self, bus: EventBus, ranks: Ranks, clock: Clock, *, saves: bool) -> None:
         self.interrupts = Interrupts(saves=saves)
         self.stop: Command | None = None
+        self.together = False
         self._bus = bus
         self._ranks = ranks
         self._clock = clock
@@ -62,7 +64,9 @@ class Control:
         paused = False
         while self._bus.commanding:
             for command in self._bus.commands(step):
-                if command is Command.CHECKPOINT:
+                if command is Command.CHECKPOINT and self.together:
+                    self._ranks.save = True
+                elif command is Command.CHECKPOINT:
                     save()
                 elif command in (Command.PAUSE, Command.RESUME):
                     paused = command is Command.PAUSE

@@ -26,7 +26,7 @@ from learnit_r8.loop.losses import Reported, read_losses
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.types import Command, Indices
 
-_COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _DAMAGED, _HEADER = range(7)
+_COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _DAMAGED, _SAVE, _HEADER = range(8)
 _COMMANDS: tuple[Command | None, ...] = (None, *Command)
 
 
@@ -46,18 +46,26 @@ class Ranks:
     Args:
         rank: From 0.
         world_size: Number of processes.
-        all_gather: `(array) -> array`: every rank's array, concatenated in rank order.
+        all_gather: `(array) -> array`: every rank's array, concatenated in rank order. Where several processes train
+            on one slice (tensor parallelism), it has the attributes `slices`, the number of each process's slice, and
+            `place`, this process's number; `rank` and `world_size` are those of the slices then.
         clock: This process's time.
         plan: Text that is equal on all ranks of a run.
 
     Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        slice: Number of this process's slice of a batch.
+        slices: Number of slices.
         clock: The time that all ranks agree on.
         asked: A command that a sink of this rank gave; `command` on all ranks after the next report.
         command: The command that a rank was given, or None.
         damaged_since: Step at which this rank's model was damaged, or None; after the next report, any rank's.
         writes: Whether this rank writes checkpoints.
+        writes_alone: Whether one rank writes for all.
         exchanges: Whether reports are exchanged.
         signal: The signal that a rank got, or 0.
+        save: A rank was asked for a checkpoint that all have to write.
     """
 
     def __init__(
@@ -68,14 +76,18 @@ class Ranks:
         clock: Clock,
         plan: str,
     ) -> None:
-        self.rank = rank
-        self.world_size = world_size
+        self.slice, self.slices = rank, world_size
+        self._of_process = of_process = np.asarray(getattr(all_gather, "slices", np.arange(world_size)))
+        self.rank = int(getattr(all_gather, "place", rank))
+        self.world_size = world_size = len(of_process)
+        self._firsts = np.unique(of_process, return_index=True)[1]  # a process of each slice
+        self.save = False
         self.asked: Command | None = None
         self.command: Command | None = None
         self.damaged_since: int | None = None
         self.signal = 0
-        self.writes = rank == 0
-        self.exchanges = world_size > 1
+        self.writes = self.rank == 0
+        self.writes_alone = self.exchanges = world_size > 1
         self._all_gather = all_gather
         self._local = clock
         self._created = clock.monotonic()
@@ -95,19 +107,19 @@ class Ranks:
         Raises:
             ProtocolError: The ranks cannot have equal shares of it.
         """
-        if self.world_size == 1:
+        if self.slices == 1:
             return None
-        if size % self.world_size:
+        if size % self.slices:
             raise ProtocolError(
-                f"the strategy drew {size} samples for {self.world_size} ranks, whose slices would differ in size and "
+                f"the strategy drew {size} samples for {self.slices} ranks, whose slices would differ in size and "
                 "weigh their samples differently: let draw(request) return a multiple of request.multiple samples"
             )
         return streams.at(Purpose.SLICES, epoch, cursor).permutation(size)
 
     def cut(self, size: int) -> slice:
         """Return this rank's part of what `order` returned."""
-        share = size // self.world_size
-        return slice(self.rank * share, (self.rank + 1) * share)
+        share = size // self.slices
+        return slice(self.slice * share, (self.slice + 1) * share)
 
     def everyone(self, number: float) -> NDArray[np.float64]:
         """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
@@ -116,6 +128,12 @@ class Ranks:
             return mine
         assert self._all_gather is not None
         return np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
+
+    def tell(self, text: str) -> str:
+        """Return what rank 0 has to say, which alone gives a text. All ranks must call it."""
+        assert self._all_gather is not None
+        mine = np.frombuffer(text.encode(), np.uint8).astype(np.float64)
+        return bytes(np.asarray(self._all_gather(mine)).astype(np.uint8).tolist()).decode()
 
     def gather(
         self, reported: Reported, indices: Indices, order: Indices | None, step: int, signal: int | None
@@ -165,19 +183,24 @@ class Ranks:
         header[_SECONDS] = self._local.monotonic() - self._created
         header[_SIGNAL] = signal or 0
         header[_COMMAND] = _COMMANDS.index(self.asked)
+        header[_SAVE] = self.save
         header[_DAMAGED] = np.inf if self.damaged_since is None else self.damaged_since
         everyone = np.asarray(self._all_gather(np.concatenate([header, values])), dtype=np.float64).ravel()
-        headers, losses = self._split(everyone)
+        headers, parts = self._split(everyone)
         self._compare(headers[:, _HASH], step)
+        if len(self._firsts) < len(parts):
+            parts = [self._agreed(parts, number) for number in range(self.slices)]
+        losses = np.concatenate(parts)
         self._shared.now = float(headers[0, _SECONDS])
         self.signal = int(headers[:, _SIGNAL].max())
         self.command, self.asked = _COMMANDS[int(headers[:, _COMMAND].max())], None
         since = headers[:, _DAMAGED].min()
         self.damaged_since = int(since) if since < np.inf else None
-        return headers[:, _COUNT], losses
+        self.save = bool(headers[:, _SAVE].any())
+        return headers[self._firsts, _COUNT], losses
 
-    def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the ranks' headers, `[world, header]`, and what follows them, joined."""
+    def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
+        """Return the ranks' headers, `[world, header]`, and what follows each."""
         headers, losses, start = [], [], 0
         while start + _HEADER < len(everyone):
             headers.append(everyone[start : start + _HEADER])
@@ -189,7 +212,18 @@ class Ranks:
                 f"all_gather returned {len(everyone)} numbers from which {len(headers)} reports of {self.world_size} "
                 "could be read: it must return all ranks' arrays, of different lengths, concatenated in rank order"
             )
-        return np.stack(headers), np.concatenate(losses)
+        return np.stack(headers), losses
+
+    def _agreed(self, parts: list[NDArray[np.float64]], number: int) -> NDArray[np.float64]:
+        """Return what the processes of a slice report; one's NaN is the slice's."""
+        same = [part for part, of in zip(parts, self._of_process, strict=True) if of == number]
+        if len({len(part) for part in same}) > 1:
+            raise ProtocolError(
+                f"processes that share slice {number} reported {[len(part) for part in same]} losses: they train on "
+                "the same samples, and report the same losses"
+            )
+        highest: NDArray[np.float64] = np.maximum.reduce(same)  # equal, up to rounding
+        return highest
 
     def _compare(self, hashes: NDArray[np.float64], step: int) -> None:
         different = np.flatnonzero(hashes != hashes[0])
@@ -207,7 +241,7 @@ class Ranks:
         if not counts.any():
             return read_losses(float(losses.mean()), size)
         raise ProtocolError(
-            f"there came {len(losses)} losses for a global batch of {size} samples on {self.world_size} ranks, by rank "
+            f"there came {len(losses)} losses for a global batch of {size} samples on {self.slices} ranks, by rank "
             f"{[int(count) for count in counts]} (0: one number for all of them): report per-sample losses on every "
             "rank, or one number on every rank"
         )

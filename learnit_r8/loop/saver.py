@@ -90,16 +90,22 @@ class Saver:
             raise
         finally:
             # A failing disk is asked again at the next cadence, not at every step.
-            self._saved_step = step
-            self._saved_epoch = -1 if finished_epoch is None else finished_epoch
-        self._own[saved.path.name] = step
-        self._newest = step, saved.path
+            self.note(step, finished_epoch)
+        self.note(step, finished_epoch, saved.path)
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
         for problem in saved.problems:
             if problem not in self._told:  # once: it mostly is the same at every save
                 self._told.add(problem)
                 self._bus.emit(events.Notice, step, problem, "warning")
         return saved.path
+
+    def note(self, step: int, finished_epoch: int | None, path: Path | None = None) -> None:
+        """Take note of a save, by this rank or another, and of where it is if it worked."""
+        self._saved_step = step
+        self._saved_epoch = -1 if finished_epoch is None else finished_epoch
+        if path is not None:
+            self._own[path.name] = step
+            self._newest = step, path
 
     def farewell(self, step: int, *, writes: bool) -> str:
         """Return where a run that stops now is saved and how it goes on, as one sentence.
