@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -446,14 +447,16 @@ def test_a_gather_without_a_process_group_says_what_to_call():
 class Shard:
     """One rank's run over its shard; the loss of a sample is its own number, shrinking with use."""
 
-    def __init__(self, ranks: dict, folder=None, *, resume: bool = False, size: int = 500, **options) -> None:
+    def __init__(
+        self, ranks: dict, folder=None, *, resume: bool = False, size: int = 500, one_folder: bool = False, **options
+    ) -> None:
         from learnit_r8.integrations.sharded import ShardedScheduler
 
         self.rank = ranks["rank"]
         self.level = np.random.default_rng(self.rank).lognormal(self.rank / 3, 1, size)
         self.restored: list[int] = []
         callbacks = {"load_callback": self.load, "save_callback": lambda path: Path(path).write_text("")}
-        path = None if folder is None else folder / str(self.rank)
+        path = folder if folder is None or one_folder else folder / str(self.rank)
         if resume:
             self.scheduler = ShardedScheduler.resume_from_checkpoint(
                 path, **callbacks, state_callback=dict, **ranks, ui="off"
@@ -468,9 +471,11 @@ class Shard:
         if from_ram:
             self.restored.append(self.scheduler.global_step - 1)
 
-    def go(self, nan_at: int = -1, stop_at: int = -1):
+    def go(self, nan_at: int = -1, stop_at: int = -1, at_most: int = 10**9):
         for _ in self.scheduler.epoch_iterator():
             for batch in self.scheduler.batch_iterator():
+                if batch.step == at_most:
+                    return self
                 losses = self.level[batch.indices] * (0.5 + 0.5 * 0.998**batch.step)
                 if batch.step == nan_at:
                     losses = losses * np.nan
@@ -510,6 +515,78 @@ def test_shards_of_different_sizes_are_refused():
 
     outcomes = on_threads(2, lambda ranks: Shard(ranks, size=500 + ranks["rank"]))
     assert all(isinstance(outcome, ConfigError) and "501" in str(outcome) for outcome in outcomes)
+
+
+def test_high_losses_in_one_shard_alone_give_all_ranks_one_verdict():
+    def body(ranks):
+        rng, results = np.random.default_rng(ranks["rank"]), []
+        options = {"num_epochs": 4, "checkpoint_dir": None, "ui": "off", "backup_every": 10, "state_callback": dict}
+        from learnit_r8.integrations.sharded import ShardedScheduler
+
+        scheduler = ShardedScheduler(1600, 16, load_callback=lambda state: None, **options, **ranks)
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                losses = rng.normal(1.0, 0.1, len(batch.indices)).clip(0.1)
+                if 250 <= batch.step < 256 and ranks["rank"] == 1:
+                    losses *= 30
+                if batch.step == 300 and ranks["rank"] == 1:
+                    losses[3] = np.nan
+                result = scheduler.update_with_loss(losses)
+                results.append((result.verdict, result.rolled_back, result.accepted))
+        assert scheduler.world_size == 2
+        assert scheduler.batch_size == 32
+        return results
+
+    one, other = on_threads(2, body)
+    assert one == other
+    assert any(rolled_back for _, rolled_back, _ in one[250:256])
+    assert len(one) == 400
+
+
+def test_all_ranks_shards_share_a_folder_and_go_on_from_the_newest_step_that_all_have(tmp_path):
+    def crashed(ranks):  # the second rank dies before its save of step 80
+        shard = Shard(ranks, tmp_path, one_folder=True)
+        shard.go(stop_at=60)
+        return shard.go(stop_at=80 if ranks["rank"] == 0 else -2, at_most=80)
+
+    whole = on_threads(2, lambda ranks: Shard(ranks).go())
+    on_threads(2, crashed)
+    names = {path.name: sorted(step.name for step in path.glob("step-*")) for path in tmp_path.iterdir()}
+    assert names == {
+        "shard-0000-of-0002": ["step-000000060", "step-000000080"],
+        "shard-0001-of-0002": ["step-000000060"],
+    }
+    tails = on_threads(2, lambda ranks: Shard(ranks, tmp_path, one_folder=True, resume=True).go())
+    assert [tail.seen for tail in tails] == [one.seen[60:] for one in whole]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_shards_are_not_resumed_on_another_number_of_ranks(tmp_path, world):
+    from learnit_r8 import CheckpointError
+
+    on_threads(2, lambda ranks: Shard(ranks, tmp_path, one_folder=True).go(stop_at=20))
+    outcomes = on_threads(world, lambda ranks: Shard(ranks, tmp_path, one_folder=True, resume=True))
+    assert all(isinstance(o, CheckpointError) and f"of 2 shards, this run has {world}" in str(o) for o in outcomes)
+
+
+def test_a_shard_whose_folder_is_lost_is_named_on_all_ranks(tmp_path):
+    from learnit_r8 import CheckpointError
+
+    nothing = on_threads(2, lambda ranks: Shard(ranks, tmp_path / "none", one_folder=True, resume=True))
+    assert all(isinstance(outcome, FileNotFoundError) for outcome in nothing)
+    on_threads(2, lambda ranks: Shard(ranks, tmp_path, one_folder=True).go(stop_at=20))
+    shutil.rmtree(tmp_path / "shard-0001-of-0002")
+    outcomes = on_threads(2, lambda ranks: Shard(ranks, tmp_path, one_folder=True, resume=True))
+    assert all(isinstance(o, CheckpointError) and "rank 0: [20]; rank 1: none" in str(o) for o in outcomes)
+
+
+def test_another_ranks_shard_is_not_loaded():
+    from learnit_r8.errors import ConfigError
+
+    first = on_threads(2, lambda ranks: Shard(ranks).go(stop_at=-1).scheduler.state_dict())
+    shard = Shard(driver.one_rank())
+    with pytest.raises(ConfigError, match="shard 1 of 2, this is shard 0 of 1"):
+        shard.scheduler.load_state_dict(first[1])
 
 
 def test_one_shard_alone_runs_too():

@@ -9,22 +9,26 @@ the global mean loss, and so the same rollbacks and learning rates. Once an epoc
 the samples). Every batch is balanced over these quartiles as far as the shard has samples in them.
 
 Differences from a replicated plan: samples never change their rank, the shards have to be of one
-size, a run is resumed on the same number of ranks, losses are reported per sample, every rank
-writes its own checkpoints (give each its own `checkpoint_dir`), and ties at a quartile edge are not
-split.
+size, a run is resumed on the same number of ranks (another one is refused), losses are reported per
+sample but judged by their mean over all ranks, every rank writes its own checkpoints (into a folder
+of its own in `checkpoint_dir`), and ties at a quartile edge are not split.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.catalog import LossCatalog, Rows
-from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.checkpoint import CheckpointStore
+from learnit_r8.checkpoint.manifest import MANIFEST
+from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.losses import Reported
 from learnit_r8.loop.ranks import Ranks
@@ -37,6 +41,8 @@ from learnit_r8.types import Indices, Losses, Mask
 __all__ = ["ShardedScheduler"]
 
 Gather = Callable[[NDArray[Any]], NDArray[Any]]
+
+_FOLDER = re.compile(r"shard-(\d{4,})-of-(\d{4,})")
 
 QUANTILES = 1024
 _SKETCHED = 1 << 18
@@ -144,13 +150,14 @@ class ShardedScheduler(R8Scheduler):
         world_size: Number of ranks.
         all_gather: See `learnit_r8.integrations.distributed`.
         seed: The same on all ranks; each draws its own random numbers.
-        **options: As for `R8Scheduler`.
+        **options: As for `R8Scheduler`. Each rank saves into its own folder in `checkpoint_dir`.
 
     Raises:
         ConfigError: Bad arguments, or shards of different sizes.
     """
 
     _catalog: ShardedCatalog
+    _values: Losses | None = None  # of this rank's last report
 
     def __init__(
         self,
@@ -166,6 +173,11 @@ class ShardedScheduler(R8Scheduler):
         self._shard = (rank, world_size, all_gather or np.asarray)
         if isinstance(seed, int):
             seed = seed % (1 << 64) | (rank + 1) << 64  # the same again where a checkpoint's seed is given
+        folder = options.get("checkpoint_dir", "./checkpoints")
+        if isinstance(folder, (str, Path)) and str(folder).strip():
+            folder = Path(folder)
+            folder = folder.parent if _FOLDER.fullmatch(folder.name) else folder  # of a checkpoint's configuration
+            options["checkpoint_dir"] = folder / _folder(rank, world_size)
         super().__init__(num_samples, batch_size, seed=seed, **options)
         sizes = np.asarray(self._shard[2](np.array([num_samples, batch_size], np.float64))).reshape(-1, 2)
         if len(sizes) != world_size or (sizes != sizes[0]).any():
@@ -174,9 +186,31 @@ class ShardedScheduler(R8Scheduler):
             )
 
     @classmethod
-    def resume_from_checkpoint(cls, *args: Any, **new_goals: Any) -> ShardedScheduler:
-        """As `R8Scheduler.resume_from_checkpoint`; give `rank`, `world_size` and `all_gather` again."""
-        return super().resume_from_checkpoint(*args, **new_goals)
+    def resume_from_checkpoint(cls, path: str | Path, *args: Any, **new_goals: Any) -> ShardedScheduler:
+        """As `R8Scheduler.resume_from_checkpoint`; give `rank`, `world_size` and `all_gather` again.
+
+        Args:
+            path: The run's `checkpoint_dir`: all ranks go on from the newest step that each of them has whole.
+            *args: As there.
+            **new_goals: As there.
+
+        Raises:
+            FileNotFoundError: No rank has a checkpoint.
+            CheckpointError: The ranks have none of one step, or it was saved by another number of ranks.
+        """
+        rank, world = new_goals["rank"], new_goals["world_size"]
+        mine = common_checkpoint(Path(path), rank, world, new_goals["all_gather"] or np.asarray)
+        return super().resume_from_checkpoint(mine, *args, **new_goals)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a full batch of all ranks."""
+        return self._config.batch_size * self._shard[1]
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._shard[1]
 
     def _make_ranks(self, args: Arguments) -> Ranks:
         return ShardedRanks(*self._shard, args)
@@ -197,7 +231,16 @@ class ShardedScheduler(R8Scheduler):
         total, count, bad, expected, known, seen = everyone.reshape(-1, len(mine)).sum(axis=0)
         complete = bool((everyone.reshape(-1, len(mine))[:, 5] == self._catalog.num_samples).all())
         self._catalog.agree(expected / count, known / seen if seen else math.nan, complete=complete)
-        return Reported(reported.values, float(total / count), not bad)
+        # The values of one shard must not decide: all ranks have to come to one verdict.
+        self._values = reported.values
+        return Reported(None, float(total / count), not bad)
+
+    def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
+        super()._record(ticket, rows, reported._replace(values=self._values))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `R8Scheduler.state_dict`, of this rank's shard."""
+        return {**super().state_dict(), "shard": list(self._shard[:2])}
 
     def _start_epoch(self) -> None:
         super()._start_epoch()
@@ -205,6 +248,14 @@ class ShardedScheduler(R8Scheduler):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As `R8Scheduler.load_state_dict`, on all ranks together."""
+        mine, saved = list(self._shard[:2]), list(state.get("shard", self._shard[:2]))
+        if mine != saved:
+            raise ConfigError(
+                [
+                    f"the state is that of shard {saved[0]} of {saved[1]}, this is shard {mine[0]} of {mine[1]}: each "
+                    "rank loads what it saved, on as many ranks as there were"
+                ]
+            )
         super().load_state_dict(state)
         self._agree_on_batches()
 
@@ -212,3 +263,59 @@ class ShardedScheduler(R8Scheduler):
         # Samples in quarantine, or left out by a strategy, differ by shard; the number of steps must not.
         batches = np.asarray(self._shard[2](np.array([self._chooser.batches], np.float64)))
         self._chooser.batches, self._chooser.fixed = int(batches.min()), True
+
+
+def _folder(rank: int, world_size: int) -> str:
+    return f"shard-{rank:04d}-of-{world_size:04d}"
+
+
+def common_checkpoint(directory: Path, rank: int, world_size: int, gather: Gather) -> Path:
+    """Return this rank's newest checkpoint of a step that all ranks have a whole checkpoint of.
+
+    All ranks must call it. After a crash between their saves, the newest ones may be of different steps.
+
+    Args:
+        directory: The run's `checkpoint_dir`, or one checkpoint of this rank.
+        rank: Of this process.
+        world_size: Number of processes.
+        gather: As for `R8Scheduler`.
+
+    Raises:
+        FileNotFoundError: No rank has a checkpoint.
+        CheckpointError: There is none that all have.
+    """
+    worlds = {int(found[2]) for entry in directory.glob("shard-*") if (found := _FOLDER.fullmatch(entry.name))}
+    others = worlds - {world_size}
+    strange = np.asarray(gather(np.array([max(others, default=0)], np.float64)))
+    if strange.any() and world_size not in worlds:
+        raise CheckpointError(
+            f"the checkpoints in {directory} are of {int(strange.max())} shards, this run has {world_size}: resume it "
+            "on as many ranks, each with its shard"
+        )
+    mine = directory / _folder(rank, world_size)
+    store = CheckpointStore(mine if mine.is_dir() or worlds else directory)
+    if not worlds and (directory / MANIFEST).is_file():
+        return directory
+    held = {}  # by step, the one saved last
+    for entry in store.entries():
+        if entry.manifest is not None:
+            held.setdefault(entry.manifest.step, entry.path)
+    sizes = np.asarray(gather(np.array([len(held)], np.float64))).astype(int)
+    steps = np.asarray(gather(np.array(list(held), np.float64))).astype(int)
+    by_rank = np.split(steps, np.cumsum(sizes)[:-1])
+    if not len(steps):
+        raise FileNotFoundError(f"no checkpoint in {directory} on any of {world_size} ranks")
+    for step in by_rank[0].tolist():
+        if not all(step in each for each in by_rank):
+            continue
+        whole = True
+        try:
+            store.load(held[step])
+        except CheckpointError:
+            whole = False
+        if np.asarray(gather(np.array([whole], np.float64))).all():
+            return held[step]
+    newest = [f"rank {number}: {each.tolist() or 'none'}" for number, each in enumerate(by_rank)]
+    raise CheckpointError(
+        f"the ranks have no whole checkpoint of one step in {directory}; steps of {'; '.join(newest)}"
+    )
