@@ -296,7 +296,7 @@ def common_checkpoint(directory: Path, rank: int, world_size: int, gather: Gathe
     store = CheckpointStore(mine if mine.is_dir() or worlds else directory)
     if not worlds and (directory / MANIFEST).is_file():
         return directory
-    held = {}  # by step, the one saved last
+    held: dict[int, Path] = {}  # by step, the one saved last
     for entry in store.entries():
         if entry.manifest is not None:
             held.setdefault(entry.manifest.step, entry.path)
