@@ -321,6 +321,8 @@ class PrioritizedReplayBuffer(SavedBuffer):
         self._default = filled(state["default"], count, np.zeros(self.capacity, dtype=bool))
         self._recent = RecentLargest(self.capacity)
         self._recent.load_state_dict(state["recent"])
+        if (state["ranking"] is None, state["n_step"] is None) != (self._ranking is None, self._n_step is None):
+            raise ValueError("ranking or n_step is missing, or too much")
         if self._ranking is not None:
             self._ranking = Ranking(self.capacity)
             self._ranking.load_state_dict(state["ranking"], count)

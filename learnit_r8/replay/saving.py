@@ -127,7 +127,7 @@ def check_made_with(came: Any, mine: Mapping[str, Any]) -> None:
         CheckpointError: Names the arguments that differ.
     """
     came = came if isinstance(came, Mapping) else {}
-    theirs = {name: came.get(name) for name in mine if came.get(name) != mine[name]}
+    theirs = {name: came.get(name) for name in mine if name not in came or came[name] != mine[name]}
     if theirs:
         ours = {name: mine[name] for name in theirs}
         raise CheckpointError(f"the state is of a buffer with {theirs}, this one has {ours}: make it with the same")

@@ -16,7 +16,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from learnit_r8.errors import CheckpointError, ConfigError
-from learnit_r8.replay.trees import Spec, fits, flatten, layout_of, stack_trees, to_numpy, to_torch, unflatten
+from learnit_r8.replay.trees import (
+    Spec,
+    check_spec,
+    fits,
+    flatten,
+    layout_of,
+    stack_trees,
+    to_numpy,
+    to_torch,
+    unflatten,
+)
 from learnit_r8.types import Indices
 
 
@@ -102,6 +112,7 @@ class ObjectStorage:
         Raises:
             CheckpointError: There are more or fewer than `count`.
         """
+        check_kind(state, "objects")
         experiences = list(state["experiences"])
         if len(experiences) != count:
             raise CheckpointError(f"the state has {len(experiences)} experiences where it says {count}")
@@ -209,9 +220,11 @@ class ArrayStorage:
         Raises:
             CheckpointError: The state is damaged, or the files that it names are missing or others.
         """
-        if state["spec"] is None:
+        check_kind(state, "arrays")
+        if state["spec"] is None and not count:
             self._spec, self._leaves = None, []
             return
+        check_spec(state["spec"], len(state["layout"]))
         if state["leaves"] is None:
             self._leaves = [self._reopen(number, layout) for number, layout in enumerate(state["layout"])]
             if self._digest(head) != state["next_row"]:
@@ -328,6 +341,12 @@ class ArrayStorage:
                     f"leaf {number} does not fit into {held.dtype}, which the first experience had: give the first "
                     f'one the type that all of them need, or use storage="objects"; got {leaf!r:.80}'
                 )
+
+
+def check_kind(state: dict[str, Any], kind: str) -> None:
+    """Raise CheckpointError unless the experiences were in this kind of storage."""
+    if state["kind"] != kind:
+        raise CheckpointError(f"the state is of storage={state['kind']!r}, this buffer has storage={kind!r}")
 
 
 def _may_cast(given: np.dtype[Any], held: np.dtype[Any]) -> bool:

@@ -18,9 +18,10 @@ def fits(values: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> bool:
     """Whether a cast keeps the values; floats may be rounded, not made infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype)
+        back = cast.astype(values.dtype)  # numpy compares large integers with floats as floats
     if values.dtype.kind in "fc":
         return bool((np.isfinite(cast) == np.isfinite(values)).all())
-    return bool(((cast == values) | (cast != cast)).all())  # NaT, which is no date, stays one
+    return bool(((back == values) | (values != values)).all())  # NaT, which is no date, differs from itself
 
 
 def layout_of(held: Any) -> list[Any]:
@@ -58,6 +59,18 @@ def flatten(tree: Any, leaves: list[Any]) -> Spec:
         )
     leaves.append(tree.detach() if is_tensor(tree) else np.asarray(tree))
     return len(leaves) - 1
+
+
+def check_spec(spec: Any, leaves: int) -> None:
+    """Raise unless this says how an experience of so many leaves is built.
+
+    Raises:
+        ValueError, TypeError: It says something else.
+    """
+    found: list[Any] = []
+    flatten(unflatten(spec, [np.array(number) for number in range(leaves)]), found)
+    if [int(number) for number in found] != list(range(leaves)):
+        raise ValueError(f"an experience of {leaves} leaves is not built like {spec}")
 
 
 def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
