@@ -30,6 +30,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _LARGEST_ALPHA, _LARGEST_BETA, _LARGEST_EPS, _LARGEST_ERROR = 3.0, 10.0, 1.0, 1e90
 """Larger errors count as this one, so that no priority leaves the range of float64."""
+_CALLS_AHEAD, _FEW_POINTS = 8, 4096
+"""Calls of `sample` whose random numbers are drawn together, and the batch up to which that pays."""
 # What is known of an experience's slot, so that an update can tell whom it is for.
 _IDLE, _AWAITED, _REPLACED = 0, 1, 2
 
@@ -116,6 +118,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
         self._marks = np.zeros(self.capacity, dtype=np.uint8)
         self._added = 0
         self._draws = 0
+        self._ahead = (-1, 0), np.zeros((0, 0))  # points of the coming calls, and which calls these are
         self._ranking = Ranking(self.capacity) if variant == "rank" else None
         self._recent = RecentLargest(self.capacity)  # |delta| (rank) or p (proportional)
         self._largest = 1.0  # what a new experience gets: the largest of them
@@ -213,20 +216,16 @@ class PrioritizedReplayBuffer(SavedBuffer):
         Raises:
             ValueError: The buffer is empty or `batch_size` is not a positive int.
         """
-        if not _is_int(batch_size) or batch_size < 1:
+        if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
         with self._lock:
             if not self._added:
                 raise ValueError("cannot sample from an empty buffer: add experiences first")
             beta = self.beta if beta is None else beta
-            rng = self._streams.at(Purpose.BATCH, 0, self._draws)
-            u = rng.random(batch_size)
-            u += np.arange(batch_size)
-            u /= batch_size
-            slots = self._tree.draw(u)
+            slots = self._tree.draw(self._points(batch_size))
             p = self._tree.view[slots]
             if self._normalize == "max":
-                weights = (p / p.min()) ** -beta
+                weights = (p / np.minimum.reduce(p)) ** -beta
             else:
                 weights = (p * (len(self) / self._tree.total)) ** -beta
                 if self._normalize == "mean":
@@ -237,6 +236,17 @@ class PrioritizedReplayBuffer(SavedBuffer):
             drawn = slots.view(DrawnIndices)
             drawn.as_of = self._added
         return experiences, weights.astype(np.float32), drawn
+
+    def _points(self, size: int) -> NDArray[np.float64]:
+        """Return one number from each of `size` equal parts of 0 .. 1, of several calls at a time."""
+        calls = _CALLS_AHEAD if size <= _FEW_POINTS else 1
+        block, row = divmod(self._draws, calls)
+        if self._ahead[0] != (block, size):
+            points = self._streams.at(Purpose.BATCH, calls, block).random((calls, size))
+            points += np.arange(float(size))
+            points /= size
+            self._ahead = (block, size), points
+        return self._ahead[1][row]
 
     def update_priorities(self, indices: ArrayLike, td_errors: ArrayLike, *, as_of: int | None = None) -> int:
         """Give experiences the priority of their newest error.
@@ -260,26 +270,25 @@ class PrioritizedReplayBuffer(SavedBuffer):
             ValueError: NaN or infinite errors, or not one per index. Nothing is changed.
         """
         as_of = getattr(indices, "as_of", None) if as_of is None else as_of
-        slots = np.asarray(as_array(indices)).reshape(-1)
+        slots = np.asarray(indices if isinstance(indices, np.ndarray) else as_array(indices)).reshape(-1)
         errors = self._checked_errors(td_errors, slots.size)
         if slots.size and slots.dtype.kind not in "iu":
             raise IndexError(f"indices must be integers, got dtype {slots.dtype}")
         slots = slots.astype(np.int64, copy=False)
         with self._lock:
             # Negative numbers read as unsigned are huge: one comparison checks both ends.
-            if slots.size and slots.view(np.uint64).max() >= len(self):
+            if slots.size and np.maximum.reduce(slots.view(np.uint64)) >= len(self):
                 bad = slots[(slots < 0) | (slots >= len(self))]
                 raise IndexError(
                     f"indices must be in 0 .. {len(self) - 1}, got {bad[0]} ({bad.size} of {slots.size} outside)"
                 )
-            if as_of is None:
-                current = self._marks[slots] != _REPLACED
-            else:
-                # How many experiences were added after the one now in the slot.
-                age = (self._added - 1 - slots) % self.capacity
-                current = age >= self._added - as_of
+            marks = self._marks[slots] if as_of is None else None
             self._marks[slots] = _IDLE
-            if not current.all():
+            current = None if marks is None else marks != _REPLACED
+            if as_of is not None and as_of < self._added:
+                # How many experiences were added after the one now in the slot.
+                current = (self._added - 1 - slots) % self.capacity >= self._added - as_of
+            if current is not None:
                 slots, errors = slots[current], errors[current]
             if slots.size:
                 self._set(slots, errors)
@@ -314,7 +323,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
         count = len(self)
         if min(self._added, self._draws, self.seed) < 0 or not 0.0 <= self._largest < math.inf:
             raise ValueError("a counter is negative")
-        self._streams = RandomStreams(self.seed)
+        self._streams, self._ahead = RandomStreams(self.seed), ((-1, 0), np.zeros((0, 0)))
         self._tree = SumTree(self.capacity, fast=self._fast)
         self._tree.fill(filled(state["priorities"], count, np.zeros(self.capacity)))
         self._marks = filled(state["marks"], count, np.zeros(self.capacity, dtype=np.uint8))
@@ -357,14 +366,14 @@ class PrioritizedReplayBuffer(SavedBuffer):
         self._default[slots] = False
         values = errors if self._ranking is not None else (errors + self.eps) ** self.alpha
         self._weigh(slots, values)
-        self._note(slots.size, float(values.max()))
+        self._note(slots.size, float(np.maximum.reduce(values)))
 
     def _weigh(self, slots: Indices, values: NDArray[np.float64] | float) -> None:
-        if self._ranking is None:
-            self._tree.set(slots, values)
-        else:
-            slots, ranks = self._ranking.set(slots, np.broadcast_to(values, slots.shape), len(self))
-            self._tree.set(slots, ranks**-self.alpha)
+        weights = values if isinstance(values, np.ndarray) else np.full(slots.size, values)
+        if self._ranking is not None:
+            slots, ranks = self._ranking.set(slots, weights, len(self))
+            weights = ranks**-self.alpha
+        self._tree.put(slots, weights)
 
     def _note(self, events: int, largest: float | None) -> None:
         """Count events; where the largest falls, or is known at last, so do the priorities that are nobody's error."""
@@ -383,11 +392,8 @@ class PrioritizedReplayBuffer(SavedBuffer):
         errors: NDArray[np.float64] = np.fabs(signed.reshape(-1))
         if errors.size != count:
             raise ValueError(f"need one error per experience: {count} experiences, {errors.size} errors")
-        if errors.size and not errors.max() < math.inf:
+        largest = np.maximum.reduce(errors, initial=0.0)
+        if not largest < math.inf:
             bad = np.flatnonzero(~np.isfinite(errors))
             raise ValueError(f"errors must be finite, got {errors[bad[0]]} at position {bad[0]} ({bad.size} in all)")
-        return np.minimum(errors, _LARGEST_ERROR)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+        return errors if largest <= _LARGEST_ERROR else np.minimum(errors, _LARGEST_ERROR)

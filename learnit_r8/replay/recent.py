@@ -36,14 +36,17 @@ class RecentLargest:
     def note(self, events: int, largest: float | None = None) -> None:
         """Count events, with the largest number that they reported."""
         self._events += events
-        passed = min(self._events // self._each, len(self._parts))
-        self._events %= self._each
-        for _ in range(passed):
+        if self._events >= self._each:
+            self._pass(min(self._events // self._each, len(self._parts)))
+            self._events %= self._each
+        if largest is not None:
+            self._current = max(self._current, largest)
+
+    def _pass(self, parts: int) -> None:
+        for _ in range(parts):
             dropped, *self._parts = [*self._parts, self._current]
             self._current = -1.0
             self._last = self._last if dropped < 0.0 else dropped
-        if largest is not None:
-            self._current = max(self._current, largest)
 
     def state_dict(self) -> dict[str, Any]:
         """Return JSON data."""
