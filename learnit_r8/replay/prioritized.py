@@ -243,10 +243,8 @@ class PrioritizedReplayBuffer(SavedBuffer):
         block, row = divmod(self._draws, calls)
         if self._ahead[0] != (block, size):
             points = self._streams.at(Purpose.BATCH, calls, block).random((calls, size))
-            points += np.arange(float(size))
-            points /= size
-            self._ahead = (block, size), points
-        return self._ahead[1][row]
+            self._ahead = (block, size), (points + np.arange(float(size))) / size
+        return np.asarray(self._ahead[1][row])
 
     def update_priorities(self, indices: ArrayLike, td_errors: ArrayLike, *, as_of: int | None = None) -> int:
         """Give experiences the priority of their newest error.
