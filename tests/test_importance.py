@@ -66,7 +66,7 @@ def test_loss_and_weights_agree_with_the_documented_formulas(seed, temperature, 
         ratio=ratio,
     )
     loss_fn = ImportanceWeightedSFTLoss(
-        epsilon, temperature, smoothing, clip[1] if clip and clip[0] == 0.0 else clip, level=level, ratio=ratio
+        epsilon, smoothing, temperature, clip[1] if clip and clip[0] == 0.0 else clip, level=level, ratio=ratio
     )
     loss, weights = loss_fn(*(torch.tensor(x) for x in (logits, labels, ref)), return_weights=True)
     np.testing.assert_allclose(weights, expected_weights, rtol=2e-4)
@@ -148,7 +148,7 @@ def test_a_batch_without_labels_has_loss_zero_and_gradient_zero():
 
 def test_bad_options_and_shapes_are_refused_with_what_was_expected():
     with pytest.raises(ConfigError) as caught:
-        ImportanceWeightedSFTLoss(2.0, 0.0, 1.0, (3.0, 1.0), level="word", ratio="x")
+        ImportanceWeightedSFTLoss(2.0, 1.0, 0.0, (3.0, 1.0), level="word", ratio="x")
     assert [problem.split()[0] for problem in caught.value.problems] == [
         "temperature", "epsilon", "label_smoothing", "clip_weight", "level", "ratio",
     ]  # fmt: skip
@@ -162,3 +162,16 @@ def test_bad_options_and_shapes_are_refused_with_what_was_expected():
             loss_fn(logits, torch.full((2, 3), bad))
     with pytest.raises(ValueError, match="one shape"):
         importance_weights(torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_arguments_come_in_the_published_order_and_as_a_config_file_has_them():
+    loss_fn = ImportanceWeightedSFTLoss(0.0, 0.1, 2.0, [0.5, 3])
+    assert (loss_fn.epsilon, loss_fn.label_smoothing, loss_fn.temperature) == (0.0, 0.1, 2.0)
+    ours, theirs = torch.zeros(1, 3), torch.tensor([[-9.0, 1.0, 9.0]])
+    weights = importance_weights(ours, theirs, 2.0, 0.0, [0.5, 3])
+    torch.testing.assert_close(weights, torch.tensor([[0.5, math.exp(0.5), 3.0]]))
+    mixed = importance_weights(ours, torch.tensor([[-math.inf, 0.0, math.log(100.0)]]))
+    torch.testing.assert_close(mixed, torch.tensor([[0.1, 1.0, 90.1]]))
+    for bad in ([1.0], [2.0, 1.0], "3", [0.0, 0.0], 0.0, -1.0, [None, 2.0], math.nan):
+        with pytest.raises(ConfigError, match="clip_weight"):
+            ImportanceWeightedSFTLoss(clip_weight=bad)

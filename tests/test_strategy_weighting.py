@@ -286,3 +286,25 @@ def test_ids_that_are_no_integers_are_refused(ids):
 def test_a_batch_size_that_is_no_whole_number_is_refused(n):
     with pytest.raises(ConfigError, match="sample needs n >= 1"):
         AdaptiveBatchSampler(10).sample(n)
+
+
+def test_without_a_defensive_share_draws_follow_the_stated_probabilities():
+    rewards = np.r_[np.ones(200), np.zeros(800)]
+    for temperature in (1 / np.log(4), 0.5, 0.1):
+        sampler = RewardWeightedSampler(rewards, temperature, defensive=0.0)
+        p = np.exp(rewards / temperature) / np.exp(rewards / temperature).sum()
+        drawn, weights = map(np.concatenate, zip(*(sampler.sample(20) for _ in range(3000)), strict=True))
+        assert (drawn < 200).mean() == pytest.approx(p[:200].sum(), abs=0.01)
+        np.testing.assert_allclose(weights, 1 / (1000 * p[drawn]), rtol=1e-5)
+    greedy = RewardWeightedSampler(rewards, 1e-4, defensive=0)
+    assert max(greedy.sample(150)[0]) < 200
+    with pytest.raises(ConfigError, match="n <= 200 with defensive=0"):
+        greedy.sample(300)
+    assert len(greedy.sample(1000)[0]) == 1000
+    restored = RewardWeightedSampler(rewards, 1e-4, defensive=0)
+    restored.load_state_dict(greedy.state_dict())
+    assert [restored.sample(9)[0].tolist() for _ in range(30)] == [greedy.sample(9)[0].tolist() for _ in range(30)]
+    with pytest.raises(ValueError, match="defensive=0"):
+        RewardWeightedSampler(rewards).load_state_dict(greedy.state_dict())
+    with pytest.raises(ConfigError, match="defensive"):
+        RewardWeightedSampler(rewards, defensive=1.0)

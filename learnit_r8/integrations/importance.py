@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from learnit_r8.errors import ConfigError
+from learnit_r8.config import Problems
 
-Clip = float | tuple[float, float] | None
+Clip = float | tuple[float, float] | list[float] | None
 Level = Literal["token", "sequence", "sequence_mean"]
 Ratio = Literal["ref_over_policy", "policy_over_ref"]
 
@@ -44,6 +44,10 @@ def importance_weights(
 
     then w <- (1 - epsilon) w + epsilon, a mixture with the plain loss, and w is clipped.
 
+    The published formula is `w_t = exp(r_t / T)`: it has no epsilon. The default of 0.1 draws every weight a
+    tenth of the way to 1, so that no token is lost: a weight of 0 becomes 0.1, one of 100 becomes 90.1. With
+    `epsilon=0` the formula holds as it stands.
+
     The paper's objective, E_{tau ~ D+}[q(tau) / pi_ref(tau) log p(tau; theta)], has the policy
     above the reference: with q the current policy that is `ratio="policy_over_ref"`, r_t with
     its sign turned. The default is the published loss of this name, which weighs up what the
@@ -54,7 +58,7 @@ def importance_weights(
         ref_log_probs: log pi_ref of the same, same shape.
         temperature: T, above 0.
         epsilon: Share of the plain loss, 0 to 1.
-        clip_weight: Largest weight, or (smallest, largest). Without it weights end at exp(10).
+        clip_weight: Largest weight, or (smallest, largest), a list too. Without it weights end at exp(10).
         mask: True where a token counts, same shape; others have no part in a sequence's weight and weigh 0.
         level: See above.
         ratio: See above.
@@ -82,7 +86,7 @@ def importance_weights(
     weights = (log_ratio / temperature).clamp(max=_LARGEST_LOG_WEIGHT).exp()
     weights = (1.0 - epsilon) * weights + epsilon
     if clip_weight is not None:
-        low, high = clip_weight if isinstance(clip_weight, tuple) else (0.0, clip_weight)
+        low, high = clip_weight if isinstance(clip_weight, (tuple, list)) else (0.0, clip_weight)
         weights = weights.clamp(low, high)
     return weights * counted
 
@@ -96,10 +100,11 @@ class ImportanceWeightedSFTLoss(nn.Module):
     `labels[:, 1:]`.
 
     Args:
-        epsilon: See `importance_weights`; so are temperature, clip_weight, level and ratio.
-        temperature: Above 0.
+        epsilon: See `importance_weights`, also for what it does to the published formula; so are temperature,
+            clip_weight, level and ratio. The first four come in the published order.
         label_smoothing: s, 0 to below 1.
-        clip_weight: Largest weight, or (smallest, largest).
+        temperature: Above 0.
+        clip_weight: Largest weight, or (smallest, largest), a list too.
         level: "token", "sequence" or "sequence_mean".
         ratio: "ref_over_policy" or "policy_over_ref".
 
@@ -110,8 +115,8 @@ class ImportanceWeightedSFTLoss(nn.Module):
     def __init__(
         self,
         epsilon: float = 0.1,
-        temperature: float = 1.0,
         label_smoothing: float = 0.0,
+        temperature: float = 1.0,
         clip_weight: Clip = None,
         *,
         level: Level = "token",
@@ -179,20 +184,23 @@ class ImportanceWeightedSFTLoss(nn.Module):
 def _check_options(
     temperature: float, epsilon: float, clip_weight: Clip, level: str, ratio: str, label_smoothing: float = 0.0
 ) -> None:
-    problems = []
-    if not 0.0 < temperature < math.inf:
-        problems.append(f"temperature must be above 0, got {temperature!r}")
-    if not 0.0 <= epsilon <= 1.0:
-        problems.append(f"epsilon must be in 0 .. 1, got {epsilon!r}")
-    if not 0.0 <= label_smoothing < 1.0:
-        problems.append(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
-    low, high = (
-        clip_weight if isinstance(clip_weight, tuple) else (0.0, math.inf if clip_weight is None else clip_weight)
-    )
-    if not 0.0 <= low <= high or high == 0.0:
+    problems = Problems()
+    problems.real("temperature", temperature, 0.0, open_low=True)
+    problems.real("epsilon", epsilon, 0.0, 1.0)
+    if not 0.0 <= problems.real("label_smoothing", label_smoothing, 0.0) < 1.0:
+        problems.append(f"label_smoothing must be below 1, got {label_smoothing!r}")
+    limits = [0.0, clip_weight] if isinstance(clip_weight, (int, float)) else clip_weight
+    if limits is not None and not _are_limits(limits):
         problems.append(f"clip_weight must be a number above 0, (smallest, largest) or None, got {clip_weight!r}")
     for name, value, kind in (("level", level, Level), ("ratio", ratio, Ratio)):
         if value not in kind.__args__:  # type: ignore[attr-defined]
             problems.append(f"{name} must be one of {kind.__args__}, got {value!r}")  # type: ignore[attr-defined]
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
+
+
+def _are_limits(limits: Sequence[float]) -> bool:
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError):
+        return False
+    return 0.0 <= low <= high and high > 0.0

@@ -14,7 +14,14 @@ from numpy.typing import ArrayLike
 from learnit_r8.config import Problems
 from learnit_r8.portable import plain_state
 from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_losses, reported
+from learnit_r8.strategies.weighting import (
+    UNIFORM_SHARE,
+    Floats,
+    WeightedSampler,
+    WeightedStrategy,
+    as_losses,
+    reported,
+)
 from learnit_r8.types import LossReport
 
 
@@ -36,9 +43,10 @@ def reward_weights(scores: Floats, temperature: float) -> Floats:
         return np.asarray(np.exp((scores - 1.0) / temperature))
 
 
-def _check(rewards: ArrayLike | None, temperature: float, seed: int = 0) -> Floats | None:
+def _check(rewards: ArrayLike | None, temperature: float, seed: int = 0, defensive: float = 0.0) -> Floats | None:
     """Return the rewards as a checked copy."""
     problems = Problems()
+    problems.real("defensive", defensive, 0.0, 0.8)
     problems.real("temperature", temperature, 0.0, open_low=True)
     problems.integer("seed", seed, 0)
     values = None
@@ -121,12 +129,22 @@ class RewardWeightedSampler(WeightedSampler):
         temperature: The lower, the greedier.
         use_rank: Use ranks in place of rewards.
         seed: Any non-negative int; global random states are never touched.
+        defensive: Share of uniform draws, 0 to 0.8. At 0.2 no sample is starved and no importance weight is
+            above 5; at 0 draws follow `exp(score / temperature)` itself, and importance weights have no limit.
 
     Raises:
         ConfigError: No rewards, a reward that is NaN or infinite, a temperature <= 0.
     """
 
-    def __init__(self, rewards: ArrayLike, temperature: float = 1.0, use_rank: bool = False, seed: int = 0) -> None:
-        values = _check(rewards if rewards is not None else (), temperature, seed)
+    def __init__(
+        self,
+        rewards: ArrayLike,
+        temperature: float = 1.0,
+        use_rank: bool = False,
+        seed: int = 0,
+        *,
+        defensive: float = UNIFORM_SHARE,
+    ) -> None:
+        values = _check(rewards if rewards is not None else (), temperature, seed, defensive)
         assert values is not None
-        super().__init__(reward_weights(scores(values, use_rank=use_rank), float(temperature)), seed)
+        super().__init__(reward_weights(scores(values, use_rank=use_rank), float(temperature)), seed, float(defensive))

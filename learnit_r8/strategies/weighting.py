@@ -40,6 +40,7 @@ UNIFORM_SHARE = 0.2
 MAX_WEIGHT = 1 / UNIFORM_SHARE
 """No importance weight is larger."""
 _FRESH_SHARE = 0.22
+_MOST_UNIFORM = 0.999
 _HIGHEST_SHARE = 0.25
 _GOLDEN = (5**0.5 - 1) / 2
 _ALMOST_ONE = 1 - 1e-9
@@ -55,9 +56,12 @@ class MixtureSampler:
 
     Args:
         num_samples: Number of samples. All weights start at 1.
+        uniform: Share of uniform draws, at least; a quarter more of it at most. With 0 draws are in
+            proportion to the weights, and no importance weight is limited.
     """
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, uniform: float = UNIFORM_SHARE) -> None:
+        self._uniform = uniform
         self.weights: Floats = np.ones(num_samples)
         self._order = np.arange(num_samples, dtype=np.uint32)
         self._slots = np.arange(num_samples, dtype=np.int64)
@@ -109,7 +113,8 @@ class MixtureSampler:
         self._tree.set(slots, self.weights.take(indices) + self._floor)
         base = self._floor * len(self._order)
         total = self._tree.total
-        if base < UNIFORM_SHARE * total or (base > _HIGHEST_SHARE * total and base < _ALMOST_ONE * total):
+        lowest, highest = self._uniform, self._uniform * _HIGHEST_SHARE / UNIFORM_SHARE
+        if self._uniform and (base < lowest * total or (base > highest * total and base < _ALMOST_ONE * total)):
             self._fill()
 
     def draw(self, size: int) -> Draw:
@@ -119,7 +124,7 @@ class MixtureSampler:
         if size == count:
             self._phase = _next_phase(self._phase)
             probabilities = np.full(count, 1 / max(count, 1))
-            return Draw(self._order.astype(np.int64), probabilities, _importance(probabilities, count))
+            return Draw(self._order.astype(np.int64), probabilities, self._importance(probabilities, count))
         if not self._ahead or size != self._ahead_size:
             self._draw_ahead(size)
         self._phase = _next_phase(self._phase)
@@ -141,7 +146,7 @@ class MixtureSampler:
         else:
             probabilities = values / self._tree.total
         indices = self._order.take(slots).astype(np.int64)
-        weights = _importance(probabilities, len(self._order))
+        weights = self._importance(probabilities, len(self._order))
         self._ahead_size = size
         self._ahead = deque(map(Draw, *(array.reshape(-1, size) for array in (indices, probabilities, weights))))
 
@@ -172,6 +177,10 @@ class MixtureSampler:
             for found, values in aside:
                 self._tree.set(found, values)
 
+    def _importance(self, probabilities: Floats, count: int) -> Floats:
+        weights: Floats = 1.0 / (count * probabilities)
+        return np.minimum(weights, 1 / self._uniform) if self._uniform else weights
+
     def _points(self, size: int, *phases: float) -> Floats:
         if len(self._steps) != size:
             self._steps = np.arange(float(size))
@@ -188,7 +197,8 @@ class MixtureSampler:
         live = values[: len(self._order)]
         live[:] = self.weights[self._order]
         mean = float(live.mean()) if len(live) else 0.0
-        self._floor = mean * _FRESH_SHARE / (1 - _FRESH_SHARE) if mean > 0 else 1.0
+        share = min(self._uniform * _FRESH_SHARE / UNIFORM_SHARE, _MOST_UNIFORM)
+        self._floor = mean * share / (1 - share) if mean > 0 else 1.0
         live += self._floor
         self._tree.fill(values)
         self._behind.clear()
@@ -206,9 +216,9 @@ class MixtureSampler:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> MixtureSampler:
+    def from_state(cls, state: dict[str, Any], uniform: float = UNIFORM_SHARE) -> MixtureSampler:
         """Return a sampler that goes on where `state_dict` was called."""
-        sampler = cls(len(state["weights"]))
+        sampler = cls(len(state["weights"]), uniform)
         sampler.weights = np.array(state["weights"], np.float64)
         sampler._order = np.array(state["order"], np.uint32)
         sampler._floor = float(state["floor"])
@@ -223,10 +233,6 @@ class MixtureSampler:
 
 def _next_phase(phase: float) -> float:
     return (phase + _GOLDEN) % 1.0
-
-
-def _importance(probabilities: Floats, count: int) -> Floats:
-    return np.minimum(1.0 / (count * probabilities), MAX_WEIGHT)
 
 
 @plain_state()
@@ -273,13 +279,15 @@ class WeightedSampler:
     Args:
         weights: Of each sample, float64 `[N]`.
         seed: Any non-negative int.
+        uniform: Share of uniform draws; see `MixtureSampler`.
     """
 
-    def __init__(self, weights: Floats, seed: int) -> None:
+    def __init__(self, weights: Floats, seed: int, uniform: float = UNIFORM_SHARE) -> None:
+        self._uniform = uniform
         self._streams = RandomStreams(seed)
         self._round = 0
         self._drawn = 0
-        self._sampler = MixtureSampler(len(weights))
+        self._sampler = MixtureSampler(len(weights), uniform)
         self._sampler.restart(weights, self._streams.at(Purpose.PLAN, 0))
 
     def __len__(self) -> int:
@@ -302,10 +310,10 @@ class WeightedSampler:
 
         Returns:
             Sample ids, int64 `[n]`, and importance weights `1 / (N q)`, float32 `[n]`: mean
-            about 1, at most 5.
+            about 1, at most 5 (the inverse of the uniform share).
 
         Raises:
-            ConfigError: `n` is missing, given twice or below 1.
+            ConfigError: `n` is missing, given twice or below 1, or above the number of samples that can be drawn.
         """
         size = n if batch_size is None else batch_size
         if (
@@ -315,6 +323,8 @@ class WeightedSampler:
             or (n is not None and batch_size is not None)
         ):
             raise ConfigError([f"sample needs n >= 1 (or batch_size), got n={n!r}, batch_size={batch_size!r}"])
+        if not self._uniform and len(self) > size > (able := int(np.count_nonzero(self._sampler.weights))):
+            raise ConfigError([f"sample needs n <= {able} with defensive=0: no other sample has a weight, got {size}"])
         if self._drawn >= len(self):
             self._round += 1
             self._drawn = 0
@@ -326,7 +336,12 @@ class WeightedSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later draws depend on: JSON scalars and arrays."""
-        return {"round": self._round, "drawn": self._drawn, "sampler": self._sampler.state_dict()}
+        return {
+            "round": self._round,
+            "drawn": self._drawn,
+            "uniform": self._uniform,
+            "sampler": self._sampler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -337,7 +352,9 @@ class WeightedSampler:
         saved = len(state["sampler"]["weights"])
         if saved != len(self):
             raise ValueError(f"the state has {saved} samples, this sampler {len(self)}")
-        self._sampler = MixtureSampler.from_state(state["sampler"])
+        if state.get("uniform", UNIFORM_SHARE) != self._uniform:
+            raise ValueError(f"the state has defensive={state['uniform']}, this sampler {self._uniform}")
+        self._sampler = MixtureSampler.from_state(state["sampler"], self._uniform)
         self._round, self._drawn = int(state["round"]), int(state["drawn"])
 
 
