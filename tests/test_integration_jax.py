@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -138,3 +144,38 @@ def test_captured_bfloat16_weights_with_nan_are_not_used_as_a_backup():
     for step in range(1, 20):
         ring.healthy(step)
     assert [info.step for info in ring.backups] == [0]
+
+
+def run_driver(folder, *arguments: str) -> list:
+    """Run tests/jax_driver.py, one process for each of the arguments' last part."""
+    driver = Path(__file__).with_name("jax_driver.py")
+    environment = {"PYTHONPATH": str(driver.parent.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(driver), str(folder), *line.split()], env=environment, stderr=-1, text=True
+        )
+        for line in arguments
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
+    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def test_sharded_arrays_come_back_as_they_were_sharded(tmp_path):
+    (found,) = run_driver(tmp_path, "shards")
+    assert "a file does not say how" in found.pop("file")
+    assert found == dict.fromkeys(found, True)
+    assert len(found) == 8
+
+
+def test_two_processes_train_one_run_and_one_ones_nan_rolls_both_back(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one, other = run_driver(tmp_path, f"loop 0 {port}", f"loop 1 {port}")
+    assert one == other
+    assert one["gathered"] == [0.1, 1.1, 2.1, 0.1, 1.1, 2.1, 3.1]
+    assert one["rolled_back"] == [23]
+    assert one["steps"] == 40
+    assert np.isfinite(one["weights"]).all()
+    assert np.min(one["weights"]) > 0.1
