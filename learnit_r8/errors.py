@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,3 +60,16 @@ class TrainingDiverged(R8Error):
         self.batches = tuple(tuple(int(i) for i in batch) for batch in batches)
         self.crash_bundle = crash_bundle
         super().__init__(message)
+
+
+def tell(message: str, stacklevel: int = 1) -> None:
+    """Warn, without ending a run: where warnings are errors (`python -W error`), the sentence goes to stderr instead.
+
+    Args:
+        message: The sentence.
+        stacklevel: As for `warnings.warn`, from the caller.
+    """
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
+    except RuntimeWarning:
+        sys.stderr.write(f"RuntimeWarning: {message}\n")

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog, Rows
-from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
+from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, tell
 from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
@@ -53,7 +53,7 @@ from learnit_r8.portable import portable, unpacked
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus
 from learnit_r8.strategies.base import Strategy
-from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdict
+from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdict, WeighedBatch
 
 if TYPE_CHECKING:
     from learnit_r8.checkpoint import LoadedCheckpoint
@@ -186,6 +186,7 @@ class R8Scheduler:
         self._lr = self._lr_at(0, 0)
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._resumed = self._begun = self._closed = False
+        self._weighs = False  # whether it is known that importance weights reach the loss, or was said that they do not
         self._within = False  # whether an epoch loop is going
 
     # `ShardedScheduler` has its own of these two.
@@ -482,6 +483,8 @@ class R8Scheduler:
         self._check_open()
         ticket = self._desk.find(batch)
         reported = read_losses(loss, len(ticket.batch.indices))
+        if not self._weighs:
+            self._ask_for_weights(ticket.batch)
         started = self._clock.monotonic()
         if self._ranks.exchanges:
             reported = self._gather(reported, ticket)
@@ -527,6 +530,22 @@ class R8Scheduler:
         return StepResult(
             judgement.accepted, rolled_back, judgement.verdict, reported.mean, rows.expected, surprise, step
         )
+
+    def _ask_for_weights(self, batch: Batch) -> None:
+        """Say once that nobody looked at the importance weights of the first batch that had any."""
+        if not isinstance(batch, WeighedBatch):
+            return
+        self._weighs = True
+        if batch.asked:
+            return
+        message = (
+            f"strategy={self._config.strategy!r} draws some samples more often than others, and nobody asked for the "
+            "importance weights that make up for it: multiply the losses that are trained on, (losses * batch.weights)"
+            ".mean(), in a loop over a loader learnit_r8.integrations.torch.weighted(scheduler, losses).mean() (of "
+            "integrations.lightning: weighted(self, losses)), and report them without"
+        )
+        self._bus.emit(events.Notice, self._progress.global_step, message, "warning")
+        tell(message, stacklevel=3)
 
     def _gather(self, reported: Reported, ticket: Ticket) -> Reported:
         """Exchange this rank's report for everyone's, and hear of what stops the run."""
@@ -634,7 +653,8 @@ class R8Scheduler:
         now = self._clock.monotonic()
         if self._bus and self._bus.wants_batches:
             self._bus.emit(events.BatchIssued, step, self._progress.epoch, len(indices), self._lr, now - started)
-        batch = Batch(mine, self._lr, shown, number, step, self._progress.epoch)
+        kind = Batch if weights is None else WeighedBatch
+        batch = kind(mine, self._lr, shown, number, step, self._progress.epoch)
         return Ticket(batch, indices, weights, cursor, batches, now, now - started, order)
 
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:

@@ -62,6 +62,39 @@ class Batch:
         return 2
 
 
+_WEIGHTS: Any = vars(Batch)["weights"]  # its slot
+
+
+class WeighedBatch(Batch):
+    """A batch whose samples count unequally; it notes whether anybody looked at its weights.
+
+    Attributes:
+        asked: Whether `weights` was read.
+    """
+
+    __slots__ = ("asked",)
+    asked: bool
+
+    @property
+    def weights(self) -> Losses:
+        """Importance weights."""
+        object.__setattr__(self, "asked", True)
+        weights: Losses = _WEIGHTS.__get__(self, Batch)
+        return weights
+
+    @weights.setter
+    def weights(self, value: Losses) -> None:
+        _WEIGHTS.__set__(self, value)
+        object.__setattr__(self, "asked", False)
+
+
+def unnoticed(batch: Batch) -> Batch:
+    """Return a batch as one that takes no note of who reads its weights."""
+    if not isinstance(batch, WeighedBatch):
+        return batch
+    return Batch(batch.indices, batch.lr, _WEIGHTS.__get__(batch, Batch), batch.id, batch.step, batch.epoch)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LossReport:
     """What came back for one batch, cleaned: finite or not, per sample or not.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 import weakref
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from learnit_r8 import ProtocolError, R8Scheduler
 from learnit_r8.errors import ConfigError
-from learnit_r8.integrations.torch import R8BatchSampler, capture_state, evaluation_loader, restore_state
+from learnit_r8.integrations.torch import R8BatchSampler, capture_state, evaluation_loader, restore_state, weighted
+from learnit_r8.strategies import Draw
 
 SAMPLES, BATCH = 40, 8
 
@@ -222,6 +224,92 @@ def test_a_loader_that_accelerate_cut_or_fast_forwarded_is_refused():
         next(iter(prepare_data_loader(loader_for(scheduler), num_processes=2, process_index=0)))
     with pytest.raises(ConfigError, match=r"skip_first_batches takes batches out"):
         next(iter(skip_first_batches(loader_for(scheduler), 2)))
+    scheduler.close()
+
+
+# Importance weights ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_weights_are_those_of_the_batch_that_came_last(workers, ahead, prepared):
+    """A strategy's own weights, which are a function of the sample, so that a mix-up shows."""
+    from accelerate import Accelerator
+
+    scheduler = scheduler_for(strategy=Weighing(), num_epochs=3)
+    loader = loader_for(scheduler, num_workers=workers, ahead=ahead)
+    loader = Accelerator(cpu=True).prepare(loader) if prepared else loader
+    held, seen = [], 0
+    for _ in scheduler.epoch_iterator():
+        for (numbers,) in loader:
+            seen += len(numbers)
+            product = weighted(scheduler, torch.ones(len(numbers), 2))
+            assert torch.equal(product[:, 1], Weighing.weight(numbers).float())
+            held.append(numbers.float() + 1)
+            while len(held) > ahead:
+                scheduler.update_with_loss(held.pop(0))
+        while held:
+            scheduler.update_with_loss(held.pop(0))
+    assert seen == 3 * SAMPLES
+    scheduler.close()
+
+
+class Weighing:
+    catalogs = False
+
+    @staticmethod
+    def weight(numbers):
+        return 0.5 + (numbers % 7) / 4
+
+    def draw(self, request):
+        ids = request.rng.permutation(request.num_samples)[: request.size]
+        return Draw(ids, weights=self.weight(ids))
+
+
+@pytest.mark.parametrize("asks", ["batch", "current", "weighted", "nobody", "only looks"])
+def test_a_run_says_in_its_first_step_that_nobody_asked_for_its_weights(asks):
+    scheduler = scheduler_for(strategy="prioritized")
+
+    def train():
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                losses = torch.arange(len(batch.indices)) + 1.0
+                looks = {
+                    "batch": lambda batch=batch: batch.weights,
+                    "current": lambda: scheduler.current_batch.weights,
+                    "weighted": lambda losses=losses: weighted(scheduler, losses),
+                    "only looks": lambda: scheduler.open_batches[0].weights,
+                }
+                looks.get(asks, lambda: None)()
+                scheduler.update_with_loss(losses)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train()
+    messages = [str(one.message) for one in caught if "importance weights" in str(one.message)]
+    assert len(messages) == (asks in ("nobody", "only looks"))
+    assert all("'prioritized'" in one and "weighted(scheduler, losses)" in one for one in messages)
+    scheduler.close()
+
+
+def test_a_sentence_of_the_library_ends_no_run_where_warnings_are_errors(capsys):
+    scheduler = scheduler_for(strategy="prioritized")
+    for _ in scheduler.epoch_iterator():
+        for batch in scheduler.batch_iterator():
+            scheduler.update_with_loss(batch.indices + 1.0)
+    assert scheduler.global_step == 10
+    assert capsys.readouterr().err.count("nobody asked for the importance weights") == 1
+    scheduler.close()
+
+
+def test_weights_without_a_batch_or_for_other_losses_are_refused():
+    scheduler = scheduler_for()
+    with pytest.raises(ProtocolError, match="no batch is open"):
+        weighted(scheduler, torch.ones(8))
+    next(scheduler.batch_iterator())
+    with pytest.raises(ProtocolError, match=r"8 samples.*shape \(\)"):
+        weighted(scheduler, torch.ones(()))
     scheduler.close()
 
 

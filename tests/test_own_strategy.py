@@ -219,6 +219,7 @@ def poisoned_run():
             known = bool(quarantines)
             for batch in scheduler.batch_iterator():
                 losses = np.sin(batch.indices) + 2
+                assert batch.weights.all()
                 losses[batch.indices == 7] = np.nan
                 scheduler.update_with_loss(losses)
                 batches += [batch] * known

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
 import weakref
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
+from learnit_r8.errors import tell
 from learnit_r8.scheduler import R8Scheduler
 
 _SCALE = "r8_scale"
@@ -186,10 +186,9 @@ class LearningRateHook:
         if self._warned:
             return
         self._warned = True
-        warnings.warn(
+        tell(
             f"{' and '.join(self._owners or ()) or 'something else'} set the learning rate to {rates}, R8Scheduler had "
             f"set {expected} and sets its own at every step: remove the other learning-rate scheduler",
-            RuntimeWarning,
             stacklevel=4,
         )
 

@@ -134,6 +134,32 @@ def evaluation_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     )
 
 
+def weighted(scheduler: R8Scheduler, losses: torch.Tensor) -> torch.Tensor:
+    """Return losses times the importance weights of their samples, for the batch that came to the loop last.
+
+        losses = criterion(model(inputs), labels)                    # reduction="none"
+        weighted(scheduler, losses).mean().backward()
+        ...
+        scheduler.update_with_loss(losses)                           # without the weights
+
+    Args:
+        scheduler: Handed the batch out. With a strategy that draws all samples alike the weights are ones.
+        losses: One row per sample of the batch, `[n, ...]`.
+
+    Raises:
+        ProtocolError: No batch is open, or it has another number of samples.
+    """
+    batch = scheduler.current_batch
+    if batch is None or losses.ndim == 0 or len(losses) != len(batch.indices):
+        came = "no batch is open" if batch is None else f"the batch has {len(batch.indices)} samples"
+        raise ProtocolError(
+            f"{came}, and losses of shape {tuple(losses.shape)} are to be weighted: call weighted(scheduler, losses) "
+            "with one loss per sample (reduction='none'), between getting a batch and reporting it"
+        )
+    weights = torch.from_numpy(batch.weights).to(losses.device, losses.dtype)
+    return losses * weights.reshape(-1, *(1,) * (losses.ndim - 1))
+
+
 class _Asker:
     """A loader's iterator that draws from the sampler, known by a weak reference: it holds the sampler's batches.
 
@@ -145,6 +171,7 @@ class _Asker:
     def __init__(self, iterator: _BaseDataLoaderIter, wrappers: list[Any]) -> None:
         self._iterator = weakref.ref(iterator)
         self._hosts: list[str] = []
+        self._shard: Any = lambda: None
         self._skipped = 0
         self._delivered = 0
         self._before: int | None = None  # what the iterator has counted before the first draw
@@ -158,17 +185,14 @@ class _Asker:
     def add_host(self, host: Any) -> None:
         """Take note of an object of Accelerate around the sampler, or around the loader."""
         self._hosts.append(type(host).__name__)
+        if self._hosts[-1] == "DataLoaderShard":
+            self._shard = weakref.ref(host)
         self._skipped += getattr(host, "skip_batches", 0)
-
-    @property
-    def _held_back(self) -> int:
-        """Batches that a prepared loader keeps, to know which one is the last."""
-        return int("DataLoaderShard" in self._hosts)
 
     @property
     def lead(self) -> int:
         """Batches that are drawn and have not come to the loop, at most."""
-        return self._prefetched + self._held_back
+        return self._prefetched + (self._shard() is not None)
 
     def delivered(self) -> int:
         """Return how many batches the loop has got; asked for the first time at the first draw."""
@@ -176,7 +200,9 @@ class _Asker:
         if iterator is not None:
             if self._before is None:  # a wrapper may have sent batches of its own
                 self._before = max(iterator._num_yielded, getattr(iterator, "_send_idx", 0))
-            self._delivered = max(iterator._num_yielded - self._before - self._held_back, 0)
+            shard = self._shard()  # keeps a batch back until it knows whether that is the last
+            held_back = shard is not None and not shard.end_of_dataloader
+            self._delivered = max(iterator._num_yielded - self._before - held_back, 0)
         return self._delivered
 
     def problems(self, num_samples: int) -> list[str]:

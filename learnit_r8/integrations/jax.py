@@ -3,8 +3,10 @@
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
     for batch in scheduler.batch_iterator():
         opt_state = with_lr(opt_state, batch.lr)
-        params, opt_state, losses = step(params, opt_state, x[batch.indices], y[batch.indices])
+        params, opt_state, losses = step(params, opt_state, x[batch.indices], y[batch.indices], batch.weights)
         scheduler.update_with_loss(losses)
+
+The step trains on `(losses * weights).mean()` and returns the losses without the weights.
 
 A rollback replaces the variables of the loop, so they belong in something that a function can write to:
 

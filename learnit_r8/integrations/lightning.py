@@ -25,12 +25,36 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from learnit_r8.errors import ConfigError
+from learnit_r8.integrations import _sampler
 from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr
 from learnit_r8.integrations._sampler import R8BatchSampler
 from learnit_r8.integrations._state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
 from learnit_r8.scheduler import R8Scheduler
 
-__all__ = ["R8Callback", "R8DataModuleMixin"]
+__all__ = ["R8Callback", "R8DataModuleMixin", "weighted"]
+
+
+def weighted(module: LightningModule | Trainer, losses: torch.Tensor) -> torch.Tensor:
+    """Return losses times the importance weights of their samples, in `training_step`.
+
+        return {"loss": weighted(self, losses).mean(), "r8_losses": losses}
+
+    Args:
+        module: Whose Trainer has an R8Callback; or the Trainer.
+        losses: One row per sample of the batch, `[n, ...]`.
+
+    Raises:
+        ConfigError: There is no R8Callback.
+        ProtocolError: The batch has another number of samples.
+    """
+    return _sampler.weighted(_callback_of(getattr(module, "trainer", module)).scheduler, losses)
+
+
+def _callback_of(trainer: Any) -> R8Callback:
+    for callback in getattr(trainer, "callbacks", ()):
+        if isinstance(callback, R8Callback):
+            return callback
+    raise ConfigError(["the scheduler is missing: Trainer(callbacks=[R8Callback(scheduler)])"])
 
 
 class R8Callback(Callback):

@@ -3,6 +3,8 @@
     loader = DataLoader(data, batch_sampler=R8BatchSampler(scheduler), num_workers=4)
     follow_lr(scheduler, optimizer)
     ...
+    weighted(scheduler, losses).mean().backward()  # with strategies that draw some samples more often than others
+    ...
     scheduler.update_with_loss(losses)
 
 `capture_state` and `restore_state` make backups of model and optimizer to roll back to:
@@ -17,7 +19,7 @@ Under Accelerate, leave the loader out of `prepare`, and save the run with every
 from __future__ import annotations
 
 from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr, set_lr
-from learnit_r8.integrations._sampler import R8BatchSampler, evaluation_loader
+from learnit_r8.integrations._sampler import R8BatchSampler, evaluation_loader, weighted
 from learnit_r8.integrations._state import (
     TensorState,
     arrays_from_tensors,
@@ -40,4 +42,5 @@ __all__ = [
     "restore_state",
     "set_lr",
     "tensors_from_arrays",
+    "weighted",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.config import Config
-from learnit_r8.errors import ProtocolError
+from learnit_r8.errors import ProtocolError, tell
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, complaint
 from learnit_r8.strategies.uniform import Uniform
@@ -181,7 +180,7 @@ class Chooser:
             raise ProtocolError(f"{advice}; too few of a batch remain")
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{advice}; until then they are taken out of its batches", RuntimeWarning, stacklevel=2)
+            tell(f"{advice}; until then they are taken out of its batches", stacklevel=2)
         return indices[remain], None if weights is None else weights[remain]
 
     @property

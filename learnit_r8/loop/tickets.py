@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ProtocolError
-from learnit_r8.types import Batch, Indices
+from learnit_r8.types import Batch, Indices, unnoticed
 
 REPLAYED = 4096
 """Batches that can be replayed after a rollback, at most."""
@@ -86,8 +86,8 @@ class TicketDesk:
 
     @property
     def open_batches(self) -> tuple[Batch, ...]:
-        """What was handed out and not reported, oldest first."""
-        return tuple(ticket.batch for ticket in self._open.values())
+        """What was handed out and not reported, oldest first; to look at: their weights may be read unnoticed."""
+        return tuple(unnoticed(ticket.batch) for ticket in self._open.values())
 
     @property
     def oldest(self) -> Ticket | None:
@@ -140,7 +140,8 @@ class TicketDesk:
         raise ProtocolError(
             f"the loss of step {first.step} (epoch {first.epoch}, batch id {first.id}) has not been reported: call "
             f"update_with_loss(loss) before asking for the next batch, or create the scheduler with lookahead=n "
-            f"(R8BatchSampler with ahead=n - 1) to hold n batches at once, now {self._patience}; {_LEFT_OUT}"
+            f"to hold n batches at once (lookahead={self._patience}), in a loader R8BatchSampler with ahead=n - 1; "
+            f"{_LEFT_OUT}"
         )
 
     def start_pass(self, loader: Loader | None) -> None:
