@@ -6,13 +6,12 @@ import io
 import itertools
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learnit_r8.dashboard import ladder, open_dashboard
+from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.keyboard import KeyDecoder
@@ -43,7 +42,8 @@ PIPE = Surroundings(stdin_tty=False, stdout_tty=False, foreground=False)
         ("auto", {"foreground": False}, "log", "background"),
         ("auto", {"term_problem": "TERM is not set"}, "log", "TERM is not set"),
         ("auto", {"stdout_tty": False, "stdout_open": False}, "off", "standard output is not"),
-        ("auto", {"posix": False}, "off", "POSIX"),
+        ("auto", {"posix": False}, "curses", ""),
+        ("rich", {"posix": False}, "log", "POSIX"),
         ("curses", {"ci": True, "pytest": True}, "curses", ""),
         ("rich", {}, "rich", ""),
         ("log", {}, "log", ""),
@@ -222,12 +222,6 @@ def test_no_input_breaks_the_decoder(data):
     for name in decoder.feed(data) + decoder.flush():
         assert name
         assert name.isprintable() or ord(name) > 0x7F
-
-
-def test_a_system_without_posix_terminals_gets_no_dashboard_and_no_error(monkeypatch):
-    monkeypatch.setattr(ladder, "os", SimpleNamespace(name="nt", environ={}))
-    for ui in ladder.UI_NAMES:
-        assert open_dashboard(ui, environment={}) is None
 
 
 def frames(rate, seconds, fresh, cost=0.001, start=0.0, others=0.0, busy=1.0):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from learnit_r8.dashboard.capture import ConsoleFile
 from learnit_r8.dashboard.cells import Grid
+from learnit_r8.dashboard.faces import POSIX
 
 
 class Board:
@@ -111,7 +111,7 @@ def open_board(environment: Mapping[str, str], console: Path | None, prints: boo
     Raises:
         OSError: There is no terminal, or no place for the console file.
     """
-    if sys.platform == "win32":
+    if not POSIX:
         from learnit_r8.dashboard.windows_board import WindowsBoard
 
         return WindowsBoard(environment, console, prints)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import select
 from collections.abc import Sequence
 
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.events import Event
+
+POSIX = importlib.util.find_spec("termios") is not None and hasattr(select, "poll")
+"""The system has POSIX terminals and can wait for descriptors: everything but Windows."""
 
 
 class Detach(Exception):  # noqa: N818 - a wish of the user's, no error

@@ -16,6 +16,8 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+from learnit_r8.dashboard.faces import POSIX
+
 Suspend = Callable[[], AbstractContextManager[None]]
 """Makes a context manager that gives the terminal to the user."""
 _DEBUGGERS = {"", "0", "pdb.set_trace", "ipdb.set_trace", "IPython.core.debugger.set_trace"}
@@ -45,7 +47,10 @@ class TalkHooks:
         self._talking = False
         for owner, name in ((builtins, "input"), (code.InteractiveConsole, "interact")):
             self._wrap(owner, name, self._around)
-        self._wrap(getpass, "_raw_input", self._unseen)
+        if POSIX:
+            self._wrap(getpass, "_raw_input", self._unseen)
+        else:
+            self._wrap(getpass, "getpass", self._around)
         self._wrap(pdb.Pdb, "interaction", self._before)
         for name in ("set_continue", "set_quit"):
             self._wrap(pdb.Pdb, name, self._after)
@@ -53,8 +58,6 @@ class TalkHooks:
         if os.environ.get("PYTHONBREAKPOINT", "") not in _DEBUGGERS:
             # When a foreign debugger lets go cannot be known.
             self._wrap(sys, "breakpointhook", self._closing)
-        if sys.platform == "win32":
-            self._wrap(getpass, "getpass", self._around)
         self._stdin: Any = sys.stdin
         self._reader: Any = _Reader(sys.stdin, suspend)
         with contextlib.suppress(AttributeError, ValueError):

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from learnit_r8.dashboard.faces import POSIX
 from learnit_r8.errors import ConfigError
 
 UI_NAMES = ("auto", "curses", "rich", "log", "off")
@@ -66,9 +67,7 @@ class Rung:
 
 
 _ASCII_TERMS = ("linux", "vt", "ansi", "dumb", "cons25", "sun")
-_POSIX = ("posix", "the dashboard needs a POSIX system")
 _DRAWABLE = (
-    _POSIX,
     ("stdout_tty", "standard output is not a terminal"),
     ("foreground", "the process runs in the background"),
 )
@@ -79,12 +78,13 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("has_curses", "this Python or C library cannot redirect curses"),
         ("main_thread", "the dashboard was opened outside the main thread"),
     ),
-    "rich": (*_DRAWABLE, ("has_rich", "the rich package is missing")),
-    "notebook": (_POSIX, ("notebook", "there is no notebook")),
-    "log": (
-        _POSIX,
-        ("stdout_open", "standard output is closed"),
+    "rich": (
+        ("posix", "the rich display needs a POSIX terminal"),
+        *_DRAWABLE,
+        ("has_rich", "the rich package is missing"),
     ),
+    "notebook": (("notebook", "there is no notebook"),),
+    "log": (("stdout_open", "standard output is closed"),),
     "off": (),
 }
 _BELOW: dict[str, tuple[str, ...]] = {
@@ -156,18 +156,17 @@ def _problem(name: str, around: Surroundings) -> str:
 
 def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
     """Return the facts about this process, its streams and its terminal."""
-    if os.name != "posix":
-        return Surroundings(posix=False, rank=rank)
     term = env.get("TERM", "")
     stdout_tty = _is_tty(sys.stdout) and _is_tty(sys.__stdout__)
     return Surroundings(
+        posix=POSIX,
         stdin_tty=_is_tty(sys.stdin),
         stdout_tty=stdout_tty,
         stdout_open=sys.stdout is not None and not getattr(sys.stdout, "closed", False),
         term=term,
-        term_problem=_term_problem(term) if stdout_tty else "",
-        foreground=stdout_tty and _in_foreground(),
-        main_thread=threading.current_thread() is threading.main_thread(),
+        term_problem=_term_problem(term) if stdout_tty and POSIX else "",
+        foreground=stdout_tty and (not POSIX or _in_foreground()),
+        main_thread=not POSIX or threading.current_thread() is threading.main_thread(),
         notebook=_in_notebook(),
         ci=env.get("CI", "").lower() not in {"", "0", "false"},
         pytest="PYTEST_CURRENT_TEST" in env,
@@ -179,6 +178,8 @@ def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
 
 def default_glyphs(env: Mapping[str, str]) -> str:
     """Return the best set of chart glyphs that this terminal is likely to have."""
+    if not POSIX:  # a code page says nothing of what the console can show; Windows Terminal's font has braille
+        return "braille" if env.get("WT_SESSION") else "blocks"
     told = next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := env.get(name))), "")
     # Python itself writes UTF-8 where nothing, or "C", is set; a person who has set "C" may have meant it.
     plain = told in {"C", "POSIX"} or ("." in told and "UTF8" not in told.upper().replace("-", ""))
@@ -189,6 +190,8 @@ def default_glyphs(env: Mapping[str, str]) -> str:
 def _has_curses() -> bool:
     if importlib.util.find_spec("_curses") is None:
         return False
+    if not POSIX:
+        return True
     from learnit_r8.dashboard import terminal
 
     return terminal.can_redirect()
@@ -211,6 +214,10 @@ def _in_foreground() -> bool:
 
 def _is_tty(stream: Any) -> bool:
     try:
+        if stream is not None and not POSIX and importlib.util.find_spec("_curses") is not None:
+            from learnit_r8.dashboard.windows_board import is_console
+
+            return is_console(stream)
         return stream is not None and os.isatty(stream.fileno())
     except (AttributeError, OSError, ValueError):
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import sys
 import time
 from collections import Counter, deque
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from learnit_r8.dashboard.cells import Style
-from learnit_r8.dashboard.faces import Face, TerminalGone
+from learnit_r8.dashboard.faces import POSIX, Face, TerminalGone
 from learnit_r8.dashboard.journal import entry
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.model import DashboardModel
@@ -122,9 +123,9 @@ class Outlet:
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         with contextlib.suppress(AttributeError, OSError, ValueError):
             # Windows has no way to ask for room: there the stream itself is written.
-            plain = isinstance(self._stream, io.TextIOWrapper) and sys.platform != "win32"
+            plain = isinstance(self._stream, io.TextIOWrapper) and POSIX
             self._fd = self._stream.fileno() if plain else -1
-            if sys.platform != "win32" and os.isatty(self._fd):
+            if os.isatty(self._fd):
                 # A terminal may have room for less than one line: only a non-blocking descriptor is safe.
                 self._fd = os.open(os.ttyname(self._fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
                 self._own = True
@@ -164,8 +165,6 @@ class Outlet:
         return True
 
     def _room(self, seconds: float) -> bool:
-        import select
-
         poller = select.poll()
         poller.register(self._fd, select.POLLOUT)
         return bool(poller.poll(seconds * 1000))

@@ -77,7 +77,7 @@ class Canvas:
         self._fd = _anonymous_file()
         self._window = _initscr(self._fd, size)
         self.unicode = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
-        self._styles = _start_colours(environment)
+        self._styles = start_colours(environment)
         self._shown = self._last = Grid(0, 0)
         self._whole = True
         self._pid = os.getpid()
@@ -117,7 +117,7 @@ class Canvas:
         for y in range(grid.height) if everything else touched:
             runs = grid.runs(y) if self._whole else grid.changes(self._shown, y)
             for x, text, style in runs:
-                self._put(y, x, text, self._styles.get(style, 0))
+                put_cells(self._window, y, x, text, self._styles.get(style, 0), self._size)
             if runs:
                 self._shown.restore(grid, y, 0, grid.width)
         self._whole = False
@@ -143,27 +143,29 @@ class Canvas:
         self._ahead += curses.tparm(region, 0, height - 1) if region else b""
         self.repaint()
 
-    def _put(self, y: int, x: int, text: str, attribute: int) -> None:
-        width, height = self._size
-        last = ""
-        if y == height - 1 and x + cell_width(text) >= width:
-            # Writing the last cell would scroll; inserting it does not.
-            cut = max((i for i, char in enumerate(text) if cell_width(char)), default=0)
-            text, last = text[:cut], text[cut:]
-        try:
-            if text:
-                self._window.addstr(y, x, text, attribute)
-            if last:
-                self._window.insstr(y, x + cell_width(text), last, attribute)
-        except (curses.error, ValueError):
-            pass
-
     def _take(self) -> bytes:
         length = os.lseek(self._fd, 0, os.SEEK_CUR)
         data = os.pread(self._fd, length, 0) if length else b""
         os.lseek(self._fd, 0, os.SEEK_SET)
         os.ftruncate(self._fd, 0)
         return data
+
+
+def put_cells(window: curses.window, y: int, x: int, text: str, attribute: int, size: tuple[int, int]) -> None:
+    """Write cells into a window of `size` columns and rows."""
+    width, height = size
+    last = ""
+    if y == height - 1 and x + cell_width(text) >= width:
+        # Writing the last cell would scroll; inserting it does not.
+        cut = max((i for i, char in enumerate(text) if cell_width(char)), default=0)
+        text, last = text[:cut], text[cut:]
+    try:
+        if text:
+            window.addstr(y, x, text, attribute)
+        if last:
+            window.insstr(y, x + cell_width(text), last, attribute)
+    except (curses.error, ValueError):
+        pass
 
 
 _canvas: list[Canvas] = []
@@ -265,7 +267,8 @@ def _choose_locale() -> None:
         locale.setlocale(locale.LC_CTYPE, "")
 
 
-def _start_colours(environment: Mapping[str, str]) -> dict[Style, int]:
+def start_colours(environment: Mapping[str, str], tones: bool = True) -> dict[Style, int]:
+    """Start colours and return the attributes of the styles that have some; `tones`: more than eight may be used."""
     styles = dict(_ATTRIBUTES)
     if environment.get("NO_COLOR"):
         return styles
@@ -280,7 +283,9 @@ def _start_colours(environment: Mapping[str, str]) -> dict[Style, int]:
         with contextlib.suppress(curses.error):
             curses.use_default_colors()
             background = -1
-        for number, (style, colour) in enumerate((_TONES if curses.COLORS >= 256 else colours).items(), start=1):
+        for number, (style, colour) in enumerate(
+            (_TONES if tones and curses.COLORS >= 256 else colours).items(), start=1
+        ):
             curses.init_pair(number, colour, background)
             styles[style] = styles.get(style, 0) | curses.color_pair(number)
     except curses.error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
+import select
 import threading
 from collections.abc import Sequence
+
+from learnit_r8.dashboard.faces import POSIX
 
 
 class Waker:
@@ -15,19 +17,17 @@ class Waker:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._reader = self._writer = -1
-        if sys.platform != "win32":
+        if POSIX:
             self._reader, self._writer = os.pipe()
             os.set_blocking(self._reader, False)
             os.set_blocking(self._writer, False)
 
     def wait(self, seconds: float, inputs: Sequence[int] = ()) -> None:
         """Wait so long at most; input on one of the descriptors ends it too, on POSIX systems."""
-        if sys.platform == "win32":
+        if not POSIX:
             self._event.wait(seconds)
             self._event.clear()
         else:
-            import select
-
             poller = select.poll()
             for fd in (self._reader, *inputs):
                 poller.register(fd, select.POLLIN)

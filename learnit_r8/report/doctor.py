@@ -122,7 +122,8 @@ def _cannot_write(place: Path) -> str:
 
 def _run(clock: Clock) -> Iterator[Finding]:
     """Train for a second, break the model once, save, resume; say what of it held."""
-    with tempfile.TemporaryDirectory(prefix="r8-doctor-") as name:
+    # Windows deletes no file that is open, as a run's lock is until the run is forgotten.
+    with tempfile.TemporaryDirectory(prefix="r8-doctor-", ignore_cleanup_errors=True) as name:
         try:
             yield from _findings_of_run(Path(name), clock)
         except Exception as error:  # whatever it is, it is what the doctor was asked for

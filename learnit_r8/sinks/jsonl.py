@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from learnit_r8.events import BatchIssued, Event, LossReported, from_json, to_json
 
@@ -33,7 +35,7 @@ class JsonlSink:
             return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = open(self.path, "a", encoding="utf-8", opener=_movable)  # noqa: SIM115
             self._flushed = event.time
         self._file.write(json.dumps(to_json(event), allow_nan=False, separators=(",", ":")) + "\n")
         self._buffered += 1
@@ -47,6 +49,16 @@ class JsonlSink:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _movable(path: str, flags: int) -> int:
+    """Open a file such that a later run can rename it while it is open; only Windows has to be asked for that."""
+    if os.name != "nt":
+        return os.open(path, flags, 0o666)
+    windows: Any = importlib.import_module("_winapi")
+    share, append, always, plain = 7, 0x4, 4, 0x80  # read, write and delete; FILE_APPEND_DATA; OPEN_ALWAYS; normal
+    handle = windows.CreateFile(path, append, share, 0, always, plain, 0)
+    return int(importlib.import_module("msvcrt").open_osfhandle(handle, flags))
 
 
 def read_events(path: str | Path) -> Iterator[Event]:
