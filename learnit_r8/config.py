@@ -1,4 +1,4 @@
-"""The scheduler's arguments as one frozen value, checked all at once."""
+"""The scheduler's arguments as frozen values, checked all at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import numbers
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,9 @@ from learnit_r8.errors import ConfigError
 UI_NAMES = ("auto", "curses", "rich", "log", "off")
 NOISE_GUARDS = ("off", "report", "cap")
 ROLLBACK_DATA = ("skip", "replay")
+
+SIGNALS = tuple(name for name in ("INT", "TERM", "USR1", "USR2", "HUP", "BREAK") if hasattr(signal, f"SIG{name}"))
+"""What asks a run to save and stop, as far as the platform has it: people, schedulers of machines, lost terminals."""
 
 # Numbers of samples are stored as uint32 in plans and reports.
 MAX_SAMPLES = 2**32 - 1
@@ -48,6 +52,11 @@ class Config:
     lookahead: int
     world_size: int
     rollback_data: str = "skip"
+    num_steps: int | None = None
+    keep_best: tuple[str, str] | None = None
+    """Name of a logged metric, and "min" or "max"."""
+    keep_every: int | None = None
+    signals: tuple[str, ...] = SIGNALS
     own_strategy: bool = False
     """The strategy was given as an object: its name does not make it again."""
 
@@ -77,11 +86,14 @@ class Config:
     @property
     def total_steps(self) -> int | None:
         """Batches in the whole budget; None when the budget is time."""
+        if self.num_steps is not None:
+            return self.num_steps
         return None if self.num_epochs is None else self.num_epochs * self.steps_per_epoch
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as JSON data."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Config:
@@ -148,6 +160,31 @@ class Problems(list[str]):
         self.append(f"{name} must be a path or None, got {value!r}")
         return None
 
+    def cadence(self, name: str, value: Any, directory: Any) -> str | int | None:
+        """Check how often checkpoints are written."""
+        if value is None:
+            return None
+        if directory is None:
+            self.append(f"{name}={value!r} needs a checkpoint_dir, got None")
+        if value == "epoch":
+            return "epoch"
+        if isinstance(value, str):
+            self.append(f'{name} must be "epoch", a number of steps >= 1 or None, got {value!r}')
+            return None
+        return self.integer(name, value, 1)
+
+    def metric(self, name: str, value: Any) -> tuple[str, str] | None:
+        """Check a metric's name, or its name and "min" or "max"; "" where only the name was given."""
+        if value is None:
+            return None
+        pair = (value, "") if isinstance(value, str) else value
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            self.append(f'{name} must be the name of a logged metric, or (name, "min" or "max"), got {value!r}')
+            return None
+        if not isinstance(value, str) and pair[1] not in ("min", "max"):
+            self.append(f'{name} must end in "min" or "max", got {value!r}')
+        return pair[0], pair[1]
+
     @classmethod
     def of_settings(cls, settings: Any) -> Self:
         """Check a dataclass whose fields must all be positive numbers."""
@@ -158,6 +195,59 @@ class Problems(list[str]):
         """Raise one ConfigError that lists every problem, if there is one."""
         if self:
             raise ConfigError(list(self))
+
+
+class _DefaultDir(str):
+    """The directory that nobody chose: a resumed run saves where its checkpoint lies instead."""
+
+    __slots__ = ()
+
+
+DEFAULT_DIR = _DefaultDir("./checkpoints")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """Where a run's checkpoints go, when they are written, and which of them stay.
+
+    Args:
+        dir: A folder, made at the first checkpoint; None for no checkpoints.
+        every: "epoch", a number of steps, or None for by hand (and by signals) only. The last state of a run is
+            saved wherever this is set.
+        keep: How many of the newest stay, at least 2. A run removes none but its own.
+        keep_best: Name of a metric that is given to `R8Scheduler.log`: the checkpoint with its best value stays, and
+            a new best value is a reason to save one. Where the name does not tell which way is better:
+            `("score", "max")`.
+        keep_every: Steps: the first checkpoint at or after each multiple stays.
+        signals: What asks the run to save and stop, names without "SIG"; () for none.
+
+    Raises:
+        ConfigError: All that is wrong.
+    """
+
+    dir: str | Path | None = DEFAULT_DIR
+    every: str | int | None = None
+    keep: int = 3
+    keep_best: str | tuple[str, str] | None = None
+    keep_every: int | None = None
+    signals: Sequence[str] = SIGNALS
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        problems.path("dir", self.dir)
+        problems.cadence("every", self.every, self.dir)
+        problems.integer("keep", self.keep, 1)
+        if self.keep_every is not None:
+            problems.integer("keep_every", self.keep_every, 1)
+        problems.metric("keep_best", self.keep_best)
+        if self.dir is None and (self.keep_best is not None or self.keep_every is not None):
+            problems.append("keep_best and keep_every need a dir, got None")
+        names = () if isinstance(self.signals, str) else tuple(self.signals)
+        unknown = [name for name in names if name not in SIGNALS]
+        if isinstance(self.signals, str) or unknown:
+            problems.append(f"signals must be some of {', '.join(SIGNALS)}, got {self.signals!r}")
+        object.__setattr__(self, "signals", names)
+        problems.raise_if_any()
 
 
 def _as_float(value: Any) -> float | None:

@@ -17,9 +17,14 @@ Rules that the code below keeps:
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +37,8 @@ from numpy.typing import NDArray
 from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog, Rows
-from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, tell
+from learnit_r8.config import DEFAULT_DIR, Checkpoints
+from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, TrainingDiverged, tell
 from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
@@ -46,6 +52,7 @@ from learnit_r8.loop.progress import Progress, Stage, check_state, resumed_argum
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.saver import Saver, State
+from learnit_r8.loop.signals import say
 from learnit_r8.loop.tickets import Loader, Ticket, TicketDesk
 from learnit_r8.loop.together import SaveTogether
 from learnit_r8.noise_guard import NoiseGuard, either
@@ -70,7 +77,8 @@ class R8Scheduler:
     Args:
         num_samples: Size of the data set; samples are the numbers 0 to N-1.
         batch_size: Samples a step, over all ranks.
-        num_epochs: Budget in epochs; this or `train_duration_seconds`.
+        num_epochs: Budget in epochs; this, `num_steps` or `train_duration_seconds`.
+        num_steps: Budget in steps. A run that ends amid an epoch goes on there when it is resumed with more.
         train_duration_seconds: Budget in seconds of wall-clock time, resumes included. An epoch in the middle of
             which it is spent is not taken up again by a resume with more seconds; the next one begins.
         initial_lr: Peak learning rate, reached after warm-up.
@@ -86,9 +94,10 @@ class R8Scheduler:
             from a copy of what `update_cpu_backup` or `state_callback` gave.
         state_callback: Returns the model's state, for automatic backups in RAM.
         backup_every: Steps between automatic backups, at least.
-        checkpoint_dir: Where checkpoints go; made at the first one.
+        checkpoint_dir: Where checkpoints go; made at the first one. A run removes none but its own there.
         checkpoint_every: "epoch", a number of steps, or None for by hand only.
-        keep_checkpoints: How many to keep.
+        keep_checkpoints: How many of the newest to keep; those that were given a name, and final ones, stay.
+        checkpoints: A `Checkpoints`: the three above and more (the best by a metric, every n-th, signals).
         use_curses: False means `ui="off"`.
         ui: "auto", "curses", "rich", "log" or "off".
         sinks: Further listeners with `record(event)`.
@@ -117,6 +126,7 @@ class R8Scheduler:
         batch_size: int,
         *,
         num_epochs: int | None = None,
+        num_steps: int | None = None,
         train_duration_seconds: float | None = None,
         initial_lr: float = 0.01,
         scheduler_mode: str | Callable[[float], float] = "cosine",
@@ -128,9 +138,10 @@ class R8Scheduler:
         load_callback: Callable[..., Any] | None = None,
         state_callback: Callable[[], Any] | None = None,
         backup_every: int | None = 50,
-        checkpoint_dir: str | Path | None = "./checkpoints",
+        checkpoint_dir: str | Path | None = DEFAULT_DIR,
         checkpoint_every: str | int | None = None,
         keep_checkpoints: int = 3,
+        checkpoints: Checkpoints | None = None,
         use_curses: bool = True,
         ui: str | None = None,
         sinks: Sequence[Sink] = (),
@@ -164,7 +175,7 @@ class R8Scheduler:
             self._together = SaveTogether(args.save, self._ranks)
             args = self._args = replace(args, save=self._together)
         self._saver = Saver(args, self._bus)
-        evidence = config.log_dir or config.checkpoint_dir
+        evidence, recent = config.log_dir or config.checkpoint_dir, partial(tuple, self._bus.recent)
         self._safety = SafetyNet(
             args.load,
             args.state_callback,
@@ -173,10 +184,11 @@ class R8Scheduler:
             self._catalog,
             self._bus.emit,
             self._ranks.clock,  # backups are paced by time, and all ranks have to take the same ones
-            CrashRecorder(Path(evidence) if evidence else None, config.to_json(), lambda: tuple(self._bus.recent)),
+            CrashRecorder(Path(evidence) if evidence else None, config.to_json(), recent),
             self._ranks,
         )
-        self._control = Control(self._bus, self._ranks, args.clock, saves=config.checkpoint_dir is not None)
+        saves = config.checkpoint_dir is not None
+        self._control = Control(self._bus, self._ranks, args.clock, saves=saves, signals=config.signals)
         self._control.together = self._together is not None
         self._presence = Presence(args, self._bus, self._catalog, self._guard, self._ranks.rank)
         self._replays = config.rollback_data == "replay"
@@ -188,6 +200,8 @@ class R8Scheduler:
         self._resumed = self._begun = self._closed = False
         self._weighs = False  # whether it is known that importance weights reach the loss, or was said that they do not
         self._within = False  # whether an epoch loop is going
+        self._diverged = False
+        self._reporter: int | None = None  # thread that reports losses
 
     # `ShardedScheduler` has its own of these two.
 
@@ -289,8 +303,8 @@ class R8Scheduler:
         self._begin()  # a handler of the user's own has returned
 
     def tell(self, message: str) -> None:
-        """Show a warning beside the run's other events."""
-        self._bus.emit(events.Notice, self._progress.global_step, message, "warning")
+        """Show a warning beside the run's other events, once; without a display, on standard error."""
+        self._saver.tell(self._progress.global_step, message)
 
     def importance_weights(self, position: int) -> NDArray[np.float32] | None:
         """Return the importance weights of an open batch, None where all are 1.
@@ -299,6 +313,11 @@ class R8Scheduler:
             position: Its place in `open_batches`.
         """
         return self._desk.importance_weights(position)
+
+    @property
+    def awaited_signals(self) -> list[int]:
+        """The signals that wait for the next step boundary, once a loop runs in this thread."""
+        return self._control.interrupts.wanted()
 
     def lr_now(self) -> float:
         """Return the learning rate for the oldest open batch as of now: a rollback since its issue counts."""
@@ -310,7 +329,9 @@ class R8Scheduler:
 
     def highest_lr_ahead(self) -> float:
         """Return the highest learning rate that the schedule has from now on."""
-        done, total = self._budget.position(self._progress.epoch, self._progress.reported, self._chooser.batches)
+        done, total = self._budget.position(
+            self._progress.epoch, self._progress.reported, self._chooser.batches, self._progress.global_step
+        )
         return self._budget.highest(done, total)
 
     def scale_lr(self, factor: float, who: str) -> None:
@@ -330,7 +351,8 @@ class R8Scheduler:
         return self._begun and not self._closed
 
     def _lr_at(self, cursor: int, batches: int) -> float:
-        position = self._budget.position(self._progress.epoch, cursor, batches)
+        progress = self._progress
+        position = self._budget.position(progress.epoch, cursor, batches, progress.global_step)
         return self._budget.learning_rate(position, self._safety.lr_multiplier(self._progress.global_step))
 
     @property
@@ -347,7 +369,7 @@ class R8Scheduler:
             return "the scheduler is closed"
         if self._control.stop or progress.stage is Stage.RUNNING:
             return None
-        if self._budget.over(progress.epoch + (progress.stage is Stage.DONE)):
+        if self._budget.over(progress.epoch + (progress.stage is Stage.DONE), progress.global_step):
             return "the run has spent its budget"
         done = progress.stage is Stage.DONE
         return f"all batches of epoch {progress.epoch} are reported, and no other epoch is open" if done else None
@@ -417,11 +439,11 @@ class R8Scheduler:
         self._begin(anyhow=self._resumed)
         if self._progress.stage is Stage.DONE:
             self._progress.next_epoch()
-        if self._resumed and self._budget.over(self._progress.epoch):
+        if self._resumed and self._over():
             self._resumed = False
-            self._bus.emit(events.Notice, self._progress.global_step, self._budget.nothing_left, "warning")
+            self.tell(self._budget.nothing_left)
         with self._control.interrupts:
-            while not self._control.stop and not self._budget.over(self._progress.epoch):
+            while not self._control.stop and not self._over():
                 if self._progress.stage is Stage.FRESH:
                     self._start_epoch()
                 self._within = True
@@ -429,11 +451,15 @@ class R8Scheduler:
                     yield self._progress.epoch
                 finally:
                     self._within = False
+                self._desk.leave()
+                if self._budget.steps_up(self._progress.global_step) and self._progress.stage is Stage.RUNNING:
+                    break  # amid an epoch, which goes on where there is a larger budget
                 if self._progress.stage is Stage.RUNNING and not self._control.stop:
                     self._end_epoch(completed=False)
+                self._between_steps()
                 if self._progress.stage is Stage.DONE:
-                    self._save_if_due()
                     self._progress.next_epoch()
+            self._save_last()
         self._end("stopped" if self._control.stop else "finished")
 
     def batch_iterator(self, loader: Loader | None = None) -> Iterator[Batch]:
@@ -445,12 +471,17 @@ class R8Scheduler:
         Raises:
             ProtocolError: The next batch is asked for while the loss of an earlier one is due, or no epoch is open.
         """
+        return _BatchLoop(self._batches(loader), self._request)
+
+    def _batches(self, loader: Loader | None) -> Iterator[Batch]:
         self._begin()
         if loader is not None:
             self._check_search(loader.lead + loader.ahead)
-        if self._progress.stage is Stage.FRESH and not self._budget.over(self._progress.epoch):
+        if self._progress.stage is Stage.FRESH and not self._over():
             self._start_epoch()
-        elif self._progress.stage is Stage.DONE and not (self._within or self._budget.over(self._progress.epoch + 1)):
+        elif self._progress.stage is Stage.DONE and not (
+            self._within or self._budget.over(self._progress.epoch + 1, self._progress.global_step)
+        ):
             raise ProtocolError(
                 f"{self.nothing_to_draw}: begin the next one with `for epoch in scheduler.epoch_iterator()`"
             )
@@ -458,15 +489,34 @@ class R8Scheduler:
         with self._control.interrupts:
             if self._search is not None:
                 yield from self._search_batches(self._search)
-            while True:
-                self._desk.check_room()
-                self._between_steps()
-                ticket = self._next_ticket()
-                if ticket is None:
-                    return
-                yield self._desk.issue(ticket)
+                self._desk.leave()
+            try:
+                while True:
+                    self._desk.check_room()
+                    self._request()
+                    ticket = self._next_ticket()
+                    if ticket is None:
+                        return
+                    yield self._desk.issue(ticket)
+            except GeneratorExit:
+                self._desk.leave()
+                raise
 
-    def update_with_loss(self, loss: Any, batch: Batch | None = None, *, skipped: bool = False) -> StepResult:
+    def _request(self) -> None:
+        """A batch is asked for: where the model stands between two steps, what is due is done now."""
+        here = threading.get_ident()
+        if self._reporter not in (None, here):
+            self.tell(
+                "batches are asked for in another thread than losses are reported in: checkpoints, backups and signals "
+                "wait for the end of each epoch",
+            )
+        elif self._desk.between_steps() and not self._closed:
+            self._between_steps()
+        self._desk.count_request()
+
+    def update_with_loss(
+        self, loss: Any = None, batch: Batch | None = None, *, skipped: bool = False, batch_loss: Any = None
+    ) -> StepResult:
         """Report the loss of a batch, after its optimizer step: a rollback restores the model at once.
 
         Args:
@@ -474,6 +524,7 @@ class R8Scheduler:
                 Any framework's array or tensor, on any device, with or without a graph.
             batch: Which batch; the oldest open one when None.
             skipped: The optimizer step was skipped (AMP overflow): no fault, whatever the loss.
+            batch_loss: Another name for `loss`.
 
         Raises:
             ProtocolError: No such batch is open, or the number of losses is not the batch's.
@@ -482,9 +533,12 @@ class R8Scheduler:
         """
         self._check_open()
         ticket = self._desk.find(batch)
-        reported = read_losses(loss, len(ticket.batch.indices))
+        if batch_loss is not None and loss is not None:
+            raise TypeError("update_with_loss got loss and batch_loss, two names for one thing: give one")
+        reported = read_losses(loss if batch_loss is None else batch_loss, len(ticket.batch.indices))
         if not self._weighs:
             self._ask_for_weights(ticket.batch)
+        self._reporter = threading.get_ident()
         started = self._clock.monotonic()
         if self._ranks.exchanges:
             reported = self._gather(reported, ticket)
@@ -517,9 +571,13 @@ class R8Scheduler:
                 started - ticket.issued_at,
                 self._clock.monotonic() - started + ticket.draw_seconds,
             )
-        rolled_back = judgement.alarming and self._safety.react(
-            step, epoch, judgement, reported.mean, rows.expected, ticket.indices
-        )
+        try:
+            rolled_back = judgement.alarming and self._safety.react(
+                step, epoch, judgement, reported.mean, rows.expected, ticket.indices
+            )
+        except TrainingDiverged:
+            self._diverged = True  # not to be saved as the newest state
+            raise
         if rolled_back:
             self._desk.outdate()
             if self._replays:
@@ -564,12 +622,15 @@ class R8Scheduler:
         numbers = {name: read_number(name, value) for name, value in metrics.items()}
         for name, number in numbers.items():
             self._bus.emit(events.MetricLogged, self._progress.global_step, name, number)
+            if self._ranks.writes:
+                self._saver.logged(self._progress.global_step, name, number)
+                self._ranks.save |= self._saver.best_due and self._together is not None
 
     # One epoch ----------------------------------------------------------------------------
 
     def _start_epoch(self) -> None:
         step, epoch = self._progress.global_step, self._progress.epoch
-        done, total = self._budget.position(epoch, 0, 1)
+        done, total = self._budget.position(epoch, 0, 1, step)
         rng = self._streams.at(Purpose.EXCLUSION, epoch)
         excluded = either(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
         table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, epoch, 1), excluded)
@@ -601,7 +662,7 @@ class R8Scheduler:
 
     def _guard_epoch(self) -> None:
         """Let the noise guard think again about who is wrong rather than hard."""
-        done, total = self._budget.position(self._progress.epoch + 1, 0, 1)
+        done, total = self._budget.position(self._progress.epoch + 1, 0, 1, self._progress.global_step)
         found = self._guard.end_epoch(self._catalog, done / total)
         if found is None:
             return
@@ -616,14 +677,15 @@ class R8Scheduler:
 
     def _next_ticket(self) -> Ticket | None:
         """Draw the next batch; None when the epoch's plan, or the budget, is used up."""
-        if self._progress.stage is not Stage.RUNNING or self._budget.time_up or self._control.stops_now:
+        epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
+        spent = self._budget.time_up or self._budget.steps_up(step)
+        if self._progress.stage is not Stage.RUNNING or spent or self._control.stops_now:
             return None
         started = self._clock.monotonic()
-        epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
         waiting = self._desk.reissue()
         cursor = self._chooser.drawn if waiting is None else waiting.cursor
         batches = self._chooser.batches if waiting is None else waiting.batches
-        position = self._budget.position(epoch, cursor, batches)
+        position = self._budget.position(epoch, cursor, batches, step)
         if waiting is not None:
             indices, weights, number = waiting.indices, waiting.weights, waiting.batch.id
         elif cursor < batches:
@@ -675,6 +737,9 @@ class R8Scheduler:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
         if self._control.interrupted:
             self._save_if_possible()
+            if self._ranks.world_size > 1:
+                with suppress(Exception):  # another rank may be gone; else none dies before rank 0 has saved
+                    self._ranks.everyone(0.0)
             self.deliver_signal(self._saver.farewell(self._progress.global_step, writes=self._ranks.writes))
         if self._bus and self._bus.commanding:
             self._control.obey(self._progress.global_step, self._save_if_possible)
@@ -729,20 +794,30 @@ class R8Scheduler:
         if self._search is None:  # a backup amid the search would be of a model that is thrown away
             self._safety.keep(state, self._progress.global_step)
 
-    def save_checkpoint(self, is_final: bool = False) -> Path:
+    def save_checkpoint(self, is_final: bool = False, *, name: str = "") -> Path:
         """Write the run's state, and the model through `save_callback`; return the checkpoint's path.
 
         On several ranks, rank 0 writes it; the others write nothing and get the directory's path. With a collective
         `save_callback` all ranks have to call it.
 
         Args:
-            is_final: Mark the checkpoint as the run's last one.
+            is_final: Mark the checkpoint as the run's last one: it stays whatever follows.
+            name: A word that is added to the folder's name; such a checkpoint stays too.
 
         Raises:
             CheckpointError: Nothing was saved; earlier checkpoints are as they were.
         """
+        step = self._progress.global_step
+        if self._args.save is not None and self._desk.in_step and (self._ranks.writes or self._together):
+            raise CheckpointError(
+                f"the loss of step {step} has not been reported, so the model may be a step ahead of the run: call "
+                "save_checkpoint after update_with_loss, or outside the batch loop"
+            )
+        return self._save(name or ("final" if is_final else ""))
+
+    def _save(self, tag: str = "") -> Path:
         step, epoch = self._progress.global_step, self._progress.finished_epoch
-        write = partial(self._saver.save, step, epoch, self.state_dict, "final" if is_final else "")
+        write = partial(self._saver.save, step, epoch, self.state_dict, tag)
         if self._together is None:
             return write() if self._ranks.writes else self._saver.store.directory
         if self._ranks.writes:
@@ -752,17 +827,21 @@ class R8Scheduler:
         self._saver.note(step, epoch, path)
         return path
 
-    def load_checkpoint(self, path: str | Path) -> None:
+    def load_checkpoint(self, filepath: str | Path | None = None, *, path: str | Path | None = None) -> None:
         """Restore the run's state, and the model through `load_callback`.
 
+        What this scheduler was created with counts where the run may differ from it (the learning rate, the batch
+        size, the budget, the groups, ...).
+
         Args:
-            path: A checkpoint, or a directory of them: the newest valid one.
+            filepath: A checkpoint, or a directory of them: the newest valid one of the run that saved there last.
+            path: Another name for it.
 
         Raises:
             FileNotFoundError: There is none.
             CheckpointError: It cannot be used; the run is as it was.
         """
-        self._restore(self._saver.find(path))
+        self._restore(self._saver.find(one_of("load_checkpoint", filepath=filepath, path=path)))
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
         check_state(loaded.state, self._config)
@@ -777,17 +856,24 @@ class R8Scheduler:
     @classmethod
     def resume_from_checkpoint(
         cls,
-        path: str | Path,
+        checkpoint_path: str | Path | None = None,
         save_callback: Callable[..., Any] | None = None,
         load_callback: Callable[..., Any] | None = None,
+        *,
+        path: str | Path | None = None,
         **new_goals: Any,
     ) -> Self:
         """Return a scheduler that goes on where a checkpoint was written.
 
+        It saves where the checkpoint lies, unless `checkpoint_dir` is given: a run that is resumed from a copy of its
+        folder leaves the original alone.
+
         Args:
-            path: A checkpoint, or a directory of them: the newest valid one.
+            checkpoint_path: A checkpoint, or a directory of them: the newest valid one of the run that saved there
+                last.
             save_callback: As at construction.
             load_callback: As at construction; called with the checkpoint's model path.
+            path: Another name for `checkpoint_path`.
             **new_goals: Arguments that differ from the checkpoint's configuration. A strategy or
                 schedule that was an object must be given again.
 
@@ -799,14 +885,18 @@ class R8Scheduler:
         from learnit_r8.checkpoint import resolve
 
         damaged: list[tuple[Path, str]] = []
-        loaded = resolve(path, on_corrupt=lambda bad, reason: damaged.append((bad, reason)))
-        arguments = resumed_arguments(loaded.state, new_goals)
+        found = one_of("resume_from_checkpoint", checkpoint_path=checkpoint_path, path=path)
+        loaded = resolve(found, on_corrupt=lambda bad, reason: damaged.append((bad, reason)))
+        arguments = resumed_arguments(loaded.state, new_goals, str(loaded.path.parent))
         scheduler = cls(**arguments, save_callback=save_callback, load_callback=load_callback)
         for bad, reason in damaged:
             scheduler._saver.passed_over(bad, reason)
         scheduler._restore(loaded)
-        if "checkpoint_dir" not in new_goals:
-            scheduler._saver.compare_directory(loaded.path.parent)
+        if "checkpoint_dir" not in new_goals and "checkpoints" not in new_goals:
+            scheduler._saver.compare_directory(loaded.state["config"]["checkpoint_dir"])
+        if new_goals.get("initial_lr") is not None:  # also over a rate that auto_find_lr has found
+            scheduler._budget.peak = scheduler._config.initial_lr
+            scheduler._lr = scheduler._lr_at(scheduler._chooser.drawn, scheduler._chooser.batches)
         return scheduler
 
     def state_dict(self) -> State:
@@ -858,9 +948,11 @@ class R8Scheduler:
         if state["searched"]:
             self._search = None
         self._budget.load_state_dict(state["budget"])
+        if state["config"].get("initial_lr") != self._config.initial_lr:  # what was given now counts
+            self._budget.peak = self._config.initial_lr
         self._catalog.load_state_dict(state["catalog"])
         self._desk.load_state_dict(state["tickets"], self._progress.epoch, int(state["chooser"]["batches"]))
-        done, total = self._budget.position(self._progress.epoch, 0, 1)
+        done, total = self._budget.position(self._progress.epoch, 0, 1, self._progress.global_step)
         self._chooser.load_state_dict(state["chooser"], self._progress.epoch, self._progress.global_step, done / total)
         self._safety.load_state_dict(state["safety"])
         self._guard.load_state_dict(state["guard"])
@@ -869,9 +961,11 @@ class R8Scheduler:
         self._control.stop = None
         self._begun = False
         self._resumed = True
+        self._saver.note(self._progress.global_step, self._progress.finished_epoch)
 
     def _save_if_due(self) -> None:
-        if self._saver.due(self._progress.global_step, self._progress.finished_epoch):
+        best = self._saver.best_due and self._together is None  # else all ranks hear of it with the next report
+        if best or self._saver.due(self._progress.global_step, self._progress.finished_epoch):
             self._save_if_possible()
 
     def _save_if_possible(self) -> None:
@@ -881,9 +975,36 @@ class R8Scheduler:
         if self._search is not None and self._search.running:
             return
         try:
-            self.save_checkpoint()
+            self._save()
         except CheckpointError as error:
             warnings.warn(f"checkpoint not saved, training goes on: {error}", RuntimeWarning, stacklevel=2)
+
+    def _save_last(self) -> None:
+        """Save the last state of a run that has a cadence, unless that has been done."""
+        if self._saver.owes(self._progress.global_step) and not self._diverged:
+            self._save_if_possible()
+
+    def _rescue(self, thrown: BaseException | None) -> str:
+        """Save what a run that is thrown out of its loops, or left by `break`, has done since its last checkpoint.
+
+        Args:
+            thrown: What throws it out, or None: who leaves a loop of his own will has not left a step halfway.
+
+        Returns:
+            What to tell of it; "" where there is nothing to say.
+        """
+        step = self._progress.global_step
+        signalled = self._control.interrupts.pending is not None
+        writes = self._ranks.writes or self._together is not None
+        if self._diverged or not writes or not (signalled or self._saver.owes(step)):
+            return ""
+        if self._together is not None and not self._control.interrupted:
+            return ""  # the others may be elsewhere, and all have to write it
+        halfway = self._desk.in_step or (thrown is not None and self._desk.left_in_step)
+        if halfway and self._args.save is not None:
+            return self._saver.broken_off(step)
+        self._save_if_possible()
+        return self._saver.farewell(step, writes=True)
 
     # Beginning and end --------------------------------------------------------------------
 
@@ -894,9 +1015,12 @@ class R8Scheduler:
             anyhow: Also where nothing is left to train.
         """
         self._check_open()
-        if self._begun or (self._budget.over(self._progress.epoch) and not anyhow):
+        if self._begun or (self._over() and not anyhow):
             return
         self._begun, self._control.stop = True, None
+        _running.add(self)
+        if self._ranks.writes:
+            self._saver.begin()
         self._presence.begin(self._progress.global_step, self._budget.elapsed, resumed=self._resumed)
         if out := self._config.left_out:
             message = (
@@ -908,9 +1032,16 @@ class R8Scheduler:
 
     def _end(self, reason: str) -> None:
         if self._begun:
+            if (missed := self._saver.missed_metric()) and reason == "finished" and self._ranks.writes:
+                self.tell(missed)
             self._begun = False
             self._budget.stop()
             self._presence.end(self._progress.global_step, reason, self._budget.elapsed)
+        self._saver.close()
+
+    def _over(self) -> bool:
+        """Whether the budget is spent."""
+        return self._budget.over(self._progress.epoch, self._progress.global_step)
 
     def terminal(self) -> AbstractContextManager[None]:
         """Lend the terminal: inside `with scheduler.terminal():` an editor, a password or a menu have it to themselves.
@@ -920,16 +1051,25 @@ class R8Scheduler:
         return self._presence.terminal()
 
     def close(self) -> None:
-        """Release the terminal, the log and the signal handlers; any number of times."""
+        """Save what the cadence owes, release terminal, log, directory and signal handlers; any number of times."""
+        self._close("closed", sys.exception())
+
+    def _close(self, reason: str, error: BaseException | None, *, printed: bool = False) -> None:
         if self._closed:
             return
-        if self._control.interrupts.pending is not None and (not self._together or self._control.interrupted):
-            self._save_if_possible()  # it came in a step after which the loops were left
-        self._end("closed")
+        said = self._rescue(error)
+        if said and printed:
+            say(f"[r8] {said}")
+        elif said and error is not None:
+            error.add_note(f"[r8] {said}")
+        self._end(reason)
         self._closed = True
+        _running.discard(self)
         self._control.interrupts.release()
         self._bus.close()
-        self._control.interrupts.deliver(self._saver.farewell(self._progress.global_step, writes=self._ranks.writes))
+        self._control.interrupts.deliver(
+            said or self._saver.farewell(self._progress.global_step, writes=self._ranks.writes)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -937,9 +1077,7 @@ class R8Scheduler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._end("stopped" if kind is KeyboardInterrupt else "error")
-        self.close()
+        self._close("closed" if kind is None else "stopped" if kind is KeyboardInterrupt else "error", error)
 
     def __getstate__(self) -> State:
         raise TypeError(
@@ -950,3 +1088,50 @@ class R8Scheduler:
     def _check_open(self) -> None:
         if self._closed:
             raise ProtocolError("this scheduler is closed: create a new one, or resume_from_checkpoint")
+
+
+class _BatchLoop:
+    """The batches of a loop. Asked beyond the last one, as loaders with workers do, it lets the scheduler know."""
+
+    def __init__(self, batches: Iterator[Batch], beyond: Callable[[], None]) -> None:
+        self._batches = batches
+        self._beyond = beyond
+        self._over = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._over:
+            self._beyond()
+            raise StopIteration
+        try:
+            return next(self._batches)
+        except BaseException:
+            self._over = True
+            raise
+
+    def close(self) -> None:
+        """Leave the loop: batches that are out will be handed out again."""
+        self._over = True
+        self._batches.close()  # type: ignore[attr-defined]
+
+
+def one_of(function: str, **names: Any) -> Any:
+    """Return the one argument that was given under one of several names."""
+    given = [value for value in names.values() if value is not None]
+    if len(given) != 1:
+        raise TypeError(f"{function} needs a path as {' or '.join(names)}, got {names}")
+    return given[0]
+
+
+_running: weakref.WeakSet[R8Scheduler] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_forgotten() -> None:
+    """Save what a program that ends without `close()` owes, such as one that an error ends."""
+    for run in list(_running):
+        if run._control.interrupts._pid in (0, os.getpid()):  # in a forked child the run is its parent's
+            error = getattr(sys, "last_value", None)
+            run._close("closed" if error is None else "error", error, printed=True)

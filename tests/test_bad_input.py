@@ -67,6 +67,7 @@ BAD += [
     ("state_callback", lambda model: None, "state_callback must take no arguments and return the model's state"),
 ]
 BAD += [("backup_every", value, "backup_every must be a whole number >= 1") for value in (0, -1, 2.5, "50", True)]
+BAD += [("checkpoints", value, "checkpoints must be a learnit_r8.Checkpoints") for value in (3, "epoch", {"keep": 2})]
 BAD += [("checkpoint_dir", value, "checkpoint_dir must be a path or None") for value in (3, "", "  ", b"x", ["x"])]
 BAD += [("log_dir", value, "log_dir must be a path or None") for value in (3, "", True)]
 BAD += [
@@ -171,6 +172,7 @@ def test_all_bad_arguments_are_listed_at_once():
             num_samples=0,
             batch_size="8",
             num_epochs=-1,
+            checkpoints=6,
             initial_lr=NAN,
             scheduler_mode="cosin",
             warmup_proportion=2,
@@ -199,7 +201,8 @@ def test_all_bad_arguments_are_listed_at_once():
             all_gather=9,
             clock=10,
         )
-    names = [name for name in inspect.signature(R8Scheduler).parameters if name != "train_duration_seconds"]
+    others = {"num_steps", "train_duration_seconds"}  # one budget only
+    names = [name for name in inspect.signature(R8Scheduler).parameters if name not in others]
     for name in names:
         assert sum(problem.startswith(name) for problem in caught.value.problems) == 1, name
     assert str(caught.value).startswith(f"{len(names)} problems:\n  - ")
@@ -385,7 +388,7 @@ def test_asking_for_one_batch_too_many_names_the_step_that_is_due(lookahead):
     for _ in range(lookahead):
         next(batches)
     before = frozen(scheduler)
-    with pytest.raises(ProtocolError, match=rf"the loss of step 0 .* \(lookahead={lookahead}\)"):
+    with pytest.raises(ProtocolError, match=rf"the loss of step 0 .* at once, now {lookahead};"):
         next(batches)
     assert frozen(scheduler) == before
     redrawn = next(scheduler.batch_iterator())

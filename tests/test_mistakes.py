@@ -100,7 +100,7 @@ MISTAKES = {
             "scheduler.update_with_loss(1.0); one.save_checkpoint()",
         ),
         "shown",
-        "/checkpoints too, and each removes the other's checkpoints: give each a checkpoint_dir of its own",
+        "/checkpoints too; to resume from the directory means the one that saved last: give each a checkpoint_dir",
     ),
     "a checkpoint directory with a typo": (
         FIRST_RUN + "\nR8Scheduler.resume_from_checkpoint('chekpoints')",
@@ -175,7 +175,7 @@ MISTAKES = {
         FIRST_RUN + "\nimport os\nos.mkdir('other'); os.chdir('other')\n"
         "scheduler = R8Scheduler.resume_from_checkpoint('../checkpoints', ui='log', num_epochs=2)" + REPORT,
         "shown",
-        "other/checkpoints, not to ",
+        "/checkpoints, where this one lies, not to checkpoints: give checkpoint_dir to change that",
     ),
     "a resume of a finished run": (
         FIRST_RUN + "\nscheduler = R8Scheduler.resume_from_checkpoint('checkpoints', ui='log')" + REPORT,

@@ -1,7 +1,8 @@
 """Durable state on disk: manifest, hashes, retention, fallback."""
 
-from learnit_r8.checkpoint.directory import Entry
+from learnit_r8.checkpoint.directory import Entry, new_run
 from learnit_r8.checkpoint.manifest import Manifest
+from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.storage import FileRecord, FileSystem
 from learnit_r8.checkpoint.store import CheckpointStore, LoadedCheckpoint, SavedCheckpoint, resolve
 
@@ -12,6 +13,8 @@ __all__ = [
     "FileSystem",
     "LoadedCheckpoint",
     "Manifest",
+    "Retention",
     "SavedCheckpoint",
+    "new_run",
     "resolve",
 ]

@@ -20,8 +20,8 @@ from learnit_r8.checkpoint.state_codec import MAX_JSON, strict_json
 from learnit_r8.checkpoint.storage import BLOCK, FileRecord, FileSystem, regular_size
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError
 
-SCHEMA = 1
-"""Version of the layout on disk."""
+SCHEMA = 2
+"""Version of the layout on disk; 1 did not say which run wrote a checkpoint."""
 FORMAT = "learnit_r8 checkpoint"
 MANIFEST, STATE, ARRAYS, MODEL = "manifest.json", "state.json", "arrays.bin", "model"
 MAX_MANIFEST = 64 << 20
@@ -38,6 +38,7 @@ class Manifest:
         tag: The caller's word for it, such as "final".
         version: Version of the library that wrote it.
         files: One record per file, by relative posix name.
+        run: Id of the run that wrote it; "" where that is not known.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Manifest:
     tag: str
     version: str
     files: Mapping[str, FileRecord]
+    run: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -59,15 +61,17 @@ class Manifest:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the text of manifest.json: the one and only spelling of its content, hashed in itself."""
-    body = {
+    body: dict[str, Any] = {
         "format": FORMAT,
-        "schema": SCHEMA,
+        "schema": SCHEMA if manifest.run else 1,
         "step": manifest.step,
         "serial": manifest.serial,
         "tag": manifest.tag,
         "version": manifest.version,
         "files": {name: {"bytes": r.nbytes, "sha256": list(r.sha256)} for name, r in manifest.files.items()},
     }
+    if manifest.run:
+        body["run"] = manifest.run
     return _sealed(body)
 
 
@@ -101,7 +105,7 @@ def read_manifest(fs: FileSystem, root: Path) -> Manifest:
     schema = body.get("schema")
     if body.get("format") != FORMAT or type(schema) is not int or schema < 1:
         raise CheckpointCorrupt(f"{name} is not a manifest of a {FORMAT}")
-    if schema != SCHEMA:
+    if schema > SCHEMA:
         raise CheckpointError(
             f"{root} was written by a newer version of learnit_r8 ({body.get('version')!s:.40}, schema {schema}; "
             f"this one reads schema {SCHEMA}): upgrade learnit_r8 to load it"
@@ -112,6 +116,8 @@ def read_manifest(fs: FileSystem, root: Path) -> Manifest:
 def _checked_manifest(body: Mapping[str, Any], name: str) -> Manifest:
     files = body.get("files")
     expected = {"format": str, "schema": int, "step": int, "serial": int, "tag": str, "version": str, "files": dict}
+    if body["schema"] > 1:
+        expected["run"] = str
     if {key: type(value) for key, value in body.items()} != expected or not isinstance(files, dict):
         raise CheckpointCorrupt(f"{name}: expected the fields {sorted(expected)} with their types")
     if body["step"] < 0 or body["serial"] < 1 or not {STATE, ARRAYS} <= set(files):
@@ -128,7 +134,7 @@ def _checked_manifest(body: Mapping[str, Any], name: str) -> Manifest:
         records[file] = FileRecord(nbytes, tuple(digests))
     if records[STATE].nbytes > MAX_JSON:
         raise CheckpointCorrupt(f"{name}: {STATE} of {records[STATE].nbytes:,} bytes, at most {MAX_JSON:,} are read")
-    return Manifest(body["step"], body["serial"], body["tag"], body["version"], records)
+    return Manifest(body["step"], body["serial"], body["tag"], body["version"], records, body.get("run", ""))
 
 
 def _sealed(body: Mapping[str, Any]) -> bytes:

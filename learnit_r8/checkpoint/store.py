@@ -16,8 +16,8 @@ equal", which lists what goes wrong with any other.)
 Checkpoints are ordered by when they were saved, not by step: after a rollback or a resume from an older
 one, a higher step belongs to a past that was given up. `latest` is for humans; loading never reads it.
 
-One process at a time writes into a directory. It holds a lock from its first save to its end, because two
-runs that share a directory would each prune what the other one needs. Reading needs no lock.
+One process at a time writes into a directory. It holds a lock from its first save until the store is closed.
+Reading needs no lock. Several runs may use a directory: see `directory.py`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from learnit_r8.checkpoint.manifest import (
     contents,
     read_manifest,
 )
+from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.checkpoint.storage import (
     FileSystem,
@@ -53,9 +54,6 @@ from learnit_r8.checkpoint.storage import (
 )
 from learnit_r8.checkpoint.writing import fill, hashing_threads, write_manifest
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
-
-MIN_KEEP = 2
-"""The newest checkpoint is not the only one, even when that is asked for."""
 
 _ADVICE = "give the checkpoint_dir of the run, or one of the step-... folders in it"
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
@@ -114,6 +112,11 @@ class CheckpointStore:
         on_corrupt: Told the path and the reason of each checkpoint that `newest` and `older_than` pass over.
         version: The library's version, for the manifest.
         clock: Seconds, for `SavedCheckpoint.seconds`.
+        run: Id of the run that saves here; "" where runs are not told apart.
+        retention: What to keep beside the newest `keep`.
+
+    Attributes:
+        run: As given; `adopt` and `begin` may change it.
 
     Raises:
         ConfigError: `keep` is below 1.
@@ -128,12 +131,15 @@ class CheckpointStore:
         on_corrupt: Callable[[Path, str], object] | None = None,
         version: str = "",
         clock: Callable[[], float] = time.perf_counter,
+        run: str = "",
+        retention: Retention | None = None,
     ) -> None:
         if keep < 1:
             raise ConfigError([f"keep={keep}: a number of checkpoints from 1 on is expected"])
         self.directory = Path(directory).absolute()  # a later chdir must not move the run's checkpoints
-        self.keep = max(keep, MIN_KEEP)
+        self.run = run
         self.version = version
+        self._retention = retention or Retention(keep)
         self._fs = fs or FileSystem()
         self._on_corrupt = on_corrupt or (lambda path, reason: None)
         self._clock = clock
@@ -169,15 +175,17 @@ class CheckpointStore:
         text, segments = encode(state)
         with _SAVING, _reported(f"no checkpoint of step {step} was written to {self.directory}; earlier ones are kept"):
             exclusive = self._directory.open()
-            serial = self._directory.next_serial()
+            before = self.entries()
+            serial = self._directory.next_serial(before)
+            strangers = any(entry.manifest is None or entry.manifest.run != self.run for entry in before)
             with self._directory.temporary(exclusive=exclusive) as temporary:
                 files = fill(self._fs, temporary, text, segments, write_model)
-                manifest = Manifest(step, serial, tag, self.version, files)
+                manifest = Manifest(step, serial, tag, self.version, files, self.run)
                 write_manifest(self._fs, temporary, manifest)
-                path = self._directory.free_name(step, tag)
+                path = self._directory.free_name(step, self.run if strangers else "", tag)
                 self._fs.rename(temporary, path)
             self._fs.sync_directory(self.directory)
-            problems = self._strangers(serial) + self._tidy(path, manifest)
+            problems = self._strangers(serial, before) + self._tidy(path, manifest, before)
             self._last_serial = serial
         if write_model is not None and not manifest.holds_model:
             problems += ("save_callback wrote nothing to the path that it got: the checkpoint holds no model",)
@@ -212,14 +220,14 @@ class CheckpointStore:
         return LoadedCheckpoint(path, state, path / MODEL, manifest.step, manifest)
 
     def newest(self) -> LoadedCheckpoint | None:
-        """Return the checkpoint that was saved last and is whole, or None.
+        """Return the checkpoint that was saved last and is whole, or None, of the run that saved or began here last.
 
         Damaged ones on the way are renamed `*.corrupt` where that is possible, and reported.
 
         Raises:
             CheckpointError: The next one was written by a newer version of the library.
         """
-        return self._first_whole(self.entries())
+        return self._first_whole(self.of_last_run())
 
     def older_than(self, step: int, *, names: Container[str] | None = None, skip: int = 0) -> LoadedCheckpoint | None:
         """Return the checkpoint saved last among those of a step below `step`, as `newest` does.
@@ -231,6 +239,10 @@ class CheckpointStore:
         """
         older = [e for e in self.entries() if e.manifest and e.manifest.step < step]
         return self._first_whole([e for e in older if names is None or e.path.name in names][skip:])
+
+    def of_last_run(self) -> list[Entry]:
+        """Return those of `entries` that belong, or may belong, to the run that saved or began here last."""
+        return self._directory.of_last_run(self.entries())
 
     def entries(self) -> list[Entry]:
         """Return what is in the directory, saved last first; those without a readable manifest come first of all."""
@@ -264,18 +276,18 @@ class CheckpointStore:
             return f"; it stays under its name ({error})"
         return f"; it is now {target.name}"
 
-    def _strangers(self, serial: int) -> tuple[str, ...]:
+    def _strangers(self, serial: int, entries: list[Entry]) -> tuple[str, ...]:
         """Say so when someone else has saved here since the last save: the lock keeps other processes out only."""
         between = range((self._last_serial or serial) + 1, serial)
-        if not any(entry.manifest and entry.manifest.serial in between for entry in self.entries()):
+        if not any(entry.manifest and entry.manifest.serial in between for entry in entries):
             return ()
         return (
-            f"another scheduler of this process saves into {self.directory} too, and each removes the other's "
-            "checkpoints: give each a checkpoint_dir of its own",
+            f"another scheduler of this process saves into {self.directory} too; to resume from the directory means "
+            "the one that saved last: give each a checkpoint_dir of its own",
         )
 
-    def _tidy(self, path: Path, manifest: Manifest) -> tuple[str, ...]:
-        """Move `latest`, and remove old checkpoints if the new one is really there."""
+    def _tidy(self, path: Path, manifest: Manifest, before: list[Entry]) -> tuple[str, ...]:
+        """Move `latest`, and remove the run's old checkpoints if the new one is really there."""
         problems = []
         try:
             self._directory.point_latest(path)
@@ -287,11 +299,64 @@ class CheckpointStore:
             for name, record in manifest.files.items():
                 if regular_size(path, name) != record.nbytes:
                     raise CheckpointCorrupt(f"{path}: {name} changed its size")
-            for entry in [entry for entry in self.entries() if entry.manifest][self.keep :]:
+            own = [Entry(path, manifest), *self._own(before)]
+            for entry in self._retention.doomed(own, self._directory.metrics):
                 self._directory.discard(entry.path)
         except (OSError, CheckpointError) as error:
             problems.append(f"older checkpoints were not removed: {error}")
         return tuple(problems)
+
+    def _own(self, entries: list[Entry]) -> list[Entry]:
+        return [entry for entry in entries if entry.manifest and entry.manifest.run == self.run]
+
+    # Whose the directory is ---------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Note in a directory with other runs' checkpoints that this one begins, and so is the last one from now on.
+
+        Raises:
+            CheckpointError: The directory cannot be written to.
+        """
+        if self.directory.is_dir():
+            with _SAVING, _reported(f"{self.directory} cannot be written to"):
+                self._directory.note_run(self.run)
+
+    def adopt(self, loaded: LoadedCheckpoint) -> bool:
+        """Go on as the run that wrote a checkpoint here, if that is the run's newest one.
+
+        From an older one a run branches off: it keeps its own id, and never removes the other branch.
+
+        Returns:
+            Whether it is the same run from now on.
+        """
+        run = loaded.manifest.run
+        if run == "" or loaded.path.parent.resolve() != self.directory.resolve():
+            return False
+        serials = [e.manifest.serial for e in self.entries() if e.manifest and e.manifest.run == run]
+        if run != self.run and max(serials, default=0) > loaded.manifest.serial:
+            return False
+        self.run = run
+        return True
+
+    def add_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
+        """Write down beside a checkpoint what was logged at its step.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        with _reported(f"{path} cannot be written to"):
+            self._directory.add_metrics(path, metrics)
+
+    def best(self) -> tuple[float, Path] | None:
+        """Return the best value of the retention's metric among the run's checkpoints, and where it lies."""
+        if self._retention.best is None:
+            return None
+        found = self._retention.best_of(self._own(self.entries()), self._directory.metrics)
+        return None if found is None else (found[0], found[1].path)
+
+    def close(self) -> None:
+        """Let other processes write into the directory; the next save takes the lock again."""
+        self._directory.close()
 
 
 def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | None = None) -> LoadedCheckpoint:
@@ -324,7 +389,13 @@ def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | Non
         return found
     if failures:
         listing = "\n".join(f"  - {reason}" for reason in failures)
-        raise CheckpointCorrupt(f"no checkpoint in {directory} is whole:\n{listing}")
+        raise CheckpointCorrupt(f"no checkpoint of the run in {directory} is whole:\n{listing}")
+    others = [entry.path.name for entry in CheckpointStore(directory).entries()]
+    if others:
+        raise FileNotFoundError(
+            f"the run that began last in {directory} has saved nothing; to go on with an earlier one, give one of its "
+            f"checkpoints: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
+        )
     raise FileNotFoundError(f"no checkpoint in {directory}: {contents(directory)}; {_ADVICE}")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +30,28 @@ _THREADS = min(4, os.cpu_count() or 1)
 @contextmanager
 def hashing_threads() -> Iterator[Executor]:
     """Give threads for hashing; what has not begun at the end is dropped."""
+    if not threading.main_thread().is_alive():  # the interpreter is shutting down and starts no threads
+        yield _AtOnce()
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="r8-hash")
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class _AtOnce(Executor):
+    """Does the work itself."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(function(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 def fill(

@@ -15,8 +15,10 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.integrations._worker_seeds import SeededIndices
+from learnit_r8.integrations._worker_signals import SignalsHeld, shield
 from learnit_r8.loop.tickets import Loader
 from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.types import Batch
 
 _DEPTH = 16
 """Frames between a sampler and whatever iterates its loader: torch has 3, wrappers of Accelerate up to 8."""
@@ -73,29 +75,12 @@ class R8BatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Return an iterator over what is left of the current epoch."""
         asker, loader = _who_asks(sys._getframe(1), self)
+        held = shield(loader, self.scheduler.awaited_signals)
         if loader is not None and loader.generator in (None, self._generator):
             # An iterator draws a seed for its workers: not from the global generator, which would be another one
             # after a resume.
             loader.generator = self._generator.manual_seed(self.scheduler.data_seed())
-        return self._batches(asker)
-
-    def _batches(self, asker: _Asker | None) -> Iterator[list[int]]:
-        # Not earlier: a loader that fails while it is made fails once more when it is deleted.
-        if asker is not None and (problems := asker.problems(self.scheduler.catalog.num_samples)):
-            raise ConfigError(problems)
-        if (why := self.scheduler.nothing_to_draw) is not None:
-            raise ProtocolError(
-                f"the loader is iterated and {why}: to train, iterate it inside `for epoch in "
-                "scheduler.epoch_iterator()`, once an epoch; to evaluate on the training data, or for BatchNorm "
-                "statistics (update_bn), take learnit_r8.integrations.torch.evaluation_loader(loader)"
-            )
-        if asker is None and self.ahead:
-            self.scheduler.allow_lookahead(self.ahead + 1)
-        loader = None if asker is None else Loader(asker.lead, self.ahead, asker.delivered)
-        seeds = asker is not None and asker.workers > 0
-        for batch in self.scheduler.batch_iterator(loader):
-            ids = batch.indices.tolist()
-            yield SeededIndices(ids, self.scheduler.data_seed(batch)) if seeds else ids
+        return _Lists(self, asker, held)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a note for `StatefulDataLoader`: it must not count batches, which the scheduler does."""
@@ -103,6 +88,49 @@ class R8BatchSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing: restore the scheduler."""
+
+
+class _Lists:
+    """The scheduler's batches as lists. Workers' loaders ask on beyond the last one, and that is passed on.
+
+    Args:
+        sampler: Knows the scheduler.
+        asker: The loader's iterator, or None.
+        held: Ended when the first batch is asked for: the loader's workers have been started then.
+    """
+
+    def __init__(self, sampler: R8BatchSampler, asker: _Asker | None, held: SignalsHeld) -> None:
+        self._sampler = sampler
+        self._asker = asker
+        self._held = held
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> _Lists:
+        return self
+
+    def __next__(self) -> list[int]:
+        self._held.end()
+        if self._batches is None:
+            self._batches = self._begin()
+        batch = next(self._batches)
+        ids: list[int] = batch.indices.tolist()
+        seeds = self._asker is not None and self._asker.workers > 0
+        return SeededIndices(ids, self._sampler.scheduler.data_seed(batch)) if seeds else ids
+
+    def _begin(self) -> Iterator[Batch]:
+        scheduler, asker, ahead = self._sampler.scheduler, self._asker, self._sampler.ahead
+        # Not earlier: a loader that fails while it is made fails once more when it is deleted.
+        if asker is not None and (problems := asker.problems(scheduler.catalog.num_samples)):
+            raise ConfigError(problems)
+        if (why := scheduler.nothing_to_draw) is not None:
+            raise ProtocolError(
+                f"the loader is iterated and {why}: to train, iterate it inside `for epoch in "
+                "scheduler.epoch_iterator()`, once an epoch; to evaluate on the training data, or for BatchNorm "
+                "statistics (update_bn), take learnit_r8.integrations.torch.evaluation_loader(loader)"
+            )
+        if asker is None and ahead:
+            scheduler.allow_lookahead(ahead + 1)
+        return scheduler.batch_iterator(None if asker is None else Loader(asker.lead, ahead, asker.delivered))
 
 
 def evaluation_loader(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -16,6 +16,7 @@ of its own in `checkpoint_dir`), and ties at a quartile edge are not split.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.checkpoint import CheckpointStore
 from learnit_r8.checkpoint.manifest import MANIFEST
+from learnit_r8.config import Checkpoints
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.losses import Reported
@@ -35,7 +37,7 @@ from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.tickets import Ticket
 from learnit_r8.quadrants import QuadrantTable
 from learnit_r8.rng import RandomStreams
-from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.scheduler import R8Scheduler, one_of
 from learnit_r8.types import Indices, Losses, Mask
 
 __all__ = ["ShardedScheduler"]
@@ -173,11 +175,16 @@ class ShardedScheduler(R8Scheduler):
         self._shard = (rank, world_size, all_gather or np.asarray)
         if isinstance(seed, int):
             seed = seed % (1 << 64) | (rank + 1) << 64  # the same again where a checkpoint's seed is given
-        folder = options.get("checkpoint_dir", "./checkpoints")
+        policy = options.get("checkpoints")
+        folder = policy.dir if isinstance(policy, Checkpoints) else options.get("checkpoint_dir", "./checkpoints")
         if isinstance(folder, (str, Path)) and str(folder).strip():
             folder = Path(folder)
             folder = folder.parent if _FOLDER.fullmatch(folder.name) else folder  # of a checkpoint's configuration
-            options["checkpoint_dir"] = folder / _folder(rank, world_size)
+            folder /= _folder(rank, world_size)
+            if isinstance(policy, Checkpoints):
+                options["checkpoints"] = dataclasses.replace(policy, dir=folder)
+            else:
+                options["checkpoint_dir"] = folder
         super().__init__(num_samples, batch_size, seed=seed, **options)
         sizes = np.asarray(self._shard[2](np.array([num_samples, batch_size], np.float64))).reshape(-1, 2)
         if len(sizes) != world_size or (sizes != sizes[0]).any():
@@ -186,12 +193,22 @@ class ShardedScheduler(R8Scheduler):
             )
 
     @classmethod
-    def resume_from_checkpoint(cls, path: str | Path, *args: Any, **new_goals: Any) -> ShardedScheduler:
+    def resume_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | None = None,
+        save_callback: Callable[..., Any] | None = None,
+        load_callback: Callable[..., Any] | None = None,
+        *,
+        path: str | Path | None = None,
+        **new_goals: Any,
+    ) -> ShardedScheduler:
         """As `R8Scheduler.resume_from_checkpoint`; give `rank`, `world_size` and `all_gather` again.
 
         Args:
-            path: The run's `checkpoint_dir`: all ranks go on from the newest step that each of them has whole.
-            *args: As there.
+            checkpoint_path: The run's `checkpoint_dir`: all ranks go on from the newest step that each has whole.
+            save_callback: As there.
+            load_callback: As there.
+            path: Another name for `checkpoint_path`.
             **new_goals: As there.
 
         Raises:
@@ -199,8 +216,9 @@ class ShardedScheduler(R8Scheduler):
             CheckpointError: The ranks have none of one step, or it was saved by another number of ranks.
         """
         rank, world = new_goals["rank"], new_goals["world_size"]
-        mine = common_checkpoint(Path(path), rank, world, new_goals["all_gather"] or np.asarray)
-        return super().resume_from_checkpoint(mine, *args, **new_goals)
+        directory = Path(one_of("resume_from_checkpoint", checkpoint_path=checkpoint_path, path=path))
+        mine = common_checkpoint(directory, rank, world, new_goals["all_gather"] or np.asarray)
+        return super().resume_from_checkpoint(mine, save_callback, load_callback, **new_goals)
 
     @property
     def batch_size(self) -> int:
@@ -297,7 +315,7 @@ def common_checkpoint(directory: Path, rank: int, world_size: int, gather: Gathe
     if not worlds and (directory / MANIFEST).is_file():
         return directory
     held: dict[int, Path] = {}  # by step, the one saved last
-    for entry in store.entries():
+    for entry in store.of_last_run():
         if entry.manifest is not None:
             held.setdefault(entry.manifest.step, entry.path)
     sizes = np.asarray(gather(np.array([len(held)], np.float64))).astype(int)

@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.clock import Clock
-from learnit_r8.config import MAX_SAMPLES, NOISE_GUARDS, ROLLBACK_DATA, UI_NAMES, Config, Problems
+from learnit_r8.config import (
+    DEFAULT_DIR,
+    MAX_SAMPLES,
+    NOISE_GUARDS,
+    ROLLBACK_DATA,
+    UI_NAMES,
+    Checkpoints,
+    Config,
+    Problems,
+)
+from learnit_r8.dashboard.metric import better
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
 from learnit_r8.schedules import Schedule, make_schedule
@@ -59,16 +69,14 @@ def check_arguments(**given: Any) -> Arguments:
     every = args.backup_every
     config = Config(
         **sizes,
-        **_budget(problems, args.num_epochs, args.train_duration_seconds),
+        **_budget(problems, args),
         **rates,
         **_search(problems, args, undo=load is not None and (snapshot is not None or _undoes(save))),
         scheduler_mode=schedule_name,
         strategy=strategy_name,
         own_strategy=not isinstance(args.strategy, str),
         backup_every=None if every is None else problems.integer("backup_every", every, 1),
-        checkpoint_dir=_folder(problems, "checkpoint_dir", args.checkpoint_dir, used=args.checkpoint_every is not None),
-        checkpoint_every=_cadence(problems, args.checkpoint_every, args.checkpoint_dir),
-        keep_checkpoints=problems.integer("keep_checkpoints", args.keep_checkpoints, 1),
+        **_checkpoints(problems, args),
         log_dir=_folder(problems, "log_dir", args.log_dir, used=True),
         noise_guard=problems.choice("noise_guard", args.noise_guard, NOISE_GUARDS),
         seed=problems.integer("seed", args.seed, 0),
@@ -165,17 +173,53 @@ def _folder(problems: Problems, name: str, value: Any, *, used: bool) -> str | N
     return None if path is None else str(path)
 
 
-def _budget(problems: Problems, epochs: Any, seconds: Any) -> dict[str, Any]:
-    if (epochs is None) == (seconds is None):
+def _budget(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in ("num_epochs", "num_steps", "train_duration_seconds")}
+    if sum(value is not None for value in given.values()) != 1:
         problems.append(
-            f"give exactly one of num_epochs and train_duration_seconds, got num_epochs={epochs!r} and "
-            f"train_duration_seconds={seconds!r}"
+            "give exactly one of num_epochs and train_duration_seconds, or num_steps, got "
+            + ", ".join(f"{name}={value!r}" for name, value in given.items())
         )
+    epochs, steps, seconds = given.values()
     return {
         "num_epochs": None if epochs is None else problems.integer("num_epochs", epochs, 1),
+        "num_steps": None if steps is None else problems.integer("num_steps", steps, 1),
         "train_duration_seconds": (
             None if seconds is None else problems.real("train_duration_seconds", seconds, 0.0, open_low=True)
         ),
+    }
+
+
+_FLAT = {"checkpoint_dir": DEFAULT_DIR, "checkpoint_every": None, "keep_checkpoints": 3}
+"""The flat names of what is in `Checkpoints`, with their defaults."""
+
+
+def _checkpoints(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
+    value = args.checkpoints
+    flat = [name for name, default in _FLAT.items() if getattr(args, name) != default]
+    if value is not None and not isinstance(value, Checkpoints):
+        problems.append(f"checkpoints must be a learnit_r8.Checkpoints, got {value!r}")
+        value = None
+    if value is None:
+        every = problems.cadence("checkpoint_every", args.checkpoint_every, args.checkpoint_dir)
+        keep = problems.integer("keep_checkpoints", args.keep_checkpoints, 1)
+        directory, value = args.checkpoint_dir, Checkpoints()
+    else:
+        if flat:
+            problems.append(f"give {', '.join(flat)} within checkpoints=Checkpoints(...), not beside it")
+        directory, every, keep = value.dir, value.every, value.keep
+    best = problems.metric("keep_best", value.keep_best)
+    if best is not None and best[1] == "":
+        best = best[0], {-1: "min", 1: "max"}.get(better(best[0]), "")
+        if best[1] == "":
+            problems.append(f'keep_best={best[0]!r}: say which way is better: keep_best=({best[0]!r}, "max") or "min"')
+    return {
+        "checkpoint_dir": _folder(problems, "checkpoint_dir", directory, used=every is not None or best is not None),
+        "checkpoint_every": every,
+        "keep_checkpoints": keep,
+        "keep_best": best,
+        "keep_every": value.keep_every,
+        "signals": tuple(value.signals),
     }
 
 
@@ -204,19 +248,6 @@ def _callback(problems: Problems, name: str, function: Any, wrap: Callable[[Any]
     except TypeError as error:
         problems.append(f"{error}, got {function!r}")
         return None
-
-
-def _cadence(problems: Problems, every: Any, directory: Any) -> str | int | None:
-    if every is None:
-        return None
-    if directory is None:
-        problems.append(f"checkpoint_every={every!r} needs a checkpoint_dir, got None")
-    if every == "epoch":
-        return "epoch"
-    if isinstance(every, str):
-        problems.append(f'checkpoint_every must be "epoch", a number of steps >= 1 or None, got {every!r}')
-        return None
-    return problems.integer("checkpoint_every", every, 1)
 
 
 def _ui(problems: Problems, ui: Any, use_curses: Any) -> str:

@@ -17,10 +17,10 @@ _POINTS = 256
 
 
 class Budget:
-    """Epochs or seconds, and where the run stands in them.
+    """Epochs, steps or seconds, and where the run stands in them.
 
     Args:
-        config: Says which of the two, and how many.
+        config: Says which of them, and how many.
         schedule: (position, total) -> factor in [0, 1].
         clock: Measures seconds; they count across resumes.
     """
@@ -52,11 +52,15 @@ class Budget:
         """Stop the clock."""
         self._before, self._started = self.elapsed, None
 
-    def over(self, epoch: int) -> bool:
-        """Whether nothing is left for this epoch."""
+    def over(self, epoch: int, step: int) -> bool:
+        """Whether nothing is left for this epoch, and this step."""
         if self._config.num_epochs is not None:
             return epoch >= self._config.num_epochs
-        return self.time_up
+        return self.time_up or self.steps_up(step)
+
+    def steps_up(self, step: int) -> bool:
+        """Whether the budget of steps is spent; never when the budget is another one."""
+        return self._config.num_steps is not None and step >= self._config.num_steps
 
     @property
     def time_up(self) -> bool:
@@ -66,11 +70,11 @@ class Budget:
     @property
     def nothing_left(self) -> str:
         """What to tell who resumes a run whose budget is spent."""
-        epochs, seconds = self._config.num_epochs, self._seconds
-        spent = f"num_epochs={epochs}" if seconds is None else f"train_duration_seconds={seconds:g}"
+        budgets = ("num_epochs", "num_steps", "train_duration_seconds")
+        (spent,) = (f"{name}={given:g}" for name in budgets if (given := getattr(self._config, name)) is not None)
         return f"nothing is left to train: the run has spent its {spent}; give a larger number to go on"
 
-    def position(self, epoch: int, batch: int, batches: int) -> tuple[float, float]:
+    def position(self, epoch: int, batch: int, batches: int, step: int) -> tuple[float, float]:
         """Return (steps done, steps in all) of a full-length run.
 
         An epoch that draws fewer batches than usual is stretched over the same stretch of the
@@ -80,6 +84,8 @@ class Budget:
             assert self._seconds is not None
             share = (self.elapsed - self._offset) / max(self._seconds - self._offset, 1e-9)
             return min(max(share, 0.0), 1.0) * VIRTUAL_STEPS, VIRTUAL_STEPS
+        if self._config.num_steps is not None:
+            return min(step, self._total_steps), self._total_steps
         steps = self._steps_per_epoch
         within = batch if batches == steps else batch * steps / max(batches, 1)
         return epoch * steps + within, self._total_steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from learnit_r8 import events
 from learnit_r8.clock import Clock
@@ -20,6 +20,7 @@ class Control:
         ranks: What one rank is asked counts for all.
         clock: Sleeps while the run is paused.
         saves: Whether the run can be saved.
+        signals: Names of the signals to catch.
 
     Attributes:
         interrupts: Keeps signals for the next step boundary.
@@ -27,8 +28,8 @@ class Control:
         together: A checkpoint is written by all ranks at once, so all of them have to be asked for it.
     """
 
-    def __init__(self, bus: EventBus, ranks: Ranks, clock: Clock, *, saves: bool) -> None:
-        self.interrupts = Interrupts(saves=saves)
+    def __init__(self, bus: EventBus, ranks: Ranks, clock: Clock, *, saves: bool, signals: Sequence[str]) -> None:
+        self.interrupts = Interrupts(saves=saves, signals=signals)
         self.stop: Command | None = None
         self.together = False
         self._bus = bus

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from learnit_r8.config import Config
+from learnit_r8.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config
 from learnit_r8.errors import ConfigError
 
 
@@ -97,12 +99,13 @@ _PARTS = (
 )  # fmt: skip
 
 
-def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any]) -> dict[str, Any]:
+def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], directory: str) -> dict[str, Any]:
     """Return the arguments of a run that goes on from a saved state.
 
     Args:
         state: A scheduler's state.
         new_goals: Arguments that differ from the state's configuration.
+        directory: Where the checkpoint lies: the run goes on saving there, also where that is a copy.
 
     Raises:
         ConfigError: The state is not one, or what was an object is not given again.
@@ -121,11 +124,40 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any]) ->
         raise ConfigError(problems)
     arguments = config.to_json()
     del arguments["own_strategy"]
+    arguments |= _checkpoints(arguments, directory, new_goals)
     if new_goals.get("num_samples", config.num_samples) == config.num_samples:
         arguments["groups"] = state.get("groups")
-    if "num_epochs" in new_goals or "train_duration_seconds" in new_goals:
-        arguments |= {"num_epochs": None, "train_duration_seconds": None}
-    return arguments | dict(new_goals)
+    budgets = {"num_epochs": None, "num_steps": None, "train_duration_seconds": None}
+    if any(new_goals.get(name) is not None for name in budgets):
+        arguments |= budgets
+    return arguments | {name: value for name, value in new_goals.items() if name not in _IN_CHECKPOINTS}
+
+
+_IN_CHECKPOINTS = {"checkpoint_dir": "dir", "checkpoint_every": "every", "keep_checkpoints": "keep"}
+
+
+def _checkpoints(arguments: dict[str, Any], directory: str, new_goals: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `checkpoints` and `log_dir` of a run that goes on in a directory; take their parts out of `arguments`."""
+    saved, logs = arguments["checkpoint_dir"], arguments["log_dir"]
+    own = {name: arguments.pop(flat) for flat, name in _IN_CHECKPOINTS.items()}
+    own |= {name: arguments.pop(name) for name in ("keep_best", "keep_every", "signals")}
+    own["signals"] = tuple(name for name in own["signals"] if name in SIGNALS)  # of another system perhaps
+    given = new_goals.get("checkpoints")
+    flat = {name: new_goals[old] for old, name in _IN_CHECKPOINTS.items() if old in new_goals}
+    if given is None:
+        value = Checkpoints(**{**own, "dir": directory, **flat})
+    elif isinstance(given, Checkpoints) and not flat:
+        value = dataclasses.replace(given, dir=directory) if given.dir is DEFAULT_DIR else given
+    elif flat:
+        raise ConfigError([f"give {', '.join(flat)} within checkpoints=Checkpoints(...), not beside it"])
+    else:
+        return {"checkpoints": given}
+    if logs is not None and saved is not None and os.path.realpath(saved) != os.path.realpath(directory):
+        # A folder that holds both was copied or moved: the log of the copy goes on, not the original's.
+        beside = os.path.relpath(os.path.abspath(logs), os.path.abspath(saved))
+        if beside.count("..") <= 1:
+            logs = os.path.normpath(os.path.join(directory, beside))
+    return {"checkpoints": value, "log_dir": logs}
 
 
 _FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot change

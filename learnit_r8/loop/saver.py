@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.errors import CheckpointError
 from learnit_r8.loop.arguments import Arguments
+from learnit_r8.loop.signals import say
 from learnit_r8.sinks import EventBus
 
 if TYPE_CHECKING:  # loaded at the first checkpoint: many runs have none
@@ -30,12 +33,15 @@ class Saver:
     def __init__(self, arguments: Arguments, bus: EventBus) -> None:
         self._args = arguments
         self._bus = bus
-        self._saved_step = -1
-        self._saved_epoch = -1
+        self._attempted = 0  # step of the last attempt: the cadence counts from there
+        self._attempted_epoch = -1
         self._own: dict[str, int] = {}  # name: step; the directory may hold another run's checkpoints too
         self._newest: tuple[int, Path] | None = None
         self._told: set[str] = set()
         self._store: CheckpointStore | None = None
+        self._logged: tuple[int, float] | None = None  # step and value of the metric that `keep_best` names
+        self._best: float | None = None
+        self.best_due = False
 
     @property
     def store(self) -> CheckpointStore:
@@ -48,23 +54,52 @@ class Saver:
         if config.checkpoint_dir is None:
             raise CheckpointError("this scheduler has checkpoint_dir=None: create it with a checkpoint_dir to save")
         if self._store is None:
-            from learnit_r8.checkpoint import CheckpointStore
+            from learnit_r8.checkpoint import CheckpointStore, Retention, new_run
 
+            best, mode = config.keep_best or (None, "min")
             self._store = CheckpointStore(
                 config.checkpoint_dir,
-                keep=config.keep_checkpoints,
                 on_corrupt=self.passed_over,
                 version=__version__,
+                run=new_run(),
+                retention=Retention(config.keep_checkpoints, config.keep_every, best, 1 if mode == "max" else -1),
             )
         return self._store
 
+    def begin(self) -> None:
+        """Note in a directory that other runs have used that this one begins, so that it is not taken for them."""
+        config = self._args.config
+        if config.checkpoint_dir is None or (config.checkpoint_every is None and self._args.save is None):
+            return
+        if not os.path.isdir(config.checkpoint_dir):
+            return
+        try:
+            self.store.begin()
+        except CheckpointError as error:
+            self.tell(self._attempted, str(error))
+        finally:
+            self.store.close()  # who has not saved yet keeps nobody out
+
+    def close(self) -> None:
+        """Let others have the directory; the next save takes it again."""
+        if self._store is not None:
+            self._store.close()
+
+    def tell(self, step: int, message: str) -> None:
+        """Say what the user would not expect, once: it mostly is the same at every save."""
+        if message not in self._told:
+            self._told.add(message)
+            self._bus.emit(events.Notice, step, message, "warning")
+            if self._args.ui == "off":  # no display shows it
+                say(f"[r8] {message}")
+
     def passed_over(self, path: Path, reason: str) -> None:
         """Tell that a damaged checkpoint is not used."""
-        self._bus.emit(events.CheckpointFailed, max(self._saved_step, 0), str(path), reason)
+        self._bus.emit(events.CheckpointFailed, self._attempted, str(path), reason)
         warnings.warn(f"a checkpoint is passed over: {reason}", RuntimeWarning, stacklevel=2)
 
     def due(self, step: int, finished_epoch: int | None) -> bool:
-        """Whether the cadence asks for a checkpoint now.
+        """Whether the cadence asks for a checkpoint now: its turn has come, or has passed since the last one.
 
         Args:
             step: Global step.
@@ -72,8 +107,14 @@ class Saver:
         """
         every = self._args.config.checkpoint_every
         if every == "epoch":
-            return finished_epoch is not None and finished_epoch != self._saved_epoch
-        return every is not None and step > 0 and step % int(every) == 0 and step != self._saved_step
+            return finished_epoch is not None and finished_epoch != self._attempted_epoch
+        return every is not None and step // int(every) > self._attempted // int(every)
+
+    def owes(self, step: int) -> bool:
+        """Whether the state of this step, the last one of a run, is still to be saved."""
+        config = self._args.config
+        wanted = config.checkpoint_every is not None or config.keep_best is not None
+        return wanted and step > 0 and step != (self._newest[0] if self._newest else -1)
 
     def save(self, step: int, finished_epoch: int | None, state: Callable[[], State], tag: str = "") -> Path:
         """Write a checkpoint and return its path.
@@ -91,21 +132,63 @@ class Saver:
         finally:
             # A failing disk is asked again at the next cadence, not at every step.
             self.note(step, finished_epoch)
+            was_due, self.best_due = self.best_due, False
         self.note(step, finished_epoch, saved.path)
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
         for problem in saved.problems:
-            if problem not in self._told:  # once: it mostly is the same at every save
-                self._told.add(problem)
-                self._bus.emit(events.Notice, step, problem, "warning")
+            self.tell(step, problem)
+        if self._logged is not None and (was_due or self._logged[0] == step):
+            self._attach(saved.path)
         return saved.path
 
     def note(self, step: int, finished_epoch: int | None, path: Path | None = None) -> None:
-        """Take note of a save, by this rank or another, and of where it is if it worked."""
-        self._saved_step = step
-        self._saved_epoch = -1 if finished_epoch is None else finished_epoch
+        """Let the cadence count from a step, which was saved or loaded, by this rank or another.
+
+        Args:
+            step: Global step.
+            finished_epoch: The epoch that had just ended, or None in the middle of one.
+            path: Where the state of that step is on disk, if it is.
+        """
+        self._attempted = step
+        self._attempted_epoch = -1 if finished_epoch is None else finished_epoch
         if path is not None:
             self._own[path.name] = step
             self._newest = step, path
+
+    # The best by a metric -----------------------------------------------------------------
+
+    def logged(self, step: int, name: str, value: float) -> None:
+        """Take note of a number of the user's: a new best value is a reason to save."""
+        best = self._args.config.keep_best
+        if best is None or name != best[0] or not math.isfinite(value):
+            return
+        self._logged = step, value
+        if self._newest is not None and self._newest[0] == step:
+            self._attach(self._newest[1])
+            return
+        if self._best is None and (known := self.store.best()) is not None:
+            self._best = known[0]
+        if self._best is None or (value > self._best if best[1] == "max" else value < self._best):
+            self.best_due = True
+
+    def _attach(self, path: Path) -> None:
+        best = self._args.config.keep_best
+        if best is None or self._logged is None:
+            return
+        step, value = self._logged
+        try:
+            self.store.add_metrics(path, {best[0]: value})
+        except CheckpointError as error:
+            self.tell(step, str(error))
+        if self._best is None or (value > self._best if best[1] == "max" else value < self._best):
+            self._best = value
+
+    def missed_metric(self) -> str:
+        """Return what to tell where the metric that `keep_best` names was never logged, or ""."""
+        best = self._args.config.keep_best
+        if best is None or self._logged is not None:
+            return ""
+        return f"keep_best={best[0]!r} was never logged: give it to scheduler.log({best[0]}=...)"
 
     def farewell(self, step: int, *, writes: bool) -> str:
         """Return where a run that stops now is saved and how it goes on, as one sentence.
@@ -126,6 +209,17 @@ class Saver:
         lacking = "" if self._args.save else " (without the model: give save_callback for that)"
         return (
             f"{stopped}, {saved} in {path}{lacking}: go on with R8Scheduler.resume_from_checkpoint({str(path)!r}, ...)"
+        )
+
+    def broken_off(self, step: int) -> str:
+        """Return that a step was broken off, so that the model cannot be saved, and how the run goes on; a sentence."""
+        why = f"thrown out of step {step}: the model may be trained halfway and is not saved"
+        if self._newest is None:
+            return f"{why}, nor was anything before: start again"
+        saved_step, path = self._newest
+        return (
+            f"{why}, the run was saved last after {saved_step} steps in {path}: go on with "
+            f"R8Scheduler.resume_from_checkpoint({str(path)!r}, ...)"
         )
 
     def find(self, path: str | Path) -> LoadedCheckpoint:
@@ -157,24 +251,26 @@ class Saver:
             return False
         return any((self.store.directory / name).is_dir() for name, saved in self._own.items() if saved < step)
 
-    def compare_directory(self, found: Path) -> None:
-        """Tell where a resumed run saves, if that is not where its checkpoint lies.
+    def compare_directory(self, saved: str | None) -> None:
+        """Tell where a resumed run saves, if that is not where it was told to save when it began.
 
         Args:
-            found: The directory of the checkpoint.
+            saved: The `checkpoint_dir` that it had.
         """
-        directory = Path(self._args.config.checkpoint_dir or found).absolute()
-        if directory.resolve() != found.resolve():
-            message = (
-                f"new checkpoints go to {directory}, not to {found.absolute()}: give checkpoint_dir to change that"
-            )
-            self._bus.emit(events.Notice, self._saved_step, message, "warning")
+        directory = self._args.config.checkpoint_dir
+        if directory and saved and os.path.realpath(directory) != os.path.realpath(saved):
+            message = f"new checkpoints go to {os.path.abspath(directory)}, where this one lies, not to {saved}"
+            self._bus.emit(events.Notice, self._attempted, f"{message}: give checkpoint_dir to change that", "warning")
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
-        self._saved_step = loaded.step
+        self.note(loaded.step, finished_epoch)
         self._newest = loaded.step, loaded.path
-        self._saved_epoch = -1 if finished_epoch is None else finished_epoch
-        path, directory = loaded.path.resolve(), self._args.config.checkpoint_dir
-        self._own = {path.name: loaded.step} if directory and path.parent == Path(directory).resolve() else {}
+        self._own = {}
+        if self._args.config.checkpoint_dir is not None:
+            if self.store.adopt(loaded):
+                self._own = {loaded.path.name: loaded.step}
+            elif loaded.path.parent.resolve() == self.store.directory.resolve():
+                message = f"this run branches off at {loaded.path.name}: later checkpoints there stay as they are"
+                self._bus.emit(events.Notice, loaded.step, message, "info")
         self._bus.emit(events.CheckpointLoaded, loaded.step, str(loaded.path))

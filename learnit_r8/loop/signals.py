@@ -1,33 +1,46 @@
-"""Ctrl-C and SIGTERM wait for the next step boundary, where the state can be saved."""
+"""What asks the run to stop (Ctrl-C, SIGTERM, SIGUSR1, a lost terminal, ...) waits for the next step boundary.
+
+There the state can be saved. Then the signal acts as it would have done without us: the handler that was there before
+is called (the user's, asyncio's, Lightning's, submitit's), or the process ends as that signal ends it.
+"""
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-_CAUGHT = (signal.SIGINT, signal.SIGTERM)
+from learnit_r8.config import SIGNALS
+
+_INSISTS = (signal.SIGINT, signal.SIGTERM)
+"""Sent a second time, these act at once; others come twice by themselves (a lost terminal hangs up twice)."""
 
 
 class Interrupts:
-    """Catches the first signal and keeps it for the loop; a second one acts at once.
+    """Catches signals and keeps them for the loop; Ctrl-C or SIGTERM a second time acts at once.
 
     It is a context manager, entered by every loop that is running. Several runs may be in their loops at the same
     time: a signal is news for all of them, whichever is left first.
 
-    Handlers can be set in the main thread only; elsewhere nothing is caught. A handler that the
-    user has set is respected: it is called when the signal is delivered.
+    Handlers can be set in the main thread only; elsewhere nothing is caught. Where a loop is closed in another thread,
+    the main one puts the handlers back as soon as it runs again.
 
     Args:
         saves: Whether the run can be saved; decides what the user is told.
+        signals: Names of those to catch, without "SIG".
     """
 
-    def __init__(self, *, saves: bool = True) -> None:
+    def __init__(self, *, saves: bool = True, signals: Iterable[str] = SIGNALS) -> None:
         self._plan = "saving a checkpoint" if saves else "stopping"
+        self._numbers = tuple(getattr(signal, f"SIG{name}") for name in signals)
         self.pending: int | None = None
+        self._also: list[int] = []  # other signals that came while one was pending
         self._outside: dict[int, Any] = {}  # the handlers that no run has set
         self._pid = 0
         self._loops = 0
@@ -42,50 +55,72 @@ class Interrupts:
         if self._loops == 0:
             self.release()
 
+    def wanted(self) -> list[int]:
+        """Return the signals that are caught, or will be as soon as a loop runs; none outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return []
+        # Ignored signals stay ignored (nohup); a handler set from C cannot be put back.
+        return [number for number in self._numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
     def catch(self) -> None:
         """Set the handlers, once."""
         if self in _catching or threading.current_thread() is not threading.main_thread():
             return
-        self._pid = os.getpid()
+        if _left_behind.pop(self, None) is not None:  # run again before the main thread had its turn
+            self._put_back()
+        self._pid, self._outside = os.getpid(), {}
         _catching[:] = [run for run in _catching if run._pid == self._pid]  # after a fork the others are the parent's
-        for number in _CAUGHT:
+        for number in self.wanted():
             outside = signal.getsignal(number)
             owner = getattr(outside, "__self__", None)
             if isinstance(owner, Interrupts):
                 outside = owner._outside.get(number)
-            # Ignored signals stay ignored (nohup); a handler set from C cannot be put back.
-            if outside is not None and outside is not signal.SIG_IGN:
-                self._outside[number] = outside
-                signal.signal(number, self._on_signal)
+            self._outside[number] = outside
+            signal.signal(number, self._on_signal)
         _catching.append(self)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.pending is None and self in _catching and os.getpid() == self._pid:
-            for run in _catching:
-                run.pending = number
-            name = signal.Signals(number).name
-            os.write(2, f"\n[r8] {name}: {self._plan} after this step; again to stop at once\n".encode())
+        if self in _left_behind:
+            woken = _left_behind.pop(self)
+            self._put_back()
+            if number != woken:
+                signal.raise_signal(number)
             return
-        for run in (self, *_catching):
-            run.pending = None
-        self._act(number, frame)
+        if self not in _catching or os.getpid() != self._pid:
+            self._act(number, frame)
+        elif self.pending is None:
+            for run in _catching:
+                if number in run._outside:
+                    run.pending = number
+            again = "; again to stop at once" if number in _INSISTS else ""
+            say(f"\n[r8] {signal.Signals(number).name}: {self._plan} after this step{again}")
+        elif number in _INSISTS and number in (self.pending, *self._also):
+            for run in (self, *_catching):
+                run.pending, run._also = None, []
+            self._act(number, frame)
+        elif number not in (self.pending, *self._also):
+            for run in _catching:
+                if number in run._outside:
+                    run._also.append(number)
 
     def deliver(self, news: str) -> None:
-        """Act on the signal that was kept, as if it had arrived now.
+        """Act on the signals that were kept, as if they had arrived now.
 
         Args:
             news: What has become of the run, one sentence: the text of the `KeyboardInterrupt`, or printed.
         """
-        number, self.pending = self.pending, None
-        if number is None:
+        kept = [] if self.pending is None else [self.pending, *self._also]
+        self.pending, self._also = None, []
+        if not kept:
             return
         self.release()
-        if self._outside.get(number) is signal.default_int_handler:
-            raise KeyboardInterrupt(news)
-        os.write(2, f"[r8] {news}\n".encode())
-        if any(run.pending == number for run in _catching):
-            return  # another run is still to be saved: the last one acts
-        self._act(number, sys._getframe())
+        if self._outside.get(kept[0]) is not signal.default_int_handler:
+            say(f"[r8] {news}")
+        for number in kept:
+            if self._outside.get(number) is signal.default_int_handler:
+                raise KeyboardInterrupt(news)
+            if not any(run.pending == number for run in _catching):  # else another run is still to be saved
+                self._act(number, sys._getframe())
         if self._loops:  # the user's handler has returned, and the loop goes on
             self.catch()
 
@@ -101,13 +136,31 @@ class Interrupts:
 
     def release(self) -> None:
         """Put the former handlers back."""
-        if self not in _catching or threading.current_thread() is not threading.main_thread():
+        if self not in _catching:
             return
         _catching.remove(self)
+        if threading.current_thread() is threading.main_thread():
+            self._put_back()
+            return
+        ours = [number for number in self._outside if signal.getsignal(number) == self._on_signal]
+        if ours and os.getpid() == self._pid:
+            _left_behind[self] = ours[0]
+            _thread.interrupt_main(signal.Signals(ours[0]))  # there our handler puts the others back
+
+    def _put_back(self) -> None:
         for number, outside in self._outside.items():
             if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, _catching[-1]._on_signal if _catching else outside)
+                heirs = [run._on_signal for run in _catching if number in run._outside]
+                signal.signal(number, heirs[-1] if heirs else outside)
+
+
+def say(line: str) -> None:
+    """Write a line to standard error, if there is still anyone to read it: the terminal may be what was lost."""
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
 
 
 _catching: list[Interrupts] = []
 """The runs that catch signals now; the handlers that are set are the last one's."""
+_left_behind: dict[Interrupts, int] = {}
+"""Runs that were released outside the main thread, and the signal that wakes it up to put the handlers back."""

@@ -78,6 +78,43 @@ class TicketDesk:
         self._waiting: deque[Ticket] = deque()
         self._outdated: set[int] = set()
         self._calm: deque[tuple[int, Ticket, float]] = deque(maxlen=REPLAYED)  # step, ticket, mean loss
+        self._asked = 0
+        self.leave()
+
+    # Where the model stands between two steps -----------------------------------------------
+
+    def leave(self) -> None:
+        """A loop begins, or is left: nobody is in a step any more."""
+        self.left_in_step = self.in_step
+        self._asked = self._back = 0  # batches asked for, also beyond the last one, and losses that came back
+        self._between = 0  # batches that were out when the model was last known to stand between two steps
+        self._news = True  # a loss has come back since a batch was last asked for
+
+    def between_steps(self) -> bool:
+        """A batch is asked for: return whether the model stands between two steps.
+
+        It does where losses have come back since the last one was asked for. Where none have, a loader fills its
+        queues, or batches are collected for one optimizer step.
+        """
+        between, self._news = self._news, False
+        if between:
+            self._between = self._asked - self._back
+        return between
+
+    def count_request(self) -> None:
+        """Count a batch that was asked for; beyond the last one, a loader goes on asking as it delivers."""
+        self._asked += 1
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the model may have been trained on a batch whose loss has not come back."""
+        if not self._open or not self._asked:
+            return False
+        if self._loader is not None:
+            return self.held > 0
+        out = self._asked - self._back
+        # Fewer than usual: the last batches are trained on by someone who does not go on asking.
+        return out != self._between if self._back else out > 0
 
     @property
     def open(self) -> int:
@@ -149,6 +186,7 @@ class TicketDesk:
         self._waiting.extendleft(reversed(self._open.values()))
         self._open.clear()
         self._loader, self._issued, self._stale = loader, 0, False
+        self.leave()
 
     def issue(self, ticket: Ticket) -> Batch:
         """Hand a ticket out."""
@@ -212,6 +250,7 @@ class TicketDesk:
     def close(self, ticket: Ticket) -> bool:
         """Remove a reported ticket; return whether it was out when the model was restored."""
         del self._open[ticket.batch.id]
+        self._back, self._news = self._back + 1, True
         return ticket.batch.id in self._outdated
 
     def remember(self, step: int, ticket: Ticket, loss: float) -> None:

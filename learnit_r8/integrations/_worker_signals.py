@@ -1,0 +1,90 @@
+"""Keeps a loader's workers alive when a signal goes to the whole process group.
+
+Ctrl-C, `scancel`, torchrun and a hung-up terminal reach the workers too. Torch answers a dead worker with an exception
+in the middle of the step, and then there is nothing whole to save. So workers ignore what the run itself waits for;
+only their parent may end them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["ShieldedWorker", "SignalsHeld", "shield"]
+
+
+class ShieldedWorker:
+    """A `worker_init_fn` that ignores signals of others than the parent, then does what the user's own one does.
+
+    Args:
+        inner: The user's, or None.
+        numbers: The signals.
+    """
+
+    def __init__(self, inner: Callable[[int], Any] | None, numbers: Sequence[int]) -> None:
+        self.inner = inner
+        self.numbers = tuple(numbers)
+
+    def __call__(self, worker: int) -> None:
+        """Prepare a worker's process."""
+        others = [number for number in self.numbers if number != signal.SIGTERM]
+        for number in others:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
+        if signal.SIGTERM in self.numbers:
+            # The parent's word for "enough": a worker that ignores it could not be ended. Who sent it is known only to
+            # a thread that waits for it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        if self.inner is not None:
+            self.inner(worker)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        got = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+        if got is not None and got.si_pid == parent:
+            break
+    os._exit(0)
+
+
+class SignalsHeld:
+    """Holds signals back in processes that are started from now on, until they have prepared themselves.
+
+    Args:
+        numbers: The signals.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else set()
+        self._numbers = set(numbers) - before
+
+    def end(self) -> None:
+        """Let this process have them again; any number of times."""
+        numbers, self._numbers = self._numbers, set()
+        if numbers:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def __del__(self) -> None:
+        self.end()
+
+
+def shield(loader: Any, numbers: Sequence[int]) -> SignalsHeld:
+    """Let the workers that a loader is about to start ignore signals.
+
+    Args:
+        loader: A torch `DataLoader`, or None.
+        numbers: The signals that the run waits for itself.
+
+    Returns:
+        To be ended when the workers have been started.
+    """
+    if loader is None or not loader.num_workers or not numbers or sys.platform == "win32":
+        return SignalsHeld(())
+    if not isinstance(loader.worker_init_fn, ShieldedWorker):
+        loader.worker_init_fn = ShieldedWorker(loader.worker_init_fn, numbers)
+    return SignalsHeld(numbers)
