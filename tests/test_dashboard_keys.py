@@ -130,7 +130,7 @@ def test_arrows_scroll_towards_older_lines_in_each_pane():
 
 
 def test_cycles_come_back():
-    for key, length in (("y", 3), ("z", 4), ("x", 3), ("g", 3), ("f", 2), ("?", 4)):
+    for key, length in (("y", 3), ("z", 5), ("x", 3), ("g", 3), ("f", 2), ("?", 4)):
         assert press(*[key] * length)[0] == ViewState()
         assert press(key)[0] != ViewState()
 

@@ -524,3 +524,69 @@ def compare(name, text):
         SNAPSHOTS.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
+
+
+def test_routine_events_push_no_fault_out_of_view():
+    model = DashboardModel()
+    model.consume(e.SpikeSeen(1.0, 10, 0, "spike", 9.0, 1.0, 8.0, (1,)))
+    for n in range(40):
+        model.consume(e.CheckpointSaved(2.0 + n, 20 + n, f"ckpt/{n}", 10, 0.1))
+    text = "\n".join(render(model, ViewState(), 120, 35, 50.0).rows())
+    assert "! spike" in text
+    assert "ckpt/39" in text
+    assert "ckpt/3 " not in text
+
+
+def test_marks_of_routine_leave_room_and_those_of_faults_always_stand():
+    model = DashboardModel()
+    for n in range(400):
+        model.consume(e.LossReported(float(n), n, 0, 1.0 / (n + 1), 1.0, 0.1, "ok", 0.0, 8, 0.1, 0.0))
+        if n % 4 == 0:
+            model.consume(e.CheckpointSaved(float(n), n, "ckpt", 10, 0.1))
+        if n in (101, 250):
+            model.consume(e.SpikeSeen(float(n), n, 0, "spike", 9.0, 1.0, 8.0, (1,)))
+    axis = next(row for row in render(model, ViewState(), 120, 35, 400.0).rows() if "└" in row and "C" in row)
+    chart = axis.partition("│ ")[2][:70]
+    assert chart.count("!") == 2
+    assert 5 < chart.count("C") < 20
+    assert "CC" not in chart
+
+
+def test_names_of_a_family_stay_apart_and_what_has_no_room_is_counted():
+    model = DashboardModel()
+    model.consume(e.LossReported(1.0, 1, 0, 1.0, 1.0, 0.1, "ok", 0.0, 8, 0.1, 0.0))
+    for name in ("train/loss_cls", "train/loss_box", "train/loss_obj", *(f"m{n}" for n in range(20))):
+        model.consume(e.MetricLogged(1.0, 1, name, 0.5))
+    text = "\n".join(render(model, ViewState(), 120, 35, 2.0).rows())
+    assert {"ss_cls", "ss_box", "ss_obj"} <= {word[-6:] for word in text.split()}
+    assert "+" in text
+    assert "more: 2 Enter" in text
+
+
+@pytest.mark.parametrize("size", [(60, 16), (80, 24), (200, 50)])
+def test_the_help_explains_every_word_and_sign_within_the_smallest_screen(size):
+    pages = ["\n".join(render(DashboardModel(), ViewState(help=page), *size, 1.0).rows()) for page in (1, 2, 3)]
+    for word in (
+        "δsurp",
+        "σ",
+        "z ",
+        "└ms",
+        "used×",
+        "easier",
+        "stuck",
+        "phase",
+        "Q1..Q4",
+        "▲",
+        "ema",
+        "held",
+        "unseen",
+    ):
+        assert any(word in page for page in pages), word
+
+
+def test_a_short_run_is_smoothed_over_a_small_part_of_it():
+    model = DashboardModel()
+    for n in range(400):
+        model.consume(e.LossReported(float(n), n, 0, 10 * 0.98**n, 1.0, 0.1, "ok", 0.0, 8, 0.1, 0.0))
+    for smoothing, word in ((-1.0, "ema.9 "), (0.98, "ema.98"), (0.0, "value")):
+        assert word in "\n".join(render(model, ViewState(smoothing=smoothing), 120, 35, 400.0).rows())

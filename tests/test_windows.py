@@ -1,6 +1,6 @@
 """Windows: what every machine can try (no fcntl, termios and curses), and what a Windows Python shows on its console.
 
-`R8_WINPY` names a Windows Python that is run through wine (`.ci/windows/setup.sh` makes one); on Windows it is `python`.
+`R8_WINPY` names a Windows Python that is run through wine (`.ci/windows/setup.sh` makes one), or `python` there.
 """
 
 from __future__ import annotations

@@ -91,6 +91,17 @@ def clip(text: str, width: int) -> str:
     return "".join(kept) + "…"
 
 
+def clip_middle(text: str, width: int) -> str:
+    """Return `text`, cut in its middle where it takes more than `width` cells: names in a family differ at the end."""
+    if cell_width(text) <= width:
+        return text
+    head = max(0, (width - 1) // 3)
+    tail = text
+    while tail and cell_width(tail) > width - 1 - head:
+        tail = tail[1:]
+    return (clip(text, head + 1) if head else "…") + tail
+
+
 class Grid:
     """`height` rows of `width` cells, blank at first.
 

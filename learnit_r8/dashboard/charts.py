@@ -22,6 +22,7 @@ from learnit_r8.dashboard.series import HUGE, Bins
 LABEL_WIDTH = 6
 _MARK_ORDER = "R!XCLPV"
 """Where marks fall into one cell the first of these has it; the next goes into the cell before."""
+_ROUTINE, _APART = "CVP", 3
 _MARK_STYLES = {"!": Style.BAD, "R": Style.WARN, "X": Style.BAD, "C": Style.GOOD, "V": Style.ACCENT}
 
 
@@ -106,9 +107,11 @@ def _draw_axes(grid: Grid, plot: Plot, chart: Chart, high: float) -> None:
     icons = (icon for _, _, icon in itertools.compress(chart.marks, inside.tolist()))
     marks = dict.fromkeys(zip(icons, plot.cells_of(positions[inside]).tolist(), strict=True))
     taken: dict[int, str] = {}
-    for icon, cell in sorted(marks, key=lambda mark: _MARK_ORDER.find(mark[0])):
+    for icon, cell in sorted(marks, key=lambda mark: (_MARK_ORDER.find(mark[0]), mark[1])):
         place = cell if taken.get(cell, icon) == icon else cell - 1
-        if place >= 0 and place not in taken:
+        # What happens every epoch is marked where it leaves room to see what does not.
+        routine = icon in _ROUTINE and any(near in taken for near in range(place - _APART, place + _APART + 1))
+        if place >= 0 and place not in taken and not routine:
             taken[place] = icon
             grid.put(base, plot.x + place, icon, _MARK_STYLES.get(icon, Style.MARK))
 

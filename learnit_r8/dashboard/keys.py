@@ -14,8 +14,10 @@ _T = TypeVar("_T")
 GLYPH_SETS = ("braille", "blocks", "ascii")
 SCALES = ("auto", "log", "linear")
 AXES = ("step", "time", "epoch")
-SMOOTHINGS = (0.98, 0.995, 0.0, 0.9)
-"""Decay of the drawn moving average, in the order that `z` goes through; 0 draws the raw values."""
+TO_FIT = -1.0
+SMOOTHINGS = (TO_FIT, 0.9, 0.98, 0.995, 0.0)
+"""Decay of the drawn moving average, in the order that `z` goes through; 0 draws the raw values, `TO_FIT` the average
+that looks back over a small part of what is shown."""
 MAX_WINDOW = 16
 PANES = 6
 CONSOLE = 6
@@ -56,6 +58,7 @@ class ViewState:
         hz: Frames a second, shown in the title; None leaves them out.
         ui_share: The part of one core that the display takes, shown as time a step; None leaves it out.
         gpus: Readings of this process's GPUs.
+        host: Readings of the machine, (label, text) each.
         console_title: Path and length of the console file, shown in the console's frame.
         utc_offset: Seconds that local time is ahead of UTC; None asks the operating system.
     """
@@ -81,6 +84,7 @@ class ViewState:
     hz: float | None = None
     ui_share: float | None = None
     gpus: tuple[Gpu, ...] = ()
+    host: tuple[tuple[str, str], ...] = ()
     console_title: str = ""
     utc_offset: int | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from learnit_r8.dashboard import formats as f
-from learnit_r8.dashboard.cells import Grid, Style, clip
+from learnit_r8.dashboard.cells import Grid, Style, clip, clip_middle
 from learnit_r8.dashboard.glyphs import sparkline
 from learnit_r8.dashboard.gpus import Gpu
 from learnit_r8.dashboard.keys import ViewState
@@ -17,6 +17,8 @@ from learnit_r8.dashboard.panels import Piece, heading, pieces
 _LABEL = 10
 HOT = 85
 """Degrees Celsius from which a GPU's temperature stands out: most throttle a little above."""
+FAR = 3.0
+"""Standard deviations from which a loss stands out."""
 _WAITING = "waiting for the first loss"
 
 
@@ -32,7 +34,9 @@ def _loss(model: DashboardModel) -> list[Piece]:
     series = model.series["loss"]
     ema = series.averages[0]
     best = series.lo if series.lo < math.inf else math.nan
-    arrow, style = ("▲", Style.WARN) if model.loss > ema else ("▼", Style.GOOD)
+    # Half of all losses lie above their average: only one that is far off is worth a colour.
+    far = abs(model.loss - ema) > FAR * model.sigma > 0
+    arrow, style = ("▲", Style.WARN if far else Style.DIM) if model.loss > ema else ("▼", Style.DIM)
     if not math.isfinite(model.loss):
         arrow, style = "×", Style.BAD
     rest = _fields(f" ema {f.number(ema, 6)}", f"min {f.brief(best)}")
@@ -68,8 +72,8 @@ def _steps(model: DashboardModel, view: ViewState) -> list[list[Piece]]:
     rows = [
         _row(
             "step",
-            (f"{f.milliseconds(model.pace.step_seconds):>8}", Style.BOLD),
-            _fields("", f" p50 {f.milliseconds(p50)}", f"p99 {f.milliseconds(p99)}"),
+            (f"{f.milliseconds(p50):>8}", Style.BOLD),
+            _fields("", f" p99 {f.milliseconds(p99)}", f"max {f.milliseconds(ordered[-1])}"),
         )
     ]
     spent, steps = model.pace.spent, max(1, model.pace.steps)
@@ -101,7 +105,7 @@ def _metric(metric: Metric) -> list[Piece]:
         )
     elif not validation and metric.series.count > 1:
         parts.append(_fields("", f" min {f.number(metric.series.lo, 6)}", f"max {f.number(metric.series.hi)}"))
-    return _row(clip(metric.name, _LABEL - 1), *parts)
+    return _row(clip_middle(metric.name, _LABEL - 1), *parts)
 
 
 def _gpu(gpu: Gpu) -> list[Piece]:
@@ -147,6 +151,9 @@ def now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now
     if len(metrics) > room and room + 1 <= len(metrics) and len(steps) == 2 and room < 2:
         steps, room = steps[:1], room + 1
     rows = [*fixed, *metrics[:room], *steps, *safety]
+    if len(metrics) > room:
+        more = f"+{len(metrics) - room} more: 2 Enter"
+        grid.put(rect.y, max(rect.x, rect.x + rect.width - len(more) - 2), f" {more} ", Style.BOLD)
     if len(rows) > rect.height:
         rows = [fixed[0], safety[-2], fixed[2], *([safety[-1]] if model.alarms else []), *metrics, *steps, fixed[1]]
     for i, row in enumerate(rows[: rect.height]):
@@ -168,7 +175,7 @@ def short_now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewStat
     arrow = "▲" if model.loss > loss.averages[0] else "▼"
     first = [f"loss {f.short(model.loss)} {arrow} ema {f.short(loss.averages[0])}", f"lr {model.lr:.2e}"]
     first += [
-        f"{clip(metric.name, 10)} {f.short(metric.last)}"
+        f"{clip_middle(metric.name, 10)} {f.short(metric.last)}"
         + (f"@{metric.last_epoch + 1}" if is_validation(metric.name) else "")
         for metric in _ordered(model)[:2]
     ]
@@ -201,6 +208,6 @@ def metrics_table(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState
         series = model.metric_series(name)
         low, high = (series.lo, series.hi) if series.lo <= series.hi else (math.nan, math.nan)
         text = f"{f.number(series.last, 9)}{f.number(low, 10)}{f.number(high, 10)}{f.count(series.count):>9}  "
-        x = grid.put(rect.y + 2 + i, rect.x, clip(name, 19).ljust(20), Style.BOLD, limit)
+        x = grid.put(rect.y + 2 + i, rect.x, clip_middle(name, 19).ljust(20), Style.BOLD, limit)
         x = grid.put(rect.y + 2 + i, x, text, Style.NORMAL, limit)
         grid.put(rect.y + 2 + i, x, sparkline(series.values(cells), cells), Style.ACCENT, limit)

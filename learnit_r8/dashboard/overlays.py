@@ -31,7 +31,7 @@ _NUMBERS = (
     ("σ", "usual distance of the loss from its average"),
     ("z", "how many σ the detector found the last loss off"),
     ("lr", "learning rate, the schedule's name, its course"),
-    ("step p50 p99", "time a step: half of the last 512 are below, 99% are below"),
+    ("step p99 max", "time of a step, of the last 512: median, 99% below, longest"),
     ("└ms", "the same by place: your code, r8, between steps, this view"),
     ("@ep  best", "epoch of the last and of the best value"),
     ("RAM backup", "copy of the model that a rollback would restore"),

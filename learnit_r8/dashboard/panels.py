@@ -6,17 +6,22 @@ import math
 from collections.abc import Sequence
 
 from learnit_r8.dashboard import formats as f
-from learnit_r8.dashboard.cells import Grid, Style, clip
+from learnit_r8.dashboard.cells import Grid, Style, clip, clip_middle
 from learnit_r8.dashboard.charts import Chart, draw_chart
 from learnit_r8.dashboard.glyphs import bar, sparkline
-from learnit_r8.dashboard.keys import ViewState
+from learnit_r8.dashboard.journal import Entry
+from learnit_r8.dashboard.keys import TO_FIT, ViewState
 from learnit_r8.dashboard.layout import WIDE, Rect
 from learnit_r8.dashboard.model import DECAYS, DashboardModel
 from learnit_r8.dashboard.scales import Scale
 from learnit_r8.dashboard.series import Bins, Series
 
 Piece = tuple[str, Style]
+_LOOKS_BACK = 30
+"""An average looks back over at most one such part of what is shown."""
 _LOG_WORDS = ("loss", "lr", "grad", "norm", "ppl", "perplexity", "nll")
+_FAULTS = "!RXW"
+"""Icons of events that are kept in view."""
 _AXIS_LEGEND = (("!", "spike"), ("R", "rollback"), ("C", "ckpt"), ("V", "val"), ("P", "phase"), ("L", "lr found"))
 
 
@@ -31,10 +36,10 @@ def heading(grid: Grid, rect: Rect, number: int, name: str, view: ViewState, par
     """Write a pane's title into the line above it; the pane in focus has angles round its number."""
     limit = rect.x + rect.width
     focused = number and view.focus == number
-    x = grid.put(rect.y, rect.x, f" {name} ", Style.TITLE, limit)
+    x = grid.put(rect.y, rect.x, f" {name} ", Style.REVERSE if focused else Style.TITLE, limit)
     if number:
         mark = f"‹{number}› " if focused else f"[{number}] "
-        x = grid.put(rect.y, x, mark, Style.BOLD if focused else Style.DIM, limit)
+        x = grid.put(rect.y, x, mark, Style.REVERSE if focused else Style.DIM, limit)
     for text, style in parts:
         if x + len(text) + 2 > limit:
             break
@@ -70,14 +75,21 @@ def chart_series(model: DashboardModel, name: str, others: Sequence[DashboardMod
     return found + [other.metric_series(name) for other in others if name in other.metric_names()]
 
 
+def _average(series: Series, bins: Bins, smoothing: float) -> int | None:
+    """Return which average to draw, None for the values: one that looks far back lies outside a short, falling run."""
+    shown = float(bins["points"].sum()) if len(bins) else 0.0
+    if smoothing == TO_FIT:
+        smoothing = next((decay for decay in sorted(DECAYS)[::-1] if (1 - decay) * shown >= _LOOKS_BACK), 0.0)
+    # A series logged once an epoch is short: its points are what matters, not their average.
+    found = DECAYS.index(smoothing) if smoothing in DECAYS and series.count > 100 else len(DECAYS)
+    return found if found < len(series.decays) else None
+
+
 def chart_of(model: DashboardModel, view: ViewState, name: str, others: Sequence[DashboardModel] = ()) -> Chart:
     """Return the chart of a metric as the view wants it."""
     series = model.metric_series(name)
-    average = None
-    if series.decays and view.smoothing in DECAYS and series.count > 2 and name != "lr":
-        decay = DECAYS.index(view.smoothing)
-        # A series logged once an epoch is short: its points are what matters, not their average.
-        average = decay if decay < len(series.decays) and series.count > 100 else None
+    bins = window_bins(model, series, view)
+    average = None if name == "lr" else _average(series, bins, view.smoothing)
     twin = _validation_twin(model, name)
     points: list[tuple[float, float, float]] = []
     if twin is not None:
@@ -89,7 +101,7 @@ def chart_of(model: DashboardModel, view: ViewState, name: str, others: Sequence
         if name in other.metric_names()
     ]
     return Chart(
-        window_bins(model, series, view),
+        bins,
         average,
         view.x_axis,
         model.started - model.spent_before if math.isfinite(model.started) else 0.0,
@@ -114,7 +126,7 @@ def chart_pane(
     kind = "log" if scale is not None and scale.log else "lin"
     window = "all" if view.window == 0 else f"1/{2**view.window}"
     settings = f"y:{kind}  x:{view.x_axis}  win:{window}"
-    line = f"ema{view.smoothing:g}".replace("0.", ".") if chart.average is not None else "value"
+    line = "value" if chart.average is None else f"ema{DECAYS[chart.average]:g}".replace("0.", ".")
     if grid.width >= WIDE:
         parts = [(f"━ {line}", Style.ACCENT), ("░ min-max", Style.DIM)]
         parts += [("● val", Style.MARK)] if chart.points else []
@@ -153,7 +165,7 @@ def small_chart_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewSt
     parts = [(f.short(last), Style.BOLD)] if math.isfinite(last) else []
     if scale is not None and scale.log:
         parts.append(("y:log", Style.DIM))
-    heading(grid, rect, 4 if name == "lr" else 0, clip(name, max(4, rect.width - 12)), view, parts)
+    heading(grid, rect, 4 if name == "lr" else 0, clip_middle(name, max(4, rect.width - 12)), view, parts)
 
 
 def _edges(low: float, high: float, width: int) -> str:
@@ -257,14 +269,23 @@ def events_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, 
     start = min(view.scroll, max(0, len(lines) - rect.height)) if view.focus == 5 else 0
     limit = rect.x + rect.width
     wide = grid.width >= WIDE
+    shown = lines[start : start + rect.height] if start or view.filter else _pinned(lines, rect.height)
     if not lines:
         grid.put(rect.y + 1, rect.x, "nothing matches" if view.filter else "none yet", Style.DIM, limit)
-    for i, line in enumerate(lines[start : start + rect.height]):
+    for i, line in enumerate(shown):
         y = rect.y + 1 + i
         time = f.of_day(line.time, view.utc_offset, "%H:%M:%S" if wide else "%H:%M")
         x = grid.put(y, rect.x, f"{time}  {f.steps(line.step):>10}  " if wide else f"{time} {line.step:>8} ", Style.DIM)
         x = grid.put(y, x, f"{line.icon} {line.kind:<11} ", line.style, limit)
         grid.put(y, x, clip(line.text, limit - x), Style.NORMAL, limit)
+
+
+def _pinned(lines: Sequence[Entry], rows: int) -> Sequence[Entry]:
+    """Return the newest lines; the last faults keep up to half of the rows where routine would push them out."""
+    newest = lines[:rows]
+    missed = sum(line.icon in _FAULTS for line in newest)
+    older = [line for line in lines[rows:] if line.icon in _FAULTS][: max(0, rows // 2 - missed)]
+    return [*newest[: rows - len(older)], *older]
 
 
 def console_pane(grid: Grid, rect: Rect, view: ViewState, lines: Sequence[str], tabs: bool = False) -> None:

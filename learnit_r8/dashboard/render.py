@@ -21,12 +21,15 @@ from learnit_r8.dashboard.panels import (
     small_chart_pane,
 )
 from learnit_r8.dashboard.progress import bare_lines, progress, title
+from learnit_r8.dashboard.run_pane import run_pane
 
 __all__ = ["Grid", "Painter", "Style", "render", "scroll_limit"]
 
 _PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
 _CHART_PERIODS = 4
-_NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH = 46, 62, 48
+_NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH, _RUN_WIDTH = 46, 62, 48, 44
+_ROOMY = 160
+"""Columns from which the run's settings have a pane."""
 
 
 def render(
@@ -123,7 +126,7 @@ class Painter:
         """Place the panes; where the places or the view are not those of the frame before, everything is drawn anew."""
         lines = len(console_lines) or bool(view.console_title)
         # What changes by itself is of no concern to the panes, or is looked at there.
-        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, gpus=(), console_title="")
+        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, gpus=(), host=(), console_title="")
         sizes = (min(height, len(model.entries)), len(model.metrics), model.quadrants is None, min(height, lines))
         layout = (steady, width, height, len(others), *sizes)
         if layout == self._layout and model is self._model:
@@ -173,7 +176,7 @@ class Painter:
     def _changed(self, rect: Rect, model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> bool:
         """Return whether a pane that is no chart shows something else than it did; what it shows is remembered."""
         shown: tuple[object, ...]
-        if rect.name == "now" or (rect.name in {"events", "console"} and view.focus):
+        if rect.name in {"now", "run"} or (rect.name in {"events", "console"} and view.focus):
             return True
         if rect.name == "difficulty":
             shown = (model.quadrants, model.suspects)
@@ -220,7 +223,8 @@ def _spare_metrics(model: DashboardModel, view: ViewState) -> list[str]:
 
 
 def _wide_bands(model: DashboardModel, view: ViewState, width: int, rows: int, lines: int) -> list[Band]:
-    bands = [Band((("chart", 0), ("now", _NOW_WIDTH)), 6, 11, share=3)]
+    panes = (("chart", 0), ("now", _NOW_WIDTH)) + ((("run", _RUN_WIDTH),) if width >= _ROOMY and model.config else ())
+    bands = [Band(panes, 6, 11, share=3)]
     first = [("difficulty", _DIFFICULTY_WIDTH)] if model.quadrants is not None else []
     columns = max(1, (width - (_DIFFICULTY_WIDTH if first else 0)) // _METRIC_WIDTH)
     spare = _spare_metrics(model, view)
@@ -270,6 +274,8 @@ def _draw(
             metrics_table(grid, rect, model, view)
         else:
             (now_pane if grid.width >= WIDE else short_now_pane)(grid, rect, model, view, now)
+    elif name == "run":
+        run_pane(grid, rect, model, view)
     elif name == "difficulty":
         difficulty_pane(grid, rect, model, view)
     elif name == "metric":

@@ -17,6 +17,7 @@ from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.ladder import default_glyphs
 from learnit_r8.dashboard.model import DashboardModel
 from learnit_r8.dashboard.render import Painter, scroll_limit
+from learnit_r8.dashboard.run_pane import HostMeter
 from learnit_r8.events import Event
 from learnit_r8.types import Command
 
@@ -84,6 +85,7 @@ class Screen(Face):
         self._look = look
         self._painter = Painter(between=_breathe)
         self._gpus = GpuMeter(environment)
+        self._host = HostMeter()
         self._rate = FrameRate()
         self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
         self._lines: Sequence[str] = ()
@@ -161,6 +163,7 @@ class Screen(Face):
             hz=round(1 / self._rate.period, 1),
             ui_share=self._spent / max(1.0, time.monotonic() - self._opened) if scene.own else None,
             gpus=self._gpus.read() if scene.own else (),
+            host=self._host.read(str(model.config.get("checkpoint_dir") or ".")) if scene.own else (),
             console_title=scene.title,
             glyphs=self._view.glyphs if self._board.unicode else "ascii",
         )
