@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -168,8 +169,129 @@ def saved() -> bool:
     return bool(np.array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0)))
 
 
+def with_callbacks(model, dataset, callbacks, **options):
+    return model.fit(dataset, shuffle=False, epochs=1000, verbose=0, callbacks=callbacks, **options)
+
+
+def looked_at(drop_last: bool) -> dict:
+    """Evaluate on the training data after training, as validation, and from a callback amid an epoch."""
+    x, y = data()
+    model, dataset = model_for(0), R8Dataset(scheduler_for(drop_last=drop_last), x, y)
+    differences = []
+
+    def compare() -> None:
+        found, wanted = model.evaluate(dataset, verbose=0), model.evaluate(x, y, verbose=0)
+        differences.append(float(np.abs(np.subtract(found, wanted)).max()))
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None) -> None:
+            compare()
+
+        def on_train_batch_end(self, batch, logs=None) -> None:
+            if batch == 3 and keras.backend.backend() != "tensorflow":
+                compare()
+
+    history = with_callbacks(model, dataset, [R8Callback(dataset), Looks()], validation_data=dataset).history
+    compare()
+    predicted = model.predict(dataset, verbose=0)
+    same = np.allclose(predicted, model.predict(x, verbose=0), atol=1e-5)
+    last = abs(history["val_loss"][-1] - model.evaluate(x, y, verbose=0)[0])
+    uses = sorted(set(dataset.scheduler.catalog.uses.tolist()))
+    return {
+        "difference": max(*differences, last),
+        "predicted": bool(same),
+        "steps": dataset.scheduler.global_step,
+        "uses": uses,
+    }
+
+
+def failed_once(anew: bool) -> dict:
+    """An exception leaves `fit`; it is called again, with the same dataset or a new one."""
+    x, y = data()
+
+    class Fails(keras.callbacks.Callback):
+        count = 0
+
+        def on_train_batch_begin(self, batch, logs=None) -> None:
+            self.count += 1
+            if self.count == 18:
+                raise MemoryError
+
+    model, scheduler = model_for(0), scheduler_for()
+    dataset, fails = R8Dataset(scheduler, x, y), Fails()
+    with contextlib.suppress(MemoryError):
+        with_callbacks(model, dataset, [R8Callback(dataset), fails])
+    left = scheduler.global_step
+    dataset = R8Dataset(scheduler, x, y) if anew else dataset
+    with_callbacks(model, dataset, [R8Callback(dataset), fails])
+    return {"left": left, "steps": scheduler.global_step, "uses": sorted(set(scheduler.catalog.uses.tolist()))}
+
+
+def rate_after_plateau() -> list[float]:
+    x, y = data()
+    scheduler = scheduler_for(scheduler_mode="constant", warmup_proportion=0.0)
+    model, dataset = model_for(0), R8Dataset(scheduler, x, y)
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.1, patience=0, min_delta=100)
+    spy = Spy(dataset)
+    with_callbacks(model, dataset, [spy, plateau])
+    resumed = scheduler_for(scheduler_mode="constant", warmup_proportion=0.0, num_epochs=4)
+    resumed.load_state_dict(scheduler.state_dict())
+    again = R8Dataset(resumed, x, y)
+    last = Spy(again)
+    with_callbacks(model, again, [last])
+    return [spy.rates[0], spy.rates[13], spy.rates[26], last.rates[-1]]
+
+
+def class_weighted() -> list[float]:
+    """The loss that is trained on, and what it should be; the largest error of a reported loss. At a rate near 0."""
+    x, y = data()
+    factors = {0: 1.0, 1: 10.0, 2: 0.5}
+    scheduler = scheduler_for(num_epochs=1, initial_lr=1e-12)
+    model = model_for(0)
+    model.layers[1].rate = 0.0
+    dataset = R8Dataset(scheduler, x, y, class_weight=factors)
+    history = with_callbacks(model, dataset, [R8Callback(dataset)]).history
+    logits = model.predict(x, verbose=0).astype(float)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(SAMPLES), y]
+    weights = np.array([factors[int(one)] for one in y])
+    reported = np.abs(scheduler.catalog.expected_loss - losses).max()
+    return [history["loss"][-1], float((losses * weights).mean()), float(reported)]
+
+
+def misuse() -> dict:
+    x, y = data()
+    refused = []
+
+    def attempt(callbacks, with_ours=True, **options) -> None:
+        dataset = R8Dataset(scheduler_for(), x, y)
+        ours = [R8Callback(dataset)] if with_ours else []
+        try:
+            model_for(0).fit(dataset, verbose=0, callbacks=ours + callbacks, **{"shuffle": False} | options)
+        except Exception as error:
+            refused.append(str(error))
+
+    attempt([], with_ours=False)
+    attempt([], shuffle=True)
+    attempt([], steps_per_epoch=2)
+    attempt([], class_weight={0: 1.0})
+    attempt([keras.callbacks.LearningRateScheduler(lambda epoch, lr: 1e-5)])
+    attempt([keras.callbacks.BackupAndRestore(tempfile.mkdtemp())])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attempt([], epochs=2)
+    return {
+        "looked": [looked_at(drop_last) for drop_last in (False, True)],
+        "failed": [failed_once(anew) for anew in (False, True)],
+        "plateau": rate_after_plateau(),
+        "class_weight": class_weighted(),
+        "refused": refused,
+        "told": [str(one.message) for one in caught if "fit(epochs=2)" in str(one.message)],
+    }
+
+
 if __name__ == "__main__":
     wanted = {
+        "misuse": misuse,
         "resume": lambda: [resume(1)],
         "resume-threads": lambda: [resume(3)],
         "losses": lambda: [losses(1), losses(3)],

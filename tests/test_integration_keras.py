@@ -62,6 +62,38 @@ def test_keras_with_everything_on_each_backend(backend):
     assert found["saved"]
 
 
+MISUSED = (
+    "R8Callback",
+    "shuffle=False",
+    "steps_per_epoch=2",
+    "class_weight=",
+    "LearningRateScheduler",
+    "BackupAndRestore",
+)
+
+
+@pytest.mark.parametrize(
+    "backend", ["torch", *(pytest.param(one, marks=pytest.mark.slow) for one in ("jax", "tensorflow"))]
+)
+def test_what_keras_does_besides_training_is_right_or_refused_by_name(backend):
+    found = drive(backend, "misuse")["misuse"]
+    assert len(found["refused"]) == len(MISUSED)
+    assert all(word in message for word, message in zip(MISUSED, found["refused"], strict=True))
+    assert len(found["told"]) == 1
+    for looked in found["looked"]:
+        assert looked["difference"] < 1e-5
+        assert looked["predicted"]
+    assert [looked["steps"] for looked in found["looked"]] == [39, 36]
+    assert found["looked"][0]["uses"] == [3]
+    for failed in found["failed"]:
+        assert failed["left"] in (17, 16)  # TensorFlow is one ahead
+        assert (failed["steps"], failed["uses"]) == (39, [3])
+    assert found["plateau"] == pytest.approx([2e-2, 2e-2, 2e-3, 2e-4], rel=1e-4)
+    trained, wanted, reported = found["class_weight"]
+    assert trained == pytest.approx(wanted, rel=0.02)
+    assert reported < 1e-4
+
+
 def check_resumed(runs: list[dict]) -> None:
     for run in runs:
         assert run["ids"]

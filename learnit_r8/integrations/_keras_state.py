@@ -88,5 +88,11 @@ def _variables(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
 
 def to_numpy(variable: Any, *, copy: bool) -> NDArray[Any]:
     """Return a variable's value."""
-    array = np.asarray(keras.ops.convert_to_numpy(variable.value))
+    value = variable.value
+    try:
+        # Not Keras' own way on torch: numpy warns of it, and it copies.
+        array = value.detach().cpu().numpy() if hasattr(value, "detach") else keras.ops.convert_to_numpy(value)
+    except TypeError:  # bfloat16
+        array = keras.ops.convert_to_numpy(value)
+    array = np.asarray(array)
     return array.copy() if copy else array

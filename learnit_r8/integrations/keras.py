@@ -3,7 +3,8 @@
     data = R8Dataset(scheduler, x_train, y_train)                                    # 1
     model.fit(data, shuffle=False, epochs=1000, callbacks=[R8Callback(data)])        # 2, 3
 
-The scheduler ends the run, so `epochs` is only an upper bound. `logs["loss"]` of Keras is a running
+The scheduler ends the run, so `epochs` is only an upper bound. `evaluate(data)` and `predict(data)` go over all samples
+in order. `ReduceLROnPlateau` lowers the rest of the scheduler's learning rates. `logs["loss"]` of Keras is a running
 mean; the callback lets `compute_loss` write the losses of each sample into a variable, and reads
 it after each step. Importance weights of the strategy are the dataset's `sample_weight`.
 
@@ -17,16 +18,19 @@ an epoch starts a whole Keras epoch of `len(data)` steps there; the scheduler's 
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.errors import ConfigError, ProtocolError, tell
+from learnit_r8.integrations._keras_host import Host, fit_problems, host
 from learnit_r8.integrations._keras_losses import install as install_losses
 from learnit_r8.integrations._keras_state import (
     State,
@@ -58,6 +62,8 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         x: Inputs, an array or a tree of arrays with one row per sample; or a function
             `indices -> (x, y)` that loads them (called from several threads if `workers` > 1).
         y: Targets, likewise, or None.
+        class_weight: Factor of each class in the loss that is trained on, `{class: factor}`, for integer or one-hot
+            targets; in place of `fit(class_weight=)`.
         workers: Threads that load data, two batches ahead each. They are the dataset's own: with
             those of Keras, batches that it fetched to learn their shapes come up again in training.
 
@@ -65,7 +71,15 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         ConfigError: Another number of samples, or several processes.
     """
 
-    def __init__(self, scheduler: R8Scheduler, x: Any, y: Any = None, *, workers: int = 1) -> None:
+    def __init__(
+        self,
+        scheduler: R8Scheduler,
+        x: Any,
+        y: Any = None,
+        *,
+        class_weight: Mapping[int, float] | None = None,
+        workers: int = 1,
+    ) -> None:
         super().__init__(workers=1, use_multiprocessing=False)
         self.scheduler = scheduler
         self._load: Callable[[NDArray[np.int64]], tuple[Any, ...]] = x if callable(x) else _rows_of(x, y)
@@ -76,6 +90,8 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
             problems.append(f"workers must be a whole number >= 1, got {workers!r}")
         if problems:
             raise ConfigError(problems)
+        self._class_weight = None if class_weight is None else dict(class_weight)
+        self._testing = False
         self._loaders = workers
         self._pool: ThreadPoolExecutor | None = None
         self._ready = threading.Condition()
@@ -94,10 +110,16 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         return self.scheduler.steps_per_epoch
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """Return a batch of this epoch; before training one that shows the shapes."""
-        planned = self._find(int(index))
+        """Return a batch of this epoch; where nothing is trained, of all samples in order."""
+        asker = host()
+        if asker is not None and asker.name == "fit" and not self._running:
+            self.check(asker)
+        looks = self._testing or (asker is not None and asker.name != "fit")
+        planned = None if looks else self._find(int(index))
         if planned is None:
-            indices = np.arange(min(self.scheduler.batch_size, self.scheduler.catalog.num_samples))
+            size, last = self.scheduler.batch_size, index == len(self) - 1
+            end = self.scheduler.catalog.num_samples if last else (index + 1) * size  # with drop_last, too
+            indices = np.arange(index * size, end)
             return self._loaded(indices, np.ones(len(indices), np.float32))
         if planned.data is not None:
             return planned.data.result()
@@ -105,7 +127,30 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
 
     def _loaded(self, indices: NDArray[np.int64], weights: NDArray[np.float32]) -> tuple[Any, ...]:
         loaded = self._load(indices)
-        return (*loaded, weights) if len(loaded) == 2 else loaded
+        if len(loaded) != 2:
+            return loaded
+        if self._class_weight is not None:
+            weights = weights * self._class_factors(np.asarray(loaded[1]))
+        return (*loaded, weights)
+
+    def _class_factors(self, y: NDArray[Any]) -> NDArray[np.float32]:
+        assert self._class_weight is not None
+        classes = y.argmax(axis=-1) if y.ndim > 1 and y.shape[-1] > 1 else y.reshape(len(y))
+        return np.array([self._class_weight.get(int(one), 1.0) for one in classes], np.float32)
+
+    def check(self, fit: Host) -> None:
+        """Check what `fit` was called with.
+
+        Raises:
+            ConfigError: It goes against the scheduler, or R8Callback is missing.
+        """
+        problems = fit_problems(fit)
+        if not any(isinstance(one, R8Callback) and one._dataset is self for one in fit.callbacks):
+            problems.append(
+                "nothing would report losses: give fit(..., callbacks=[R8Callback(data)]) with this R8Dataset"
+            )
+        if problems:
+            raise ConfigError(problems)
 
     def _find(self, index: int) -> _Planned | None:
         """Return a batch of the plan, None before and after training; TensorFlow's thread waits until it is drawn."""
@@ -135,14 +180,19 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         Raises:
             ProtocolError: The scheduler's budget is spent.
         """
+        if (former := _active.get(self.scheduler)) is not None:
+            former.stop()  # after an exception Keras does not say that training ended
+        _active[self.scheduler] = self
         if self._ahead > 1:
             self.scheduler.allow_lookahead(self._ahead)
         with self._ready:
             self._thread = threading.get_ident()
-            self._running, self._batches = True, None
+            self._running, self._testing, self._batches = True, False, None
             self._plan, self._reported, self._asked = [], 0, 0
         self._pool = ThreadPoolExecutor(self._loaders) if self._loaders > 1 else None
         self._epochs = self.scheduler.epoch_iterator()
+        if next(self._epochs, None) is not None:
+            self._batches = self.scheduler.batch_iterator()  # what was out when an earlier fit failed comes again
         if not self.draw():
             self.stop()
             raise ProtocolError("the scheduler's budget is spent: resume it with more epochs to train on")
@@ -191,13 +241,16 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
     def stop(self) -> None:
         """Let waiting threads and signal handlers go."""
         with self._ready:
-            self._running = False
+            self._running = self._testing = False
             self._ready.notify_all()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         for iterator in (self._batches, self._epochs):
             if isinstance(iterator, Generator):
                 iterator.close()
+
+
+_active: WeakKeyDictionary[R8Scheduler, R8Dataset] = WeakKeyDictionary()
 
 
 class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -217,22 +270,54 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         self._dataset = dataset
         self._sample_loss = sample_loss
         self._losses: Any = None
+        self._rate: float | None = None  # as it was set last
+        self._plateau = self._told = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the model and start the run."""
         self._check()
+        self._rate = None
         self._losses = install_losses(self.model, self._dataset.scheduler.batch_size, self._sample_loss)
         self._dataset.scheduler.attach_model(self._capture, self._restore)
         self._dataset.start()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Draw the epoch's first batches."""
+        self._heed_rate(at_epoch=True)
         self._dataset.start_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Set the learning rate."""
-        self.model.optimizer.learning_rate = self._dataset.scheduler.lr_now()
+        self._heed_rate(at_epoch=batch == 0)
+        scheduler = self._dataset.scheduler
+        self.model.optimizer.learning_rate = scheduler.lr_now()
+        self._rate = self._present_rate()
         set_torch_generators(training_generators.get(self.model, []))
+
+    def _heed_rate(self, *, at_epoch: bool) -> None:
+        """Take up a rate that another callback has set, or say that it is overruled."""
+        if self._rate is None or math.isclose(now := self._present_rate(), self._rate, rel_tol=1e-6):
+            return
+        before, self._rate = self._rate, now
+        if self._plateau and at_epoch:
+            self._dataset.scheduler.scale_lr(now / before, "ReduceLROnPlateau")
+        elif not self._told:
+            self._told = True
+            tell(
+                f"something else set the learning rate to {now:g}, R8Scheduler had set {before:g} and sets its own at "
+                "every step: leave the other callback out"
+            )
+
+    def _present_rate(self) -> float:
+        return float(to_numpy(self.model.optimizer._learning_rate, copy=False))
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Let validation within `fit` see samples in order."""
+        self._dataset._testing = True
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Training goes on."""
+        self._dataset._testing = False
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Report the step's losses and draw the next batch.
@@ -253,6 +338,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:
         """Release what the run held."""
+        self._heed_rate(at_epoch=True)
         self._dataset.stop()
         training_generators.pop(self.model, None)
 
@@ -264,6 +350,16 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _check(self) -> None:
         problems = []
+        fit = host()
+        if fit is not None:
+            self._dataset.check(fit)
+            self._plateau = any(isinstance(one, keras.callbacks.ReduceLROnPlateau) for one in fit.callbacks)
+        replicas = getattr(getattr(self.model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+        if replicas > 1:
+            problems.append(
+                f"the model runs on {replicas} replicas (tf.distribute), each of which sees a part of a batch: their "
+                "losses cannot be told apart, train on one device"
+            )
         steps = self.model.steps_per_execution
         if steps > 1:
             problems.append(f"steps_per_execution={steps} hides the losses of all steps but the last: compile with 1")
@@ -274,6 +370,14 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
             )
         if problems:
             raise ConfigError(problems)
+        scheduler, asked = self._dataset.scheduler, (self.params or {}).get("epochs")
+        if asked is not None and scheduler.total_steps is not None:
+            left = scheduler.total_steps // scheduler.steps_per_epoch - scheduler.current_epoch
+            if asked < left:
+                tell(
+                    f"fit(epochs={asked}) ends the run before the scheduler does, which has {left} epochs left: the "
+                    "learning rate stays where it is then; give epochs=1000, the scheduler ends the run"
+                )
 
 
 _RATE_SCHEDULE = keras.optimizers.schedules.LearningRateSchedule
