@@ -9,7 +9,7 @@ import pytest
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
-from learnit_r8.events import MetricLogged, RolledBack, SinkFailed
+from learnit_r8.events import MetricLogged, RolledBack, RunEnded, RunStarted, SinkFailed
 from learnit_r8.sinks.trackers import MlflowSink, Point, Points, TensorBoardSink, TrackerSink, WandbSink
 
 
@@ -128,6 +128,87 @@ def test_a_tracker_that_fails_is_dropped_and_training_goes_on():
     assert len(losses) == 1000
     failures = [event for event in heard if isinstance(event, SinkFailed)]
     assert [(event.sink, "no route" in event.reason) for event in failures] == [("Broken", True)]
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_run_that_dies_of_an_error_has_failed(error):
+    sink = Memory()
+    try:
+        with R8Scheduler(40, 8, num_epochs=1, checkpoint_dir=None, ui="off", sinks=[sink]) as scheduler:
+            for _ in scheduler.epoch_iterator():
+                for batch in scheduler.batch_iterator():
+                    if error is not None and batch.step == 2:
+                        raise error("boom")
+                    scheduler.update_with_loss(1.0)
+    except ValueError:
+        pass
+    assert sink.failed == (error is not None)
+
+
+def test_one_rank_writes_for_all():
+    sinks = [Memory(), Memory()]
+    for rank, sink in enumerate(sinks):
+        sink.record(RunStarted(0.0, 0, "run", {"rank": rank}, 5, 20, False, "1", 1, 0.0))
+        sink.record(MetricLogged(1.0, 3, "val_loss", 0.5))
+        sink.close()
+    assert [len(sink.points) for sink in sinks] == [1, 0]
+
+
+def test_a_run_that_goes_on_has_each_step_once():
+    class Remembering(Memory):
+        def reached(self, name):
+            return 4 if name == "eval/loss" else -1
+
+    sink = Remembering()
+    sink.record(RunStarted(0.0, 3, "run", {}, 5, 20, True, "1", 1, 0.0))
+    for step in (3, 4, 5):
+        sink.record(MetricLogged(1.0, step, "val_loss", 0.5))
+        sink.record(MetricLogged(1.0, step, "lr", 0.5))
+    sink.close()
+    assert [step for step, _ in curve(sink.points, "eval/loss")] == [5]
+    assert [step for step, _ in curve(sink.points, "train/lr")] == [3, 4, 5]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:UserWarning")
+def test_tensorboard_shows_a_resumed_run_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed, steps in ((False, range(10)), (True, range(6, 12))):
+        sink = TensorBoardSink(tmp_path)
+        sink.record(RunStarted(1e9 + steps[0], steps[0], "run", {}, 5, 20, resumed, "1", 1, 0.0))
+        for step in steps:
+            sink.record(MetricLogged(1e9 + 100 * resumed + step, step, "acc", step + 100.0 * resumed))
+        sink.close()
+    found = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/acc")] == list(range(12))
+    assert [event.value for event in found.Scalars("train/acc")] == [*range(6), *range(106, 112)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_loses_no_point_to_a_refused_name_and_tells_crashes_and_resumes_apart(tmp_path):
+    tracking = pytest.importorskip("mlflow.tracking")
+    pytest.importorskip("sqlalchemy")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    first = MlflowSink(uri)
+    first.record(RunStarted(0.0, 0, "run", {}, 5, 20, False, "1", 1, 0.0))
+    for step in range(5):
+        for name in ("a/b", "loss@top(1)", "/refused", "x" * 600):
+            first.record(MetricLogged(1.0 + step, step, name, float(step)))
+    first.record(RunEnded(9.0, 5, "error", 9.0))
+    first.close()
+    client = tracking.MlflowClient(uri)
+    assert client.get_run(first.run_id).info.status == "FAILED"
+    assert [m.step for m in client.get_metric_history(first.run_id, "a/b")] == list(range(5))
+    second = MlflowSink(uri, run_id=first.run_id)
+    second.record(RunStarted(10.0, 3, "run", {}, 5, 20, True, "1", 1, 0.0))
+    for step in range(3, 8):
+        second.record(MetricLogged(11.0, step, "a/b", float(step)))
+    second.close()
+    assert [m.step for m in client.get_metric_history(first.run_id, "a/b")] == list(range(8))
+    names = set(client.get_run(first.run_id).data.metrics)
+    assert {"a/b", "train/loss_top_1_"} & names == {"a/b", "train/loss_top_1_"}
 
 
 def test_a_bad_interval_is_refused():

@@ -12,7 +12,9 @@ The trackers are imported when their sink is made, never before.
 from __future__ import annotations
 
 import math
+import re
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -126,6 +128,9 @@ class TrackerSink:
         names: See `Points`.
         interval: Seconds between two writes.
 
+    Attributes:
+        failed: The run has not ended in an orderly way, so far.
+
     Raises:
         ConfigError: A bad interval.
     """
@@ -139,6 +144,10 @@ class TrackerSink:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._mute = self._resumed = False
+        self._reached: dict[str, int] = {}
+        self._refused: dict[str, str] = {}
+        self.failed = True
 
     def write(self, points: list[Point]) -> None:
         """Write points, oldest first; called from the thread, and at last from `close`."""
@@ -147,6 +156,13 @@ class TrackerSink:
     def configure(self, config: Mapping[str, Any]) -> None:
         """Take the run's configuration, once, before the first points."""
 
+    def resume(self, step: int, time: float) -> None:
+        """Take note that the run goes on from a step at a time, where the tracker can drop what it has later."""
+
+    def reached(self, name: str) -> int:
+        """Return the last step that the tracker has of a curve, for a run that goes on; -1 for none."""
+        return -1
+
     def finish(self) -> None:
         """Flush and release the tracker."""
 
@@ -154,6 +170,14 @@ class TrackerSink:
         """Queue one event; raise what the tracker raised since the last one."""
         if self._error is not None:
             raise self._error
+        if self._refused:
+            said, self._refused = self._refused, {}
+            names = "; ".join(f"{name} ({reason})" for name, reason in said.items())
+            warnings.warn(f"{type(self).__name__} refused, and went on without: {names}", RuntimeWarning, stacklevel=2)
+        if isinstance(event, events.RunStarted):
+            self._mute = bool(event.config.get("rank", 0))
+        if self._mute:  # one rank writes for all
+            return
         self._queue.append(event)
         if self._thread is None:
             self._closing.clear()
@@ -184,11 +208,23 @@ class TrackerSink:
                 event = self._queue.popleft()
                 if isinstance(event, events.RunStarted):
                     self.configure(events.plain(event.config))
+                    self._resumed, self.failed, self._reached = event.resumed, True, {}
+                    if event.resumed:
+                        self.resume(event.step, event.time)
+                elif isinstance(event, events.RunEnded):
+                    self.failed = event.reason == "error"
                 points += self._points.of(event)
+            if self._resumed:
+                points = [point for point in points if point.step > self._last(point.name)]
             if points:
                 self.write(points)
         except Exception as error:
             self._error = error
+
+    def _last(self, name: str) -> int:
+        if name not in self._reached:
+            self._reached[name] = self.reached(name)
+        return self._reached[name]
 
 
 class TensorBoardSink(TrackerSink):
@@ -207,10 +243,16 @@ class TensorBoardSink(TrackerSink):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event, self._summary, self._event_pb2 = event_pb2.Event, summary_pb2.Summary, event_pb2
         self._make: Any = EventFileWriter
         self._log_dir = str(log_dir)
         self._writer: Any = None
+
+    def resume(self, step: int, time: float) -> None:
+        """Say that a session starts here: TensorBoard drops what an earlier one has from this step on."""
+        self._writer = self._writer or self._make(self._log_dir)
+        start = self._event_pb2.SessionLog(status=self._event_pb2.SessionLog.START)
+        self._writer.add_event(self._event(wall_time=time, step=step, session_log=start))
 
     def write(self, points: list[Point]) -> None:
         """Write one record per step and time."""
@@ -261,6 +303,10 @@ class WandbSink(TrackerSink):
         """Add the configuration to the run's own."""
         self._run.config.update({"r8": dict(config)}, allow_val_change=True)
 
+    def reached(self, name: str) -> int:
+        """Return the step of the run's last row."""
+        return int(self._run.summary.get("r8/step", -1))
+
     def write(self, points: list[Point]) -> None:
         """Log one row per step and time."""
         for (step, _), group in _grouped(points).items():
@@ -269,7 +315,7 @@ class WandbSink(TrackerSink):
     def finish(self) -> None:
         """End the run, if this sink started it."""
         if self._own:
-            self._run.finish()
+            self._run.finish(exit_code=int(self.failed))
 
 
 class MlflowSink(TrackerSink):
@@ -294,10 +340,13 @@ class MlflowSink(TrackerSink):
     ) -> None:
         super().__init__(names, interval)
         from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         self._metric, self._param = Metric, Param
         self._client = MlflowClient(tracking_uri)
+        self._refusal: type[Exception] = MlflowException
+        self._bad: set[str] = set()
         self._own = run_id is None
         if run_id is None:
             found = self._client.get_experiment_by_name(experiment)
@@ -313,15 +362,49 @@ class MlflowSink(TrackerSink):
         self._client.log_batch(self.run_id, params=params)
 
     def write(self, points: list[Point]) -> None:
-        """Log 1000 points a request, MLflow's limit."""
-        metrics = [self._metric(point.name, point.value, int(point.time * 1000), point.step) for point in points]
+        """Log 1000 points a request, MLflow's limit; a name that it refuses costs no other point."""
+        metrics = [
+            self._metric(_mlflow_name(point.name), point.value, int(point.time * 1000), point.step) for point in points
+        ]
         for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            some = metrics[start : start + 1000]
+            try:
+                self._client.log_batch(self.run_id, metrics=some)
+            except self._refusal:
+                self._one_by_one(some)
+
+    def _one_by_one(self, metrics: list[Any]) -> None:
+        """Log each name apart; where none is taken it is no matter of names."""
+        groups: dict[str, list[Any]] = {}
+        for metric in metrics:
+            groups.setdefault(metric.key, []).append(metric)
+        refused: dict[str, Exception] = {}
+        for name, group in groups.items():
+            if name in self._bad:
+                continue
+            try:
+                self._client.log_batch(self.run_id, metrics=group)
+            except self._refusal as error:
+                refused[name] = error
+        if refused and len(refused) == len(groups) > 1:
+            raise next(iter(refused.values()))
+        self._bad.update(refused)
+        self._refused.update({name: str(error).split("\n")[0][:200] for name, error in refused.items()})
+
+    def reached(self, name: str) -> int:
+        """Return the last step of a curve."""
+        history = self._client.get_metric_history(self.run_id, _mlflow_name(name))
+        return max((metric.step for metric in history), default=-1)
 
     def finish(self) -> None:
         """End the run, if this sink started it."""
         if self._own:
-            self._client.set_terminated(self.run_id)
+            self._client.set_terminated(self.run_id, "FAILED" if self.failed else "FINISHED")
+
+
+def _mlflow_name(name: str) -> str:
+    """Return a name that MLflow takes: letters, digits and `_-. :/`."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _grouped(points: list[Point]) -> dict[tuple[int, float], list[Point]]:
