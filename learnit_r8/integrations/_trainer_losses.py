@@ -25,7 +25,7 @@ from learnit_r8.integrations._sample_losses import (
 
 _TRIES = 3
 """Batches in which no reading was right before none is tried any more."""
-_EXACT, _HALF = 2e-4, 2e-2
+_EXACT, _HALF = 2e-5, 1e-2
 """Relative differences that rounding explains, for losses in float32 and in less."""
 
 
@@ -45,14 +45,19 @@ class Note(NamedTuple):
     sides: Tensor | None = None
     tolerance: float = _EXACT
 
-    def agrees(self) -> bool:
-        """Whether the losses are the host's; a host's loss that is not finite cannot say no."""
+    def gap(self) -> float:
+        """Return how far the losses are from the host's, relatively; 0 where it cannot say, as it is not finite."""
         if self.sides is None:
-            return True
+            return 0.0
         host, *others = self.sides.tolist()
         if not math.isfinite(host):
-            return True
-        return any(abs(host - other) <= self.tolerance * (abs(host) + 1e-3) for other in others)
+            return 0.0
+        gaps = [abs(host - other) / (abs(host) + 1e-3) for other in others]
+        return min((gap for gap in gaps if gap == gap), default=math.inf)
+
+    def agrees(self) -> bool:
+        """Whether the losses are the host's."""
+        return self.gap() <= self.tolerance
 
 
 class LossWatch:
@@ -201,21 +206,35 @@ class LossWatch:
         """Try all readings, and keep the one that is right; this waits for the device."""
         if not bool(torch.isfinite(loss.detach()).all()):
             return None
+        best: tuple[float, Reading | None, SampleLosses | None] = (_tolerance(loss), None, None)
         for reading in READINGS if seen.outputs else ():
             found = reading(seen)
             if found is None:
                 continue
-            if Note(loss, found.sums, self._sides(loss, found, seen, items), _tolerance(loss)).agrees():
-                self.reading = reading
-                return found
-        self.failed()
-        return None
+            gap = Note(loss, found.sums, self._sides(loss, found, seen, items)).gap()
+            if gap < best[0] or (gap <= best[0] and best[1] is None):
+                best = gap, reading, found  # the nearest: before training all classes are alike to most of them
+        _, self.reading, nearest = best
+        if nearest is None:
+            self._missed()
+        return nearest
 
-    def failed(self) -> None:
-        """Note that no reading was right for a micro-batch."""
-        self.reading = None
+    def judge(self, note: Note) -> bool:
+        """Return whether a micro-batch's losses are the host's. A reading that was wrong is looked for anew."""
+        if note.losses is None:
+            return False
+        right = note.agrees()
+        if right:
+            self._tries = max(self._tries, _TRIES)
+        else:
+            self.reading = None
+            self._missed()
+        return right
+
+    def _missed(self) -> None:
         self._tries = max(self._tries - 1, 0)
-        self._host._say("means", _MEANS)
+        if self._tries == 0:
+            self._host._say("means", _MEANS)
 
     # How the host scales its loss -----------------------------------------------------------
 

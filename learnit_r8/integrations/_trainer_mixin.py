@@ -243,10 +243,7 @@ class SampleLossMixin:
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         notes = list(self._watch.notes)
         self._watch.notes.clear()
-        agree = [note.losses is not None and note.agrees() for note in notes]
-        for note, right in zip(notes, agree, strict=True):
-            if note.losses is not None and not right:
-                self._watch.failed()
+        agree = [self._watch.judge(note) for note in notes]
         if trainer.args.world_size > 1:  # a report is one loss per sample on all ranks or on none
             flags = torch.tensor(agree, dtype=torch.int32, device=trainer.accelerator.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
