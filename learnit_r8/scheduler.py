@@ -199,6 +199,7 @@ class R8Scheduler:
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._resumed = self._begun = self._closed = False
         self._weighs = False  # whether it is known that importance weights reach the loss, or was said that they do not
+        self.host_saves = False  # a framework saves the run, and acts on signals
         self._within = False  # whether an epoch loop is going
         self._diverged = False
         self._reporter: int | None = None  # thread that reports losses
@@ -289,7 +290,7 @@ class R8Scheduler:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal waits to be acted on; a host that saves the run itself does, and then delivers it."""
+        """Whether a signal waits to be acted on: where `host_saves`, the host does and then delivers it."""
         return self._control.interrupted
 
     def deliver_signal(self, news: str) -> None:
@@ -735,7 +736,7 @@ class R8Scheduler:
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
-        if self._control.interrupted:
+        if self._control.interrupted and not self.host_saves:
             self._save_if_possible()
             if self._ranks.world_size > 1:
                 with suppress(Exception):  # another rank may be gone; else none dies before rank 0 has saved

@@ -1,6 +1,6 @@
 """One training by R8 and by the plain class on the same batches; run by torchrun, on several processes.
 
-    python -m tests.trainer_equality ACCUMULATION NAME...
+python -m tests.trainer_equality ACCUMULATION NAME...
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class TrainedState:
         """Return the live tensors; who keeps them copies them."""
         optimizer = unwrapped(self._trainer.optimizer)
         state = capture_state(None, optimizer, self._scaler, copy=False)
-        if not self._tried:
+        if not self._tried and state["optimizer"].get("state"):  # empty before the first step
             self._tried = True
             self._try(optimizer, state)
         state["weights"] = self._trained()

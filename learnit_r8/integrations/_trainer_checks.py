@@ -52,7 +52,7 @@ def host_problems(trainer: Any, mixin: type, sample_loss_func: Any) -> list[str]
         problems.append("sample_loss_func and compute_loss_func: both say what to train on, give one")
     if sample_loss_func is not None and trainer.label_smoother is not None:
         problems.append("sample_loss_func and label_smoothing_factor: the function says what to train on, give one")
-    return problems + _data_problems(trainer.train_dataset)
+    return problems + data_problems(trainer.train_dataset)
 
 
 def _own_loaders(cls: type, mixin: type) -> list[str]:
@@ -68,7 +68,8 @@ def _own_loaders(cls: type, mixin: type) -> list[str]:
     ]
 
 
-def _data_problems(dataset: Any) -> list[str]:
+def data_problems(dataset: Any) -> list[str]:
+    """Return what keeps samples of a data set from being chosen; None has no problems."""
     if dataset is None:
         return []
     iterable = isinstance(dataset, torch.utils.data.IterableDataset) or type(dataset).__name__ == "IterableDataset"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 
 from learnit_r8.errors import ConfigError, ProtocolError
-from learnit_r8.integrations._trainer_checks import host_problems, is_grouped
+from learnit_r8.integrations._trainer_checks import data_problems, host_problems, is_grouped
 from learnit_r8.integrations._trainer_loader import EpochLength, Repeated, make_loader
 from learnit_r8.integrations._trainer_losses import LossWatch
 
@@ -38,12 +38,15 @@ class SampleLossMixin:
     """
 
     def __init__(self, *args: Any, sample_loss_func: Callable[[Any, Any], Tensor] | None = None, **kwargs: Any) -> None:
+        if problems := data_problems(kwargs.get("train_dataset")):  # the Trainer would advise max_steps for them
+            raise ConfigError(problems)
         super().__init__(*args, **kwargs)
         trainer: Any = self
         problems = host_problems(trainer, SampleLossMixin, sample_loss_func) + self._problems()
         if problems:
             raise ConfigError(problems)
         self._told: set[str] = set()
+        self._sampler: Any = None
         self._resumed = self._trained = False
         self._micro = 0  # micro-batches of the Trainer's epoch so far
         self._length = EpochLength(0)

@@ -98,6 +98,7 @@ class R8Mixin(SampleLossMixin):
         self._epochs: Iterator[int] = iter(())
         self._rates: _SchedulerRates | None = None
         self._leaving = False
+        scheduler.host_saves = True
         self._parts: list[Tensor] = []  # of a batch that is trained on in several micro-batches
         self._rewards: Tensor | None = None
         self._backups: TrainedState | None = None
@@ -287,7 +288,10 @@ class R8Mixin(SampleLossMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            if self.scheduler.interrupted:  # it came after the last step
+                self.scheduler.deliver_signal("the training was over")
+            return result
         finally:
             if hasattr(self._epochs, "close"):
                 self._epochs.close()  # signal handlers are put back, also after an exception

@@ -1,0 +1,252 @@
+"""The Trainer's steps and the scheduler's never cut each other: epochs of any length, resumed anywhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from learnit_r8 import R8Scheduler
+from learnit_r8.errors import ConfigError, ProtocolError
+from tests.trainer_cases import BATCH, ROWS, adapted, bert, classes, transformers
+from tests.trainer_equality import Reports, trained
+
+MODEL = bert("BertForSequenceClassification")
+LORA = adapted(MODEL, "LoraConfig", task_type="SEQ_CLS", r=2, target_modules=["query"])
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.utils.logging.set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class EveryOtherEpochShort:
+    """A strategy whose epochs differ in length."""
+
+    catalogs = False
+
+    def start_epoch(self, request):
+        return 26 if request.epoch % 2 else ROWS
+
+    def draw(self, request):
+        return np.random.default_rng([request.epoch, request.cursor]).permutation(ROWS)[: request.size]
+
+
+class Run:
+    """One training; what it reported and where it ended."""
+
+    def __init__(
+        self, folder, *, resume=None, accumulation=1, batch=BATCH, model=MODEL, poison=(), args=None, **options
+    ):
+        from learnit_r8.integrations.huggingface import R8Trainer
+
+        transformers.set_seed(0)
+        options = {
+            "num_epochs": 4,
+            "initial_lr": 1e-2,
+            "ui": "off",
+            "checkpoint_dir": None,
+            "backup_every": 3,
+        } | options
+        self.scheduler = R8Scheduler(ROWS, batch, **options)
+        self.reports = Reports(self.scheduler)
+        given = {"save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True} | (args or {})
+        training = transformers.TrainingArguments(str(folder), gradient_accumulation_steps=accumulation, **given)
+        self.trainer = R8Trainer(model(), training, train_dataset=classes(), scheduler=self.scheduler)
+        self._left = set(poison)
+        if poison:
+            self.trainer.model.register_forward_hook(self._poison)
+        self.trainer.train(resume_from_checkpoint=resume)
+        self.weights = trained(self.trainer.model)
+
+    def _poison(self, module: Any, _args: Any, outputs: Any) -> Any:
+        step = self.scheduler.global_step + len(self.trainer._watch.notes)
+        if not module.training or step not in self._left:
+            return None
+        self._left.discard(step)
+        return type(outputs)(loss=outputs.loss * torch.nan, logits=outputs.logits * torch.nan)
+
+
+def check_resumes(tmp_path, stops, **options) -> Run:
+    whole = Run(tmp_path / "whole", **options)
+    for stop in stops:
+        resumed = Run(tmp_path / "resumed", resume=str(tmp_path / "whole" / f"checkpoint-{stop}"), **options)
+        count = len(resumed.reports.batches)
+        assert 0 < count < len(whole.reports.batches)
+        assert resumed.reports.batches == whole.reports.batches[-count:]
+        assert resumed.reports.losses == whole.reports.losses[-count:]
+        assert torch.equal(resumed.weights, whole.weights)
+        assert resumed.trainer.state.global_step == whole.trainer.state.global_step
+        assert resumed.trainer.state.epoch == whole.trainer.state.epoch == options.get("num_epochs", 4)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        ({"strategy": "infobatch", "num_epochs": 6}, (20, 35)),
+        ({"strategy": "infobatch", "num_epochs": 6, "accumulation": 3}, (7, 12)),
+        ({"strategy": "infobatch", "num_epochs": 6, "accumulation": 3, "model": LORA}, (11,)),
+        ({"strategy": EveryOtherEpochShort(), "accumulation": 4}, (4, 8)),
+        ({"noise_guard": "cap", "num_epochs": 8, "initial_lr": 0.05}, (50, 65)),
+        ({"rollback_data": "replay", "poison": (9, 17), "num_epochs": 3}, (25,)),
+        ({"rollback_data": "replay", "poison": (29,), "num_epochs": 3, "accumulation": 4}, (10,)),
+    ],
+    ids=["infobatch", "infobatch by 3", "infobatch, LoRA", "own epochs by 4", "cap", "replay", "replay at the end"],
+)
+def test_a_run_with_epochs_of_any_length_resumes_as_if_it_had_not_stopped(tmp_path, options, stops):
+    pytest.importorskip("peft")
+    whole = check_resumes(tmp_path, stops, **options)
+    assert whole.trainer.state.max_steps == whole.trainer.state.global_step
+    assert os.path.isdir(tmp_path / "whole" / f"checkpoint-{whole.trainer.state.global_step}")
+
+
+def test_workers_draw_ahead_and_nothing_is_lost_on_resume(tmp_path):
+    options = {"strategy": "infobatch", "accumulation": 3, "args": {"dataloader_num_workers": 2, "save_steps": 5}}
+    check_resumes(tmp_path, (5,), **options)
+
+
+@pytest.mark.parametrize("change", [{"accumulation": 2}, {"batch": 8}, {"batch": 2, "accumulation": 3}])
+def test_another_batch_size_or_accumulation_on_resume_leaves_no_sample_out(tmp_path, change):
+    options = {"strategy": "uniform", "accumulation": 4, "num_epochs": 3}
+    whole = Run(tmp_path / "whole", **options)
+    stop = 4  # in the second epoch, after its first four batches
+    resumed = Run(tmp_path / "resumed", resume=str(tmp_path / "whole" / f"checkpoint-{stop}"), **options | change)
+    batches = whole.reports.batches[:14] + resumed.reports.batches
+    for epoch in range(3):
+        drawn: list[int] = []
+        while len(drawn) < ROWS:
+            drawn += batches.pop(0)
+        assert sorted(drawn) == list(range(ROWS)), epoch
+    assert not batches
+    assert resumed.trainer.state.epoch == 3
+
+
+def test_the_search_for_a_rate_is_no_part_of_an_epoch(tmp_path):
+    held: list[Any] = []
+    from learnit_r8.integrations.huggingface import R8Trainer
+
+    scheduler = R8Scheduler(
+        ROWS, BATCH, num_epochs=3, auto_find_lr=True, ui="off", checkpoint_dir=None,
+        state_callback=lambda: held[0]._backups.capture(), load_callback=lambda state: held[0]._backups.restore(state),
+    )  # fmt: skip
+    reports = Reports(scheduler)
+    args = transformers.TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    held.append(R8Trainer(MODEL(), args, train_dataset=classes(), scheduler=scheduler))
+    held[0].train()
+    after = reports.batches[-3 * ROWS // BATCH :]
+    assert [sorted(chain(*after[i : i + 10])) for i in (0, 10, 20)] == [list(range(ROWS))] * 3
+    assert scheduler.global_step == 30
+    assert held[0].state.epoch == 3
+
+
+def test_a_checkpoint_without_the_schedulers_state_is_told(tmp_path):
+    Run(tmp_path, args={"save_only_model": True, "save_steps": 7})
+    with pytest.warns(RuntimeWarning, match=r"no scheduler\.pt"):
+        again = Run(tmp_path, resume=str(tmp_path / "checkpoint-14"), args={"save_steps": 1000})
+    assert len(again.reports.batches) == 40
+
+
+def test_a_second_training_is_refused_and_a_resumed_one_goes_on(tmp_path):
+    run = Run(tmp_path, args={"save_steps": 30})
+    with pytest.raises(ProtocolError, match="anew"):
+        run.trainer.train()
+    with pytest.raises(ProtocolError, match="objective of your search"):
+        run.trainer.hyperparameter_search(lambda trial: {})
+    before = len(run.reports.batches)
+    run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
+    assert len(run.reports.batches) == before + 10
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
+        ({"dataloader_drop_last": True}, "drop_last"),
+        ({"data_seed": 3}, "data_seed"),
+        ({"max_steps": 7}, "max_steps"),
+        ({"dataloader_in_order": False}, "in_order"),
+    ],
+)
+def test_what_would_be_undone_is_refused_by_name(tmp_path, args, word):
+    with pytest.raises(ConfigError, match=word):
+        Run(tmp_path, args=args)
+
+
+def test_loaders_and_samplers_of_ones_own_and_streams_are_refused(tmp_path):
+    from learnit_r8.integrations.huggingface import R8Mixin, R8Trainer
+
+    class OwnSampler(transformers.Trainer):
+        def _get_train_sampler(self, dataset=None):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Below(R8Mixin, OwnSampler):
+        pass
+
+    class Above(R8Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, batch_size=4)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(classes().rows)
+
+    def make(cls, data=None):
+        args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+        scheduler = R8Scheduler(ROWS, BATCH, num_epochs=1, ui="off", checkpoint_dir=None)
+        return cls(MODEL(), args, train_dataset=data or classes(), scheduler=scheduler)
+
+    with pytest.raises(ConfigError, match="OwnSampler"):
+        make(Below)
+    with pytest.raises(ConfigError, match="must have a length"):
+        make(R8Trainer, Stream())
+    with pytest.raises(ConfigError, match="another loader"):
+        make(Above).train()
+
+
+INTERRUPTED = """
+import os, signal, sys, warnings
+warnings.simplefilter("ignore")
+from tests.test_trainer_progress import *
+from learnit_r8.integrations.huggingface import R8Trainer
+transformers.utils.logging.set_verbosity_error()
+class Stop(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **options):
+        if state.global_step == 5:
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+transformers.set_seed(0)
+scheduler = R8Scheduler(ROWS, BATCH, num_epochs=4, initial_lr=1e-2, ui="off", backup_every=3)
+args = transformers.TrainingArguments(
+    sys.argv[1], report_to=[], use_cpu=True, disable_tqdm=True, save_steps=1000, save_strategy="steps"
+)
+R8Trainer(MODEL(), args, train_dataset=classes(), scheduler=scheduler, callbacks=[Stop()]).train()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_with_the_trainer_and_says_how_it_resumes(tmp_path, name):
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "out"), name],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"R8_UI": "off"},
+    )  # fmt: skip
+    assert run.returncode in (1, -signal.SIGINT, -signal.SIGTERM), run.stderr[-2000:]
+    folder = tmp_path / "out" / "checkpoint-6"
+    assert f"trainer.train(resume_from_checkpoint='{folder}')" in run.stderr.splitlines()[-1]
+    whole = Run(tmp_path / "whole", args={"save_strategy": "no"})
+    resumed = Run(tmp_path / "out", resume=str(folder), args={"save_strategy": "no"})
+    assert resumed.reports.batches == whole.reports.batches[6:]
+    assert torch.equal(resumed.weights, whole.weights)
