@@ -124,7 +124,7 @@ def test_a_refinement_of_identified_samples_agrees_with_numpy_lstsq(offset):
     rows = np.zeros((len(stream), n))
     for row, (batch, _) in zip(rows, stream, strict=True):
         row[batch] = 1 / len(batch)
-    exact = np.linalg.lstsq(rows, np.array([loss for _, loss in stream]))[0]
+    exact = np.linalg.lstsq(rows, np.array([loss for _, loss in stream]), rcond=None)[0]
     np.testing.assert_allclose(exact, truth + offset, atol=1e-8)
     assert np.corrcoef(held.losses(), exact)[0, 1] > 0.98
     assert np.abs(held.losses() - exact).mean() < 0.12 * exact.std()

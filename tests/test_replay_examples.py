@@ -49,3 +49,14 @@ def test_fine_tuning_reports_a_finite_perplexity_for_every_method(tmp_path):
 def test_policy_optimisation_takes_its_prompts_from_every_curriculum(tmp_path):
     output = run("grpo_bandit.py", tmp_path)
     assert len(re.findall(r" 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) ", output)) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pomdp_grid.py", "grpo_replay.py"])
+def test_replay_of_successes_is_compared_with_none_and_a_reservoir(tmp_path, name):
+    output = run(name, tmp_path)
+    assert re.findall(r"^(none|reservoir|hybrid) .*0\.\d{3}", output, flags=re.MULTILINE) == [
+        "none",
+        "reservoir",
+        "hybrid",
+    ]

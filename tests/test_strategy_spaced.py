@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -341,3 +342,31 @@ def test_a_loader_resumed_in_mid_pass_goes_on_the_same_with_workers_too(workers)
     sampler, loader = make()
     sampler.load_state_dict(state)
     assert head + train(sampler, loader)[0] == whole
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital'")  # torchdata 0.11 with torch 2.13
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_data_loader_goes_on_with_as_many_batches_as_are_left(workers):
+    torch = pytest.importorskip("torch")
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def build():
+        sampler = SpacedRepetitionSampler(range(60), num_steps=30, batch_size=4, spacing_steps=3)
+        return sampler, stateful.StatefulDataLoader(range(60), batch_sampler=sampler, num_workers=workers)
+
+    sampler, loader = build()
+    seen, file = [], io.BytesIO()
+    for number, batch in enumerate(loader):
+        seen.append(batch.tolist())
+        sampler.update_difficulties((batch > 30).float() + batch / 100)
+        if number == 11:
+            torch.save(loader.state_dict(), file)
+    file.seek(0)
+    sampler, loader = build()
+    loader.load_state_dict(torch.load(file))  # with its defaults
+    rest = []
+    for batch in loader:
+        rest.append(batch.tolist())
+        sampler.update_difficulties((batch > 30).float() + batch / 100)
+    assert len(rest) == 18
+    assert workers or rest == seen[12:]

@@ -51,7 +51,8 @@ class Scale:
         low, high = self.low, self.high
         if self.log:
             low, high, values = math.log(low), math.log(high), np.log(np.maximum(values, _TINY))
-        return (values - low) / (high - low)
+        with np.errstate(over="ignore"):  # what is infinitely far off is drawn at the edge
+            return (values - low) / (high - low)
 
 
 def _quantile(ordered: Floats, q: float) -> float:

@@ -245,13 +245,14 @@ class SpacedRepetitionSampler:
         Nothing changes before the first batch is asked for: a `DataLoader` with workers makes two
         iterators of its first pass, and uses the second.
         """
+        return _Pass(self)
+
+    def _batches(self) -> Iterator[list[int]]:
         again: list[Indices] = []
         if self._resuming:
             again = [ids for _, ids in self._open]
         else:
-            for _, ids in self._open:
-                self._queue.forget(ids, self._step)
-            self._open.clear()
+            self.forget_open()
             self._issued = 0
         self._resuming = False
         for ids in again:
@@ -325,3 +326,33 @@ class SpacedRepetitionSampler:
         batches = (np.array(ids, np.int64) for ids in state["open_batches"])
         self._open = deque(zip(map(int, state["open_steps"]), batches, strict=True))
         self._resuming = self._unfinished
+
+    def forget_open(self) -> None:
+        """Count the batches without a report as trained on, and their samples as due again."""
+        for _, ids in self._open:
+            self._queue.forget(ids, self._step)
+        self._open.clear()
+
+
+class _Pass:
+    """A pass over the sampler's batches; nothing begins before the first one is asked for.
+
+    torchdata's `StatefulDataLoader` asks sampler and iterator for their states at the moment when a batch is
+    handed to a worker, and keeps them as the state after that batch. So where an iterator's state is given back, the
+    batches handed out before are over, though the sampler had not heard their losses then.
+    """
+
+    def __init__(self, sampler: SpacedRepetitionSampler) -> None:
+        self._sampler, self._batches = sampler, sampler._batches()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        return next(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"handed_out": True}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sampler.forget_open()
