@@ -1,6 +1,7 @@
-"""Runs examples/ray_train.py and kills one of its workers, once; started by test_integration_examples.py.
+"""Runs examples/ray_train.py and kills one of its workers at given steps; started by test_integration_examples.py.
 
-ray_driver.py STEP --folder FOLDER ...: the second worker dies after so many steps, never if that is negative.
+ray_driver.py STEPS FOLDER ...: STEPS like 13,77; at the first, the second worker dies, at the second, the first one,
+and so on. At every fourth, the newest checkpoint's folder goes with it.
 """
 
 from __future__ import annotations
@@ -13,28 +14,33 @@ import ray_train
 
 
 def main() -> None:
-    step = int(sys.argv.pop(1))
+    steps = [int(step) for step in sys.argv.pop(1).split(",") if step]
+    folder = Path(sys.argv.pop(1)).resolve()
     healthy = ray_train.train_on_a_worker
 
-    def train_and_die(config: dict[str, Any]) -> None:
+    def train_and_die() -> None:
         import os
+        import shutil
         import signal
 
-        died = Path(config["folder"] + "-died")
         update = ray_train.R8Scheduler.update_with_loss
 
         def dying(scheduler: Any, *args: Any, **options: Any) -> Any:
             result = update(scheduler, *args, **options)
-            if scheduler.global_step == step and os.environ["RANK"] == "1" and not died.exists():
-                died.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+            for number, step in enumerate(steps):
+                died = folder / f"died-{step}"
+                if scheduler.global_step == step and int(os.environ["RANK"]) == (number + 1) % 2 and not died.exists():
+                    died.touch()
+                    if number % 4 == 3:
+                        shutil.rmtree(max(folder.glob("storage/r8/checkpoint_2*")))
+                    os.kill(os.getpid(), signal.SIGKILL)
             return result
 
         ray_train.R8Scheduler.update_with_loss = dying
-        healthy(config)
+        healthy()
 
-    ray_train.train_on_a_worker = train_and_die
-    ray_train.main()
+    sys.argv += ["--storage", str(folder / "storage")]
+    ray_train.main(train_and_die)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,67 @@ def faults(folder: Path, ranks: dict, kind: str) -> dict:
     return {"findings": found}
 
 
+def lightning(folder: Path, ranks: dict, kind: str) -> dict:
+    """FSDP2 inside Lightning; NaN at random steps."""
+    import lightning
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from learnit_r8 import R8Scheduler
+    from learnit_r8.integrations.lightning import R8Callback, R8DataModuleMixin
+    from tests.backup_watch import BackupWatch, random_steps
+
+    watch = BackupWatch(random_steps(1), partial(R8Scheduler, SAMPLES, BATCH, num_epochs=EPOCHS, ui="off", **ranks))
+
+    class Module(R8DataModuleMixin, lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def configure_model(self) -> None:
+            if not hasattr(self.net[0].weight, "placements"):
+                sharded(self.net, self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: Any, index: int) -> dict:
+            losses = nn.functional.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+            losses = losses * (watch.factor() if ranks["rank"] == 1 else 1.0)
+            return {"loss": losses.mean(), "r8_losses": losses}
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+        def train_dataloader(self) -> Any:
+            return self.r8_dataloader(torch.utils.data.TensorDataset(X, Y))
+
+    module = Module()
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
+    lightning.Trainer(
+        accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), max_epochs=-1, use_distributed_sampler=False,
+        callbacks=[R8Callback(watch.scheduler)], **quiet,
+    ).fit(module)  # fmt: skip
+    return {"kind": type(module.net[0].weight).__name__, "findings": watch.findings()}
+
+
+def accelerated(folder: Path, ranks: dict, kind: str) -> dict:
+    """FSDP2 with the optimizer in Accelerate's wrapper; NaN at random steps."""
+    from accelerate import Accelerator
+
+    from learnit_r8 import R8Scheduler
+    from tests.backup_watch import BackupWatch, random_steps
+
+    accelerator = Accelerator(cpu=True)
+    options = {"num_epochs": EPOCHS, "initial_lr": 1e-2, "checkpoint_dir": None, "ui": "off"}
+    watch = BackupWatch(random_steps(2), partial(R8Scheduler, SAMPLES, BATCH, **options, **ranks))
+    training = Training("fsdp2", ranks, scheduler=watch.scheduler)
+    training.optimizer = accelerator.prepare(training.optimizer)
+    training.go(lambda step: watch.factor() if ranks["rank"] == 1 else 1.0)
+    return {"kind": type(training.model[0].weight).__name__, "findings": watch.findings()}
+
+
 def hidden(folder: Path, ranks: dict, kind: str) -> dict:
     """NaN in one rank's shard of a parameter that no loss depends on."""
     training = Training(kind, ranks, backup_every=5)

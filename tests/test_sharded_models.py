@@ -78,6 +78,17 @@ def test_ddp_fsdp2_and_hsdp_train_the_same_run(tmp_path, world):
         np.testing.assert_allclose(each["weights"], first["weights"], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
+def test_fsdp2_inside_lightning_and_accelerate_is_restored_to_the_bit(tmp_path):
+    pytest.importorskip("lightning")
+    pytest.importorskip("accelerate")
+    for ranks in run(tmp_path, 2, "lightning", "accelerated").values():
+        assert [rank["kind"] for rank in ranks] == ["DTensor", "DTensor"]
+        for found in [rank["findings"] for rank in ranks]:
+            assert {found[name] for name in ("finite", "equal", "unchanged", "held")} == {True}, found
+            assert (found["rollbacks"], found["steps"]) == (5, 60)
+
+
 # Checkpoints of all ranks --------------------------------------------------------------------------
 
 
