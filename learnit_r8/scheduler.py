@@ -161,8 +161,9 @@ class R8Scheduler:
         args = check_arguments(**given)
         config = args.config
         self._args, self._config, self._clock = args, config, args.clock
-        self._bus = EventBus(args.sinks, args.clock)
         self._ranks = self._make_ranks(args)
+        leads = self._ranks.rank == 0  # a tracker gets each number once
+        self._bus = EventBus([s for s in args.sinks if leads or not getattr(s, "once", False)], args.clock)
         self._budget = Budget(config, args.schedule, self._ranks.clock)
         self._streams = RandomStreams(config.seed)
         self._catalog = self._make_catalog(config.num_samples)

@@ -318,6 +318,30 @@ def test_rank_0_alone_writes_the_event_log_and_every_ranks_own_sinks_hear_all(tm
         assert kinds.count("LossReported") == 4
 
 
+def test_a_tracker_is_written_by_rank_0_alone():
+    from learnit_r8.sinks.trackers import TrackerSink
+
+    class Tracker(TrackerSink):
+        def __init__(self):
+            super().__init__()
+            self.steps, self.finished = [], 0
+
+        def write(self, points):
+            self.steps += [point.step for point in points if point.name == "train/loss"]
+
+        def finish(self):
+            self.finished += 1
+
+    def body(ranks):
+        tracker = Tracker()
+        with R8Scheduler(16, 4, num_epochs=1, checkpoint_dir=None, ui="off", sinks=[tracker], **ranks) as scheduler:
+            for batch in scheduler.batch_iterator():
+                scheduler.update_with_loss(np.full(len(batch.indices), float(ranks["rank"])))
+        return tracker.steps
+
+    assert on_threads(2, body) == [[0, 1, 2, 3], []]
+
+
 @pytest.mark.parametrize(("samples", "world", "steps"), [(26, 2, 5), (26, 3, 4), (25, 1, 5), (25, 2, 4)])
 def test_a_last_batch_too_small_for_the_ranks_is_neither_drawn_nor_counted(samples, world, steps):
     def body(ranks):

@@ -246,3 +246,13 @@ def test_what_is_copied_as_a_whole_is_scanned_too():
     with torch.no_grad():
         layer.bias[0] = float("nan")
     assert CopyPlan({"net": layer, "sparse": sparse * float("inf")}).fill().nonfinite() == {"/net/bias", "/sparse"}
+
+
+def test_deepspeeds_parts_of_parameters_are_no_backup():
+    from learnit_r8.errors import ConfigError
+    from learnit_r8.integrations.torch import capture_state
+
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.ds_id = 0  # as ZeRO-3 marks it
+    with pytest.raises(ConfigError, match="DeepSpeed's states cannot be copied"):
+        capture_state(layer)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from learnit_r8.errors import ConfigError
 from learnit_r8.stability.tree_copy import CopyPlan, buffers_of
 
 State = dict[str, Any]
@@ -45,6 +46,7 @@ def capture_state(
         CPU tensors in the nesting of the `state_dict`s. Tensors that share memory (tied weights) do so here.
     """
     given = dict(zip(_PARTS, (model, optimizer, scaler, ema), strict=True))
+    _refuse_deepspeed(given)
     live: State = {name: part.state_dict() for name, part in given.items() if part is not None}
     if rngs:
         live["rngs"] = capture_rngs()
@@ -52,6 +54,20 @@ def capture_state(
         return live
     state: State = CopyPlan(live, None if out is None else buffers_of(out)).fill().tree
     return state
+
+
+def _refuse_deepspeed(given: dict[str, Any]) -> None:
+    """Raise where the states are DeepSpeed's, which hold a rank's part and do not load as they were given."""
+    model = given["model"]
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    ours = any(type(part).__module__.startswith("deepspeed") for part in given.values())
+    if ours or any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise ConfigError(
+            [
+                "DeepSpeed's states cannot be copied and restored part by part: take no backups in RAM, and give its "
+                "own functions, save_callback=collective(lambda path: engine.save_checkpoint(path)) and load_callback"
+            ]
+        )
 
 
 def restore_state(

@@ -360,6 +360,8 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
                 f"the model runs on {replicas} replicas (tf.distribute), each of which sees a part of a batch: their "
                 "losses cannot be told apart, train on one device"
             )
+        if keras.distribution.distribution() is not None:
+            problems.append("keras.distribution shards the model, which backups would undo: train on one device")
         steps = self.model.steps_per_execution
         if steps > 1:
             problems.append(f"steps_per_execution={steps} hides the losses of all steps but the last: compile with 1")

@@ -130,10 +130,13 @@ class TrackerSink:
 
     Attributes:
         failed: The run has not ended in an orderly way, so far.
+        once: Of several ranks only rank 0 uses it: the numbers are those of all, and come once.
 
     Raises:
         ConfigError: A bad interval.
     """
+
+    once = True
 
     def __init__(self, names: Mapping[str, str | None] | None = None, interval: float = 2.0) -> None:
         if not interval > 0:
