@@ -1,4 +1,4 @@
-"""`r8 watch | report | plot | demo | suspects | crash | doctor`: one function a command, its room loaded when it runs.
+"""`r8 watch | report | serve | plot | demo | suspects | crash | doctor`: a function each, its room loaded when it runs.
 
 Exit status: 0 done, 1 the doctor found something wrong, 2 a mistake in the command (one sentence says what to do),
 130 interrupted, 141 whoever read the output left.
@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "write a run's report, or several runs side by side, as one HTML file")
     sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=_RUN_HELP)
     sub.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the file (%(default)s)")
+
+    sub = command("serve", _serve, "show runs in a browser, live, as their report")
+    sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=_RUN_HELP)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    sub.add_argument("--port", type=_whole(0), default=6008, help="its port (%(default)d); 0 takes a free one")
+    sub.add_argument("--token", default="", help="what each request must bring; made up where HOST is not this machine")
 
     sub = command("plot", _plot, "draw loss and learning rate as a picture, or write them as CSV")
     sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=_RUN_HELP)
@@ -170,6 +176,20 @@ def _report(options: argparse.Namespace) -> int:
     _check_folder(options.output)
     write_report([load_run(find_run(folder)) for folder in options.runs], options.output)
     print(f"{options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from learnit_r8.watch import find_run
+
+    try:
+        from learnit_r8.report.serve import Server
+    except ImportError as error:
+        raise ConfigError([f'r8 serve needs {error.name}: pip install "learnit_r8[report]"']) from error
+    folders = [find_run(folder) for folder in options.runs]
+    with Server(folders, options.host, options.port, options.token) as server:
+        print(f"{server.url}  (Ctrl-C ends)", flush=True)
+        server.serve_forever()
     return 0
 
 

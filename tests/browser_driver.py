@@ -86,7 +86,8 @@ class Browser:
         self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.log("browser")
         self.log("performance")
-        self.command("POST", "/url", {"url": Path(page).resolve().as_uri()})
+        address = page if str(page).startswith("http") else Path(page).resolve().as_uri()
+        self.command("POST", "/url", {"url": address})
         self.until("return document.documentElement.dataset.ready === 'yes'")
         self.run("return new Promise(done => requestAnimationFrame(() => setTimeout(done, 200)))")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from learnit_r8.dashboard.series import smoothed
 
 Floats = NDArray[np.float64]
 BINS = 1500
@@ -41,14 +42,14 @@ class Band:
         return (self.first + self.last) / 2
 
 
-def band(x: Floats, y: Floats, bins: int = BINS, decay: float = DECAY) -> Band:
+def band(x: Floats, y: Floats, bins: int = BINS, decay: float | None = DECAY) -> Band:
     """Bin a series by its order: minimum, maximum, mean and moving average of each bin.
 
     Args:
         x: Positions, `[n]`.
         y: Values, `[n]`; not finite ones belong to no extreme, mean or average.
         bins: At most so many bins; a series that is not longer keeps every point.
-        decay: Of the moving average over all points.
+        decay: Of the moving average over all points; None leaves it out: `smooth` is then the mean.
     """
     size = len(x)
     if size == 0:
@@ -66,21 +67,19 @@ def band(x: Floats, y: Floats, bins: int = BINS, decay: float = DECAY) -> Band:
     empty_bins = counts == 0
     for values in (low, high, mean):
         values[empty_bins] = np.nan
-    return Band(x[starts], x[ends], low, high, mean, _smooth(y, decay)[ends])
+    return Band(x[starts], x[ends], low, high, mean, mean if decay is None else _smooth(y, decay)[ends])
 
 
 def _smooth(y: Floats, decay: float) -> Floats:
     """Return the debiased moving average (Kingma and Ba 2015, section 3) after each point."""
-    out = np.empty(len(y))
-    average, weight, gain = 0.0, 0.0, 1.0 - decay
-    shown = math.nan
-    for i, value in enumerate(y.tolist()):
-        if math.isfinite(value):
-            average += gain * (value - average)
-            weight += gain * (1.0 - weight)
-            shown = average / weight
-        out[i] = shown
-    return out
+    finite = np.isfinite(y)
+    values = y[finite]
+    with np.errstate(over="ignore", invalid="ignore"):
+        averages = smoothed(values, [0.0], (decay,))[:, 0] / -np.expm1(np.arange(1, len(values) + 1) * np.log(decay))
+    # A point that is not finite shows the average before it.
+    places = np.cumsum(finite)
+    found: Floats = np.append(np.nan, averages)[places]
+    return found
 
 
 def wants_log(values: Floats) -> bool:

@@ -7,10 +7,12 @@ form is parsed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,30 +53,70 @@ class EventsTable:
 
 def read_table(path: str | Path) -> EventsTable:
     """Return a whole log as a table; broken lines and a last line without an end are left out."""
-    parts: list[NDArray[np.float64]] = []
-    others: list[Event] = []
-    abandoned = 0
-    for block in _blocks(Path(path)):
+    return LogReader(path).poll()
+
+
+class LogReader:
+    """A log read again and again while it grows: each `poll` reads only what was added.
+
+    Args:
+        path: The log; another file under the same name is read from its start.
+
+    Attributes:
+        changed: The last `poll` found something new.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self.changed = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._offset, self._inode = 0, 0
+        self._parts: list[NDArray[np.float64]] = []
+        self._others: list[Event] = []
+        self._abandoned = 0
+
+    def poll(self) -> EventsTable:
+        """Return the log as it is now.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_size < self._offset or status.st_ino != (self._inode or status.st_ino):
+                self._clear()
+            self._inode, before = status.st_ino, self._offset
+            file.seek(before)
+            for block in _blocks(file):
+                self._offset += len(block) + 1
+                self._take(block)
+        self.changed = self._offset != before
+        table = np.concatenate(self._parts) if self._parts else np.empty((0, len(_COLUMNS)))
+        self._parts = [table]
+        columns = {name: table[:, i] for i, name in enumerate(_COLUMNS)}
+        return EventsTable(columns, list(self._others), self._abandoned)
+
+    def _take(self, block: bytes) -> None:
         for piece in _at_starts(block):
             reports, more = _parse(piece)
             if more and isinstance(more[0], RunStarted) and more[0].resumed:  # it takes the later steps back
-                kept = [part[part[:, 1] < more[0].step] for part in parts]
-                abandoned += sum(map(len, parts)) - sum(map(len, kept))
-                parts = kept
-            others += more
-            parts.append(reports)
-    table = np.concatenate(parts) if parts else np.empty((0, len(_COLUMNS)))
-    return EventsTable({name: table[:, i] for i, name in enumerate(_COLUMNS)}, others, abandoned)
+                kept = [part[part[:, 1] < more[0].step] for part in self._parts]
+                self._abandoned += sum(map(len, self._parts)) - sum(map(len, kept))
+                self._parts = kept
+            self._others += more
+            self._parts.append(reports)
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        partial = b""
-        while data := file.read(_BLOCK):
-            whole, _, rest = (partial + data).rpartition(b"\n")
-            if whole:
-                yield whole
-            partial = rest
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Yield whole lines, without the last one's end, a few megabytes at once."""
+    partial = b""
+    while data := file.read(_BLOCK):
+        whole, newline, rest = (partial + data).rpartition(b"\n")
+        if newline:
+            yield whole
+        partial = rest
 
 
 def _at_starts(block: bytes) -> list[bytes]:

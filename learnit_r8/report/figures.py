@@ -186,7 +186,7 @@ def _banded(
     found = [values(run) for run in runs]
     fig = axis.figure(label, 240, np.concatenate(found) if log else np.empty(0))
     for number, (run, series) in enumerate(zip(runs, found, strict=True)):
-        _band_lines(fig, band(run.table.columns["step"], series), run, number, smooth=False)
+        _band_lines(fig, band(run.table.columns["step"], series, decay=None), run, number, smooth=False)
     _legend(fig, len(runs) > 1)
     return fig
 

@@ -79,6 +79,46 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   };
 
+  // A page that a server keeps up to date asks for news every second, and is loaded anew where there are other charts.
+  const columns = (data) => Object.fromEntries(Object.entries(data).map(
+    ([name, values]) => [name, values.map((value) => (value === null ? NaN : value))]));
+
+  const take = (news) => {
+    const titles = [...document.querySelectorAll(".chart")].map((chart) => chart.dataset.title);
+    const sources = new Map();
+    for (const fig of figures()) for (const part of fig.renderers) {
+      if (part.data_source?.name) sources.set(part.data_source.name, part.data_source);
+    }
+    const names = Object.keys(news.sources);
+    const same = names.length === sources.size && names.every((name) => sources.has(name));
+    if (!same || JSON.stringify(titles) !== JSON.stringify(news.titles)) return location.reload();
+    for (const name of names) sources.get(name).data = columns(news.sources[name]);
+    const shared = figures().find((fig) => fig.name === "chart0").x_range, shown = [shared.start, shared.end];
+    // Who has moved the axis keeps the part that is looked at.
+    if (String(shown) === String(take.steps ?? shown)) shared.setv({ start: news.steps[0], end: news.steps[1] });
+    take.steps = news.steps;
+    for (const [id, html] of Object.entries(news.html)) document.getElementById(id).innerHTML = html;
+    document.documentElement.dataset.version = news.version;
+  };
+
+  const ask = async (known) => {
+    const said = document.getElementById("live");
+    try {
+      const address = new URL("news" + location.search, location.href);
+      address.searchParams.set("known", known);
+      const answer = await fetch(address);
+      if (answer.status === 200) {
+        const news = await answer.json();
+        known = news.version;
+        take(news);
+      }
+      said.textContent = answer.ok ? "Live." : `The server cannot read the run now: ${await answer.text()}`;
+    } catch (error) {
+      said.textContent = `The server cannot be reached; what is shown is old. (${error.message})`;
+    }
+    setTimeout(ask, 1000, known);
+  };
+
   addEventListener("DOMContentLoaded", () => {
     for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sort(button));
     for (const button of document.querySelectorAll(".csv")) button.addEventListener("click", () => save(button));
@@ -90,6 +130,7 @@
       paint();
       dark.addEventListener("change", paint);
       document.documentElement.dataset.ready = "yes";
+      if ("live" in document.documentElement.dataset) ask("");
     }, 20);
   });
 })();

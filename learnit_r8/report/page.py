@@ -39,6 +39,7 @@ class _Charts:
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
+        self.titles: list[str] = []
 
     def card(self, title: str, about: str, figure: Any, *, wide: bool = False) -> str:
         """Return a card with a chart in it; nothing where there is no chart."""
@@ -47,8 +48,10 @@ class _Charts:
         name = f"chart{len(self.found)}"
         figure.name = name
         self.found[name] = figure
+        self.titles.append(title)
         label = escape(f"{title}. {about}", quote=True)
-        inside = f'<div class="chart" tabindex="0" role="group" aria-label="{label}" data-chart="{name}">@{name}@</div>'
+        names = f'data-chart="{name}" data-title="{escape(title, quote=True)}"'
+        inside = f'<div class="chart" tabindex="0" role="group" aria-label="{label}" {names}>@{name}@</div>'
         return _card(title, f'<p class="dim">{escape(about)}</p>{inside}', wide=wide)
 
 
@@ -70,23 +73,31 @@ def write_report(runs: Sequence[RunData], path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def page(runs: Sequence[RunData]) -> str:
-    """Return the report as HTML."""
+def page(runs: Sequence[RunData], live: bool = False) -> str:
+    """Return the report as HTML.
+
+    Args:
+        runs: In the order in which they are shown.
+        live: A server keeps it up to date (`serve.py`): the page asks where it came from, and nobody else.
+    """
     charts = _Charts()
     title = " · ".join(run.name for run in runs)
     body = [
         '<a class="skip" href="#main">Skip to the charts</a>',
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="dim">learnit::r8 {escape(__version__)} run report. {escape(_KEYS)}</p>',
+        '<p class="dim" id="live" role="status"></p>' if live else "",
         '<nav aria-label="Sections"><a href="#summary">Summary</a><a href="#main">Course of training</a>'
         '<a href="#samples">Samples and events</a><a href="#run">Configuration and console</a></nav></header>',
-        _summary(runs),
+        f'<div id="overview">{_summary(runs)}</div>',
         f'<main id="main"><h2>Course of training</h2><div class="grid">{"".join(_course(runs, charts))}</div>',
         _side_by_side("samples", "Samples and events", runs, charts, _samples),
         _side_by_side("run", "Configuration and console", runs, charts, _settings),
         "</main>",
     ]
     html = "\n".join(body)
+    name_sources(charts.found)
+    policy = _POLICY + ("; connect-src 'self'" if live else "")
     script, places = components(charts.found)
     for name, place in places.items():
         html = html.replace(f"@{name}@", place, 1)
@@ -94,8 +105,8 @@ def page(runs: Sequence[RunData]) -> str:
     return "\n".join(
         [
             "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            f'<html lang="en"{" data-live" if live else ""}><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>",
             f"<style>{parts.joinpath('page.css').read_text(encoding='utf-8')}</style>",
@@ -105,6 +116,50 @@ def page(runs: Sequence[RunData]) -> str:
             f"{script}</body></html>",
         ]
     )
+
+
+def name_sources(found: dict[str, Any]) -> dict[str, Any]:
+    """Name the data sources of the charts, in the order that drawing a run again gives, and return them."""
+    sources = {}
+    for chart, figure in found.items():
+        for i, renderer in enumerate(figure.renderers):
+            source = getattr(renderer, "data_source", None)
+            if source is not None and not source.name:
+                source.name = f"{chart}.{i}"
+                sources[source.name] = source
+    return sources
+
+
+def refreshed(runs: Sequence[RunData]) -> dict[str, Any]:
+    """Return what has to change in a page that shows earlier states of the runs.
+
+    Returns:
+        `sources`: columns by the data source's name; `titles`: of all charts; `steps`: the ends of the step axis;
+        `html`: parts of the page.
+    """
+    charts = _Charts()
+    for _ in _course(runs, charts):
+        pass
+    for number, run in enumerate(runs):
+        for _ in _samples(run, number, len(runs), charts):
+            pass
+    sources = {
+        name: {column: _strict(values) for column, values in source.data.items()}
+        for name, source in name_sources(charts.found).items()
+    }
+    axis = figures.StepAxis(runs).range
+    return {
+        "sources": sources,
+        "titles": charts.titles,
+        "steps": [axis.start, axis.end],
+        "html": {"overview": _summary(runs)},
+    }
+
+
+def _strict(values: Any) -> list[Any]:
+    """Return a column as strict JSON: what is not finite is null."""
+    plain = values.tolist() if hasattr(values, "tolist") else list(values)
+    return [None if isinstance(value, float) and not math.isfinite(value) else value for value in plain]
 
 
 def _card(title: str, inside: str, *, wide: bool = False) -> str:

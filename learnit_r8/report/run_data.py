@@ -105,7 +105,15 @@ def load_run(folder: Path) -> RunData:
     Raises:
         ConfigError: The log holds no reported loss.
     """
-    table = read_table(folder / EVENTS_FILE)
+    return run_of(folder, read_table(folder / EVENTS_FILE))
+
+
+def run_of(folder: Path, table: EventsTable) -> RunData:
+    """Return what a log and the files beside it tell of a run.
+
+    Raises:
+        ConfigError: The log holds no reported loss.
+    """
     if not len(table):
         raise ConfigError([f"{folder} has no reported loss yet: let it train for a step, then ask again"])
     catalog, problem = None, ""
