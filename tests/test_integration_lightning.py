@@ -20,7 +20,7 @@ from tests.backup_watch import BackupWatch, always, check_diverged, check_surviv
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     lightning = pytest.importorskip("lightning.pytorch")
-    from learnit_r8.integrations.lightning import R8Callback, R8DataModuleMixin
+    from learnit_r8.integrations.lightning import R8Callback, R8DataModuleMixin, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, of its dependencies
 
@@ -90,16 +90,14 @@ class StopAt(lightning.Callback):
 
 def fit(model, scheduler, *more, workers=0, accumulate=1, ckpt=None, **options):
     trainer = lightning.Trainer(
-        max_epochs=-1,
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         accumulate_grad_batches=accumulate,
-        callbacks=[R8Callback(scheduler), *more],
-        **options,
+        callbacks=[*more, R8Callback(scheduler)],
+        **{"max_epochs": -1, "logger": False} | options,
     )
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(model, datamodule=Data(workers), ckpt_path=ckpt, weights_only=True)
@@ -290,3 +288,180 @@ if __name__ == "__main__":
     np.savez(f"{sys.argv[1]}/rank{torch.distributed.get_rank()}.npz", uses=callback.scheduler.catalog.uses,
              weights=weights, seen=model.seen)
 """
+
+
+# Lightning's own parts -------------------------------------------------------------------
+
+
+class Rates(Model):
+    """Notes the rates of all groups within the step, and uses another optimizer than Model."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make, self.within = make, []
+
+    def training_step(self, batch, batch_idx):
+        self.within.append([float(group["lr"]) for one in self.trainer.optimizers for group in one.param_groups])
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return self.make(self)
+
+
+CONSTANT = {"scheduler_mode": "constant", "warmup_proportion": 0.0}
+
+
+def test_a_second_part_of_the_model_that_is_unfrozen_keeps_its_share_of_the_rate():
+    class Two(Rates):
+        def __init__(self, make) -> None:
+            super().__init__(make)
+            self.backbone = nn.Linear(4, 4)
+
+    finetuning = lightning.callbacks.BackboneFinetuning(
+        unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.1, lambda_func=lambda epoch: 2.0, verbose=False
+    )
+    model = Two(lambda it: torch.optim.SGD(it.net.parameters(), lr=0.1))
+    scheduler = scheduler_for(**CONSTANT | {"warmup_proportion": 0.5})
+    fit(model, scheduler, finetuning)
+    shares = [row[1] / row[0] for row in model.within if len(row) == 2]
+    assert len(shares) == 24
+    # The callback's numbers are shares of the rate at an epoch's start, which rises in the warm-up.
+    assert shares[:12] == pytest.approx([shares[0]] * 12)
+    assert 0.08 < shares[0] < 0.11
+    assert shares[12:] == pytest.approx([shares[12]] * 12)
+
+
+def test_two_optimizers_have_the_rates_that_they_were_given():
+    class Two(Rates):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            output = super().training_step(batch, batch_idx)
+            self.manual_backward(output["loss"])
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+            return output
+
+    model = Two(lambda it: [torch.optim.SGD(it.net[k].parameters(), lr=lr) for k, lr in ((0, 0.005), (3, 0.02))])
+    fit(model, scheduler_for(**CONSTANT))
+    assert model.within[-1] == pytest.approx([0.005, 0.02])
+
+
+def test_a_plateau_lowers_the_rest_of_the_schedule():
+    def make(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=10.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "always_one"}}
+
+    class Logs(Rates):
+        def on_train_epoch_end(self) -> None:
+            self.log("always_one", torch.ones(()))
+
+    model = Logs(make)
+    fit(model, scheduler_for(**CONSTANT))
+    assert [model.within[at][0] for at in (0, 12, 24)] == pytest.approx([0.02, 0.002, 0.0002])
+
+
+def test_a_monitor_sees_the_rate_that_the_step_uses(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    model, logger = Model(), CSVLogger(tmp_path)
+    monitor = lightning.callbacks.LearningRateMonitor("step")
+    fit(model, scheduler_for(), monitor, logger=logger, log_every_n_steps=1)
+    text = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = text[0].split(",").index("lr-AdamW")
+    logged = [float(line.split(",")[column]) for line in text[1:] if line.split(",")[column]]
+    assert logged == pytest.approx(model.rates)
+    assert len(set(logged)) > 30
+
+
+def test_averaged_weights_get_batch_norm_statistics_of_all_data_and_nothing_is_trained_on_meanwhile():
+    class Normed(Rates):
+        def __init__(self) -> None:
+            super().__init__(lambda it: torch.optim.SGD(it.net.parameters(), lr=0.1))
+            self.net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+            self.starts = []
+
+        def on_train_epoch_start(self) -> None:
+            self.starts.append(self.net[1].weight.detach().clone())
+
+    model, scheduler = Normed(), scheduler_for(num_epochs=4)
+    averaging = lightning.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    fit(model, scheduler, averaging, max_epochs=4)
+    assert scheduler.global_step == 48
+    assert set(scheduler.catalog.uses.tolist()) == {4}
+    assert averaging.n_averaged == 3  # Lightning counts epochs from 1
+    assert torch.allclose(model.net[1].weight, torch.stack(model.starts[1:4]).mean(dim=0), atol=1e-6)
+    x = Data().train.tensors[1]
+    assert model.net[0].num_batches_tracked == 12
+    assert torch.allclose(model.net[0].running_mean, x.mean(dim=0), atol=1e-5)
+
+
+def test_accumulation_that_changes_between_epochs_keeps_losses_at_their_samples():
+    scheduler, model = scheduler_for(), Model()
+    fit(model, scheduler, lightning.callbacks.GradientAccumulationScheduler({0: 1, 1: 4, 2: 2}), workers=2)
+    assert scheduler.global_step == 36
+    assert len(model.rates) == 12 + 3 + 6
+    assert set(scheduler.catalog.uses.tolist()) == {3}
+
+
+def test_weights_reach_the_loss_by_one_call():
+    class Weighs(Model):
+        def training_step(self, batch, batch_idx):
+            numbers, x, y = batch
+            losses = nn.functional.cross_entropy(self.net(x), y, reduction="none")
+            given = weighted(self, torch.ones(len(y)))
+            batches = {tuple(one.indices.tolist()): one.weights for one in self.open()}
+            assert given.tolist() == batches[tuple(numbers.tolist())].tolist()
+            self.spread = max(self.spread, float(given.max() / given.min()))
+            return {"loss": (losses * given).mean(), "r8_losses": losses}
+
+    scheduler, model = scheduler_for(strategy="prioritized"), Weighs()
+    model.open, model.spread = lambda: scheduler.open_batches, 1.0
+    fit(model, scheduler, workers=2, accumulate=3)
+    assert scheduler.global_step == 36
+    assert model.spread > 1.1
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "word"),
+    [
+        ((), {"overfit_batches": 2}, "overfit_batches=2 trains on the same"),
+        ((lightning.callbacks.StochasticWeightAveraging(0.1),), {}, r"give Trainer\(max_epochs=3\)"),
+        ((lightning.callbacks.StochasticWeightAveraging(0.1),), {"max_epochs": 9}, r"give Trainer\(max_epochs=3\)"),
+    ],
+)
+def test_what_goes_against_the_scheduler_is_refused_by_name(callbacks, options, word):
+    with pytest.raises(ConfigError, match=word):
+        fit(Model(), scheduler_for(), *callbacks, **options)
+
+
+def test_the_tuner_is_told_what_takes_its_place():
+    from lightning.pytorch.tuner import Tuner
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[R8Callback(scheduler_for())], enable_checkpointing=False,
+    )  # fmt: skip
+    model = Model()
+    model.lr = 0.1
+    with pytest.raises(ConfigError, match=r"auto_find_lr=True"):
+        Tuner(trainer).lr_find(model, datamodule=Data(), num_training=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"max_epochs": 2}, "max_epochs=2"), ({"max_steps": 5}, "max_steps=5"), ({"limit_train_batches": 0.5}, "limit_")],
+)
+def test_an_end_before_the_schedulers_is_said(options, word):
+    with pytest.warns(RuntimeWarning, match=word):
+        fit(Model(), scheduler_for(), **options)
+
+
+def test_a_second_fit_of_a_spent_scheduler_says_so():
+    scheduler, model = scheduler_for(num_epochs=1), Model()
+    fit(model, scheduler)
+    with pytest.warns(RuntimeWarning, match="nothing is left to train, the run has spent its budget"):
+        fit(model, scheduler)
+    assert len(model.seen) == 12

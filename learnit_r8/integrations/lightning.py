@@ -9,7 +9,12 @@
 The scheduler ends the run. Let `training_step` return `{"loss": losses.mean(), "r8_losses":
 losses}`, one loss per sample; with "loss" alone the mean of each batch is reported. Losses are
 reported after the optimizer step that they belong to, so with `accumulate_grad_batches=g` each of
-the g batches is. The learning rate is the scheduler's: leave Lightning's own schedulers out.
+the g batches is; with a strategy that weighs samples, train on `weighted(self, losses).mean()`.
+
+The learning rate is the scheduler's: leave Lightning's own schedulers out. ReduceLROnPlateau lowers the
+rest of it, and BackboneFinetuning's groups keep their share of it. StochasticWeightAveraging averages
+weights, with as many `max_epochs` as the scheduler has, and renews BatchNorm statistics; its `swa_lrs`
+are overruled.
 
 Lightning's checkpoints hold the scheduler's state and the random generators', so `fit(ckpt_path=)`
 continues to the bit. They load with `weights_only=True`.
@@ -20,11 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from torch.utils.data import DataLoader, Dataset
 
-from learnit_r8.errors import ConfigError
+from learnit_r8.errors import ConfigError, tell
 from learnit_r8.integrations import _sampler
 from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr
 from learnit_r8.integrations._sampler import R8BatchSampler
@@ -83,6 +90,7 @@ class R8Callback(Callback):
         self._rngs: dict[str, Any] | None = None
         self._model: LightningModule | None = None
         self._trainer: Trainer | None = None
+        self._looking = False  # an epoch in which nothing is trained: BatchNorm statistics for averaged weights
 
     @property
     def scheduler(self) -> R8Scheduler:
@@ -95,19 +103,40 @@ class R8Callback(Callback):
     # Lightning's hooks, in their order ------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that both sides agree on the number of processes.
+        """Check that both sides agree, and come before callbacks that look at the learning rate.
 
         Raises:
             ConfigError: They do not.
         """
-        if stage == "fit" and trainer.world_size != self.scheduler.world_size:
-            raise ConfigError(
-                [
-                    f"Lightning runs on {trainer.world_size} processes, the scheduler has world_size="
-                    f"{self.scheduler.world_size}: give R8Callback a function that makes the scheduler with "
-                    "**learnit_r8.integrations.distributed.rank_arguments()"
-                ]
+        if stage != "fit":
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(one for one in callbacks if one is not self)]  # type: ignore[attr-defined]
+        if problems := self._problems(trainer):
+            raise ConfigError(problems)
+
+    def _problems(self, trainer: Trainer) -> list[str]:
+        scheduler, problems = self.scheduler, []
+        if trainer.world_size != scheduler.world_size:
+            problems.append(
+                f"Lightning runs on {trainer.world_size} processes, the scheduler has world_size="
+                f"{scheduler.world_size}: give R8Callback a function that makes the scheduler with "
+                "**learnit_r8.integrations.distributed.rank_arguments()"
             )
+        if overfit := getattr(trainer, "overfit_batches", 0):
+            problems.append(
+                f"overfit_batches={overfit} trains on the same batches in each epoch, and the scheduler chooses "
+                "others: leave it out, and take a Subset of the data with num_samples=len(subset)"
+            )
+        if _averaging(trainer) is not None:
+            epochs = None if scheduler.total_steps is None else scheduler.total_steps // scheduler.steps_per_epoch
+            if trainer.max_epochs != epochs:
+                problems.append(
+                    f"StochasticWeightAveraging ends with max_epochs={trainer.max_epochs}, the run with the "
+                    f"scheduler's num_epochs={epochs}: give Trainer(max_epochs={epochs or 'n'}), or average by "
+                    "lightning.pytorch.callbacks.WeightAveraging"
+                )
+        return problems
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the scheduler reach the model, before a loader draws the first batch."""
@@ -125,23 +154,61 @@ class R8Callback(Callback):
             raise ConfigError(
                 [
                     "the training loader does not draw from the scheduler: return self.r8_dataloader(dataset) "
-                    "of R8DataModuleMixin, or DataLoader(dataset, batch_sampler=R8BatchSampler(scheduler))"
+                    "of R8DataModuleMixin, or DataLoader(dataset, batch_sampler=R8BatchSampler(scheduler)), and no "
+                    "other loader beside it"
                 ]
             )
         self._release()
+        self._look(trainer, look=False)
+        relative = any(isinstance(one, BaseFinetuning) for one in trainer.callbacks)  # type: ignore[attr-defined]
         for optimizer in trainer.optimizers:
-            self._hooks.append(follow_lr(self.scheduler, optimizer))
+            self._hooks.append(follow_lr(self.scheduler, optimizer, relative=relative))
             self._hooks[-1]._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._epochs = self.scheduler.epoch_iterator()
         self._next_epoch(trainer)
+        self._tell_cuts(trainer)
         if self._rngs is not None:
             restore_state({"rngs": self._rngs}, None)
             self._rngs = None
+
+    def _tell_cuts(self, trainer: Trainer) -> None:
+        """Say what ends the run, or its epochs, before the scheduler does."""
+        scheduler = self.scheduler
+        if trainer.should_stop:
+            tell(f"nothing is left to train, {scheduler.nothing_to_draw}: give R8Scheduler more epochs to go on")
+            return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        cuts = []
+        if trainer.num_training_batches < scheduler.steps_per_epoch:
+            cuts.append(
+                f"limit_train_batches ends each epoch after {int(trainer.num_training_batches)} of its "
+                f"{scheduler.steps_per_epoch} batches"
+            )
+        if scheduler.total_steps is not None:
+            epochs = scheduler.total_steps // scheduler.steps_per_epoch
+            if trainer.max_epochs not in (None, -1) and trainer.max_epochs < epochs:
+                cuts.append(f"max_epochs={trainer.max_epochs} ends the run before the scheduler's num_epochs={epochs}")
+            updates = scheduler.total_steps // trainer.accumulate_grad_batches
+            if 0 <= trainer.max_steps < updates:
+                cuts.append(f"max_steps={trainer.max_steps} ends the run before the scheduler's {updates} updates")
+        if cuts:
+            tell(f"{' and '.join(cuts)}: the schedule of the learning rate does not come to its end")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate of the step that comes, for monitors."""
+        if self._looking:  # Lightning takes a step at the end of this epoch, with what gradients there are
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        for hook in self._hooks:
+            hook.set_now()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take note of the losses; report them when their optimizer step is done."""
+        if self._looking:
+            return
         self._pending.append(_losses(outputs, trainer.accumulate_grad_batches))
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if whole or not pl_module.automatic_optimization:
@@ -149,8 +216,15 @@ class R8Callback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on to the next epoch, or end the run."""
+        if self._looking:
+            trainer.should_stop = True
+            return
         self._report()  # an epoch that was cut short may end within an accumulation
         self._next_epoch(trainer)
+        averaging = _averaging(trainer)
+        last = trainer.should_stop and averaging is not None and trainer.current_epoch == averaging.swa_end
+        if last and averaging._model_contains_batch_norm and self._look(trainer, look=True):  # type: ignore[union-attr]
+            trainer.should_stop = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizer and the signal handlers alone."""
@@ -171,6 +245,15 @@ class R8Callback(Callback):
         self._rngs = state_dict["rngs"]
 
     # ----------------------------------------------------------------------------------------
+
+    def _look(self, trainer: Trainer, *, look: bool) -> bool:
+        """Let the next epoch go over all samples without training on them, or not; return whether that is possible."""
+        sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+        if isinstance(sampler, _Sampler):
+            sampler.looking = self._looking = look
+        elif look:
+            tell("StochasticWeightAveraging leaves BatchNorm statistics as they are: take self.r8_dataloader(dataset)")
+        return self._looking
 
     def _next_epoch(self, trainer: Trainer) -> None:
         if next(self._epochs, None) is None:
@@ -226,7 +309,13 @@ class R8DataModuleMixin:
         trainer: Any = getattr(self, "trainer", None)
         callback = next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, R8Callback)), None)
         if callback is None:
-            raise ConfigError(["r8_dataloader needs the scheduler: Trainer(callbacks=[R8Callback(scheduler)])"])
+            raise ConfigError(
+                [
+                    "r8_dataloader needs the scheduler: Trainer(callbacks=[R8Callback(scheduler)]); Lightning's Tuner "
+                    "takes callbacks away, the scheduler finds a rate with R8Scheduler(auto_find_lr=True) and has a "
+                    "batch size of its own"
+                ]
+            )
         scheduler, problems = callback.scheduler, []
         clashing = sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & set(options))
         if clashing:
@@ -238,10 +327,39 @@ class R8DataModuleMixin:
             )
         if problems:
             raise ConfigError(problems)
-        # A generator of its own: loaders draw a seed per epoch, which would move the global one.
-        options = {"generator": torch.Generator()} | options
-        sampler = R8BatchSampler(scheduler, ahead=trainer.accumulate_grad_batches - 1)
-        return _ResumableLoader(dataset, batch_sampler=sampler, **options)
+        return _ResumableLoader(dataset, batch_sampler=_Sampler(scheduler, trainer), **options)
+
+
+class _Sampler(R8BatchSampler):
+    """Knows how many batches Lightning collects for a step, and hands all samples out where nothing is trained.
+
+    Args:
+        scheduler: Hands out the batches.
+        trainer: Trains on them.
+
+    Attributes:
+        looking: The next pass is over all samples, without the scheduler.
+    """
+
+    def __init__(self, scheduler: R8Scheduler, trainer: Any) -> None:
+        self._trainer = trainer
+        self.looking = False
+        super().__init__(scheduler)
+
+    @property
+    def ahead(self) -> int:
+        """Batches that are held besides the first; a GradientAccumulationScheduler changes it."""
+        return int(self._trainer.accumulate_grad_batches) - 1
+
+    @ahead.setter
+    def ahead(self, value: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.looking:
+            return super().__iter__()
+        pieces = np.array_split(np.arange(self.scheduler.catalog.num_samples), len(self))
+        return iter([piece.tolist() for piece in pieces])
 
 
 class _ResumableLoader(DataLoader[Any]):
@@ -280,6 +398,11 @@ def _losses(outputs: Any, accumulated: int) -> Any:
         outputs = outputs.get("loss")
     # Lightning divides the loss by the number of batches that are accumulated.
     return None if outputs is None else outputs.detach() * accumulated
+
+
+def _averaging(trainer: Trainer) -> StochasticWeightAveraging | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, StochasticWeightAveraging)), None)
 
 
 def _uses_sampler(loaders: Any) -> bool:
