@@ -51,7 +51,7 @@ def test_the_python_of_a_document_runs_from_top_to_bottom(path, tmp_path, monkey
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     code = blocks(read(path), "python")
-    assert code
+    assert code or path.name == "what-works-where.md"  # which has tests in place of a program
     namespace = {}
     for block in code:
         exec(compile(block, path.name, "exec"), namespace)
@@ -128,6 +128,19 @@ def test_the_guides_are_found_from_the_readme():
 def test_every_file_that_is_named_exists(path):
     named = re.findall(r"`([\w.]+(?:/[\w.-]+)+\.(?:py|md|toml))`", prose(read(path)))
     assert [name for name in named if not (ROOT / name).is_file() and not (ROOT / "learnit_r8" / name).is_file()] == []
+
+
+def test_each_cell_of_what_works_where_is_a_test_or_a_plain_no():
+    page = read(ROOT / "docs" / "what-works-where.md")
+    tests = dict(re.findall(r"^(\d+)\. `(tests/\w+\.py::\w+)`$", page, flags=re.MULTILINE))
+    for test in tests.values():
+        path, name = test.split("::")
+        assert f"\ndef {name}(" in read(ROOT / path), test
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")][2:]
+    cells = [cell.strip() for row in rows for cell in row[1:]]
+    assert all(len(row) == 7 for row in rows)
+    assert set(cells) == {*tests, "no"} - {number for number in tests if number not in cells}
+    assert set(tests) <= set(cells)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_two_ranks_and_one_train_the_same_number_of_steps():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_ray_starts_the_workers_again_and_the_run_ends_as_if_none_had_died(tmp_path):
     pytest.importorskip("ray", reason='Ray is not installed: pip install "ray[train]"')
     import torch
@@ -66,10 +66,10 @@ def test_ray_starts_the_workers_again_and_the_run_ends_as_if_none_had_died(tmp_p
     for name, dies in (("whole", []), ("killed", steps)):
         (tmp_path / name).mkdir()
         command = ("tests/ray_driver.py", ",".join(map(str, dies)), str(tmp_path / name), "--workers", "2")
-        assert "'steps': 160" in run(sys.executable, *command, timeout=600)
-        checkpoints = sorted((tmp_path / name).glob("storage/r8/checkpoint_2*"))
-        assert len(checkpoints) == 2
-        ends.append(torch.load(checkpoints[-1] / "state.pt", weights_only=True))
+        assert "'steps': 160" in run(sys.executable, *command, timeout=900)
+        newest = max((tmp_path / name).glob("storage/r8/checkpoint_2*"))
+        ends.append(torch.load(newest / "state.pt", weights_only=True))
     assert len(list((tmp_path / "killed").glob("died-*"))) == 10
+    assert [end["r8"]["global_step"] for end in ends] == [160, 160]
     for part in ("model", "optimizer"):
         assert fingerprint(ends[0]["model"][part]) == fingerprint(ends[1]["model"][part])
