@@ -65,6 +65,9 @@ from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdi
 if TYPE_CHECKING:
     from learnit_r8.checkpoint import LoadedCheckpoint
 
+_QUIETLY = np.errstate(all="ignore")
+"""Whatever the program makes of numpy's floating point errors: ours are dealt with where they arise."""
+
 
 class R8Scheduler:
     """Owns the epoch loop and the batch loop of a training run.
@@ -549,10 +552,11 @@ class R8Scheduler:
             return self._search.report(reported)
         progress = self._progress
         step, epoch = progress.global_step, progress.epoch
-        rows = self._catalog.look_up(ticket.indices)
-        judgement = self._safety.judge(
-            step, reported, rows.expected, ticket.indices, skipped=bool(skipped), outdated=outdated
-        )
+        with np.errstate(all="ignore"):
+            rows = self._catalog.look_up(ticket.indices)
+            judgement = self._safety.judge(
+                step, reported, rows.expected, ticket.indices, skipped=bool(skipped), outdated=outdated
+            )
         if judgement.accepted:
             self._record(ticket, rows, reported)
             if self._replays and judgement.verdict is Verdict.CALM:
@@ -630,6 +634,7 @@ class R8Scheduler:
 
     # One epoch ----------------------------------------------------------------------------
 
+    @_QUIETLY
     def _start_epoch(self) -> None:
         step, epoch = self._progress.global_step, self._progress.epoch
         done, total = self._budget.position(epoch, 0, 1, step)
@@ -652,7 +657,8 @@ class R8Scheduler:
             self._chooser.forget(ticket.indices)
         ended = self._progress
         ended.stage = Stage.DONE
-        self._catalog.end_epoch()
+        with np.errstate(all="ignore"):
+            self._catalog.end_epoch()
         seconds = self._clock.monotonic() - self._epoch_started
         self._bus.emit(
             events.EpochEnded, ended.global_step, ended.epoch, ended.mean_loss, seconds, ended.reported, completed
@@ -662,6 +668,7 @@ class R8Scheduler:
         if self._control.stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
 
+    @_QUIETLY
     def _guard_epoch(self) -> None:
         """Let the noise guard think again about who is wrong rather than hard."""
         done, total = self._budget.position(self._progress.epoch + 1, 0, 1, self._progress.global_step)
@@ -677,6 +684,7 @@ class R8Scheduler:
 
     # One step -----------------------------------------------------------------------------
 
+    @_QUIETLY
     def _next_ticket(self) -> Ticket | None:
         """Draw the next batch; None when the epoch's plan, or the budget, is used up."""
         epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
@@ -721,6 +729,7 @@ class R8Scheduler:
         batch = kind(mine, self._lr, shown, number, step, self._progress.epoch)
         return Ticket(batch, indices, weights, cursor, batches, now, now - started, order)
 
+    @_QUIETLY
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
         """Let an accepted loss enter the catalog, and the strategy hear of it."""
         step = self._progress.global_step

@@ -34,6 +34,7 @@ class Reported(NamedTuple):
     finite: bool
 
 
+@np.errstate(all="ignore")
 def read_losses(loss: Any, size: int) -> Reported:
     """Read a report for a batch of `size` samples.
 
@@ -76,10 +77,9 @@ def _many(array: NDArray[Any]) -> Reported:
         if float(values.dot(values)) <= _SAFE_SQUARES:
             return Reported(values, math.fsum(values.tolist()) / len(values), finite=True)
     # The sum of squares is small only if every loss is finite and small: one pass in place of three.
-    with np.errstate(all="ignore"):
-        values = array.astype(np.float32)
-        finite = float(values.dot(values)) <= _SAFE_SQUARES or bool(np.all(np.abs(values) <= LIMIT))
-        mean = float(np.add.reduce(array, dtype=np.float64)) / len(array)
+    values = array.astype(np.float32)
+    finite = float(values.dot(values)) <= _SAFE_SQUARES or bool(np.all(np.abs(values) <= LIMIT))
+    mean = float(np.add.reduce(array, dtype=np.float64)) / len(array)
     return Reported(values, mean, finite)
 
 
