@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learnit_r8 import R8Scheduler
+from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.loop.losses import read_losses
 from learnit_r8.strategies import names
 
@@ -39,7 +39,7 @@ def run(strategy: str, kind: str) -> list:
                     seen.append((batch.indices.tolist(), batch.weights.tolist(), batch.lr))
                     scheduler.update_with_loss(KINDS[kind](rng.lognormal(0, 3, len(batch.indices))))
             seen.append((scheduler.catalog.quadrants().tolist(), scheduler.catalog.confidence))
-        except RuntimeError as error:  # losses beyond all bounds end a run
+        except TrainingDiverged as error:  # losses beyond all bounds end a run
             seen.append(str(error)[:60])
     return seen
 
