@@ -100,7 +100,7 @@ class R8Mixin(SampleLossMixin):
         self._leaving = False
         scheduler.host_saves = True
         self._parts: list[Tensor] = []  # of a batch that is trained on in several micro-batches
-        self._rewards: Tensor | None = None
+        self._rewards: list[Tensor] = []  # of the batches whose completions were scored, oldest first
         self._backups: TrainedState | None = None
         self._tell_replaced()
         self._take_over()
@@ -205,8 +205,9 @@ class R8Mixin(SampleLossMixin):
             self._parts.append(loss.detach().float())
             if len(self._parts) == times:
                 mean, self._parts = torch.stack(self._parts).mean(), []
-                known = self._rewards is not None and bool(torch.isfinite(mean))
-                self._report(-self._rewards if known else mean, skipped=skipped)  # type: ignore[operator]
+                rewards = self._rewards.pop(0) if self._rewards else None
+                known = rewards is not None and bool(torch.isfinite(mean))
+                self._report(-rewards if known else mean, skipped=skipped)  # type: ignore[operator]
 
     def _keep_rewards(self, calculate: Any, *args: Any, **kwargs: Any) -> Any:
         """Take note of each prompt's mean reward on this process, as TRL computes the rewards of all of them."""
@@ -215,7 +216,7 @@ class R8Mixin(SampleLossMixin):
         if trainer.model.training:
             group, rank = trainer.num_generations, trainer.args.process_index
             total = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, group).mean(dim=1)
-            self._rewards = total.detach().chunk(trainer.args.world_size)[rank]
+            self._rewards.append(total.detach().chunk(trainer.args.world_size)[rank])
         return rewards
 
     # Progress -------------------------------------------------------------------------------
@@ -246,6 +247,7 @@ class R8Mixin(SampleLossMixin):
         if self._backups is not None:
             self._backups.watch()
         self._parts.clear()
+        self._rewards.clear()
         self._epochs = self.scheduler.epoch_iterator()
         self._on_epoch_end(control)
 
@@ -268,6 +270,7 @@ class R8Mixin(SampleLossMixin):
             )
 
     def _on_epoch_end(self, control: Any) -> None:
+        self._rewards.clear()
         if next(self._epochs, None) is None:
             control.should_training_stop = True
 
