@@ -145,15 +145,6 @@ def test_a_run_that_dies_of_an_error_has_failed(error):
     assert sink.failed == (error is not None)
 
 
-def test_one_rank_writes_for_all():
-    sinks = [Memory(), Memory()]
-    for rank, sink in enumerate(sinks):
-        sink.record(RunStarted(0.0, 0, "run", {"rank": rank}, 5, 20, False, "1", 1, 0.0))
-        sink.record(MetricLogged(1.0, 3, "val_loss", 0.5))
-        sink.close()
-    assert [len(sink.points) for sink in sinks] == [1, 0]
-
-
 def test_a_run_that_goes_on_has_each_step_once():
     class Remembering(Memory):
         def reached(self, name):

@@ -83,6 +83,7 @@ class RichLive(Face):
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
+            self._console.show_cursor(True)  # nobody would bring it back after SIGKILL
         grid = render(model, replace(self._view, paused=model.paused), width - 1, 4, now)
         text = _as_text(grid)
         for line in self._events:

@@ -66,6 +66,7 @@ class NewsSink:
     """
 
     ignores_batches = True
+    once = True
 
     def __init__(self, *urls: str, interval: float = 60.0, seconds: float = 2.0) -> None:
         try:
@@ -86,7 +87,7 @@ class NewsSink:
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._run, self._mute = "run", False
+        self._run = "run"
         self._failed = 0
 
     def record(self, event: events.Event) -> None:
@@ -98,9 +99,9 @@ class NewsSink:
         if self._error is not None:
             raise self._error
         if isinstance(event, events.RunStarted):
-            self._run, self._mute = event.run or "run", bool(event.config.get("rank", 0))
+            self._run = event.run or "run"
         found = news(event)
-        if found is None or self._mute:  # one rank tells for all
+        if found is None:
             return
         self._waiting.append(found)
         self._news.set()

@@ -147,7 +147,7 @@ class TrackerSink:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._mute = self._resumed = False
+        self._resumed = False
         self._reached: dict[str, int] = {}
         self._refused: dict[str, str] = {}
         self.failed = True
@@ -177,10 +177,6 @@ class TrackerSink:
             said, self._refused = self._refused, {}
             names = "; ".join(f"{name} ({reason})" for name, reason in said.items())
             warnings.warn(f"{type(self).__name__} refused, and went on without: {names}", RuntimeWarning, stacklevel=2)
-        if isinstance(event, events.RunStarted):
-            self._mute = bool(event.config.get("rank", 0))
-        if self._mute:  # one rank writes for all
-            return
         self._queue.append(event)
         if self._thread is None:
             self._closing.clear()
