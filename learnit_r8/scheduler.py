@@ -1054,6 +1054,10 @@ class R8Scheduler:
         """Whether the budget is spent."""
         return self._budget.over(self._progress.epoch, self._progress.global_step)
 
+    def add_sink(self, sink: Sink) -> None:
+        """Let one more listener hear the run from now on; it is closed with the others."""
+        self._bus.add(sink)
+
     def terminal(self) -> AbstractContextManager[None]:
         """Lend the terminal: inside `with scheduler.terminal():` an editor, a password or a menu have it to themselves.
 

@@ -200,6 +200,9 @@ def test_the_logged_learning_rate_is_the_one_that_was_used(hf, tmp_path):
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == used
     assert len(set(logged)) > 10
+    # The Trainer's loggers have the scheduler's numbers too, with no further line.
+    ours = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert {"r8/expected_loss", "r8/seconds", "r8/q4_loss"} <= set(ours)
     assert trainer.optimizer.param_groups[0]["lr"] == logged[-1]
 
 

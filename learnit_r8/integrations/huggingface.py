@@ -31,6 +31,7 @@ from learnit_r8.integrations._trainer_backups import TrainedState
 from learnit_r8.integrations._trainer_checks import default_of, is_grouped
 from learnit_r8.integrations._trainer_mixin import SampleLossMixin
 from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.sinks.trackers import Numbers
 
 __all__ = ["R8Mixin", "R8Trainer", "SRSTrainer", "SampleLossMixin"]
 
@@ -102,6 +103,8 @@ class R8Mixin(SampleLossMixin):
         self._parts: list[Tensor] = []  # of a batch that is trained on in several micro-batches
         self._rewards: list[Tensor] = []  # of the batches whose completions were scored, oldest first
         self._backups: TrainedState | None = None
+        self._numbers = Numbers()
+        scheduler.add_sink(self._numbers)
         self._tell_replaced()
         self._take_over()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
@@ -278,6 +281,11 @@ class R8Mixin(SampleLossMixin):
         if key not in self._told:
             self.scheduler.tell(sentence)
         super()._say(key, sentence)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the Trainer's own loggers get the scheduler's numbers, as `r8/...`, beside each training loss."""
+        more = self._numbers.newest() if "loss" in logs else {}
+        super().log({**logs, **more}, *args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         """Return what the Trainer takes for its learning-rate scheduler."""

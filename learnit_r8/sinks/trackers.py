@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from learnit_r8 import events
 from learnit_r8.errors import ConfigError
 
-__all__ = ["MlflowSink", "Point", "Points", "TensorBoardSink", "TrackerSink", "WandbSink"]
+__all__ = ["MlflowSink", "Numbers", "Point", "Points", "TensorBoardSink", "TrackerSink", "WandbSink"]
 
 CAPACITY = 200_000
 """Events that wait at most; older ones are dropped when a tracker hangs for that long."""
@@ -119,6 +119,30 @@ _TRANSLATE: dict[type[events.Event], Callable[[Points, Any], Iterable[tuple[str,
     events.BackupTaken: lambda _, event: [("r8/backup_seconds", event.seconds)],
     events.CheckpointSaved: lambda _, event: [("r8/checkpoint_seconds", event.seconds)],
 }
+
+
+class Numbers:
+    """A sink that keeps the newest of the run's own numbers (`r8/...`), for the loggers of a host's trainer."""
+
+    ignores_batches = True
+
+    def __init__(self) -> None:
+        self._points = Points({"r8/lag": None})
+        self._newest: dict[str, float] = {}
+        self._report: events.LossReported | None = None
+
+    def record(self, event: events.Event) -> None:
+        """Take one event; a step's costs next to nothing."""
+        if isinstance(event, events.LossReported):
+            self._report = event
+        else:
+            self._newest.update({point.name: point.value for point in self._points.of(event)})
+
+    def newest(self) -> dict[str, float]:
+        """Return name -> value."""
+        step = [] if self._report is None else self._points.of(self._report)
+        found = self._newest | {point.name: point.value for point in step}
+        return {name: value for name, value in found.items() if name.startswith("r8/")}
 
 
 class TrackerSink:
