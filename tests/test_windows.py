@@ -127,8 +127,8 @@ def test_a_windows_console_has_the_screen_takes_keys_and_is_given_back(tmp_path)
     for line in ("TOTAL", "a print of the program", "a warning of an early handler", "printed by a child"):
         assert line in text["first"]
     assert "close this view" in text["help"]
-    assert "exponential moving average" in text["words"]
-    assert "exponential" not in text["closed"]
+    assert "moving average of the loss" in text["words"]
+    assert "moving average" not in text["closed"]
     assert "TOTAL" in text["zoomed"]
     assert "loss [1]" in text["back"]
     assert "lr [1]" in text["metric"]

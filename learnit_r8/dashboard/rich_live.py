@@ -84,7 +84,7 @@ class RichLive(Face):
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
             self._console.show_cursor(True)  # nobody would bring it back after SIGKILL
-        grid = render(model, replace(self._view, paused=model.paused), width - 1, 4, now)
+        grid = render(model, replace(self._view, paused=model.paused), width - 1, 3, now)
         text = _as_text(grid)
         for line in self._events:
             text.append(f"\n{line[: width - 1]}", "dim")
