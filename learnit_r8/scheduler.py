@@ -956,7 +956,7 @@ class R8Scheduler:
 
     def _apply(self, state: Mapping[str, Any]) -> None:
         self._progress = Progress.from_state(state)
-        if state["searched"]:
+        if state["searched"] and (state["config"].get("auto_find_lr") or self._progress.global_step):
             self._search = None
         self._budget.load_state_dict(state["budget"])
         if state["config"].get("initial_lr") != self._config.initial_lr:  # what was given now counts

@@ -1,6 +1,7 @@
 """A directory belongs to its runs: what each removes, keeps, resumes, and how long it holds the lock."""
 
 import gc
+import inspect
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from learnit_r8 import CheckpointError, Checkpoints, ConfigError, R8Scheduler, events
 from learnit_r8.checkpoint import CheckpointStore, Retention, resolve
+from learnit_r8.testing import FakeClock
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"ui": "off"}
@@ -265,6 +267,14 @@ def test_the_last_state_of_a_run_is_saved_wherever_it_ends(every, stop):
     assert steps("checkpoints")[-1] == (stop or 12)
 
 
+@pytest.mark.parametrize("name", ["checkpoint_dir", "log_dir"])
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "memory://run", Path("s3://bucket/run")])
+def test_a_url_never_becomes_a_local_folder(name, url):
+    with pytest.raises(ConfigError, match=f"{name} must be a folder .* an object store is"):
+        R8Scheduler(64, 16, num_epochs=1, **{name: url})
+    assert os.listdir(".") == []
+
+
 def test_nothing_is_saved_that_nobody_asked_for():
     run(R8Scheduler(64, 16, num_epochs=1, **QUIET))
     assert os.listdir(".") == []
@@ -480,3 +490,85 @@ def test_the_published_keyword_names_work():
     assert R8Scheduler.resume_from_checkpoint(path="checkpoints", **QUIET).global_step == 12
     with pytest.raises(TypeError, match="needs a path as filepath or path"):
         again.load_checkpoint()
+
+
+# ---------------------------------------------------------------- what is given on resume counts
+
+
+def saved_run():
+    strategy = {"strategy": "uniform", "initial_lr": 0.1, "scheduler_mode": "constant", "warmup_proportion": 0.0}
+    run(fold("m", num_epochs=4, checkpoint_every=4, **strategy), stop=8)
+
+
+TAKES_EFFECT = {
+    "num_epochs": (8, lambda s, g: s.total_steps == 32),
+    "num_steps": (50, lambda s, g: s.total_steps == 50),
+    "train_duration_seconds": (9.0, lambda s, g: s.total_steps is None),
+    "batch_size": (8, lambda s, g: s.batch_size == 8),
+    "initial_lr": (0.01, lambda s, g: s.lr == 0.01),
+    "scheduler_mode": ("linear", lambda s, g: s.lr == 0.05),
+    "warmup_proportion": (1.0, lambda s, g: s.lr == pytest.approx(0.1 * 9 / 16)),
+    "min_lr": (0.1, lambda s, g: s.lr == 0.1),
+    "save_callback": (writer("new"), lambda s, g: (s.save_checkpoint() / "model").read_text() == "new"),
+    "load_callback": (lambda path: Path("loaded").touch(), lambda s, g: Path("loaded").exists()),
+    "state_callback": (lambda: {"w": np.ones(1)}, lambda s, g: s._args.state_callback is g),
+    "backup_every": (1, lambda s, g: s.state_dict()["config"]["backup_every"] == 1),
+    "checkpoint_dir": ("elsewhere", lambda s, g: s.save_checkpoint().parent.name == "elsewhere"),
+    "checkpoint_every": (3, lambda s, g: run(s) and steps("checkpoints")[-3:] == [12, 15, 16]),
+    "keep_checkpoints": (2, lambda s, g: run(s) and steps("checkpoints") == [12, 16]),
+    "checkpoints": (Checkpoints(every=5), lambda s, g: run(s) and steps("checkpoints")[-3:] == [10, 15, 16]),
+    "ui": ("log", lambda s, g: s._args.ui == "log"),
+    "use_curses": (False, lambda s, g: s._args.ui == "off"),
+    "sinks": ([Ear(events.LossReported)], lambda s, g: run(s) and len(g[0].heard) == 8),
+    "log_dir": ("logs", lambda s, g: run(s) and Path("logs/events.jsonl").exists()),
+    "noise_guard": ("cap", lambda s, g: s.noise_guard.mode == "cap"),
+    "groups": ([0, 1] * 32, lambda s, g: s.state_dict()["groups"].tolist() == g),
+    "lookahead": (3, lambda s, g: held(s) == 3),
+    "rollback_data": ("replay", lambda s, g: s.state_dict()["config"]["rollback_data"] == "replay"),
+    "clock": (FakeClock(), lambda s, g: s._clock is g),
+    "world_size": (2, lambda s, g: s.world_size == 2),
+    "rank": (1, lambda s, g: s._ranks.rank == 1),
+    "all_gather": (lambda array: array, lambda s, g: s._ranks._all_gather is g),
+}
+REFUSED = {"num_samples": 80, "strategy": "quadrant", "seed": 1, "drop_last": True, "auto_find_lr": True}
+
+
+def held(scheduler):
+    """Return how many batches may be out at once."""
+    next(scheduler.epoch_iterator())
+    return len([batch for _, batch in zip(range(3), scheduler.batch_iterator(), strict=False)])
+
+
+@pytest.mark.parametrize("name", sorted(TAKES_EFFECT))
+def test_what_is_given_on_resume_takes_effect(name):
+    saved_run()
+    value, holds = TAKES_EFFECT[name]
+    goals = {"ui": "off", "load_callback": lambda path: None, name: value}
+    if name in {"world_size", "rank", "all_gather"}:
+        goals |= {"world_size": 2, "all_gather": TAKES_EFFECT["all_gather"][0]}
+    if name == "warmup_proportion":
+        goals["scheduler_mode"] = "linear"
+    if name == "use_curses":
+        del goals["ui"]
+    assert holds(R8Scheduler.resume_from_checkpoint("checkpoints", **goals), value)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_a_run_cannot_change_is_refused_on_resume_by_name(name):
+    saved_run()
+    goals = {"load_callback": lambda path: None, "save_callback": lambda path: None} | {name: REFUSED[name]}
+    with pytest.raises(ConfigError, match=rf"(?m)^{name}[:=]|{name}: the state"):
+        R8Scheduler.resume_from_checkpoint("checkpoints", **goals, **QUIET)
+
+
+def test_every_argument_is_in_one_of_the_two_tables():
+    names = set(inspect.signature(R8Scheduler).parameters)
+    assert names == TAKES_EFFECT.keys() | REFUSED.keys()
+
+
+def test_a_learning_rate_given_with_a_loaded_state_counts_too():
+    saved_run()
+    other = R8Scheduler(64, 16, num_epochs=4, initial_lr=0.03, scheduler_mode="constant", warmup_proportion=0.0,
+                        strategy="uniform", load_callback=lambda path: None, **QUIET)  # fmt: skip
+    other.load_checkpoint("checkpoints")
+    assert other.lr == 0.03

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -166,8 +167,17 @@ def _state_callback(problems: Problems, function: Any) -> Callable[[], Any] | No
     return snapshot
 
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has swallowed the second slash; a drive has one letter
+
+
 def _folder(problems: Problems, name: str, value: Any, *, used: bool) -> str | None:
     path = problems.path(name, value)
+    if path is not None and _URL.match(str(path)):
+        problems.append(
+            f"{name} must be a folder that this machine has mounted, got {str(value)!r}: the URL of an object store is "
+            "none; give a local folder, and copy whole checkpoints to the store"
+        )
+        return None
     if path is not None and used and path.is_file():
         problems.append(f"{name} must be a folder, got {str(path)!r}, which is a file")
     return None if path is None else str(path)

@@ -183,5 +183,10 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
         for name in _FIXED
         if saved[name] != getattr(config, name)
     ]
+    if config.auto_find_lr and not saved.get("auto_find_lr") and state["global_step"]:
+        problems.append(
+            f"auto_find_lr=True: the search comes before the first step, and this run has had {state['global_step']}: "
+            "give initial_lr"
+        )
     if problems:
         raise ConfigError(problems)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from learnit_r8.errors import tell
 from learnit_r8.events import BatchIssued, Event, LossReported, from_json, to_json
 
 
@@ -43,6 +44,11 @@ class JsonlSink:
         if self._buffered >= self._flush_every or abs(waited) > 1 or not isinstance(event, LossReported):
             self._file.flush()
             self._buffered, self._flushed = 0, event.time
+            if not self.path.exists():
+                self.close()  # the next event makes it anew
+                tell(
+                    f"{self.path} was deleted while the run writes to it: its events so far are lost, later ones follow"
+                )
 
     def close(self) -> None:
         """Flush and close; a later event opens the file again."""

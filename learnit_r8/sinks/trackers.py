@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from learnit_r8 import events
-from learnit_r8.errors import ConfigError
+from learnit_r8.errors import ConfigError, tell
 
 __all__ = ["MlflowSink", "Numbers", "Point", "Points", "TensorBoardSink", "TrackerSink", "WandbSink"]
 
+PATIENCE = 30.0
+"""Seconds that `close` waits for a tracker."""
 CAPACITY = 200_000
 """Events that wait at most; older ones are dropped when a tracker hangs for that long."""
 _EVALUATION = ("val", "eval", "test")
@@ -208,19 +210,34 @@ class TrackerSink:
             self._thread.start()
 
     def close(self) -> None:
-        """Write what is left and release the tracker."""
+        """Write what is left and release the tracker; one that does not answer is waited for half a minute."""
         thread, self._thread = self._thread, None
-        if thread is not None:
-            self._closing.set()
-            thread.join()
-            self._drain()
-        self.finish()
+        self._closing.set()
+        if thread is None:
+            self._end()
+        else:
+            thread.join(PATIENCE)
+            if thread.is_alive():
+                tell(
+                    f"{type(self).__name__} has not answered for {PATIENCE:g} seconds: the run ends without it, and "
+                    f"{len(self._queue)} events or more are lost to it",
+                    stacklevel=2,
+                )
+                return
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
         while not self._closing.wait(self._interval) and self._error is None:
             self._drain()
+        self._end()
+
+    def _end(self) -> None:
+        self._drain()
+        try:
+            self.finish()
+        except Exception as error:
+            self._error = error
 
     def _drain(self) -> None:
         if self._error is not None:
