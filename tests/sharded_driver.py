@@ -5,8 +5,10 @@ A name is SCENARIO or SCENARIO:KIND, with KIND one of `KINDS`.
 
 from __future__ import annotations
 
+import collections
 import json
 import os
+import signal
 import sys
 import warnings
 from functools import partial
@@ -323,6 +325,37 @@ def second(folder: Path, ranks: dict, kind: str) -> dict:
     begun = training.scheduler.global_step
     training.go()
     return training.outcome() | {"begun": begun}
+
+
+class Asks:
+    """A sink whose user asks for a checkpoint at step 7."""
+
+    def __init__(self) -> None:
+        self.commands: collections.deque = collections.deque()
+
+    def record(self, event: Any) -> None:
+        from learnit_r8.types import Command
+
+        if type(event).__name__ == "LossReported" and event.step == 7:
+            self.commands.append(Command.CHECKPOINT)
+
+
+def asked(folder: Path, ranks: dict, kind: str) -> dict:
+    """One rank is asked for a checkpoint; a signal comes to the other one."""
+    training = Saved(kind, ranks, folder / "asked", sinks=[Asks()] if ranks["rank"] == 0 else [])
+
+    def interrupt(step: int) -> float:
+        if step == 20 and ranks["rank"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    try:
+        training.go(interrupt)
+        ended = "end"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    names = sorted(path.name for path in (folder / "asked").glob("step-*"))
+    return {"ended": ended, "names": names, "steps": training.scheduler.global_step}
 
 
 def disk(folder: Path, ranks: dict, kind: str) -> dict:

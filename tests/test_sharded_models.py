@@ -25,7 +25,15 @@ def run(folder: Path, world: int, *names: str) -> dict[str, list[dict]]:
 def two(tmp_path_factory):
     scenarios = [f"copied:{kind}" for kind in KINDS_OF_2]
     scenarios += ["faults:fsdp2", "hidden:fsdp2", "hidden:ddp", "first:fsdp2", "whole:fsdp2", "second:fsdp2,fsdp2,2"]
-    scenarios += ["second:ddp,fsdp2,2", "disk:fsdp2", "failing", "unmarked:fsdp2", "tutorial:fsdp2", "shared_slices"]
+    scenarios += [
+        "asked:fsdp2",
+        "second:ddp,fsdp2,2",
+        "disk:fsdp2",
+        "failing",
+        "unmarked:fsdp2",
+        "tutorial:fsdp2",
+        "shared_slices",
+    ]
     return run(tmp_path_factory.mktemp("two"), 2, *scenarios)
 
 
@@ -118,6 +126,11 @@ def test_without_backups_in_ram_all_ranks_go_back_to_the_checkpoint_that_they_wr
     for rank in two["disk:fsdp2"]:
         assert rank["rolled_back"] == [35]
         assert np.isfinite(rank["weights"]).all()
+
+
+def test_a_checkpoint_that_one_rank_is_asked_for_and_a_signal_to_another_are_written_by_all(two):
+    for rank in two["asked:fsdp2"]:
+        assert rank == {"ended": "interrupted", "names": ["step-000000009", "step-000000021"], "steps": 21}
 
 
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_next_one_works(two):
@@ -246,6 +259,44 @@ def test_what_is_copied_as_a_whole_is_scanned_too():
     with torch.no_grad():
         layer.bias[0] = float("nan")
     assert CopyPlan({"net": layer, "sparse": sparse * float("inf")}).fill().nonfinite() == {"/net/bias", "/sparse"}
+
+
+def test_a_model_with_all_kinds_of_parts_is_written_and_read_in_one_process(tmp_path):
+    from learnit_r8.integrations.distributed import ShardedModel
+
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4))
+        net[2].weight = net[0].weight  # tied
+        net[2].bias.requires_grad = False
+        optimizers = [torch.optim.SGD(net[1].parameters(), lr=0.1), torch.optim.AdamW([*net[0].parameters()], lr=0.1)]
+        scaler = torch.amp.GradScaler("cpu")
+        ema = torch.optim.swa_utils.AveragedModel(net)
+        return net, optimizers, ema, ShardedModel(net, optimizers, scaler, ema)
+
+    def step(net, optimizers, ema):
+        net(torch.randn(8, 4)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update_parameters(net)
+        return [value.clone() for value in (*net.state_dict().values(), *ema.state_dict().values())]
+
+    *one, parts = make()
+    for _ in range(3):
+        step(*one)
+    parts.save(str(tmp_path / "model"))
+    expected = [step(*one) for _ in range(3)]
+    for again in (one, None):
+        *other, parts = (*again, parts) if again else make()
+        parts.load(str(tmp_path / "model"))
+        assert other[0][2].weight is other[0][0].weight
+        for wanted in expected:
+            assert all(torch.equal(a, b) for a, b in zip(step(*other), wanted, strict=True))
+    state = CopyPlan(parts.capture()).fill().tree
+    wanted = step(*other)
+    parts.load(state)
+    assert all(torch.equal(a, b) for a, b in zip(step(*other), wanted, strict=True))
 
 
 def test_deepspeeds_parts_of_parameters_are_no_backup():

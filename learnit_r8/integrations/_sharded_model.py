@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +12,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -78,7 +85,8 @@ class ShardedModel:
         if self._scaler is not None:
             state["scaler"] = packed(self._scaler.state_dict())
         state[f"rngs-{_rank()}"] = packed(capture_rngs())
-        save(state, checkpoint_id=filepath, no_dist=not dist.is_initialized())
+        with _one_process_is_fine():
+            save(state, checkpoint_id=filepath, no_dist=not dist.is_initialized())
 
     def load(self, source: Any) -> None:
         """Restore what `save` wrote, on all ranks at once, or what `capture` returned.
@@ -99,10 +107,12 @@ class ShardedModel:
             optimizer.zero_grad(set_to_none=True)  # else its state is not made, and then not loaded
         state, mine = self._state(), f"rngs-{_rank()}"
         state |= {name: b"" for name in (mine, "scaler") if name in known}
-        load(state, checkpoint_id=source, no_dist=not dist.is_initialized())
-        set_state_dict(
-            self._model, self._optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        with _one_process_is_fine():
+            load(state, checkpoint_id=source, no_dist=not dist.is_initialized())
+        set_model_state_dict(self._model, state["model"])
+        # Not strict: SGD without momentum has no state. What a state lacks was missed when it was read.
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(self._model, self._optimizers, state["optimizer"], options=options)
         if self._ema is not None:
             self._ema.load_state_dict(state["ema"])
         if self._scaler is not None and "scaler" in known:
@@ -116,6 +126,13 @@ class ShardedModel:
         if self._ema is not None:
             state["ema"] = self._ema.state_dict()
         return state
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _rank() -> int:

@@ -66,7 +66,7 @@ class Control:
         while self._bus.commanding:
             for command in self._bus.commands(step):
                 if command is Command.CHECKPOINT and self.together:
-                    self._ranks.save = True
+                    self._ranks.asks_save = True
                 elif command is Command.CHECKPOINT:
                     save()
                 elif command in (Command.PAUSE, Command.RESUME):

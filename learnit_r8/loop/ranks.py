@@ -65,7 +65,8 @@ class Ranks:
         writes_alone: Whether one rank writes for all.
         exchanges: Whether reports are exchanged.
         signal: The signal that a rank got, or 0.
-        save: A rank was asked for a checkpoint that all have to write.
+        asks_save: This rank was asked for a checkpoint that all have to write; `save` on all after the next report.
+        save: A rank was asked for one.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Ranks:
         self.rank = int(getattr(all_gather, "place", rank))
         self.world_size = world_size = len(of_process)
         self._firsts = np.unique(of_process, return_index=True)[1]  # a process of each slice
-        self.save = False
+        self.asks_save = self.save = False
         self.asked: Command | None = None
         self.command: Command | None = None
         self.damaged_since: int | None = None
@@ -183,7 +184,7 @@ class Ranks:
         header[_SECONDS] = self._local.monotonic() - self._created
         header[_SIGNAL] = signal or 0
         header[_COMMAND] = _COMMANDS.index(self.asked)
-        header[_SAVE] = self.save
+        header[_SAVE] = self.asks_save
         header[_DAMAGED] = np.inf if self.damaged_since is None else self.damaged_since
         everyone = np.asarray(self._all_gather(np.concatenate([header, values])), dtype=np.float64).ravel()
         headers, parts = self._split(everyone)
@@ -196,7 +197,7 @@ class Ranks:
         self.command, self.asked = _COMMANDS[int(headers[:, _COMMAND].max())], None
         since = headers[:, _DAMAGED].min()
         self.damaged_since = int(since) if since < np.inf else None
-        self.save = bool(headers[:, _SAVE].any())
+        self.asks_save, self.save = False, self.save or bool(headers[:, _SAVE].any())
         return headers[self._firsts, _COUNT], losses
 
     def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
