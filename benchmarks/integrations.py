@@ -11,6 +11,7 @@ backups: R8Trainer does, as often as it may by default; a third row is without t
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
 import warnings
@@ -142,7 +143,13 @@ def huggingface(folder: str) -> dict[str, Training]:
     }
 
 
-def plain_torch() -> dict[str, Training]:
+def companions() -> dict[str, Training]:
+    """Loops with what loops usually have: a schedule of the learning rate, a progress bar, the loss as a number."""
+    plain = plain_torch(companions=True)
+    return {f"{name}, with companions": training for name, training in plain.items()}
+
+
+def plain_torch(*, companions: bool = False) -> dict[str, Training]:
     data = TensorDataset(torch.randn(SAMPLES, 64), torch.randint(10, (SAMPLES,)))
 
     def parts() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -157,12 +164,29 @@ def plain_torch() -> dict[str, Training]:
         optimizer.step()
         return losses
 
+    def shown(loader: DataLoader) -> Any:
+        if not companions:
+            return loader
+        from tqdm import tqdm
+
+        return tqdm(loader, file=open(os.devnull, "w"))
+
+    total = 0.0
+
+    def note(losses: torch.Tensor) -> None:
+        nonlocal total
+        if companions:
+            total += losses.mean().item()
+
     def blind(step: Callable[[], None]) -> None:
         model, optimizer = parts()
         loader = DataLoader(data, batch_size=BATCH, shuffle=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ENDLESS * len(loader))
         while True:
-            for x, y in loader:
-                update(model, optimizer, x, y)
+            for x, y in shown(loader):
+                note(update(model, optimizer, x, y))
+                if companions:
+                    schedule.step()
                 step()
 
     def scheduled(step: Callable[[], None], every: int | None) -> None:
@@ -174,8 +198,10 @@ def plain_torch() -> dict[str, Training]:
         follow_lr(scheduler, optimizer)
         loader = DataLoader(data, batch_sampler=R8BatchSampler(scheduler))
         for _ in scheduler.epoch_iterator():
-            for x, y in loader:
-                scheduler.update_with_loss(update(model, optimizer, x, y))
+            for x, y in shown(loader):
+                losses = update(model, optimizer, x, y)
+                scheduler.update_with_loss(losses)
+                note(losses)
                 step()
 
     return {
@@ -225,9 +251,10 @@ def run(*, quick: bool = False, rounds: int = 30, only: str = "") -> dict[str, A
         if only in ("", "huggingface"):
             progress("Hugging Face")
             found["Hugging Face"] = compare(huggingface(folder), rounds)
-    if only in ("", "torch"):
-        progress("PyTorch")
-        found["PyTorch"] = compare(plain_torch(), rounds)
+    for name, make in (("PyTorch", plain_torch), ("PyTorch with companions", companions)):
+        if only in ("", "torch"):
+            progress(name)
+            found[name] = compare(make(), rounds)
     return found
 
 
