@@ -460,6 +460,9 @@ class R8Scheduler:
                 if self._budget.steps_up(self._progress.global_step) and self._progress.stage is Stage.RUNNING:
                     break  # amid an epoch, which goes on where there is a larger budget
                 if self._progress.stage is Stage.RUNNING and not self._control.stop:
+                    everything = self._chooser.drawn == self._chooser.batches
+                    if everything and (left_out := self._desk.left_out(self._progress.reported)) is not None:
+                        self.tell(left_out)
                     self._end_epoch(completed=False)
                 self._between_steps()
                 if self._progress.stage is Stage.DONE:

@@ -122,10 +122,15 @@ def test_evaluation_of_a_loader_that_is_not_the_schedulers_is_refused():
 # Batches that are left out ---------------------------------------------------------------
 
 
-def left_out(skips: set[int], *, workers: int, tells: bool, ahead: int = 0, persistent: bool = False) -> R8Scheduler:
+def left_out(
+    skips: set[int], *, workers: int, tells: bool, ahead: int = 0, persistent: bool = False, prefetch: int = 2
+) -> R8Scheduler:
     """Train; each sample's loss is its number + 1. The batches at some steps are left out."""
     scheduler = scheduler_for(strategy="uniform")
-    loader = loader_for(scheduler, num_workers=workers, ahead=ahead, persistent_workers=persistent)
+    factor = prefetch if workers else None
+    loader = loader_for(
+        scheduler, num_workers=workers, ahead=ahead, persistent_workers=persistent, prefetch_factor=factor
+    )
     step = itertools.count()
     for _ in scheduler.epoch_iterator():
         for (numbers,) in loader:
@@ -156,6 +161,32 @@ def test_a_batch_that_is_left_out_and_said_to_be_shifts_no_loss(skips, workers):
 def test_a_batch_that_is_left_out_silently_is_named(at, workers):
     with pytest.raises(ProtocolError, match=rf"step {at} .*skipped=True"):
         left_out({at}, workers=workers, tells=False)
+
+
+def test_a_loop_over_short_epochs_that_never_reports_is_told_so_where_the_next_epoch_begins():
+    with pytest.raises(ProtocolError, match=r"epoch 0 ends and 5 of its batches are not reported.*update_with_loss"):
+        left_out(set(range(5)), workers=2, tells=False, prefetch=3)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_an_epochs_last_batches_that_are_left_out_are_said_and_shift_nothing(capfd, persistent):
+    scheduler = left_out({3, 4}, workers=2, tells=False, prefetch=3, persistent=persistent)
+    assert "epoch 0 ends and 2 of its batches are not reported, from step 3 on" in capfd.readouterr().err
+    assert misled(scheduler) == 0
+    assert scheduler.global_step == 8
+
+
+def test_a_loop_that_is_left_early_is_not_blamed(capfd):
+    scheduler = scheduler_for()
+    loader = loader_for(scheduler, num_workers=1, prefetch_factor=1)
+    for _ in scheduler.epoch_iterator():
+        for (numbers,) in loader:
+            if scheduler.global_step % 5 == 2:
+                break
+            scheduler.update_with_loss(numbers.float() + 1)
+    assert scheduler.global_step == 2
+    assert "epoch 0 ends" not in capfd.readouterr().err  # not all of it was drawn
+    scheduler.close()
 
 
 def test_more_than_the_batches_that_may_be_held_are_named_though_the_loader_has_drawn_all():

@@ -72,7 +72,7 @@ class TicketDesk:
         self._lookahead = lookahead  # without a loader
         self._loader: Loader | None = None
         self._issued = 0  # in this pass over the batches
-        self._stale = False
+        self._stale = self._said = False
         self._next_id = 0
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
@@ -180,6 +180,25 @@ class TicketDesk:
             f"to hold n batches at once (lookahead={self._patience}), in a loader R8BatchSampler with ahead=n - 1; "
             f"{_LEFT_OUT}"
         )
+
+    def left_out(self, reported: int) -> str | None:
+        """Say which batches a loader has drawn to an epoch's end and nobody reported, once; else None.
+
+        Args:
+            reported: Batches of the epoch that were.
+
+        Raises:
+            ProtocolError: None was: the loop does not report.
+        """
+        if self._loader is None or not self._loader.lead or not self._open:
+            return None
+        first = next(iter(self._open.values())).batch
+        count = len(self._open)
+        left = f"epoch {first.epoch} ends and {count} of its batches are not reported, from step {first.step} on"
+        if reported == 0:
+            raise ProtocolError(f"{left}: call update_with_loss(loss) for each batch, inside the loop over the loader")
+        said, self._said = self._said, True
+        return None if said else f"{left}: they do not count; {_LEFT_OUT}"
 
     def start_pass(self, loader: Loader | None) -> None:
         """Begin a loop over the batches: what is open is handed out again, first and in order."""
