@@ -159,7 +159,7 @@ class R8Mixin(SampleLossMixin):
     def _tell_replaced(self) -> None:
         """Name the Trainer's arguments that were given and that the scheduler's own take the place of."""
         args, scheduler = self.args, self.scheduler
-        epochs = None if scheduler.total_steps is None else scheduler.total_steps // max(scheduler.steps_per_epoch, 1)
+        epochs = None if scheduler.total_steps is None else -(-scheduler.total_steps // scheduler.steps_per_epoch)
         ours = {"num_train_epochs": epochs, "per_device_train_batch_size": scheduler.batch_size, "learning_rate": None}
         given = [
             f"{name}={getattr(args, name)!r}"
@@ -172,7 +172,7 @@ class R8Mixin(SampleLossMixin):
     def _take_over(self) -> None:
         trainer: Any = self
         steps = self.scheduler.total_steps
-        self.args.num_train_epochs = MANY if steps is None else steps // max(self.scheduler.steps_per_epoch, 1)
+        self.args.num_train_epochs = MANY if steps is None else -(-steps // self.scheduler.steps_per_epoch)
         rows = self._rows()
         if is_grouped(trainer):
             trainer._calculate_rewards = partial(self._keep_rewards, trainer._calculate_rewards)

@@ -374,7 +374,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
             raise ConfigError(problems)
         scheduler, asked = self._dataset.scheduler, (self.params or {}).get("epochs")
         if asked is not None and scheduler.total_steps is not None:
-            left = scheduler.total_steps // scheduler.steps_per_epoch - scheduler.current_epoch
+            left = -(-scheduler.total_steps // scheduler.steps_per_epoch) - scheduler.current_epoch
             if asked < left:
                 tell(
                     f"fit(epochs={asked}) ends the run before the scheduler does, which has {left} epochs left: the "

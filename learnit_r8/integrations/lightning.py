@@ -129,7 +129,7 @@ class R8Callback(Callback):
                 "others: leave it out, and take a Subset of the data with num_samples=len(subset)"
             )
         if _averaging(trainer) is not None:
-            epochs = None if scheduler.total_steps is None else scheduler.total_steps // scheduler.steps_per_epoch
+            epochs = None if scheduler.total_steps is None else -(-scheduler.total_steps // scheduler.steps_per_epoch)
             if trainer.max_epochs != epochs:
                 problems.append(
                     f"StochasticWeightAveraging ends with max_epochs={trainer.max_epochs}, the run with the "
@@ -186,7 +186,7 @@ class R8Callback(Callback):
                 f"{scheduler.steps_per_epoch} batches"
             )
         if scheduler.total_steps is not None:
-            epochs = scheduler.total_steps // scheduler.steps_per_epoch
+            epochs = -(-scheduler.total_steps // scheduler.steps_per_epoch)
             if trainer.max_epochs not in (None, -1) and trainer.max_epochs < epochs:
                 cuts.append(f"max_epochs={trainer.max_epochs} ends the run before the scheduler's num_epochs={epochs}")
             updates = scheduler.total_steps // trainer.accumulate_grad_batches
