@@ -107,6 +107,7 @@ def train(
         initial_lr=PEAK_LR,
         scheduler_mode="cosine",
         strategy=strategy,
+        state_callback=network.state,
         load_callback=network.restore,
         checkpoint_dir=None,
         ui=ui,
@@ -114,10 +115,6 @@ def train(
     ) as scheduler:
         for _ in scheduler.epoch_iterator():
             for indices, lr in scheduler.batch_iterator():
-                if (
-                    scheduler.global_step % 50 == 0
-                ):  # by hand: automatic backups go by the clock, and so would the result
-                    scheduler.update_cpu_backup(network.state())
                 losses = network.train_step(x_train[indices], y_train[indices], lr)
                 if poison and scheduler.global_step == scheduler.total_steps // 2 + 10:
                     network.weights[-1][:] = np.nan  # the next loss will tell

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from learnit_r8 import R8Scheduler
 from learnit_r8.events import RolledBack, SampleQuarantined
 
-BATCH_SIZE, PEAK_LR, CORRUPTED, BACKUP_EVERY = 32, 0.05, 123, 20
+BATCH_SIZE, PEAK_LR, CORRUPTED = 32, 0.05, 123
 TOO_HIGH, STEPS_TOO_HIGH = 1000.0, 3
 
 
@@ -77,15 +77,13 @@ def train(epochs: int, *, faults: bool, protected: bool) -> Outcome:
         checkpoint_dir=None,
         ui="off",
         sinks=[outcome],
+        state_callback=state if protected else None,
         load_callback=load if protected else None,
     )
     too_high_from = scheduler.total_steps // 2
     with scheduler:
         for _ in scheduler.epoch_iterator():
             for batch in scheduler.batch_iterator():
-                if protected and batch.step % BACKUP_EVERY == 0:
-                    # state_callback=state would do this by itself, paced by the clock: by hand the run is repeatable
-                    scheduler.update_cpu_backup(state())
                 too_high = faults and too_high_from <= batch.step < too_high_from + STEPS_TOO_HIGH
                 optimizer.param_groups[0]["lr"] = batch.lr * (TOO_HIGH if too_high else 1.0)
                 losses = cross_entropy(model(x[batch.indices]), y[batch.indices], reduction="none")

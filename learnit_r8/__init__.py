@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         TrainingDiverged,
     )
     from learnit_r8.scheduler import R8Scheduler
+    from learnit_r8.stability.policy import Recovery
     from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdict
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ProtocolError",
     "R8Error",
     "R8Scheduler",
+    "Recovery",
     "Sink",
     "StepResult",
     "TrainingDiverged",
@@ -57,6 +59,7 @@ _HOMES = {
         "TrainingDiverged",
     },
     "learnit_r8.scheduler": {"R8Scheduler"},
+    "learnit_r8.stability.policy": {"Recovery"},
     "learnit_r8.types": {"Batch", "Command", "LossReport", "Sink", "StepResult", "Verdict"},
 }
 

@@ -47,6 +47,10 @@ _MAX_STEP = 1.5
 """Of log x in one update; the linearisation is no good beyond."""
 _MIN_EQUATIONS = 0.2
 """Equations per unknown below which a refinement gains nothing on real training."""
+_EPOCHS = 128
+"""So many epochs' reports are kept at most: a refinement goes over all of them."""
+_NEWS = 1 / 8
+"""Share of the history that must be new: so refinements cost the same share of a run, however long it grows."""
 
 
 class BatchAttribution:
@@ -73,7 +77,8 @@ class BatchAttribution:
         self._reports = 0
         self._batch_size = 0.0
         self._spread = relative_std(MAX_S)
-        self._history = BatchHistory(history_entries)
+        self._history = BatchHistory(history_entries, _EPOCHS * num_samples)
+        self._news = 0  # reports since the last refinement
 
     def start(self, losses: NDArray[np.floating[Any]]) -> None:
         """Take level and scale from losses known per sample, shape `[n]`, before any batch is reported."""
@@ -101,7 +106,9 @@ class BatchAttribution:
         x = estimate[indices]
         p = variance[indices]
         mean = float(np.add.reduce(x)) / n
-        self._history.append(indices, loss, self.level, self.level + self.scale * (mean - 1.0))
+        if n < self.num_samples:  # all samples together say nothing of one
+            self._history.append(indices, loss, self.level, self.level + self.scale * (mean - 1.0))
+            self._news += 1
         if self.scale == 0.0:
             return
         error = (loss - self.level) / self.scale - (mean - 1.0)
@@ -161,8 +168,10 @@ class BatchAttribution:
         Returns:
             Whether the arrays were changed.
         """
-        if self._history.count / self.num_samples < _MIN_EQUATIONS or self.scale == 0.0:
+        count = self._history.count
+        if count / self.num_samples < _MIN_EQUATIONS or self.scale == 0.0 or self._news < _NEWS * count:
             return False
+        self._news = 0
         found = refine(self._history, self.num_samples, self.scale, additive=self.additive)
         if found is None:
             return False
@@ -170,9 +179,20 @@ class BatchAttribution:
         variance[found.seen] = found.variance[found.seen]
         return True
 
+    def mark(self) -> tuple[float, ...]:
+        """Return what `back_to` needs to take back all reports from here on, but for the arrays'."""
+        return self.level, self.scale, self._reports, self._batch_size, self._spread, self._history.appended
+
+    def back_to(self, mark: tuple[float, ...]) -> None:
+        """Forget the reports since `mark` was taken, in the same units."""
+        self.level, self.scale, reports, self._batch_size, self._spread, appended = mark
+        self._reports = int(reports)
+        self._news = max(0, self._news - self._history.forget(int(self._history.appended - appended)))
+
     def state_dict(self) -> dict[str, Any]:
         """Return all state: JSON scalars and numpy arrays."""
         return {
+            "news": self._news,
             "level": self.level,
             "scale": self.scale,
             "additive": self.additive,
@@ -191,6 +211,7 @@ class BatchAttribution:
         self._batch_size = float(state["batch_size"])
         self._spread = float(state["spread"])
         self._history.load_state_dict(state["history"])
+        self._news = int(state.get("news", 0))
 
     def _track(self, estimate: Float32s, variance: Float32s, loss: float, n: int) -> None:
         """Move level, spread and scale."""

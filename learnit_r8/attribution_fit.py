@@ -105,23 +105,28 @@ class BatchHistory:
     Args:
         capacity: Bound in entries of 4 bytes; a batch takes its size plus 8. The oldest quarter is dropped when it
             is full. 0: nothing is kept.
+        most_ids: Bound of the sample ids alone.
+
+    Attributes:
+        appended: Reports that were ever added, less those that were forgotten.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, most_ids: float = math.inf) -> None:
         self._capacity = capacity
+        self._most_ids = most_ids
         self._clear()
 
     def _clear(self) -> None:
         self._ids = np.empty(0, np.uint32)
         self._records = np.empty((0, 4))
         self.entries = 0
-        self.count = 0
+        self.count = self.appended = 0
 
     def append(self, indices: NDArray[np.integer[Any]], loss: float, level: float, predicted: float) -> None:
         """Add a report: its samples, loss, and the level and the prediction before it."""
         n = len(indices)
         end = self.entries + n
-        if end + _RECORD_ENTRIES * (self.count + 1) > self._capacity:
+        if end + _RECORD_ENTRIES * (self.count + 1) > self._capacity or end > self._most_ids:
             self._drop_oldest()
             end = self.entries + n
             if end + _RECORD_ENTRIES * (self.count + 1) > self._capacity:
@@ -134,11 +139,21 @@ class BatchHistory:
         self._records[self.count] = (n, loss, level, predicted)
         self.entries = end
         self.count += 1
+        self.appended += 1
+
+    def forget(self, reports: int) -> int:
+        """Forget the newest so many reports, as far as they are there; return how many these were."""
+        kept = max(0, self.count - reports)
+        forgotten = self.count - kept
+        self.entries -= int(self._records[kept : self.count, 0].sum())
+        self.count, self.appended = kept, self.appended - reports
+        return forgotten
 
     def _drop_oldest(self) -> None:
         sizes = self._records[: self.count, 0]
         ends = np.cumsum(sizes + _RECORD_ENTRIES)
-        drop = min(self.count, int(np.searchsorted(ends, self._capacity / 4)) + 1)
+        bound = min(self._capacity, self._most_ids)
+        drop = min(self.count, int(np.searchsorted(ends, bound / 4)) + 1)
         entries = int(sizes[:drop].sum())
         self._ids[: self.entries - entries] = self._ids[entries : self.entries].copy()
         self._records[: self.count - drop] = self._records[drop : self.count].copy()
@@ -164,7 +179,7 @@ class BatchHistory:
         self._ids = np.array(state["ids"], np.uint32)
         self._records = np.array(state["records"], np.float64).reshape(-1, 4)
         self.entries = len(self._ids)
-        self.count = len(self._records)
+        self.count = self.appended = len(self._records)
 
 
 def _grown(array: NDArray[Any], length: int) -> NDArray[Any]:

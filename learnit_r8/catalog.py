@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,8 +85,11 @@ class LossCatalog:
         self._attribution: BatchAttribution | None = None
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
-        self._journal: deque[tuple[int, int, Rows]] = deque()  # step, number of the edges, rows
+        # Step, number of the edges, rows, and where the attribution stood.
+        self._journal: deque[tuple[int, int, Rows, tuple[float, ...] | None]] = deque()
+        self._mark: tuple[float, ...] | None = None
         self._journal_bytes = 0
+        self._left_out: Indices = np.empty(0, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_opaque"}  # a view of the rows
@@ -153,6 +157,17 @@ class LossCatalog:
         return _frozen((self._rows["correct"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
 
     @property
+    def left_out(self) -> Indices:
+        """Ids of the samples that are kept out of batches since faults named them, int64, ascending, read-only."""
+        return _frozen(self._left_out)
+
+    def leave_out(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """Keep samples out of batches from now on; return those that are new."""
+        new = np.setdiff1d(np.asarray(list(ids), np.int64), self._left_out)
+        self._left_out = np.union1d(self._left_out, new)
+        return tuple(int(i) for i in new)
+
+    @property
     def attributed(self) -> bool:
         """Whether losses were reported one a batch, so that all figures of samples are estimates."""
         return self._attribution is not None
@@ -199,7 +214,8 @@ class LossCatalog:
 
         Ranked by the mean of all reported losses: a network may learn a wrong label by heart in the
         end, but it learns it last. With one loss a batch by the current estimate, which then
-        holds all that was reported; that takes many epochs (see `confidence`).
+        holds all that was reported; that takes many epochs (see `confidence`). Samples that were left out
+        since faults named them come first.
 
         Args:
             k: How many, 0 to N; fewer come back while fewer were seen.
@@ -217,7 +233,8 @@ class LossCatalog:
             raise ValueError(f"k must be >= 0, got {k}")
         score = self._rows["mean"] if self._attribution is None else self._rows["estimate"]
         score = np.where(self._rows["uses"] > 0, score, -np.inf)
-        k = min(int(k), self._num_seen)
+        score[self._left_out] = np.inf
+        k = min(int(k), int(np.count_nonzero(score > -np.inf)))
         if k == 0:
             return np.empty(0, np.int64)
         worst = np.argpartition(score, -k)[-k:]
@@ -280,6 +297,7 @@ class LossCatalog:
         assert self._attribution is not None
         attribution = self._attribution
         units = attribution.additive, attribution.additive and attribution.scale
+        self._mark = attribution.mark()
         attribution.update(self._rows["estimate"], self._rows["variance"], rows.indices, loss)
         block = self._opaque.take(rows.indices)
         floats = block.view(np.float32)
@@ -372,10 +390,11 @@ class LossCatalog:
     # Undo, for rollbacks ------------------------------------------------------------------
 
     def _remember(self, step: int, rows: Rows) -> None:
-        self._journal.append((step, self._quadrants.number, rows))
-        self._journal_bytes += rows.block.nbytes
+        self._journal.append((step, self._quadrants.number, rows, self._mark))
+        self._mark = None
+        self._journal_bytes += _size(rows)
         while self._journal_bytes > _JOURNAL_BYTES:
-            self._journal_bytes -= self._journal.popleft()[2].block.nbytes
+            self._journal_bytes -= _size(self._journal.popleft()[2])
 
     def _forget_journal(self) -> None:
         self._journal.clear()
@@ -388,8 +407,10 @@ class LossCatalog:
         """
         undone = 0
         while self._journal and self._journal[-1][0] >= step:
-            _, edges, rows = self._journal.pop()
-            self._journal_bytes -= rows.block.nbytes
+            _, edges, rows, mark = self._journal.pop()
+            self._journal_bytes -= _size(rows)
+            if mark is not None and self._attribution is not None:
+                self._attribution.back_to(mark)
             if edges != self._quadrants.number:
                 rows = rows._replace(block=self._in_present_quadrants(rows))
             before, now = rows.block.view(_ROW)["estimate"], self._rows["estimate"][rows.indices]
@@ -414,6 +435,7 @@ class LossCatalog:
             "edges": None if self._quadrants.edges is None else self._quadrants.edges.copy(),
             "sum": self._sum,
             "num_seen": self._num_seen,
+            "left_out": self._left_out,
             "attribution": None if self._attribution is None else self._attribution.state_dict(),
         }
 
@@ -431,6 +453,7 @@ class LossCatalog:
         self._quadrants.edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
         self._sum = float(state["sum"])
         self._num_seen = int(state["num_seen"])
+        self._left_out = np.asarray(state.get("left_out", ()), np.int64)
         self._attribution = None
         if state["attribution"] is not None:
             self._attribution = BatchAttribution(self.num_samples)
@@ -439,8 +462,14 @@ class LossCatalog:
 
 
 _JOURNAL_BYTES = 8 << 20
-"""How far back reports can be undone: a thousand steps of 256 samples. A longer journal would go on growing for longer,
+"""How far back reports can be undone: 770 steps of 256 samples. A longer journal would go on growing for longer,
 and memory that is touched for the first time costs more than all the rest of a step."""
+_ENTRY_BYTES = 600
+"""What Python's objects of one entry take beside the arrays' contents."""
+
+
+def _size(rows: Rows) -> int:
+    return rows.block.nbytes + rows.indices.nbytes + _ENTRY_BYTES
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

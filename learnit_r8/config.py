@@ -41,7 +41,7 @@ class Config:
     auto_find_lr: bool
     strategy: str
     """The strategy's name, or the class of a strategy object."""
-    backup_every: int | None
+    backup_every: int | str | None
     checkpoint_dir: str | None
     checkpoint_every: str | int | None
     keep_checkpoints: int
@@ -57,6 +57,8 @@ class Config:
     """Name of a logged metric, and "min" or "max"."""
     keep_every: int | None = None
     signals: tuple[str, ...] = SIGNALS
+    recovery: Mapping[str, str] | None = None
+    """What non-finite losses, spikes and drifts each cause; None in the states of older versions."""
     own_strategy: bool = False
     """The strategy was given as an object: its name does not make it again."""
 

@@ -118,7 +118,7 @@ class PhaseChanged(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SpikeSeen(Event):
-    """A loss that calls for action."""
+    """A loss, or several, that are not as usual."""
 
     epoch: int
     verdict: str
@@ -127,6 +127,8 @@ class SpikeSeen(Event):
     score: float
     indices: tuple[int, ...]
     """Sample ids of the batch."""
+    reason: str = ""
+    """The evidence in words."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -263,6 +265,14 @@ class RunEnded(Event):
     """"finished", "stopped" (by command or signal), "closed" or "error"."""
     seconds: float
     """Training seconds, those before a resume counted."""
+    final_level: float = math.nan
+    """Median of the last losses; NaN in a run of fewer than 48."""
+    best_level: float = math.nan
+    """The lowest that it was."""
+    best_step: int = -1
+    """Around when."""
+    left_out: tuple[int, ...] = ()
+    """Samples that faults named."""
 
 
 EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}

@@ -59,6 +59,7 @@ from learnit_r8.noise_guard import NoiseGuard, either
 from learnit_r8.portable import portable, unpacked
 from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.sinks import EventBus
+from learnit_r8.stability.policy import Recovery
 from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdict, WeighedBatch
 
@@ -96,7 +97,10 @@ class R8Scheduler:
         load_callback: `(source)` or `(source, from_ram)`: restore the model from a path, or
             from a copy of what `update_cpu_backup` or `state_callback` gave.
         state_callback: Returns the model's state, for automatic backups in RAM.
-        backup_every: Steps between automatic backups, at least.
+        backup_every: Steps between automatic backups; "auto": chosen by the size of the state, from 8 steps for less
+            than a megabyte to 512, and told; None for none.
+        recovery: What faults cause: "auto", "report" (they are told), "off", or a `Recovery` that says it of
+            non-finite losses, spikes and drifts.
         checkpoint_dir: Where checkpoints go; made at the first one. A run removes none but its own there.
         checkpoint_every: "epoch", a number of steps, or None for by hand only.
         keep_checkpoints: How many of the newest to keep; those that were given a name, and final ones, stay.
@@ -140,7 +144,8 @@ class R8Scheduler:
         save_callback: Callable[..., Any] | None = None,
         load_callback: Callable[..., Any] | None = None,
         state_callback: Callable[[], Any] | None = None,
-        backup_every: int | None = 50,
+        backup_every: int | str | None = "auto",
+        recovery: str | Recovery = "auto",
         checkpoint_dir: str | Path | None = DEFAULT_DIR,
         checkpoint_every: str | int | None = None,
         keep_checkpoints: int = 3,
@@ -181,13 +186,15 @@ class R8Scheduler:
         self._saver = Saver(args, self._bus)
         evidence, recent = config.log_dir or config.checkpoint_dir, partial(tuple, self._bus.recent)
         self._safety = SafetyNet(
+            args.recovery,
             args.load,
             args.state_callback,
             config.backup_every,
+            config.total_steps,
             self._saver,
             self._catalog,
             self._bus.emit,
-            self._ranks.clock,  # backups are paced by time, and all ranks have to take the same ones
+            args.clock,
             CrashRecorder(Path(evidence) if evidence else None, config.to_json(), recent),
             self._ranks,
         )
@@ -467,6 +474,8 @@ class R8Scheduler:
                 self._between_steps()
                 if self._progress.stage is Stage.DONE:
                     self._progress.next_epoch()
+            if not self._control.stop:
+                self._safety.finish(self._progress.global_step)
             self._save_last()
         self._end("stopped" if self._control.stop else "finished")
 
@@ -495,9 +504,13 @@ class R8Scheduler:
             )
         self._desk.start_pass(loader)
         with self._control.interrupts:
-            if self._search is not None:
+            while self._search is not None:
                 yield from self._search_batches(self._search)
                 self._desk.leave()
+                if self._search is not None:  # it was left for a signal or a command
+                    self._between_steps()
+                    if self._control.stop:
+                        return
             try:
                 while True:
                     self._desk.check_room()
@@ -757,6 +770,8 @@ class R8Scheduler:
             self.deliver_signal(self._saver.farewell(self._progress.global_step, writes=self._ranks.writes))
         if self._bus and self._bus.commanding:
             self._control.obey(self._progress.global_step, self._save_if_possible)
+        if self._ranks.world_size > 1:
+            self._control.act_together(self._progress.global_step)
         self._safety.before_step(self._progress.global_step)
         if self._together and self._ranks.save:
             self._ranks.save = False
@@ -781,6 +796,9 @@ class R8Scheduler:
                     )
                     yield self._desk.issue(ticket)
                     self._desk.check_room()
+                    if self._control.interrupted or self._bus.asked:
+                        search.restart()  # the model is as before in a moment; then this is seen to
+                        return
             except BaseException:  # left or failed: the next loop starts the search anew
                 search.restart()
                 raise
@@ -807,6 +825,20 @@ class R8Scheduler:
         self._check_open()
         if self._search is None:  # a backup amid the search would be of a model that is thrown away
             self._safety.keep(state, self._progress.global_step)
+
+    def restore_best(self) -> int:
+        """Bring the model back to the backup in RAM, or else the checkpoint, whose losses were lowest.
+
+        The run's position, learning rate and catalog stay as they are.
+
+        Returns:
+            The step of that state.
+
+        Raises:
+            LookupError: There is none.
+            RuntimeError: `load_callback` failed.
+        """
+        return self._safety.restore_best(self._progress.global_step, self._progress.epoch)
 
     def save_checkpoint(self, is_final: bool = False, *, name: str = "") -> Path:
         """Write the run's state, and the model through `save_callback`; return the checkpoint's path.
@@ -1050,7 +1082,8 @@ class R8Scheduler:
                 self.tell(missed)
             self._begun = False
             self._budget.stop()
-            self._presence.end(self._progress.global_step, reason, self._budget.elapsed)
+            levels, warning = self._safety.levels(), self._safety.ending(self._progress.global_step)
+            self._presence.end(self._progress.global_step, reason, self._budget.elapsed, levels, warning)
         self._saver.close()
 
     def _over(self) -> bool:

@@ -69,7 +69,7 @@ def random_steps(seed: int) -> Callable[[int], list[int]]:
 def survivable(steps: list[int]) -> bool:
     """Whether a run has to survive NaN at these steps, ascending, whatever backups it has.
 
-    One backup is used at most three times while no 16 calm losses have come in between (`stability/aftermath.py`);
+    One backup is used at most three times while no 16 calm losses have come in between;
     reports that were under way during a rollback do not count. And there are ten rollbacks in 1000 steps.
     """
     chains = (steps[first : first + 4] for first in range(len(steps) - 3))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.stability.backups import BackupPacer, BackupRing, BackupStatus
+from learnit_r8.stability.backups import BackupRing, BackupStatus, chosen_interval
 from learnit_r8.stability.tree_copy import CopyPlan, all_finite
 
 
@@ -440,54 +440,11 @@ def test_the_abandoned_future_and_discarded_backups_are_forgotten():
 def test_bad_arguments_are_listed_together():
     with pytest.raises(ConfigError, match="2 problems"):
         BackupRing(1, proof=0)
-    with pytest.raises(ConfigError, match="2 problems"):
-        BackupPacer(0.0, 0)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(0.001, 0.2), min_size=20, max_size=20),
-    st.lists(st.floats(0.0, 2.0), min_size=20, max_size=20),
-    st.integers(1, 60),
-)
-def test_automatic_backups_stay_within_their_share_of_the_time(steps, costs, every):
-    pacer, spent, trained, last, gaps = BackupPacer(0.03, every), 0.0, 0.0, 0, []
-    for k in range(6000):
-        pacer.stepped(steps[k % 20])
-        trained += steps[k % 20]
-        if pacer.due:
-            gaps.append(k - last)
-            last = k
-            cost = costs[len(gaps) % 20]
-            pacer.took(cost)
-            spent += cost
-            if len(gaps) > 1:
-                assert gaps[-1] >= every
-    # The first one is free, and one may run ahead of its pay: its price is learned only by taking it.
-    assert spent <= 0.03 * trained + 3 * max(costs)
-
-
-def test_a_first_backup_that_took_long_does_not_put_off_the_next_ones():
-    pacer, due = BackupPacer(0.03, 20), []
-    pacer.took(5.0)
-    for step in range(1, 101):
-        pacer.stepped(0.01)
-        if pacer.due:
-            due.append(step)
-            pacer.took(0.001)
-    assert due == list(range(20, 101, 20))
-
-
-def test_cheap_backups_come_at_the_interval_asked_for():
-    pacer = BackupPacer(0.03, 50)
-    due = []
-    for step in range(1, 501):
-        pacer.stepped(0.1)
-        if pacer.due:
-            due.append(step)
-            pacer.took(0.01)
-    assert due == list(range(50, 501, 50))
-    assert pacer.interval == 50
+@pytest.mark.parametrize(("nbytes", "steps"), [(0, 8), (1e6, 8), (4e6, 16), (1e8, 80), (1e9, 253), (1e12, 512)])
+def test_the_chosen_interval_follows_from_the_bytes_alone(nbytes, steps):
+    assert chosen_interval(int(nbytes)) == steps
 
 
 def test_the_oldest_backup_stays_until_it_is_four_intervals_old():

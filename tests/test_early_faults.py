@@ -6,21 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.fault_training import STEPS, Run
-from learnit_r8.stability.detector import Detector
-from learnit_r8.types import Verdict
 from tests.backup_watch import survivable
-
-
-def test_the_first_loss_outlives_a_rollback_to_before_it():
-    detector = Detector()
-    before = detector.state_dict()
-    detector.observe(0, 1.0)
-    detector.observe(1, float("nan"))
-    detector.reset_after_rollback(before)
-    verdicts = [detector.observe(2, 0.01, easy=True).verdict, *(detector.observe(step, 4.0).verdict for step in (3, 4))]
-    assert verdicts == [Verdict.CALM] * 3
-    verdicts = [detector.observe(step, 400.0).verdict for step in (5, 6)]
-    assert verdicts[-1] is Verdict.SPIKE
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -1,4 +1,4 @@
-"""Recovery does what its table says, within its budgets, and names the samples that deserve it."""
+"""Recovery does what its table says, in proportion to the cause, and names the samples that deserve it."""
 
 from __future__ import annotations
 
@@ -9,39 +9,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learnit_r8 import Recovery
 from learnit_r8.errors import ConfigError, ProtocolError
-from learnit_r8.stability.aftermath import AftermathSettings
-from learnit_r8.stability.quarantine import Quarantine, named
-from learnit_r8.stability.recovery import TABLE, Action, Kind, Phase, Recovery, RecoverySettings, Signal, state_diagram
-from learnit_r8.types import Verdict
-
-FAULTS = [Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE]
+from learnit_r8.stability.quarantine import Quarantine, named, not_finite
+from learnit_r8.stability.recovery import TABLE, Action, Cause, Kind, Phase, RecoveryMachine, Signal, state_diagram
 
 
-def calm(recovery, start, count=1, loss=1.0):
-    return [recovery.react(start + k, Verdict.CALM, can_restore=True, loss=loss) for k in range(count)]
+def calm(machine, start, count=1):
+    return [machine.react(start + k, Cause.CALM) for k in range(count)]
 
 
-def fault(recovery, step, verdict=Verdict.SPIKE, **details):
-    details = {"can_restore": True, "loss": 10.0, "batch_indices": [1, 2, 3], **details}
-    return recovery.react(step, verdict, **details)
+def damage(machine, step, **details):
+    return machine.react(step, Cause.DAMAGE, **{"can_restore": True, "batch": [1, 2, 3], "why": "broken", **details})
 
 
 def healthy():
-    recovery = Recovery(1000)
-    calm(recovery, 0, 100)
-    return recovery
+    machine = RecoveryMachine()
+    calm(machine, 0, 100)
+    return machine
 
 
-def test_every_verdict_has_a_rule_in_every_phase_that_can_hear_one():
+def test_every_cause_has_a_rule_in_every_phase_that_can_hear_one():
     for phase in Phase:
         if phase is not Phase.ROLLBACK:
-            assert {signal for at, signal in TABLE if at is phase} >= set(Verdict)
-    assert {signal for _, signal in TABLE} == {*Verdict, *Signal}
+            assert {signal for at, signal in TABLE if at is phase} >= set(Cause)
+    assert {signal for _, signal in TABLE} == {*Cause, *Signal}
 
 
 def test_every_phase_can_be_reached_and_only_failure_is_final():
-    reached = {Phase.WARMUP} | {move.phase for move in TABLE.values()}
+    reached = {Phase.HEALTHY} | {move.phase for move in TABLE.values()}
     assert reached == set(Phase)
     for phase in Phase:
         assert any(move.phase is not phase for (at, _), move in TABLE.items() if at is phase) == (
@@ -58,327 +54,156 @@ def test_the_diagram_draws_each_change_of_phase_of_the_table_and_no_other():
             drawn |= {(start, signal, end) for signal in signals.split(", ")}
     table = {(a.name, str(s), m.phase.name) for (a, s), m in TABLE.items() if m.phase is not a}
     assert drawn == table
-    assert state_diagram().startswith("stateDiagram-v2\n    [*] --> WARMUP")
+    assert state_diagram().startswith("stateDiagram-v2\n    [*] --> HEALTHY")
 
 
-def test_calm_losses_are_accepted_and_lead_to_health():
-    recovery = Recovery(10)
-    actions = calm(recovery, 0, 15)
-    assert recovery.phase is Phase.WARMUP
-    actions += calm(recovery, 15)
-    assert recovery.phase is Phase.HEALTHY
-    assert {a.kind for a in actions} == {Kind.ACCEPT}
-    assert recovery.aftermath.lr_multiplier(16) == 1.0
+def test_calm_losses_are_accepted():
+    assert {action.kind for action in calm(RecoveryMachine(), 0, 50)} == {Kind.ACCEPT}
 
 
-def test_a_suspect_loss_is_held_and_backups_wait_for_eight_calm_ones():
-    recovery = healthy()
-    assert recovery.react(100, Verdict.SUSPECT, can_restore=True).kind is Kind.HOLD
-    for step in range(101, 109):
-        assert not recovery.backups_allowed
-        calm(recovery, step)
-    assert recovery.backups_allowed
+def test_an_outlier_is_held_and_backups_wait_for_the_next_calm_loss():
+    machine = healthy()
+    assert machine.react(100, Cause.OUTLIER).kind is Kind.HOLD
+    assert machine.phase is Phase.QUESTION
+    assert not machine.backups_allowed
+    calm(machine, 101, 1)
+    assert machine.backups_allowed
+    calm(machine, 102, 7)
+    assert machine.phase is Phase.HEALTHY
 
 
-def test_a_skipped_step_changes_nothing():
-    recovery = healthy()
-    before = recovery.state_dict()
-    assert recovery.react(100, Verdict.SKIPPED, can_restore=True).kind is Kind.IGNORE
-    after = recovery.state_dict()
-    assert {k for k in after if str(after[k]) != str(before[k])} == {"reports"}
+def test_a_report_that_is_not_finite_while_the_model_is_changes_nothing_but_is_left_out():
+    machine = healthy()
+    for step in range(100, 103):
+        assert machine.react(step, Cause.REPORT, finite=False).kind is Kind.IGNORE
+    assert machine.phase is Phase.HEALTHY
+    assert machine.lr_multiplier(103) == 1.0
+    assert calm(machine, 103)[0].kind is Kind.ACCEPT
 
 
-@pytest.mark.parametrize("verdict", FAULTS)
-def test_a_fault_asks_for_a_backup_older_than_the_first_suspect_step(verdict):
-    recovery = healthy()
-    action = fault(recovery, 103, verdict, first_suspect_step=101)
-    assert (action.kind, action.source, action.before_step, action.discard) == (Kind.RESTORE, "ram", 101, None)
-    recovery.rolled_back(103, 80, 5)
-    assert recovery.phase is Phase.PROBATION
-    assert recovery.stable_only(104)
+def test_a_jump_that_the_weights_do_not_explain_is_held_and_its_level_accepted_after_16_losses():
+    machine = healthy()
+    kinds = [machine.react(100 + k, Cause.JUMP).kind for k in range(16)]
+    assert kinds == [Kind.HOLD] * 15 + [Kind.ACCEPT_LEVEL]
+    assert machine.phase is Phase.HEALTHY
+    kinds = [machine.react(200 + k, Cause.JUMP, seen=False).kind for k in range(32)]
+    assert kinds == [Kind.HOLD] * 31 + [Kind.ACCEPT_LEVEL]
 
 
-def test_the_lr_is_halved_held_and_led_back_geometrically():
-    recovery = healthy()
-    fault(recovery, 100)
-    recovery.rolled_back(100, 80, 1)
-    factors = np.array([recovery.aftermath.lr_multiplier(101 + k) for k in range(82)])
-    assert (factors[:40] == 0.5).all()
-    ramp = factors[40:81]
-    assert ramp[-1] == 1.0
-    np.testing.assert_allclose(ramp[1:] / ramp[:-1], 2 ** (1 / 40))
-    assert factors[81] == 1.0
-    calm(recovery, 101, 40)
-    assert recovery.phase is Phase.PROBATION
-    calm(recovery, 141)
-    assert recovery.phase is Phase.HEALTHY
-    assert not recovery.stable_only(142)
+def test_damage_asks_for_a_backup_from_before_it_and_leaves_the_rate_alone():
+    machine = healthy()
+    action = damage(machine, 100, before_step=97)
+    assert (action.kind, action.source, action.before_step) == (Kind.RESTORE, "ram", 97)
+    assert action.unproven
+    machine.rolled_back(100, 96, 12)
+    assert machine.phase is Phase.TRIAL
+    assert machine.lr_multiplier(101) == 1.0
+    assert not machine.stable_only(101)
 
 
-def test_three_triggers_during_one_recovery_halve_the_peak_for_good():
-    recovery, step = healthy(), 100
-    for k in range(4):
-        fault(recovery, step, loss=10.0**k)
-        recovery.rolled_back(step, step - 1, k)
-        step += 20
-    assert recovery.aftermath.lr_multiplier(10**6) == 0.5
-    assert recovery.aftermath.lr_multiplier(step) == 0.5 / 16
+def test_eight_calm_losses_acquit_a_backup_whatever_comes_later():
+    machine = healthy()
+    for k in range(30):  # faults eleven steps apart, for ever: each costs what it costs
+        step = 100 + 11 * k
+        assert damage(machine, step).kind is Kind.RESTORE
+        machine.rolled_back(step, step - 9, 5)
+        calm(machine, step + 1, 8)
+        assert machine.phase is Phase.HEALTHY
+        assert machine.lr_multiplier(step + 9) == 1.0
 
 
-def test_the_lr_factor_of_one_recovery_has_a_floor():
-    recovery = Recovery(1000, RecoverySettings(per_span=100), AftermathSettings(triggers_to_halve=1000))
-    calm(recovery, 0, 20)
+def test_a_fault_that_returns_at_once_halves_the_rate_for_a_while_and_then_tries_an_older_backup():
+    machine = RecoveryMachine(hold=50)
+    calm(machine, 0, 100)
+    damage(machine, 100)
+    machine.rolled_back(100, 96, 12)
+    calm(machine, 101, 2)
+    again = damage(machine, 103)
+    assert not again.unproven
+    assert again.before_step is None
+    assert [machine.lr_multiplier(step) for step in (104, 153, 154)] == [0.5, 0.5, 1.0]
+    assert machine.stable_only(104)
+    assert not machine.stable_only(112)
+    machine.rolled_back(103, 96, 12)
+    calm(machine, 104, 2)
+    assert damage(machine, 106).before_step == 96
+    machine.rolled_back(106, 64, 8)
+    calm(machine, 107, 8)
+    assert damage(machine, 200).before_step is None  # acquitted: the next fault begins anew
+
+
+def test_a_fault_that_the_batch_explains_blames_no_backup_and_no_rate():
+    machine = healthy()
+    for step in range(100, 140):
+        assert damage(machine, step, finite=False, explained=step > 100).kind is Kind.RESTORE
+        machine.rolled_back(step, 96, 12)
+    assert machine.lr_multiplier(140) == 1.0
+    calm(machine, 140, 8)
+    assert machine.phase is Phase.HEALTHY
+
+
+def test_ten_returns_without_an_acquittal_are_a_divergence():
+    machine, kinds = healthy(), []
     for k in range(12):
-        fault(recovery, 100 + k, Verdict.NONFINITE)
-        recovery.rolled_back(100 + k, 99, k)
-    assert recovery.aftermath.lr_multiplier(112) == 1 / 64
+        action = damage(machine, 100 + 2 * k, finite=False)
+        kinds.append(action.kind)
+        if action.kind is Kind.FAIL:
+            break
+        machine.rolled_back(100 + 2 * k, 96, 12)
+        calm(machine, 101 + 2 * k)
+    assert kinds == [Kind.RESTORE] * 10 + [Kind.FAIL]
+    assert "10 times" in action.reason
+    assert machine.lacks  # NaN out of calm losses, each time: the backup is not whole
+    assert machine.react(200, Cause.CALM).kind is Kind.FAIL
 
 
-def back(recovery, step, calm_since, *, to=0, backup=7, loss=10.0, suspect=1, **details):
-    """Let a fault that was suspected a step before follow calm losses, and roll back; return the backup discarded."""
-    calm(recovery, step - calm_since, calm_since)
-    action = fault(recovery, step, Verdict.NONFINITE, loss=loss, first_suspect_step=step - suspect)
-    recovery.rolled_back(step, to, backup, **details)
-    return action.discard
+def test_a_hundred_losses_in_a_row_that_are_not_finite_end_a_run_of_a_sound_model():
+    machine = healthy()
+    kinds = [machine.react(100 + k, Cause.REPORT, finite=False).kind for k in range(100)]
+    assert kinds == [Kind.IGNORE] * 99 + [Kind.FAIL]
 
 
-def test_a_backup_whose_own_loss_is_faulty_is_discarded_at_once():
-    recovery = healthy()
-    assert back(recovery, 100, 0) is None
-    assert back(recovery, 101, 0) == 7
+def test_failed_restores_escalate_from_a_fresh_copy_to_older_checkpoints():
+    machine = healthy()
+    damage(machine, 100, before_step=98)
+    steps = [machine.restore_failed("no")]
+    assert (steps[-1].source, steps[-1].before_step) == ("ram", 98)  # the same with a fresh copy
+    for source, skip in (("disk", 0), ("disk", 0), ("disk", 1), ("disk", 1), ("disk", 2)):
+        steps.append(machine.restore_failed("no"))
+        assert (steps[-1].kind, steps[-1].source, steps[-1].skip) == (Kind.RESTORE, source, skip)
+    assert machine.restore_failed("nothing there", empty=True).kind is Kind.FAIL
 
 
-def test_a_fault_that_takes_as_long_as_before_is_in_the_backup():
-    recovery = healthy()
-    assert back(recovery, 160, 60, to=100) is None  # it shows 60 steps after the backup
-    assert back(recovery, 225, 64, to=80, backup=8) == 7  # and again
-    assert back(recovery, 255, 29, to=80, backup=8) is None  # this one sooner: something else
+def test_without_a_way_to_restore_ten_damages_in_a_row_are_divergence():
+    machine = healthy()
+    kinds = [damage(machine, 100 + k, can_restore=False, finite=False).kind for k in range(10)]
+    assert kinds == [Kind.IGNORE] * 9 + [Kind.FAIL]
 
 
-def test_a_fault_that_goes_on_outside_costs_a_backup_at_its_second_return_only():
-    recovery = healthy()
-    assert back(recovery, 140, 40, to=100) is None
-    assert back(recovery, 143, 2, to=100) is None
-    assert back(recovery, 146, 2, to=60, backup=3) == 7
-    assert recovery.aftermath.lr_multiplier(147) == 1 / 8
-
-
-def test_a_backup_is_used_three_times_at_most():
-    recovery = healthy()
-    discarded = [back(recovery, 200, 100, to=100), back(recovery, 230, 29, to=100)]
-    discarded += [back(recovery, 255, 24, to=100), back(recovery, 280, 24, to=100)]
-    assert discarded == [None, None, None, 7]
-
-
-def test_faults_with_healthy_stretches_between_them_are_no_loop():
-    recovery, step = healthy(), 100
-    for _ in range(6):
-        step += 100
-        assert back(recovery, step, 99, to=step - 10) is None
-
-
-def test_sudden_faults_use_no_backup_up_and_backups_go_on_soon():
-    recovery, step = healthy(), 160
-    assert back(recovery, step, 60, to=100, suspect=0) is None
-    for _ in range(8):  # as late after the restore as each other, which would speak against the backup had they grown
-        calm(recovery, step + 1, 16)
-        assert not recovery.backups_allowed
-        calm(recovery, step + 17, 1)
-        assert recovery.backups_allowed
-        step += 25
-        assert back(recovery, step, 7, to=100, suspect=0) is None
-
-
-def test_no_backup_is_taken_until_the_last_one_has_passed_its_trial():
-    recovery = healthy()
-    back(recovery, 160, 60, to=100)
-    calm(recovery, 161, 90)
-    assert not recovery.backups_allowed
-    calm(recovery, 251)
-    assert recovery.phase is Phase.PROBATION
-    assert recovery.backups_allowed
-
-
-def test_the_initial_state_gets_its_three_rollbacks_and_then_the_batch_is_named():
-    recovery = Recovery(1000)
-    for _ in range(3):
-        action = fault(recovery, 0, Verdict.NONFINITE, first_suspect_step=0, batch_indices=[41, 42])
-        assert (action.kind, action.discard) == (Kind.RESTORE, None)
-        recovery.rolled_back(0, 0, 1, last_resort=True, resumes_at=0)
-    action = fault(recovery, 0, Verdict.NONFINITE, batch_indices=[41, 42])
-    assert action.discard == 1
-    assert recovery.restore_failed(0, "none", empty=True).source == "disk"
-    last = recovery.restore_failed(0, "none", empty=True)
-    assert last.kind is Kind.FAIL
-    assert "[41, 42]" in last.reason
-    assert recovery.failing_batches == [[41, 42]] * 3
-    assert fault(recovery, 1).kind is Kind.FAIL
-    assert calm(recovery, 2)[0].kind is Kind.FAIL
-
-
-def test_eleven_rollbacks_within_a_thousand_steps_are_divergence():
-    recovery, step = healthy(), 100
-    for k in range(10):
-        assert fault(recovery, step, Verdict.NONFINITE).kind is Kind.RESTORE
-        recovery.rolled_back(step, step - 10, k)
-        calm(recovery, step + 1, 50)
-        step += 51
-    assert fault(recovery, step, Verdict.NONFINITE).kind is Kind.FAIL
-    assert recovery.phase is Phase.FAILED
-
-
-def test_old_rollbacks_leave_the_budget():
-    recovery, step = healthy(), 100
-    for k in range(30):
-        assert fault(recovery, step, Verdict.NONFINITE).kind is Kind.RESTORE
-        recovery.rolled_back(step, step - 10, k)
-        calm(recovery, step + 1, 120)
-        step += 121
-
-
-def test_failed_restores_escalate_from_a_fresh_copy_to_older_backups_to_older_checkpoints():
-    recovery = healthy()
-    tried = [fault(recovery, 100)]
-    tried.append(recovery.restore_failed(100, "raised", backup_id=3))
-    tried.append(recovery.restore_failed(100, "raised", backup_id=3))
-    tried.append(recovery.restore_failed(100, "no backup", empty=True))
-    tried.append(recovery.restore_failed(100, "raised"))
-    tried.append(recovery.restore_failed(100, "raised"))
-    end = recovery.restore_failed(100, "no checkpoint", empty=True)
-    assert [(a.source, a.skip, a.discard) for a in tried] == [
-        ("ram", 0, None), ("ram", 0, None), ("ram", 0, 3), ("disk", 0, None), ("disk", 0, None), ("disk", 1, None),
-    ]  # fmt: skip
-    assert {a.before_step for a in tried} == {100}
-    assert end.kind is Kind.FAIL
-    assert "no checkpoint" in end.reason
-
-
-def test_a_checkpoint_that_leads_to_another_fault_at_once_is_passed_over():
-    recovery = healthy()
-    fault(recovery, 100, Verdict.NONFINITE)
-    recovery.restore_failed(100, "none", empty=True)
-    recovery.rolled_back(100, 50, None)
-    fault(recovery, 101, Verdict.NONFINITE)
-    assert recovery.restore_failed(101, "none", empty=True).skip == 1
-
-
-def test_without_a_way_to_restore_ten_nonfinite_losses_in_a_row_are_divergence():
-    recovery = healthy()
-    for k in range(9):
-        assert fault(recovery, 100 + k, Verdict.NONFINITE, can_restore=False).kind is Kind.DROP
-    calm(recovery, 109)
-    kinds = [fault(recovery, 110 + k, Verdict.NONFINITE, can_restore=False).kind for k in range(10)]
-    assert kinds == [Kind.DROP] * 9 + [Kind.FAIL]
-
-
-def test_without_a_way_to_restore_finite_losses_count_and_their_level_is_accepted_in_the_end():
-    recovery = healthy()
-    kinds = [fault(recovery, 100 + k, can_restore=False, loss=2.0**k).kind for k in range(10)]
-    assert kinds == [Kind.HOLD] * 9 + [Kind.ACCEPT_LEVEL]
-
-
-@pytest.mark.parametrize(
-    ("losses", "end"),
-    [
-        ((10.0, 11.0, 9.0), Kind.ACCEPT_LEVEL),
-        ((10.0, 20.0, 40.0), Kind.RESTORE),
-        ((10.0, 12.5, 16.0), Kind.RESTORE),
-        ((10.0, 3.0, 10.0), Kind.RESTORE),
-    ],
-)
-def test_the_same_level_after_two_rollbacks_is_accepted_and_growth_is_not(losses, end):
-    recovery, step = healthy(), 100
-    for k, loss in enumerate(losses):
-        action = fault(recovery, step, loss=loss)
-        if action.kind is Kind.RESTORE:
-            recovery.rolled_back(step, step - 10, k)
-            calm(recovery, step + 1, 2)
-        step += 3
-    assert action.kind is end
-
-
-def roll_back(recovery, step, **details):
-    assert fault(recovery, step, **details).kind is Kind.RESTORE
-    recovery.rolled_back(step, step - 10, step)
-
-
-def test_a_level_counts_as_held_after_rollbacks_only_not_after_restores_that_were_abandoned():
-    recovery = healthy()
-    for step in (100, 103):
-        fault(recovery, step)
-        recovery.restore_abandoned()
-    assert fault(recovery, 106).kind is Kind.RESTORE
-
-
-def test_a_level_is_forgotten_with_the_rollbacks_that_led_to_it():
-    recovery = healthy()
-    for step in (100, 103):
-        roll_back(recovery, step)
-    for step in range(104, 104 + recovery.settings.span):
-        recovery.react(step, Verdict.SKIPPED, can_restore=True)
-    assert fault(recovery, 2000).kind is Kind.RESTORE
-
-
-def test_a_level_that_took_time_to_come_back_is_not_held():
-    recovery = healthy()
-    for step in (100, 103):
-        roll_back(recovery, step)
-    calm(recovery, 104, 40)
-    assert fault(recovery, 144).kind is Kind.RESTORE
-
-
-def test_a_level_that_was_accepted_asks_for_two_more_rollbacks_before_the_next_is():
-    recovery = healthy()
-    for step in (100, 103):
-        roll_back(recovery, step)
-    assert fault(recovery, 106).kind is Kind.ACCEPT_LEVEL
-    assert fault(recovery, 107).kind is Kind.RESTORE
-
-
-def test_a_verdict_amid_a_rollback_is_refused():
-    recovery = healthy()
-    fault(recovery, 100)
+def test_a_cause_amid_a_rollback_is_refused():
+    machine = healthy()
+    damage(machine, 100)
     with pytest.raises(ProtocolError, match="report how the restore went"):
-        fault(recovery, 101)
+        damage(machine, 101)
 
 
-def test_bad_settings_are_listed_together():
+def test_a_policy_checks_itself_and_has_names():
+    assert Recovery.read("auto") == Recovery("rollback", "rollback", "report")
+    assert Recovery.read("off") == Recovery(nonfinite="off", spike="off", drift="off")
+    assert Recovery.read("never") is None
     with pytest.raises(ConfigError, match="2 problems"):
-        RecoverySettings(span=0, per_span=-1)
-    with pytest.raises(ConfigError, match="2 problems"):
-        AftermathSettings(per_backup=0, min_factor=-1.0)
+        Recovery(nonfinite="yes", drift=3)
 
 
-def test_a_nonfinite_sample_is_quarantined_at_its_second_fault():
-    rng, recovery, found = np.random.default_rng(0), healthy(), []
-    for k in range(2):
-        ids = np.append(rng.choice(500, 63, replace=False) + 500, 7)
-        losses = np.ones(64)
-        losses[-1] = np.nan
-        found.append(
-            fault(recovery, 100 + 30 * k, Verdict.NONFINITE, batch_indices=ids, sample_losses=losses).quarantine
-        )
-        recovery.rolled_back(100 + 30 * k, 90, k)
-        calm(recovery, 101 + 30 * k, 20)
-    assert found == [(), (7,)]
-    assert recovery.quarantined.tolist() == [7]
-
-
-def test_the_sample_that_broke_the_weights_a_step_earlier_is_the_one_that_is_named():
-    rng, recovery, found = np.random.default_rng(0), healthy(), ()
-    for k in range(2):
-        step = 100 + 30 * k
-        losses = rng.gamma(4, 0.25, 64)
-        losses[5] = 400.0
-        ids = rng.choice(500, 64, replace=False) + 500
-        ids[5] = 7
-        recovery.react(step, Verdict.SUSPECT, can_restore=True, batch_indices=ids, sample_losses=losses)
-        broken = rng.choice(1000, 64, replace=False)
-        found = fault(recovery, step + 1, batch_indices=broken, sample_losses=np.full(64, 50.0) + losses).quarantine
-        recovery.rolled_back(step + 1, 90, k)
-        calm(recovery, step + 2, 20)
-    assert 7 in found
-    assert len(found) <= 2
+def test_samples_are_told_from_weights_by_the_rest_of_their_batch():
+    ids = np.arange(8)
+    losses = np.array([1, 2, np.nan, 1, np.inf, 1, 1, 1], np.float32)
+    found, others = not_finite(ids, losses, 1e15)
+    assert found.tolist() == [2, 4]
+    assert others == pytest.approx(7 / 6)
+    assert not_finite(ids, np.full(8, np.nan, np.float32), 1e15)[0].size == 0
+    assert not_finite(ids, np.ones(8, np.float32), 1e15)[0].size == 0
+    assert not_finite(ids, None, 1e15)[0].size == 0
 
 
 @pytest.mark.parametrize(("batch", "samples"), [(256, 1000), (32, 1797), (32, 50_000), (8, 100), (500, 1000)])
@@ -397,9 +222,9 @@ def test_a_sample_in_every_faulty_batch_is_found_without_knowing_its_loss(batch,
     rng, quarantine = np.random.default_rng(0), Quarantine(samples)
     for _ in range(faults):
         quarantine.suspect(np.append(rng.choice(samples - 1, batch - 1, replace=False), samples - 1), None)
-        quarantine.trigger()
-    assert samples - 1 in quarantine.ids
-    assert quarantine.ids.size <= 2
+        found = quarantine.trigger()
+    assert samples - 1 in found
+    assert len(found) <= 2
 
 
 def test_a_replayed_batch_is_not_evidence_against_all_its_samples():
@@ -423,50 +248,56 @@ def test_samples_are_named_only_where_few_stand_out():
 
 
 events = st.lists(
-    st.tuples(st.sampled_from([*Verdict] + [Verdict.CALM] * 20), st.booleans(), st.integers(0, 3), st.floats(0, 50)),
+    st.tuples(
+        st.sampled_from([*Cause] + [Cause.CALM] * 20), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 3)
+    ),
     max_size=150,
 )
 
 
-def drive(recovery, history, start):
+def drive(machine, history, start):
     """Answer every action as a scheduler would; the outcome of restores is part of the history."""
     log = []
-    for step, (verdict, can_restore, failures, loss) in enumerate(history, start):
-        action = recovery.react(
-            step, verdict, can_restore=can_restore, batch_indices=range(step % 7, step % 7 + 4), loss=loss
+    for step, (cause, can_restore, finite, explained, failures) in enumerate(history, start):
+        action = machine.react(
+            step,
+            cause,
+            can_restore=can_restore,
+            finite=finite,
+            explained=explained,
+            batch=range(step % 7, step % 7 + 4),
         )
         log.append(action)
         tries = 0
         while action.kind is Kind.RESTORE and tries < failures:
             tries += 1
-            action = recovery.restore_failed(step, "failed", backup_id=step, empty=tries % 2 == 0)
+            action = machine.restore_failed("failed", empty=tries % 2 == 0)
             log.append(action)
         if action.kind is Kind.RESTORE:
-            recovery.rolled_back(step, max(0, step - 20), step % 3)
-        log += [recovery.phase, recovery.aftermath.lr_multiplier(step + 1), recovery.stable_only(step + 1)]
+            machine.rolled_back(step, max(0, step - 20), step % 3)
+        log += [machine.phase, machine.lr_multiplier(step + 1), machine.stable_only(step + 1)]
     return log
 
 
 @settings(max_examples=100, deadline=None)
 @given(events, st.integers(0, 150))
 def test_a_restored_machine_acts_on_exactly_as_the_first_would(history, cut):
-    first, second = Recovery(50), Recovery(50)
+    first, second = RecoveryMachine(), RecoveryMachine()
     drive(first, history[:cut], 0)
-    state = first.state_dict()
-    ids = state["quarantine"].pop("ids")
-    state = json.loads(json.dumps(state, allow_nan=False))
-    state["quarantine"]["ids"] = ids
+    state = json.loads(json.dumps(first.state_dict(), allow_nan=False))
     second.load_state_dict(state)
+    if first.phase is Phase.FAILED:  # a run that has diverged may be tried again
+        assert second.phase is Phase.HEALTHY
+        return
     assert drive(first, history[cut:], cut) == drive(second, history[cut:], cut)
 
 
 @settings(max_examples=100, deadline=None)
 @given(events)
 def test_whatever_happens_no_restore_is_left_open_and_the_lr_stays_in_bounds(history):
-    recovery = Recovery(50)
-    for entry in drive(recovery, history, 0):
+    for entry in drive(RecoveryMachine(), history, 0):
         assert entry is not Phase.ROLLBACK
         if isinstance(entry, float):
-            assert 0.0 < entry <= 1.0
-        if isinstance(entry, Action) and entry.kind not in (Kind.ACCEPT, Kind.IGNORE):
-            assert entry.reason
+            assert 1 / 8 <= entry <= 1.0
+        if isinstance(entry, Action) and entry.kind not in (Kind.ACCEPT, Kind.IGNORE, Kind.TELL, Kind.RESTORE):
+            assert entry.reason or entry.kind is Kind.FAIL

@@ -26,6 +26,7 @@ from learnit_r8.dashboard.metric import better
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
 from learnit_r8.schedules import Schedule, make_schedule
+from learnit_r8.stability.policy import NAMED, Recovery
 from learnit_r8.strategies.base import Strategy, make
 from learnit_r8.types import Sink
 
@@ -42,6 +43,7 @@ class Arguments:
     save: SaveCallback | None
     load: LoadCallback | None
     state_callback: Callable[[], Any] | None
+    recovery: Recovery
     sinks: tuple[Sink, ...]
     ui: str
     groups: NDArray[np.integer[Any]] | None
@@ -67,7 +69,7 @@ def check_arguments(**given: Any) -> Arguments:
     load = _callback(problems, "load_callback", args.load_callback, LoadCallback)
     snapshot = _state_callback(problems, args.state_callback)
     sizes = _sizes(problems, args)
-    every = args.backup_every
+    policy = _recovery(problems, args.recovery)
     config = Config(
         **sizes,
         **_budget(problems, args),
@@ -76,7 +78,8 @@ def check_arguments(**given: Any) -> Arguments:
         scheduler_mode=schedule_name,
         strategy=strategy_name,
         own_strategy=not isinstance(args.strategy, str),
-        backup_every=None if every is None else problems.integer("backup_every", every, 1),
+        backup_every=_backup_every(problems, args.backup_every),
+        recovery=dataclasses.asdict(policy),
         **_checkpoints(problems, args),
         log_dir=_folder(problems, "log_dir", args.log_dir, used=True),
         noise_guard=problems.choice("noise_guard", args.noise_guard, NOISE_GUARDS),
@@ -95,6 +98,7 @@ def check_arguments(**given: Any) -> Arguments:
         save=save,
         load=load,
         state_callback=snapshot,
+        recovery=policy,
         sinks=_sinks(problems, args.sinks),
         ui=_ui(problems, args.ui, args.use_curses),
         groups=_groups(problems, args.groups, config.num_samples),
@@ -258,6 +262,23 @@ def _callback(problems: Problems, name: str, function: Any, wrap: Callable[[Any]
     except TypeError as error:
         problems.append(f"{error}, got {function!r}")
         return None
+
+
+def _backup_every(problems: Problems, every: Any) -> int | str | None:
+    if every is None or every == "auto":
+        return every  # type: ignore[no-any-return]
+    if isinstance(every, str):
+        problems.append(f'backup_every must be "auto", a number of steps >= 1 or None, got {every!r}')
+        return None
+    return problems.integer("backup_every", every, 1)
+
+
+def _recovery(problems: Problems, given: Any) -> Recovery:
+    policy = Recovery.read(Recovery(**given) if isinstance(given, dict) else given)
+    if policy is None:
+        problems.append(f"recovery must be one of {', '.join(map(repr, NAMED))} or a Recovery(...), got {given!r}")
+        return Recovery()
+    return policy
 
 
 def _ui(problems: Problems, ui: Any, use_curses: Any) -> str:

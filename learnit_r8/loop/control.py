@@ -35,6 +35,7 @@ class Control:
         self._bus = bus
         self._ranks = ranks
         self._clock = clock
+        self._paused = self._at_once = False  # on all ranks
 
     @property
     def stops_now(self) -> bool:
@@ -50,7 +51,43 @@ class Control:
         """Take over the signals and commands that any rank got."""
         if self._ranks.signal:  # else one that has come meanwhile waits for the next exchange
             self.interrupts.pending = self._ranks.signal
-        self.stop = self._ranks.command or self.stop
+        command = self._ranks.command
+        if command is Command.STOP_NOW:
+            self._at_once = True
+        elif command in (Command.PAUSE, Command.RESUME):
+            self._paused = command is Command.PAUSE
+        else:
+            self.stop = command or self.stop
+
+    def act_together(self, step: int) -> None:
+        """Carry out what another exchange told all ranks: stop at once, or wait until one of them says to go on.
+
+        Args:
+            step: Global step.
+
+        Raises:
+            KeyboardInterrupt: One asked to stop at once.
+        """
+        if self._at_once:
+            self._at_once = False
+            raise KeyboardInterrupt
+        if not self._paused:
+            return
+        self._bus.emit(events.Paused, step, True)
+        ends = (Command.RESUME, Command.STOP_NOW, Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH)
+        while self._paused:
+            asked = [command for command in self._bus.commands(step) if command in ends]
+            mine = ends.index(asked[-1]) + 1 if asked else -(self.interrupts.pending is not None)
+            heard = self._ranks.everyone(float(mine))
+            if heard.any():  # a signal ends the pause, too: the next step's exchange tells of it
+                self._paused = False
+                command = ends[int(heard.max()) - 1] if heard.max() > 0 else Command.RESUME
+                self.stop = command if command in ends[2:] else self.stop
+                self._at_once = command is Command.STOP_NOW
+            else:
+                self._clock.sleep(0.05)
+        self._bus.emit(events.Paused, step, False)
+        self.act_together(step)
 
     def obey(self, step: int, save: Callable[[], None]) -> None:
         """Carry out what sinks ask for; while paused, wait here.
@@ -69,13 +106,13 @@ class Control:
                     self._ranks.asks_save = True
                 elif command is Command.CHECKPOINT:
                     save()
+                elif self._ranks.world_size > 1:
+                    self._ranks.asked = command
                 elif command in (Command.PAUSE, Command.RESUME):
                     paused = command is Command.PAUSE
                     self._bus.emit(events.Paused, step, paused)
                 elif command is Command.STOP_NOW:
                     raise KeyboardInterrupt
-                elif self._ranks.world_size > 1:
-                    self._ranks.asked = command
                 else:
                     self.stop = command
             if not paused or self.stops_now or self.interrupts.pending is not None:

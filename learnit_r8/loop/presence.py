@@ -12,6 +12,7 @@ from learnit_r8._version import __version__
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.loop.arguments import Arguments
+from learnit_r8.loop.safety import shown
 from learnit_r8.noise_guard import NoiseGuard
 from learnit_r8.sinks import EventBus, JsonlSink
 from learnit_r8.sinks.catalog_log import CATALOG_FILE, CatalogLog
@@ -118,16 +119,24 @@ class Presence:
             message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
             self._bus.emit(events.Notice, step, message, "warning")
 
-    def end(self, step: int, reason: str, elapsed: float) -> None:
+    def end(self, step: int, reason: str, elapsed: float, levels: tuple[float, float, int], warning: str) -> None:
         """Tell of the end, and give the terminal back: what the user prints from now on belongs on the normal screen.
 
         Args:
             step: Global step.
             reason: As in `events.RunEnded`.
             elapsed: Training seconds.
+            levels: Final and best level of the loss, and the step of the best one.
+            warning: How it ended, where that is not as good as it was; or "".
         """
         self.log_catalog(step)
-        self._bus.emit(events.RunEnded, step, reason, elapsed)
+        left_out = tuple(self._catalog.left_out.tolist())
+        if warning:
+            self._bus.emit(events.Notice, step, warning, "warning")
+        if left_out:
+            message = f"samples left out since faults named them: {shown(left_out)} (catalog.left_out has all)"
+            self._bus.emit(events.Notice, step, message, "warning")
+        self._bus.emit(events.RunEnded, step, reason, elapsed, *levels, left_out)
         self._close_display()
 
 

@@ -125,6 +125,8 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
     arguments = config.to_json()
     del arguments["own_strategy"]
     arguments |= _checkpoints(arguments, directory, new_goals)
+    if arguments["recovery"] is None:  # the state of an older version
+        del arguments["recovery"]
     if new_goals.get("num_samples", config.num_samples) == config.num_samples:
         arguments["groups"] = state.get("groups")
     budgets = {"num_epochs": None, "num_steps": None, "train_duration_seconds": None}

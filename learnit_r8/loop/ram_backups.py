@@ -1,40 +1,46 @@
-"""The run's backups in RAM: taken when they are due, and used where every rank has them."""
+"""The run's backups in RAM: taken every so many steps, and used where every rank has them."""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from learnit_r8 import events
 from learnit_r8.clock import Clock
 from learnit_r8.loop.ranks import Ranks
-from learnit_r8.stability.backups import BackupInfo, BackupPacer, BackupRing, BackupStatus
+from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, Look, chosen_interval, names
 from learnit_r8.stability.detector import Detector
 
 Emit = Callable[..., None]
+_EVIDENCE, _BEFORE, _ENOUGH = 4, 8, 16
+"""Losses that make evidence against weights that moved far, those they are compared with, and those that acquit."""
 _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show"
 
 
 class RamBackups:
-    """A ring of backups and their pace.
+    """A ring of backups and when they are taken.
 
     Args:
         capture: Returns the user's model state, or None: then there are no automatic backups.
-        backup_every: Least number of steps between automatic backups.
+        every: Steps between automatic backups; "auto": chosen by the size of the first one.
         emit: `(event class, step, *fields)`.
-        clock: Measures steps and backups.
+        clock: Measures what a copy took, for the events; nothing depends on it.
         ranks: They must take the same backups, or each would go back to another step.
 
     Attributes:
         capture: As given.
         ring: The backups.
         damage: What was found in the backup that was damaged last, in words.
+        path: Sum of the learning rates of all steps so far.
     """
 
     def __init__(
         self,
         capture: Callable[[], Any] | None,
-        backup_every: int,
+        every: int | str,
         emit: Emit,
         clock: Clock,
         ranks: Ranks,
@@ -43,69 +49,144 @@ class RamBackups:
         self._emit = emit
         self._clock = clock
         self._ranks = ranks
-        self._pacer = BackupPacer(backup_every=backup_every)
+        self._every = None if isinstance(every, str) else every
+        self._warned: set[str] = set()
+        self.path = 0.0
         self.forget()
 
     def forget(self) -> None:
         """Begin with an empty ring."""
         self.ring = BackupRing(clock=self._clock.monotonic)
-        self._detectors: dict[int, dict[str, Any]] = {}  # by backup id
-        self._next = 0  # step; several ranks keep to it, their clocks differ
-        self._scanned = 0.0  # seconds on scans up to the last backup
-        self._step_began: float | None = None
-        self._step_counted = 0
+        self._detectors: dict[int, tuple[dict[str, Any], list[float]]] = {}  # and the last losses, by backup id
+        self._next = self._taken_at = 0  # steps
+        self._excused = -1  # step
+        # Weights moved far before this step; losses before the backup that they are compared with, and after.
+        self._moved: tuple[int, list[float], list[float]] | None = None
+        self._losses: deque[float] = deque(maxlen=_BEFORE)
+        self._before: list[float] = []  # the last ones before the last backup
         self._heal()
 
-    def before_step(self, step: int, detector: Detector, *, allowed: bool) -> None:
-        """Take an automatic backup when one is due; there must be a `capture`."""
-        assert self.capture is not None
-        began = self._clock.monotonic()
-        if self._step_began is not None and step > self._step_counted:  # asked twice at the end of an epoch
-            self._pacer.stepped(began - self._step_began)
-        self._step_counted = step
-        if allowed and self._due(step):
-            self.keep(self.capture(), step, detector)
-            scanned = self.ring.stats.scan_seconds
-            self._pacer.took(self._clock.monotonic() - began + scanned - self._scanned)
-            self._scanned = scanned
-            self._next = step + int(self._ranks.everyone(self._pacer.interval).max())
-            began = self._clock.monotonic()
-        self._step_began = began
+    def before_step(self, step: int, detector: Detector) -> None:
+        """Take an automatic backup when its turn has come, or has passed while none was allowed."""
+        if self.capture is None or step < self._next:
+            return
+        taken = self._try_keep(step, detector)
+        if self._every is None and taken is not None:
+            nbytes = int(self._ranks.everyone(float(taken.nbytes)).max())
+            self._every = chosen_interval(nbytes)
+            message = (
+                f"a backup in RAM every {self._every} steps: a copy takes {_size(nbytes)}, there are three, and a "
+                "fourth once one was needed (backup_every=n chooses the steps)"
+            )
+            self._emit(events.Notice, step, message)
+        self._next = step + (self._every or 1)
 
-    def keep(self, state: Any, step: int, detector: Detector) -> None:
+    def _try_keep(self, step: int, detector: Detector) -> BackupInfo | None:
+        """Take a backup; a failure costs the backup, not the run."""
+        assert self.capture is not None
+        failure = ""
+        try:
+            state = self.capture()
+            info = self.keep(state, step, detector)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        if self._ranks.everyone(bool(failure)).any():
+            failure = failure or "it failed on another rank"
+            message = f"no backup was taken, training goes on with the older ones: state_callback failed ({failure})"
+            if failure not in self._warned:  # once: it mostly is the same every time
+                self._warned.add(failure)
+                self._emit(events.Notice, step, message, "warning")
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            self.ring.discard_after(step - 1)  # no rank keeps what another one lacks
+            return None
+        return info
+
+    def keep(self, state: Any, step: int, detector: Detector) -> BackupInfo:
         """Copy a state of the user's model into the ring, and the detector's beside it."""
         # The first one has to serve until another is proved: it is all there is.
-        info = self.ring.take(state, step, initial=self.ring.find() is None)
+        info = self.ring.take(state, step, initial=self.ring.find() is None, path=self.path)
+        sudden = self._excused < self._taken_at and len(self._before) == _BEFORE
+        if self._ranks.everyone(bool(info.moved)).any() and sudden:
+            self._moved = step, self._before, []
+        self._before, self._taken_at = list(self._losses), step
         held = {backup.id for backup in self.ring.backups}
         self._detectors = {key: value for key, value in self._detectors.items() if key in held}
-        self._detectors[info.id] = detector.state_dict()
+        self._detectors[info.id] = detector.state_dict(), list(self._losses)
         self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
+        return info
 
-    def calm(self, step: int) -> None:
+    def calm(self, step: int, level: float) -> None:
         """Count a calm loss in favour of the backups before it; one that is found damaged says that the model is."""
-        for info in self.ring.healthy(step):
+        for info in self.ring.healthy(step, level):
             if info.status is BackupStatus.VERIFIED:
                 self._emit(events.BackupVerified, step, info.step)
             elif info.damaged and self._ranks.damaged_since is None:
                 self._ranks.damaged_since = info.step
-                names = ", ".join(name.lstrip("/") for name in info.damaged[:3])
-                more = f" and {len(info.damaged) - 3} more arrays" if len(info.damaged) > 3 else ""
-                self.damage = f"{_DAMAGE}: {names}{more}, in the backup of step {info.step}"
+                self.damage = f"{_DAMAGE}: {names(info.damaged)}, in the backup of step {info.step}"
                 self._emit(events.Notice, step, self.damage, "warning")
+
+    def worse_since_move(self, loss: float, *, calm: bool) -> int | None:
+        """Count a finite loss; return the step of a backup whose weights had moved far, if losses are worse since.
+
+        Worse: their median is above the highest of the last 8 before.
+
+        Args:
+            loss: The loss.
+            calm: It does not stand out.
+        """
+        if calm:
+            self._losses.append(loss)
+        if self._moved is None:
+            return None
+        step, before, after = self._moved
+        after.append(loss)
+        worse = len(after) >= _EVIDENCE and sorted(after)[len(after) // 2] > max(before)
+        if worse or len(after) >= _ENOUGH:
+            self._moved = None
+        return step if worse else None
+
+    def worse_than_before(self, loss: float) -> bool:
+        """Say whether a loss is above the highest of the last 8 before the last backup."""
+        return bool(self._before) and not loss <= max(self._before)
+
+    def excuse(self, step: int) -> None:
+        """Take note that losses stood out while the weights had not moved: what they do from now on is the answer."""
+        self._excused, self._moved = step, None
 
     def damaged_since(self) -> int | None:
         """Return the step of a backup in which NaN or infinity was found since the last call, on any rank, or None."""
         since, self._ranks.damaged_since = self._ranks.damaged_since, None
         return since
 
-    def proved_steps(self) -> list[int]:
-        """Return the steps of this rank's proved backups, ascending."""
-        return [info.step for info in self.ring.backups if info.status is BackupStatus.VERIFIED]
+    def look(self, step: int, before: int | None, *, calm: bool = False) -> Look | None:
+        """Look at the present state of the model, on every rank; None where it cannot be looked at.
 
-    def newest(self, before: int | None) -> BackupInfo | None:
+        Args:
+            step: Updates that the model has seen.
+            before: Compare with backups of earlier steps.
+            calm: The last loss was.
+        """
+        if self.capture is None:
+            return None
+        try:
+            mine = self.ring.look(self.capture(), self.path, before, calm=calm)
+        except Exception as error:
+            self._emit(events.Notice, step, f"the model's state could not be looked at: {error}", "warning")
+            mine = None
+        code = math.nan if mine is None else 2.0 * bool(mine.nonfinite) + bool(mine.jumped)
+        codes = self._ranks.everyone(code)
+        if any(math.isnan(other) for other in codes):
+            return None
+        assert mine is not None
+        elsewhere = ("arrays of another rank",)
+        if codes.max() >= 2.0:
+            return Look(mine.nonfinite or elsewhere, ())
+        return Look((), mine.jumped or elsewhere, mine.since) if codes.max() else mine
+
+    def newest(self, before: int | None, *, unproven: bool = False) -> BackupInfo | None:
         """Return the newest backup of an earlier step that every rank has."""
         while True:
-            mine = self.ring.find(before)
+            mine = self.ring.find(before, unproven=unproven)
             steps = self._ranks.everyone(-1.0 if mine is None else mine.step)
             lowest = int(steps.min())
             if lowest < 0 or steps.min() == steps.max():
@@ -114,27 +195,27 @@ class RamBackups:
                 return None
             before = lowest + 1
 
-    def restore(self, found: BackupInfo) -> tuple[BackupInfo, Any, dict[str, Any] | None]:
-        """Return the backup, a copy of its state for the user to keep, and the detector's state of then."""
-        info, state = self.ring.restore(None if found.initial else found.step + 1)
-        return info, state, self._detectors.get(info.id)
+    def restore(self, found: BackupInfo) -> tuple[Any, dict[str, Any] | None]:
+        """Return a copy of a backup's state for the user to keep, and the detector's state of then."""
+        _, state = self.ring.restore(info=found)
+        detector, self._before = self._detectors.get(found.id, (None, []))
+        return state, detector
 
-    def discard(self, backup_id: int | None) -> None:
-        """Forget a backup."""
-        for info in self.ring.backups:
-            if info.id == backup_id:
-                self.ring.discard(info)
-
-    def rolled_back(self, to_step: int) -> None:
+    def rolled_back(self, to_step: int, resumes_at: int) -> None:
         """Forget what was taken after a step: it never happened."""
         self.ring.discard_after(to_step)
-        self._next = 0
+        self._moved = None
+        self._losses.clear()
+        self._losses.extend(self._before)
+        self._next = min(self._next, resumes_at + (self._every or 1))
         self._heal()
 
     def _heal(self) -> None:
         self._ranks.damaged_since, self.damage = None, f"{_DAMAGE} on another rank"
 
-    def _due(self, step: int) -> bool:
-        if self._ranks.world_size > 1:
-            return step >= self._next
-        return not self.ring.backups or self._pacer.due
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes / 1e3:.3g} kB"

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,6 +245,17 @@ class Saver:
             return None
         found = self.store.older_than(step, names=self._own, skip=passed_over)
         return None if found is None else (found.step, found.model_path)
+
+    def detector_of(self, model_path: Path) -> dict[str, Any] | None:
+        """Return the state that the detector had when a checkpoint was written, None where it cannot be read.
+
+        Args:
+            model_path: As `find_before` returns it.
+        """
+        with suppress(CheckpointError, FileNotFoundError, LookupError):
+            detector = self.find(model_path.parent).state["safety"]["detector"]
+            return detector if isinstance(detector, dict) else None
+        return None
 
     def has_before(self, step: int) -> bool:
         """Whether `find_before` has anything to look at: reading a checkpoint takes far longer than a rollback."""

@@ -78,6 +78,11 @@ class EventBus:
         """Whether any sink can give commands."""
         return any(hasattr(sink, "commands") for sink in self._sinks)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a command waits."""
+        return any(getattr(sink, "commands", None) for sink in self._sinks)
+
     def commands(self, step: int) -> Iterator[Command]:
         """Yield what the sinks ask for, oldest first; what is no command is answered by a `Notice`."""
         for sink in tuple(self._sinks):

@@ -3,23 +3,26 @@
 The loss at step t tests the weights before update t, so a snapshot says nothing about itself:
 "the latest backup" is poisoned exactly when it is needed. A backup is a CANDIDATE until enough
 calm losses were reported at or after its step and every float array in it is finite; then it is
-VERIFIED. `BackupRing.restore` hands out verified ones (and the initial state when there is none).
+VERIFIED, for good. `BackupRing.restore` hands out verified ones (and the first state when there is none).
+
+Memory: three copies of the state, and a fourth from the first look at a suspect model or the first restore on.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from learnit_r8.errors import ConfigError
+from learnit_r8.stability.changes import UNKNOWN, Habits, copied, relative_changes
 from learnit_r8.stability.tree_copy import CopyPlan, Pool, TreeCopy
 
 _REACH = 4  # intervals between two backups
-_PACE_WEIGHT = 0.05  # about the last 20 steps
+_NAMED = 3  # arrays that a sentence names
 
 
 class BackupStatus(StrEnum):
@@ -43,6 +46,9 @@ class BackupInfo:
         status: CANDIDATE, VERIFIED or DISCARDED.
         scan_seconds: Time that looking for NaN and infinity took, once that was done.
         damaged: DISCARDED only: paths of the arrays that were finite in an earlier backup and are not in this one.
+        level: VERIFIED only: median of the losses that proved it; NaN where that is not known.
+        path: Sum of the learning rates of all steps before it.
+        moved: Paths of arrays that moved beyond their habit since the backup before it, farthest first.
     """
 
     id: int
@@ -53,6 +59,34 @@ class BackupInfo:
     status: BackupStatus
     scan_seconds: float = 0.0
     damaged: tuple[str, ...] = ()
+    level: float = math.nan
+    path: float = 0.0
+    moved: tuple[str, ...] = ()
+
+
+class Look(NamedTuple):
+    """What a look at the present state found.
+
+    Attributes:
+        nonfinite: Paths of arrays that hold NaN or infinity and did not always.
+        jumped: Paths of arrays that moved beyond their habit, farthest first, since the backup of `since`.
+        since: Step of the backup that the state was compared with; -1 where there is none.
+    """
+
+    nonfinite: tuple[str, ...]
+    jumped: tuple[str, ...]
+    since: int = -1
+
+    def __str__(self) -> str:
+        if self.nonfinite:
+            return f"NaN or infinity in {names(self.nonfinite)}"
+        return f"{names(self.jumped)} moved far beyond what is usual since step {self.since}"
+
+
+def names(paths: Sequence[str]) -> str:
+    """Return the first paths of arrays, and how many more there are."""
+    more = f" and {len(paths) - _NAMED} more arrays" if len(paths) > _NAMED else ""
+    return ", ".join(path.lstrip("/") for path in paths[:_NAMED]) + more
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +105,8 @@ class BackupStats:
 class _Slot:
     info: BackupInfo
     copy: TreeCopy
+    changes: Mapping[str, float] = field(default_factory=dict)  # since an earlier backup
+    stretch: float = 0.0  # sum of the learning rates from then on
     healthy: int = 0
 
 
@@ -80,7 +116,8 @@ class BackupRing:
     When the ring is full, a new backup replaces a verified one, or the newest candidate where only
     one is verified: so there is always a verified one once there was any, and the oldest candidate
     lives to be proved even where a backup is taken at every step. Of three verified ones the middle
-    one goes, until the oldest is four intervals old: a fault that grows unseen is in the newest ones.
+    one goes, until the oldest is four intervals old and the newest one's level is as good: so the oldest is there
+    for a fault that grows unseen, and it is the best one of a run whose level rises.
 
     Args:
         capacity: Number of copies kept, at least 3.
@@ -107,6 +144,7 @@ class BackupRing:
         self._slots: list[_Slot] = []
         self._spare: Pool | None = None
         self._next_id = 0
+        self._habits = Habits()
         self._harmless: frozenset[str] | None = None
         self._sound: frozenset[str] = frozenset()  # arrays that were finite once
 
@@ -115,7 +153,7 @@ class BackupRing:
         """Return what the ring holds, oldest first."""
         return tuple(slot.info for slot in self._slots)
 
-    def take(self, state: Any, step: int, *, initial: bool | None = None) -> BackupInfo:
+    def take(self, state: Any, step: int, *, initial: bool | None = None, path: float = 0.0) -> BackupInfo:
         """Copy the state.
 
         A copy that fails leaves the ring as it was, whatever the cause lies in: object that cannot
@@ -127,6 +165,7 @@ class BackupRing:
                 (copied detached, to the CPU) and objects that `copy.deepcopy` can copy.
             step: Updates that the state has seen.
             initial: Eligible without proof while nothing is verified. Default: `step == 0`.
+            path: Sum of the learning rates of all steps before it.
 
         Raises:
             TypeError: The state is None, or holds something that cannot be copied.
@@ -141,19 +180,54 @@ class BackupRing:
         self._spare = None
         copy = plan.fill()
         seconds = self._clock() - start
-        if self._harmless is None:
-            # A mask of -inf is part of many models: what is not finite from the first is no fault.
-            self._harmless = self._scan(copy)
-            self._sound = copy.paths - self._harmless
         initial = step == 0 if initial is None else initial
-        info = BackupInfo(self._next_id, step, copy.nbytes, seconds, initial, BackupStatus.CANDIDATE)
+        info = BackupInfo(self._next_id, step, copy.nbytes, seconds, initial, BackupStatus.CANDIDATE, path=path)
+        if step == 0 and self._harmless is None:  # a mask of -inf is part of many models
+            self._harmless = self._scan(copy)
+        slot, earlier = _Slot(info, copy), self._find(step)
+        if earlier is not None:
+            start = self._clock()
+            slot.changes = relative_changes(copy, earlier.copy, sampled=True)
+            slot.stretch = path - earlier.info.path
+            moved = self._beyond_habit(copy, slot.changes, slot.stretch, unknown=math.inf)
+            slot.info = info = replace(info, moved=moved, scan_seconds=self._clock() - start)
         self._next_id += 1
-        self._slots.append(_Slot(info, copy))
+        self._slots.append(slot)
         self.stats = replace(self.stats, taken=self.stats.taken + 1, copy_seconds=self.stats.copy_seconds + seconds)
         return info
 
-    def healthy(self, step: int) -> tuple[BackupInfo, ...]:
+    def look(self, state: Any, path: float, before: int | None = None, *, calm: bool = False) -> Look:
+        """Say whether a state is damaged: NaN or infinity in it, or weights that moved beyond their habit.
+
+        Args:
+            state: As `take` gets it.
+            path: Sum of the learning rates of all steps before it.
+            before: Compare with backups of earlier steps only.
+            calm: The last loss was: arrays that were never finite are no fault.
+        """
+        copy = CopyPlan(state, self._spare).fill()
+        self._spare = copy.pool
+        found = self._scan(copy) - (self._harmless or frozenset())
+        bad = tuple(sorted(found & self._sound if calm else found))
+        slot = self._find(before)
+        if bad or slot is None:
+            return Look(bad, ())
+        changes = relative_changes(copy, slot.copy)
+        return Look((), self._beyond_habit(copy, changes, path - slot.info.path), slot.info.step)
+
+    def _beyond_habit(
+        self, copy: TreeCopy, changes: Mapping[str, float], stretch: float, unknown: float = UNKNOWN
+    ) -> tuple[str, ...]:
+        broken = self._habits.broken(changes, stretch, unknown=unknown)
+        explained = copied(broken, copy)
+        return tuple(sorted(broken.keys() - explained, key=lambda name: -broken[name]))
+
+    def healthy(self, step: int, level: float = math.nan) -> tuple[BackupInfo, ...]:
         """Count one calm loss, reported for `step`.
+
+        Args:
+            step: Global step.
+            level: The present level of the loss.
 
         Returns:
             The backups whose proof ended with it, their status now VERIFIED or DISCARDED.
@@ -166,24 +240,39 @@ class BackupRing:
             if slot.healthy < self._proof:
                 continue
             before = self.stats.scan_seconds
-            bad = self._scan(slot.copy) - (self._harmless or frozenset())
+            bad = self._scan(slot.copy)
+            # A mask of -inf is part of many models: what was never finite is no fault, as these losses were calm.
+            self._harmless = (self._harmless or frozenset()) | (bad - self._sound)
+            bad -= self._harmless
             slot.info = replace(slot.info, scan_seconds=self.stats.scan_seconds - before)
             if bad:
                 slot.info = replace(slot.info, damaged=tuple(sorted(bad & self._sound)))
                 decided.append(self._drop(slot))
                 continue
-            self._sound |= slot.copy.paths - (self._harmless or frozenset())
-            slot.info = replace(slot.info, status=BackupStatus.VERIFIED)
+            self._sound |= slot.copy.paths - self._harmless
+            self._habits.learn(slot.changes, slot.stretch)
+            slot.info = replace(slot.info, status=BackupStatus.VERIFIED, level=level)
             self.stats = replace(self.stats, verified=self.stats.verified + 1)
             decided.append(slot.info)
         return tuple(decided)
 
-    def find(self, before_step: int | None = None) -> BackupInfo | None:
-        """Return the backup that `restore` would use, or None."""
-        slot = self._find(before_step)
+    def find(self, before_step: int | None = None, *, unproven: bool = False) -> BackupInfo | None:
+        """Return the backup that `restore` would use, or None.
+
+        Args:
+            before_step: As for `restore`.
+            unproven: A candidate with a calm loss will do: the fault's cause is known, and came after it.
+        """
+        slot = self._find(before_step, unproven=unproven)
         return slot.info if slot else None
 
-    def restore(self, before_step: int | None = None) -> tuple[BackupInfo, Any]:
+    def best(self) -> BackupInfo | None:
+        """Return the verified backup whose level was lowest, or None."""
+        proved = [slot.info for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
+        known = [info for info in proved if math.isfinite(info.level)]
+        return min(known or proved, key=lambda info: info.level, default=None)
+
+    def restore(self, before_step: int | None = None, *, info: BackupInfo | None = None) -> tuple[BackupInfo, Any]:
         """Return the newest verified backup and a fresh deep copy of its state, for the caller to keep.
 
         New memory costs far more than copying into it (page faults: 1.1 s against 0.03 s for
@@ -193,11 +282,13 @@ class BackupRing:
         Args:
             before_step: Only backups of earlier steps. The initial state is exempt while nothing
                 is verified.
+            info: One that `find` or `best` returned, in place of the newest.
 
         Raises:
             LookupError: There is no such backup; see `find`.
         """
-        slot = self._find(before_step)
+        wanted = next((slot for slot in self._slots if info is not None and slot.info.id == info.id), None)
+        slot = wanted or self._find(before_step)
         if slot is None:
             limit = "" if before_step is None else f" of a step before {before_step}"
             raise LookupError(f"no verified backup{limit}; the ring holds {list(self.backups)}")
@@ -216,14 +307,18 @@ class BackupRing:
         for slot in [slot for slot in self._slots if slot.info.step > step]:
             self._drop(slot)
 
-    def _find(self, before_step: int | None) -> _Slot | None:
-        verified = [slot for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
+    def _find(self, before_step: int | None, *, unproven: bool = False) -> _Slot | None:
         limit = math.inf if before_step is None else before_step
-        older = [slot for slot in verified if slot.info.step < limit]
-        if older:
-            return older[-1]
-        # The initial state is the last resort even for a fault at its own step.
-        return next((slot for slot in self._slots if slot.info.initial), None)
+        for slot in reversed(self._slots):
+            proved = slot.info.status is BackupStatus.VERIFIED
+            tested = slot.healthy > 0 and not slot.info.moved
+            if slot.info.step < limit and (proved or (unproven and tested and self._is_finite(slot))):
+                return slot
+        # The first state is the last resort even for a fault at its own step.
+        return next((slot for slot in self._slots if slot.info.initial and self._is_finite(slot)), None)
+
+    def _is_finite(self, slot: _Slot) -> bool:
+        return not self._scan(slot.copy) - (self._harmless or frozenset())
 
     def _donated(self, kept: _Slot) -> Pool | None:
         if self._spare is not None:
@@ -238,8 +333,10 @@ class BackupRing:
 
     def _victim(self, step: int) -> _Slot:
         verified = [slot for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
-        if len(verified) >= 3 and step - verified[0].info.step <= _REACH * (step - verified[-1].info.step):
-            return verified[-2]
+        if len(verified) >= 3:
+            oldest, newest = verified[0].info, verified[-1].info
+            old = step - oldest.step > _REACH * (step - newest.step)
+            return verified[0] if old and not newest.level > oldest.level else verified[-2]
         if len(verified) >= 2:
             return verified[0]
         return next(slot for slot in reversed(self._slots) if slot.info.status is BackupStatus.CANDIDATE)
@@ -257,56 +354,13 @@ class BackupRing:
         return found
 
 
-class BackupPacer:
-    """Says when an automatic backup is due, so that backups cost a bounded share of the time.
+def chosen_interval(nbytes: int) -> int:
+    """Return the steps between two backups of a state of this size, where the user gives none.
 
-    A token bucket: each step earns `max_share` of its seconds, each backup spends what it took,
-    and the next one waits until its price is there. No backups are saved up. The first one of a process
-    is free: most of its time goes into memory that is new, which says nothing of the next ones' price.
+    8 sqrt(MB), 8 to 512: a copy costs as its bytes, a step at least as the square root of them, on any machine; so
+    8 MB are copied every 23 steps and 1 GB every 253. Measured: `python -m benchmarks.recovery`.
 
     Args:
-        max_share: Largest share of the training time that backups may take, in (0, 1].
-        backup_every: Least number of steps between two backups.
+        nbytes: Bytes of all arrays.
     """
-
-    def __init__(self, max_share: float = 0.03, backup_every: int = 50) -> None:
-        problems = []
-        if not 0 < max_share <= 1:
-            problems.append(f"max_share must be in (0, 1], got {max_share!r}")
-        if backup_every < 1:
-            problems.append(f"backup_every must be at least 1, got {backup_every!r}")
-        if problems:
-            raise ConfigError(problems)
-        self._share = max_share
-        self._every = backup_every
-        self._steps = 0
-        self._price = 0.0
-        self._purse = 0.0
-        self._pace = 0.0
-        self._paid = False  # the first one is free
-
-    @property
-    def interval(self) -> int:
-        """Steps between two backups at the present pace."""
-        if self._pace <= 0.0:
-            return self._every
-        return max(self._every, math.ceil(self._price / (self._share * self._pace)))
-
-    @property
-    def due(self) -> bool:
-        """Say whether a backup should be taken now."""
-        return self._steps >= self._every and self._purse >= self._price
-
-    def stepped(self, seconds: float) -> None:
-        """Count one training step that took `seconds`."""
-        self._steps += 1
-        self._pace += _PACE_WEIGHT * (seconds - self._pace) if self._pace else seconds
-        self._purse = min(self._purse + self._share * seconds, self._price)
-
-    def took(self, seconds: float) -> None:
-        """Count a backup that cost `seconds`, with the scan of the one before it."""
-        self._steps = 0
-        if self._paid:
-            self._price = seconds
-            self._purse -= seconds
-        self._paid = True
+    return min(512, max(8, math.ceil(8.0 * math.sqrt(nbytes / 1e6))))

@@ -1,4 +1,4 @@
-"""Says of every reported loss whether training is still sound.
+"""Says of every reported loss whether it is as usual. What a jump means is judged elsewhere, by the weights.
 
 Each loss is compared with the recent accepted ones by median and MAD, which a few outliers cannot
 move (Hampel 1974, "The influence curve and its role in robust estimation"):
@@ -18,20 +18,22 @@ stay out of the window. One flag proves nothing: a spike is 2 hard flags in 3 st
 8. Runs near interpolation have many harmless outliers, on which fixed counts fire without end. So
 
 * a loss is flagged only where it rises above the second highest harmless outlier of the last 1024
-  steps (one that was not followed by a fault within 8 steps);
+  steps (one that was not followed by a fault within 8 steps), and above the second highest jump of the last
+  4096 whose level was accepted;
 * where flags were harmless before, as many are asked for as independent ones at the observed rate
   would reach with a probability of at most 2.5e-6 a step;
 * where the losses of the samples are known, an outlier that comes from an eighth of the batch or
   less is suspect, but no proof: weights that are broken are so for all samples.
 
-What rises too slowly for the window, which follows it, is found as *drift* (see `level`): the median of the
-last 16 losses stays far above the best it has been. The rise must exceed the best level and the mean of its
-time, which is far above the median where a few losses are all that matters.
+*Far*-flagged is, from the third loss on and whatever was harmless before, a loss ten times as high as both the
+median and the highest of the first losses; three in a row are a spike.
+
+What is too slow for the window, which follows it, is told as *drift* (see `level`).
 
 16 losses in a row below the median whose level is less than half of it are a steep fall: the window keeps
 only them, or the start of a run would count as usual spread for long.
 
-NaN and infinity are faults from the first step on.
+NaN and infinity are told from the first step on.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ _SOFT_MASK = (1 << _SOFT_SPAN) - 1
 _HARD_MASK = (1 << _HARD_SPAN) - 1
 _RATE_WEIGHT = 1 / 512
 _RATE_PRIOR = 5e-4
-_MEAN_WEIGHT, _MEAN_LIMIT = 1 / 64, 10.0  # of the mean loss; one loss counts for so many L0 at most
+_FAR, _FAR_SPAN = 10.0, 3  # times the highest of the first losses; in a row
+_FAR_MASK = (1 << _FAR_SPAN) - 1
+_JUMP_MEMORY, _JUMP_MARGIN = 4096, 1.25
 _FEW = 8  # an outlier in this part of a batch or less says nothing of the weights
 _STEEP = 0.5  # relative to the median
 _MIN_BATCH = 4  # samples in a batch that can tell a few bad ones from a bad model
@@ -85,29 +89,55 @@ class Detector:
 
     Attributes:
         settings: As given.
-        first_suspect_step: Step at which the present run of suspect losses (or the present
-            drift) began, None while all is calm. Backups of earlier steps are not touched by it.
+        first_suspect_step: Step at which the present run of suspect losses began, None while all is calm. Backups of
+            earlier steps are not touched by it.
+        level: The level of the loss over longer times.
+        last: The last loss.
+        whole_batch: The last loss that was flagged stood out for more than a few samples, as far as is known.
     """
 
     def __init__(self, settings: DetectorSettings | None = None) -> None:
         self.settings = settings or DetectorSettings()
         self.first_suspect_step: int | None = None
+        self.whole_batch = False
+        self.last = math.nan
         self._needed_hard = _limits(_HARD_SPAN, 2, self.settings.chance)
         self._needed_soft = _limits(_SOFT_SPAN, 4, self.settings.chance)
         self._window = SortedWindow(self.settings.window)
-        self._level = Level(self.settings)
+        self.level = Level()
         self._composition = Composition()
         self._outliers = HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
-        self._first = self._first_level = self._mean = math.nan
+        self._jumps = HarmlessOutliers(_JUMP_MEMORY, self.settings.outlier_count)
+        self._first_level = math.nan
+        self._untrained = 0.0  # highest of the first losses
         self._relaxed_until = -1
         self._falling = 0  # losses in a row below the median of the window
-        self._soft_bits = self._hard_bits = 0
+        self._soft_bits = self._hard_bits = self._far_bits = 0
+        self._jump = 0.0  # highest rise of the present run of flags
         self._soft_rate = self._hard_rate = _RATE_PRIOR
 
     @property
     def active(self) -> bool:
         """Say whether there are enough losses to compare with."""
         return len(self._window) >= self.settings.warmup
+
+    @property
+    def lost_all(self) -> bool:
+        """Say whether the level is that of the untrained model, or higher, after losses that were a third of it."""
+        learned = self.active and self._window.median() < self._first_level / 3
+        return learned and self.level.now > 0.9 * self._first_level
+
+    @property
+    def median(self) -> float:
+        """Return the median of the last accepted losses; NaN where there is none."""
+        return self._window.median() if len(self._window) else math.nan
+
+    def ordinary(self, loss: float) -> bool:
+        """Say whether a loss would not stand out; true while too little is known."""
+        if not self.active:
+            return True
+        m = self._window.median()
+        return loss - m <= max(self.settings.soft_score * self._scale(m), self.settings.soft_rise * abs(m))
 
     def observe(
         self,
@@ -133,6 +163,7 @@ class Detector:
             easy: The batch was made of easy samples only: its loss is compared with the others', and they
                 are not with it.
         """
+        self.last = loss
         if not finite or not math.isfinite(loss):
             self._mark_suspect(step)
             return Reading(Verdict.NONFINITE, math.nan, f"the loss is not finite ({loss})")
@@ -162,28 +193,29 @@ class Detector:
         if not self.active:  # nothing to compare with yet: this is the schedule's warm-up
             return
         self._relaxed_until = step + self.settings.regime_steps
-        self._level.forget_best()
 
     def rebaseline(self) -> None:
         """Accept the present level: forget what losses were compared with, and learn again."""
+        if self._jump > 0.0:
+            self._jumps.remember(self._jump)
+            self._untrained = max(self._untrained, self._jump)
         self._window.fill(())
-        self._level.forget_all()
+        self.level.restart(forget_best=True)
         self._clear_flags()
 
     def reset_after_rollback(self, state: Mapping[str, Any] | None = None) -> None:
         """Go on from a rollback.
 
         Args:
-            state: `state_dict()` of the time of the backup. None keeps the window, which holds
-                only losses that were accepted.
+            state: `state_dict()` of the time of the backup. None, or one that had no level yet, keeps the window,
+                which holds only losses that were accepted.
         """
-        if state is not None:
-            announced, first = self._relaxed_until, self._first
+        if state is not None and len(state["window"]) >= self.settings.warmup:
+            announced, lowest = self._relaxed_until, (self.level.lowest, self.level.lowest_step)
             self.load_state_dict(state)
             self._relaxed_until = max(announced, self._relaxed_until)  # the learning rate does not go back
-            if math.isnan(self._first):  # the next batches are easy ones: theirs would be no measure
-                self._first = first
-        self._level.forget_recent()
+            self.level.lowest, self.level.lowest_step = min(lowest, (self.level.lowest, self.level.lowest_step))
+        self.level.restart(forget_best=False)
         self._clear_flags()
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,8 +227,9 @@ class Detector:
             **state,
             "window": list(self._window.arrivals),
             "composition": self._composition.state_dict(),
-            "level": self._level.state_dict(),
+            "level": self.level.state_dict(),
             "outliers": self._outliers.state_dict(),
+            "jumps": self._jumps.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,32 +239,37 @@ class Detector:
             setattr(self, name, absent if value is None else kind(value))
         self._window.fill(state["window"])
         self._composition.fill(state["composition"])
-        self._level.load_state_dict(state["level"])
+        self.level.load_state_dict(state["level"])
         self._outliers.fill(state["outliers"])
+        self._jumps.fill(state["jumps"])
 
     def _learn(self, step: int, loss: float, easy: bool) -> Reading:
         """Read a loss before the detector is active."""
-        settings = self.settings
-        if math.isnan(self._first):
-            self._first = loss
-        limit = settings.warmup_rise * max(abs(self._first), _TINY)
-        if math.isnan(self._first_level) and loss - self._first > limit:
-            self._hard_bits = (self._hard_bits << 1 | 1) & _HARD_MASK
+        if self._far(loss, 0.0):
             self._mark_suspect(step)
-            verdict = Verdict.SPIKE if self._hard_bits.bit_count() >= 2 else Verdict.SUSPECT
-            return Reading(verdict, math.nan, f"{loss:.4g} is over {settings.warmup_rise:g} times the first loss")
-        self._hard_bits = self._hard_bits << 1 & _HARD_MASK
-        if not self._hard_bits:
-            self.first_suspect_step = None
+            self._jump = max(self._jump, loss)
+            spike = self._far_bits == _FAR_MASK
+            verdict = Verdict.SPIKE if spike else Verdict.SUSPECT
+            return Reading(
+                verdict, math.nan, f"{loss:.4g} is over {_FAR:g} times the highest before, {self._untrained:.4g}"
+            )
+        self.first_suspect_step = None
         if easy:
             return Reading(Verdict.CALM, math.nan)
         self._window.push(loss)
-        self._level.recent.push(loss)
-        if self.active and math.isnan(self._first_level):
-            median = self._window.median()
-            self._first_level = max(abs(median), self._window.deviation(median), _TINY)
-            self._mean = median
+        if math.isnan(self._first_level):
+            self._untrained = max(self._untrained, abs(loss))
+            if self.active:
+                median = self._window.median()
+                self._first_level = max(abs(median), self._window.deviation(median), _TINY)
         return Reading(Verdict.CALM, math.nan)
+
+    def _far(self, loss: float, level: float) -> bool:
+        """Shift the far flags, and say whether this loss is so flagged."""
+        known = len(self._window) >= 2 or not math.isnan(self._first_level)
+        far = known and loss > _FAR * max(self._untrained, level) > 0.0
+        self._far_bits = (self._far_bits << 1 | far) & _FAR_MASK
+        return far
 
     def _judge(self, step: int, loss: float, shift: float, samples: NDArray[Any] | None, easy: bool) -> Reading:
         settings = self.settings
@@ -239,59 +277,68 @@ class Detector:
         s = self._scale(m)
         rise = loss - m
         z = rise / s
-        if 0 <= self._relaxed_until <= step:
-            self._relaxed_until = -1
-            self._level.forget_best()
-        ease = settings.regime_factor if step < self._relaxed_until else 1.0
-        soft = hard = False
-        self._outliers.pass_step()
-        if z > settings.soft_score * ease:
-            a = rise / max(abs(m), 2.0 * s)
-            if a > settings.soft_rise * ease:
-                soft = rise > self._outliers.envelope
-                hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
-                self._outliers.add(rise)
-        if not easy:
-            ceiling = abs(m) + _MEAN_LIMIT * self._first_level
-            self._mean += _MEAN_WEIGHT * (min(ceiling, loss) - self._mean)
+        ease = 1.0
+        if self._relaxed_until >= 0:
+            if step < self._relaxed_until:
+                ease = settings.regime_factor
+            else:
+                self._relaxed_until = -1
+                self.level.restart(forget_best=True)
+        far = (self._far_bits or loss > _FAR * self._untrained) and self._far(loss, m)
+        soft, hard = self._flags(rise, z, m, s, ease)
         if soft and samples is not None and len(samples) >= _MIN_BATCH:
             rest = bulk_mean(samples) + shift
             if rest - m <= max(settings.soft_score * s, settings.soft_rise * abs(m)) * ease:
                 self._shift_flags(soft=False, hard=False)
+                self._far_bits &= ~1
                 self._mark_suspect(step)
+                self.whole_batch = False
                 return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples")
         self._shift_flags(soft, hard)
-        drifting = False
-        if not easy:
-            self._level.recent.push(loss)
-            drifting = self._level.drifts(step, s, self._mean, self._first_level, ease)
-        if not soft:
+        told = "" if easy or self._relaxed_until >= 0 else self.level.push(step, loss, self._first_level)
+        if not (soft or (far and self._far_bits == _FAR_MASK)):
             if not easy:
                 self._accept(loss, m)
-            if not drifting:
-                if not self._soft_bits:
-                    self.first_suspect_step = None
-                return Reading(Verdict.CALM, z)
-        elif hard and (self._hard_bits & _HARD_MASK).bit_count() >= _needed(self._needed_hard, self._hard_rate):
-            self._mark_suspect(step)
+            if not self._soft_bits:
+                self.first_suspect_step, self._jump = None, 0.0
+            return Reading(Verdict.DRIFT, z, told) if told else Reading(Verdict.CALM, z)
+        self._mark_suspect(step)
+        self.whole_batch = samples is None or len(samples) >= _MIN_BATCH
+        self._jump = max(self._jump, rise)
+        if hard and (self._hard_bits & _HARD_MASK).bit_count() >= _needed(self._needed_hard, self._hard_rate):
             return Reading(Verdict.SPIKE, z, f"{loss:.4g} against a median of {m:.4g}, again: z = {z:.3g}")
-        elif self._soft_bits.bit_count() >= _needed(self._needed_soft, self._soft_rate):
-            self._mark_suspect(step)
+        if soft and self._soft_bits.bit_count() >= _needed(self._needed_soft, self._soft_rate):
             flags = self._soft_bits.bit_count()
             return Reading(Verdict.SPIKE, z, f"{flags} of {_SOFT_SPAN} losses far above the median of {m:.4g}")
-        if drifting:
-            self.first_suspect_step = min(self._level.onset, step)
-            level = f"the level has risen to {self._level.recent.median():.4g} from {self._level.best:.4g}"
-            return Reading(Verdict.DRIFT, z, level)
-        self._mark_suspect(step)
+        if self._far_bits == _FAR_MASK:
+            return Reading(Verdict.SPIKE, z, f"{_FAR_SPAN} losses over {_FAR:g} times the untrained model's")
         return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}: z = {z:.3g}")
+
+    def _flags(self, rise: float, z: float, m: float, s: float, ease: float) -> tuple[bool, bool]:
+        """Return whether a loss is soft- and hard-flagged, and remember it as an outlier where it stands out."""
+        settings = self.settings
+        soft = hard = False
+        self._outliers.pass_step()
+        self._jumps.pass_step()
+        if z > settings.soft_score * ease:
+            a = rise / max(abs(m), 2.0 * s)
+            if a > settings.soft_rise * ease:
+                soft = rise > max(self._outliers.envelope, _JUMP_MARGIN * self._jumps.envelope)
+                hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
+                self._outliers.add(rise)
+        return soft, hard
 
     def _accept(self, loss: float, m: float) -> None:
         """Let a loss be compared with from now on; forget what was before a steep fall."""
         self._window.push(loss)
         self._falling = self._falling + 1 if loss < m else 0
-        if self._falling >= self.settings.fall and m - self._level.recent.median() > _STEEP * abs(m):
-            self._forget_fall()
+        if self._falling >= self.settings.fall:
+            fallen = sorted(list(self._window.arrivals)[-self._falling :])
+            if m - fallen[len(fallen) // 2] > _STEEP * abs(m):
+                self._falling = 0
+                self._window.keep_newest(self.settings.fall)
+            elif self._falling >= self.settings.window:
+                self._falling = self.settings.fall
 
     def _scale(self, m: float) -> float:
         """Return s, the spread that is usual around the median `m`."""
@@ -312,33 +359,27 @@ class Detector:
         self._soft_bits = (self._soft_bits << 1 | soft) & _SOFT_MASK
         self._hard_bits = (self._hard_bits << 1 | hard) & _SOFT_MASK
 
-    def _forget_fall(self) -> None:
-        """Drop what was before a steep fall: it says nothing of what is usual now."""
-        self._falling = 0
-        self._window.keep_newest(self.settings.fall)
-        values = self._window.values
-        self._mean = min(self._mean, math.fsum(values) / len(values))
-
     def _mark_suspect(self, step: int) -> None:
         if self.first_suspect_step is None:
             self.first_suspect_step = step
 
     def _clear_flags(self) -> None:
-        self._soft_bits = self._hard_bits = 0
+        self._soft_bits = self._hard_bits = self._far_bits = 0
         self._outliers.drop_pending()
-        self.first_suspect_step = None
+        self.first_suspect_step, self._jump = None, 0.0
 
 
 # Attributes that are saved, their type, and their value where nothing is known yet.
 _SCALARS: dict[str, tuple[type[int] | type[float], Any]] = {
     "first_suspect_step": (int, None),
-    "_first": (float, math.nan),
     "_first_level": (float, math.nan),
-    "_mean": (float, math.nan),
+    "_untrained": (float, 0.0),
+    "_jump": (float, 0.0),
     "_relaxed_until": (int, -1),
     "_falling": (int, 0),
     "_soft_bits": (int, 0),
     "_hard_bits": (int, 0),
+    "_far_bits": (int, 0),
     "_soft_rate": (float, _RATE_PRIOR),
     "_hard_rate": (float, _RATE_PRIOR),
 }

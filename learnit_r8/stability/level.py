@@ -1,142 +1,158 @@
-"""The level of the loss: its median over the last losses, the best it has been, and whether it drifts up.
+"""The level of the loss over longer times: the best it has been, whether it rises without end, or has shifted for good.
 
-Drift is a level that stays far above the best one, and above what it was before this rise began (256 to
-1024 steps ago), so that a loss that swings is left alone. The best one is the level from which the least
-rise would be drift: that counts in what the noise was at that time, and not only in how low it was.
+Neither is proof of anything broken, and neither undoes itself: it is told.
+
+* *Growth*: the median of the last 48 losses lies above the best such median by more than four times the best
+  level (in what scale it had then: its median, its mean or twice its spread, whichever is largest). After it was
+  told the present level is the best one, and the next growth must be ten times as large.
+* *Shift*: the median of the last 48 losses exceeds that of the 96 before by 15% and by seven standard errors, at
+  two looks in a row, and by 1.25 times the highest shift of the last 9000 losses: what swings is left alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from learnit_r8.stability.thresholds import DetectorSettings
-from learnit_r8.stability.windows import SortedWindow
+from learnit_r8.stability.windows import HarmlessOutliers
 
-_BLOCK, _RECENT_BLOCKS, _PAST_BLOCKS = 64, 4, 16  # steps; blocks
-_SWING = 1.25  # times the rise that was seen before
+_RECENT, _BEFORE, _EVERY = 48, 96, 16
+_GROWTH, _NEXT_GROWTH = 4.0, 10.0
+_SHIFT, _ERRORS = 0.15, 7.0
+_STANDARD_ERROR = 0.22
+"""Of the difference of the two medians, in standard deviations of a loss: 1.25 sqrt(1/48 + 1/96)."""
+_SWING, _SWING_MEMORY = 1.25, 64  # blocks of `_RECENT + _BEFORE` losses
+_MAD_TO_STD = 1.4826
+_FLOOR = 1e-3
 
 
 class Level:
     """Follows the level.
 
-    Args:
-        settings: Thresholds.
-
     Attributes:
-        recent: The last losses.
-        best: The level that the present one is compared with; infinite at first.
-        onset: Step at which the present rise began.
+        now: Median of the last 48 losses; NaN until there are so many.
+        best: The lowest that it was since the last tale of growth; infinite at first.
+        best_step: The step at which that was.
+        lowest: The lowest that it ever was.
+        lowest_step: The step of that.
+        scale: What counts as one best level.
     """
 
-    def __init__(self, settings: DetectorSettings) -> None:
-        self._settings = settings
-        self.recent = SortedWindow(settings.drift_span)
-        self._highs = PastHighs()
-        self.forget_best()
+    def __init__(self) -> None:
+        self.now, self.best, self.scale, self.best_step = math.nan, math.inf, 0.0, 0
+        self.lowest, self.lowest_step = math.inf, 0
+        self._growth = _GROWTH
+        self._highest = 0.0  # shift since the last block
+        self._shifted = False
+        self._count = 0
+        self._losses: deque[float] = deque(maxlen=_RECENT + _BEFORE)
+        self._swings = HarmlessOutliers(_SWING_MEMORY, 1)
 
-    def forget_best(self) -> None:
-        """Compare with what comes from now on."""
-        self.best, self._margin = math.inf, 0.0
-        self.onset = self._high_steps = 0
-
-    def forget_all(self) -> None:
-        """Begin anew."""
-        self.forget_recent()
-        self._highs = PastHighs()
-        self.forget_best()
-
-    def forget_recent(self) -> None:
-        """Let the present level be unknown; the best one stays."""
-        self.recent.fill(())
-        self._high_steps = 0
-
-    def drifts(self, step: int, s: float, mean: float, first_level: float, ease: float) -> bool:
-        """Follow the level that `recent` has now, and say whether it has been too high for long.
+    def push(self, step: int, loss: float, first_level: float) -> str:
+        """Take a finite loss; return what is to be told, or "".
 
         Args:
             step: Global step.
-            s: Spread of the losses.
-            mean: Running mean of the losses.
-            first_level: L0.
-            ease: Factor on the threshold.
+            loss: Composition-corrected loss.
+            first_level: Level of the untrained model, for the smallest scale that counts.
         """
-        settings = self._settings
-        if len(self.recent) < settings.drift_span:
-            return False
-        level = self.recent.median()
-        self._highs.push(level)
-        if level + settings.drift_score * s < self.best + self._margin:  # it may be the new best
-            margin = max(
-                settings.drift_rise * abs(level),
-                settings.drift_score * s,
-                settings.drift_floor * first_level,
-                settings.drift_rise * mean,
-            )
-            if level + margin < self.best + self._margin:
-                self.best, self._margin = level, margin
-        rise, margin = level - self.best, ease * self._margin
-        if rise <= 0.25 * margin:
-            self.onset = step
-        high = rise > margin and rise > _SWING * (self._highs.highest - self.best)
-        self._high_steps = self._high_steps + 1 if high else 0
-        return self._high_steps >= settings.drift_span
+        self._losses.append(loss)
+        self._count += 1
+        if self._count % _EVERY or len(self._losses) < _RECENT:
+            return ""
+        losses = list(self._losses)
+        recent = sorted(losses[-_RECENT:])
+        self.now = _median(recent)
+        if self.now < self.lowest:
+            self.lowest, self.lowest_step = self.now, step
+        return self._grown(step, recent, first_level) or self._has_shifted(losses, first_level)
+
+    def far_above_best(self) -> bool:
+        """Say whether the level is twice its best, or more, and beyond its spread."""
+        return math.isfinite(self.now) and math.isfinite(self.best) and self.now - self.lowest > self.scale
+
+    def restart(self, *, forget_best: bool) -> None:
+        """Go on with new losses: a change was announced, a new level was accepted, or the model was restored."""
+        self._losses.clear()
+        self._count, self._shifted, self._highest = 0, False, 0.0
+        if forget_best:
+            self.best = math.inf
+
+    def _grown(self, step: int, recent: list[float], first_level: float) -> str:
+        spread = _spread(recent, self.now)
+        cut = recent[: 1 + _RECENT * 15 // 16]  # a mean that few losses cannot move
+        scale = max(abs(self.now), abs(math.fsum(cut) / len(cut)), 2.0 * spread, _FLOOR * first_level)
+        if self.now + scale < self.best + self.scale:
+            self.best, self.scale, self.best_step = self.now, scale, step
+        if not self.now - self.best > self._growth * self.scale:
+            return ""
+        told = f"the loss has grown from {self.best:.4g} (step {self.best_step}) to {self.now:.4g}"
+        self.best, self.scale, self.best_step = self.now, scale, step
+        self._growth = min(self._growth * _NEXT_GROWTH, 1e6)
+        self.restart(forget_best=False)
+        return told
+
+    def _has_shifted(self, losses: list[float], first_level: float) -> str:
+        if len(losses) < _RECENT + _BEFORE:
+            return ""
+        before = sorted(losses[:_BEFORE])
+        middle = _median(before)
+        rise = self.now - middle
+        error = _STANDARD_ERROR * max(_spread(before, middle), _FLOOR * abs(middle), _FLOOR * first_level)
+        shifted = rise > max(_SHIFT * abs(middle), _ERRORS * error, _SWING * self._swings.envelope)
+        told = shifted and self._shifted
+        if not shifted or told:  # one that is not for good was a swing
+            self._highest = max(self._highest, rise)
+        if told or self._count % (_RECENT + _BEFORE) == 0:
+            self._swings.pass_step()
+            if self._highest > 0.0:
+                self._swings.remember(self._highest)
+            self._highest = 0.0
+        self._shifted = shifted
+        if not told:
+            return ""
+        self.restart(forget_best=False)
+        return f"the loss has shifted from {middle:.4g} to {self.now:.4g}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers and lists; strict JSON knows no infinity."""
-        return {
-            "recent": list(self.recent.arrivals),
-            "highs": self._highs.state_dict(),
-            "best": self.best if math.isfinite(self.best) else None,
-            "margin": self._margin,
-            "onset": self.onset,
-            "high_steps": self._high_steps,
-        }
+        numbers = {name: _plain(getattr(self, name)) for name in _NUMBERS}
+        return {**numbers, "losses": list(self._losses), "swings": self._swings.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.recent.fill(state["recent"])
-        self._highs.fill(state["highs"])
-        self.best = math.inf if state["best"] is None else float(state["best"])
-        self._margin = float(state["margin"])
-        self.onset, self._high_steps = int(state["onset"]), int(state["high_steps"])
+        for name, absent in _NUMBERS.items():
+            value = state[name]
+            setattr(self, name, absent if value is None else type(absent)(value))
+        self._losses = deque((float(loss) for loss in state["losses"]), maxlen=_RECENT + _BEFORE)
+        self._swings.fill(state["swings"])
 
 
-class PastHighs:
-    """The highest level of 256 to 1024 steps ago, by blocks of steps.
+_NUMBERS: dict[str, float | int | bool] = {
+    "now": math.nan,
+    "best": math.inf,
+    "scale": 0.0,
+    "best_step": 0,
+    "lowest": math.inf,
+    "lowest_step": 0,
+    "_growth": _GROWTH,
+    "_highest": 0.0,
+    "_shifted": False,
+    "_count": 0,
+}
+"""What is saved, and its value where nothing is known yet."""
 
-    Attributes:
-        highest: It; minus infinity while the run is younger.
-    """
 
-    __slots__ = ("blocks", "current", "highest", "steps")
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
-    def __init__(self) -> None:
-        self.blocks: list[float] = []
-        self.highest = -math.inf
-        self.current = -math.inf
-        self.steps = 0
 
-    def push(self, level: float) -> None:
-        """Add the level of one step."""
-        if level > self.current:
-            self.current = level
-        self.steps += 1
-        if self.steps == _BLOCK:
-            self._keep([*self.blocks, self.current][-_PAST_BLOCKS:])
-            self.current, self.steps = -math.inf, 0
+def _median(ordered: list[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])
 
-    def fill(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._keep([float(level) for level in state["blocks"]])
-        self.current = -math.inf if state["current"] is None else float(state["current"])
-        self.steps = int(state["steps"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain numbers and lists."""
-        return {"blocks": self.blocks, "current": self.current if self.steps else None, "steps": self.steps}
-
-    def _keep(self, blocks: list[float]) -> None:
-        self.blocks = blocks
-        self.highest = max(blocks[:-_RECENT_BLOCKS], default=-math.inf)
+def _spread(ordered: list[float], middle: float) -> float:
+    return _MAD_TO_STD * _median(sorted(abs(value - middle) for value in ordered))

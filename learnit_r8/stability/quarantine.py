@@ -33,7 +33,6 @@ class Quarantine:
 
     def __init__(self, num_samples: int) -> None:
         self._num_samples = num_samples
-        self.ids: Ids = np.empty(0, np.int64)
         self._run: list[tuple[bool, Ids]] = []
         self._faults: list[Ids] = []
         self._calm_run = 0
@@ -55,7 +54,7 @@ class Quarantine:
                 self._run = []
 
     def trigger(self) -> tuple[int, ...]:
-        """Close the suspect run with a fault; return the samples to be quarantined from now on."""
+        """Close the suspect run with a fault; return the samples that faults have named too often."""
         precise = [ids for is_precise, ids in self._run if is_precise]
         evidence = precise or [ids for _, ids in self._run]
         self._run = []
@@ -67,15 +66,11 @@ class Quarantine:
         self._faults = [*self._faults, fault][-_FAULTS_KEPT:]
         ids, counts = np.unique(np.concatenate(self._faults), return_counts=True)
         share = min(1.0, max(other.size for other in self._faults) / self._num_samples)
-        found = ids[counts >= self._needed(len(self._faults), share)]
-        new = np.setdiff1d(found, self.ids)
-        self.ids = np.union1d(self.ids, new)
-        return tuple(int(i) for i in new)
+        return tuple(int(i) for i in ids[counts >= self._needed(len(self._faults), share)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numpy arrays, numbers and lists."""
         return {
-            "ids": self.ids,
             "precise": [is_precise for is_precise, _ in self._run],
             "run": [ids.tolist() for _, ids in self._run],
             "faults": [ids.tolist() for ids in self._faults],
@@ -84,7 +79,6 @@ class Quarantine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.ids = np.asarray(state["ids"], np.int64)
         run = [np.asarray(ids, np.int64) for ids in state["run"]]
         self._run = list(zip([bool(p) for p in state["precise"]], run, strict=True))
         self._faults = [np.asarray(ids, np.int64) for ids in state["faults"]]
@@ -100,6 +94,27 @@ class Quarantine:
                 break
             needed = times
         return needed
+
+
+def not_finite(indices: Ids, losses: NDArray[np.floating[Any]] | None, limit: float) -> tuple[Ids, float]:
+    """Return the samples whose losses are not finite where the others' are, and the mean of the others.
+
+    Args:
+        indices: Sample ids, shape `[n]`.
+        losses: One loss per sample, shape `[n]`, or None.
+        limit: Losses beyond it count as infinite.
+
+    Returns:
+        No ids, and NaN, unless half of the losses at least are finite: else the weights may be broken.
+    """
+    if losses is None:
+        return indices[:0], math.nan
+    with np.errstate(invalid="ignore"):
+        fine = np.abs(losses) <= limit
+    count = int(np.count_nonzero(fine))
+    if count == len(losses) or 2 * count < len(losses):
+        return indices[:0], math.nan
+    return indices[~fine], float(losses[fine].mean(dtype=np.float64))
 
 
 def named(indices: Ids, losses: NDArray[np.floating[Any]] | None) -> tuple[bool, Ids]:

@@ -1,80 +1,99 @@
-"""What to do about a verdict: one table, phase x signal -> action and next phase.
+"""What to do about a report: one table, phase x signal -> action and next phase.
 
-`Recovery` is pure logic: it restores nothing itself. The caller carries out the `Action` that
-`react` returns and tells back how that went (`rolled_back`, `restore_failed`), which may lead to
-another action. A signal is the detector's verdict on a loss, or a fact found on the way:
+`RecoveryMachine` is pure logic: it looks at nothing and restores nothing itself. The caller says what a report comes
+to, once the evidence is in (a `Cause`), carries out the `Action` that `react` returns and tells back how that went
+(`rolled_back`, `restore_failed`), which may lead to another action.
 
-* SETTLED: long enough calm (16 losses in WARMUP, 8 in SUSPECT, the LR's hold in PROBATION).
-* RESTORED, RESTORE_FAILED: what the caller told.
-* UNRESTORABLE: there is nothing to restore from, or nobody to restore it.
-* TOLERATED: the same, and the loss is finite: it is a warning, no reason to end a run that may recover.
-* LEVEL_HELD: the loss came back to the same finite level at once after two rollbacks, without
-  growth; or it drifts and nothing is left to try.
-* EXHAUSTED: the budget is spent.
+The answer is in proportion to the cause. Samples whose losses alone are not finite are left out, a report that is not
+finite while the model is sound is left out, a loss that jumps while the weights go on as usual is told and accepted
+after 16 losses. Only damaged weights are restored:
 
-ROLLBACK is left within the step in which it is entered. What a rollback does to the learning rate,
-and when a backup is to blame for the next fault, is in `aftermath`.
+* The newest backup from before the damage comes first, also one that only a calm loss and a scan have tested. The next
+  losses are its trial: eight calm ones acquit it, whatever comes later.
+* A fault that comes back within the trial, and that no sample and no batch explains, speaks against the backup or
+  comes from outside (a rate out of bounds). A proven backup is tried once more; then the next older one, those on disk
+  included, while the newer ones are kept; ten such returns without an acquittal are a divergence.
+* Only such a return within 30 steps lowers the learning rate: by half, down to an eighth, for 100 steps or a
+  twentieth of the budget, and takes the next eight batches from stable samples.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from learnit_r8.config import Problems
 from learnit_r8.errors import ProtocolError
-from learnit_r8.stability.aftermath import Aftermath, AftermathSettings
-from learnit_r8.stability.quarantine import Quarantine
-from learnit_r8.types import Verdict
 
-_PROMPT = 2
-"""Calm losses after a rollback, at most, where the loss has changed its level for good."""
+ACQUITTAL = 8  # calm losses: as many as prove a backup
+HELD = 16
+"""Losses in a row that stand out, after which their level is accepted."""
+HELD_UNSEEN = 32
+"""The same where the weights cannot be seen: most spikes heal within a few dozen steps."""
+_SETTLE = 8
+_QUICK = 30
+_RETURNS = 10
+_NONFINITE = 100  # reports in a row, while the model is sound
+_UNRESTORABLE = 10
+_LEAST_FACTOR = 1 / 8
+_LACKS = 3  # calm losses, at most, after which NaN is back
 
 
 class Phase(StrEnum):
     """How far training is to be trusted."""
 
-    WARMUP = "warmup"
     HEALTHY = "healthy"
-    SUSPECT = "suspect"
+    QUESTION = "question"
     ROLLBACK = "rollback"
-    PROBATION = "probation"
+    TRIAL = "trial"
     FAILED = "failed"
 
 
+class Cause(StrEnum):
+    """What a report comes to."""
+
+    CALM = "calm"
+    SKIPPED = "skipped"
+    """The optimizer's step was."""
+    OUTLIER = "outlier"
+    """One loss stands out."""
+    JUMP = "jump"
+    """Losses in a row stand out, and the weights moved as usual or cannot be seen."""
+    DRIFT = "drift"
+    REPORT = "report"
+    """The loss is not finite, the model is; or only some samples' losses are not."""
+    DAMAGE = "damage"
+    """The weights hold NaN, or moved beyond their habit."""
+
+
 class Signal(StrEnum):
-    """Facts, besides the detector's verdicts, that lead from one phase to another."""
+    """Facts, besides causes, that lead from one phase to another."""
 
     SETTLED = "settled"
+    ACQUITTED = "acquitted"
+    HELD = "level held"
     RESTORED = "restored"
     RESTORE_FAILED = "restore failed"
     UNRESTORABLE = "nothing to restore"
-    TOLERATED = "nothing to restore (finite)"
-    LEVEL_HELD = "level held"
-    EXHAUSTED = "budget spent"
+    EXHAUSTED = "exhausted"
 
 
 class Kind(StrEnum):
     """What the caller is to do."""
 
     ACCEPT = "accept"
-    """Count the update, record the loss."""
+    """Record the loss."""
     HOLD = "hold"
-    """Count the update, keep the loss out of the statistics, take no backup."""
+    """Keep the loss out of the statistics, take no backup."""
     IGNORE = "ignore"
-    """The optimizer step was skipped: neither good nor bad."""
+    """Leave the report out."""
+    TELL = "tell"
+    """Record the loss, tell of it."""
     RESTORE = "restore"
     """Restore from `Action.source`, then call `rolled_back` or `restore_failed`."""
-    DROP = "drop"
-    """Do not count the update; nothing can be restored."""
     ACCEPT_LEVEL = "accept level"
-    """Count the update, let the detector learn the new level, warn."""
+    """Let the detector learn the new level, warn."""
     FAIL = "fail"
     """Raise `TrainingDiverged`."""
 
@@ -84,27 +103,28 @@ class _Move(NamedTuple):
     phase: Phase
 
 
-_FAULTS = (Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE)
-_LIVE = (Phase.WARMUP, Phase.HEALTHY, Phase.SUSPECT, Phase.PROBATION)
+_LIVE = (Phase.HEALTHY, Phase.QUESTION, Phase.TRIAL)
 
-TABLE: dict[tuple[Phase, Verdict | Signal], _Move] = {
-    **{(phase, Verdict.CALM): _Move(Kind.ACCEPT, phase) for phase in _LIVE},
-    **{(phase, Verdict.SKIPPED): _Move(Kind.IGNORE, phase) for phase in _LIVE},
-    **{(phase, fault): _Move(Kind.RESTORE, Phase.ROLLBACK) for phase in _LIVE for fault in _FAULTS},
-    **{(Phase.FAILED, verdict): _Move(Kind.FAIL, Phase.FAILED) for verdict in Verdict},
-    (Phase.WARMUP, Verdict.SUSPECT): _Move(Kind.HOLD, Phase.WARMUP),
-    (Phase.HEALTHY, Verdict.SUSPECT): _Move(Kind.HOLD, Phase.SUSPECT),
-    (Phase.SUSPECT, Verdict.SUSPECT): _Move(Kind.HOLD, Phase.SUSPECT),
-    (Phase.PROBATION, Verdict.SUSPECT): _Move(Kind.HOLD, Phase.PROBATION),
-    (Phase.WARMUP, Signal.SETTLED): _Move(Kind.ACCEPT, Phase.HEALTHY),
-    (Phase.SUSPECT, Signal.SETTLED): _Move(Kind.ACCEPT, Phase.HEALTHY),
-    (Phase.PROBATION, Signal.SETTLED): _Move(Kind.ACCEPT, Phase.HEALTHY),
-    (Phase.ROLLBACK, Signal.RESTORED): _Move(Kind.ACCEPT, Phase.PROBATION),
+TABLE: dict[tuple[Phase, Cause | Signal], _Move] = {
+    **{(phase, Cause.CALM): _Move(Kind.ACCEPT, phase) for phase in _LIVE},
+    **{(phase, Cause.DRIFT): _Move(Kind.TELL, phase) for phase in _LIVE},
+    **{(phase, cause): _Move(Kind.IGNORE, phase) for phase in _LIVE for cause in (Cause.SKIPPED, Cause.REPORT)},
+    **{(phase, Cause.DAMAGE): _Move(Kind.RESTORE, Phase.ROLLBACK) for phase in _LIVE},
+    **{(phase, cause): _Move(Kind.HOLD, Phase.QUESTION) for phase in _LIVE for cause in (Cause.OUTLIER, Cause.JUMP)},
+    (Phase.TRIAL, Cause.OUTLIER): _Move(Kind.HOLD, Phase.TRIAL),
+    (Phase.TRIAL, Cause.JUMP): _Move(Kind.HOLD, Phase.TRIAL),
+    **{(Phase.FAILED, cause): _Move(Kind.FAIL, Phase.FAILED) for cause in Cause},
+    (Phase.QUESTION, Signal.SETTLED): _Move(Kind.ACCEPT, Phase.HEALTHY),
+    (Phase.QUESTION, Signal.HELD): _Move(Kind.ACCEPT_LEVEL, Phase.HEALTHY),
+    (Phase.TRIAL, Signal.HELD): _Move(Kind.ACCEPT_LEVEL, Phase.HEALTHY),
+    (Phase.TRIAL, Signal.ACQUITTED): _Move(Kind.ACCEPT, Phase.HEALTHY),
+    (Phase.ROLLBACK, Signal.RESTORED): _Move(Kind.ACCEPT, Phase.TRIAL),
     (Phase.ROLLBACK, Signal.RESTORE_FAILED): _Move(Kind.RESTORE, Phase.ROLLBACK),
-    (Phase.ROLLBACK, Signal.UNRESTORABLE): _Move(Kind.DROP, Phase.SUSPECT),
-    (Phase.ROLLBACK, Signal.TOLERATED): _Move(Kind.HOLD, Phase.SUSPECT),
-    (Phase.ROLLBACK, Signal.LEVEL_HELD): _Move(Kind.ACCEPT_LEVEL, Phase.HEALTHY),
+    (Phase.ROLLBACK, Signal.UNRESTORABLE): _Move(Kind.IGNORE, Phase.QUESTION),
     (Phase.ROLLBACK, Signal.EXHAUSTED): _Move(Kind.FAIL, Phase.FAILED),
+    (Phase.QUESTION, Signal.EXHAUSTED): _Move(Kind.FAIL, Phase.FAILED),
+    (Phase.TRIAL, Signal.EXHAUSTED): _Move(Kind.FAIL, Phase.FAILED),
+    (Phase.HEALTHY, Signal.EXHAUSTED): _Move(Kind.FAIL, Phase.FAILED),
 }
 
 
@@ -114,32 +134,10 @@ def state_diagram() -> str:
     for (phase, signal), move in TABLE.items():
         if phase is not move.phase:
             arrows.setdefault((phase, move.phase), []).append(str(signal))
-    lines = ["stateDiagram-v2", f"    [*] --> {Phase.WARMUP.name}"]
+    lines = ["stateDiagram-v2", f"    [*] --> {Phase.HEALTHY.name}"]
     for (start, end), signals in sorted(arrows.items(), key=lambda item: [list(Phase).index(p) for p in item[0]]):
         lines.append(f"    {start.name} --> {end.name}: {', '.join(signals)}")
     return "\n".join([*lines, f"    {Phase.FAILED.name} --> [*]"])
-
-
-@dataclass(frozen=True, slots=True)
-class RecoverySettings:
-    """Budgets and lengths, in steps unless it says otherwise.
-
-    Attributes:
-        warmup: Calm losses in WARMUP.
-        settle: Calm losses in a row that end SUSPECT.
-        per_span: Rollbacks within `span` steps before training has diverged.
-        span: See `per_span`.
-        uncounted: Faults in a row without any way to restore before training has diverged.
-    """
-
-    warmup: int = 16
-    settle: int = 8
-    per_span: int = 10
-    span: int = 1000
-    uncounted: int = 10
-
-    def __post_init__(self) -> None:
-        Problems.of_settings(self).raise_if_any()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +148,9 @@ class Action:
         kind: See `Kind`.
         reason: One sentence for events and errors; empty for ACCEPT.
         source: RESTORE only: "ram" or "disk".
-        before_step: RESTORE only: use backups and checkpoints of earlier steps only.
+        before_step: RESTORE only: use backups and checkpoints of earlier steps only; None for any.
         skip: RESTORE from disk only: how many of the newest checkpoints not to try.
-        discard: Id of a RAM backup to forget first, or None.
-        quarantine: Ids of samples to keep out of batches from now on.
+        unproven: RESTORE from RAM only: a backup that only one loss has tested will do.
     """
 
     kind: Kind
@@ -161,149 +158,138 @@ class Action:
     source: str = ""
     before_step: int | None = None
     skip: int = 0
-    discard: int | None = None
-    quarantine: tuple[int, ...] = ()
+    unproven: bool = False
 
 
 _PLAIN = {kind: Action(kind) for kind in Kind}
-_ACCEPT = _PLAIN[TABLE[Phase.HEALTHY, Verdict.CALM].kind]  # what nearly every step gets
+_ACCEPT = _PLAIN[TABLE[Phase.HEALTHY, Cause.CALM].kind]  # what nearly every step gets
 
 
-class Recovery:
+class RecoveryMachine:
     """The state machine of `TABLE` with its counters.
 
     Args:
-        num_samples: Samples in the data set, for the quarantine's statistics.
-        settings: Budgets and lengths.
-        aftermath: Those that hold after a rollback.
+        hold: Steps for which a fault that returned holds the learning rate down.
 
     Attributes:
-        aftermath: What follows the last rollback.
         phase: The present phase.
+        hold: As given.
+        flagged: Losses in a row that stood out.
+        nonfinite: Reports in a row that were not finite.
+        used: Id (None: a checkpoint) and step of the backup that was restored last, or None.
+        lacks: NaN came back so soon, from calm losses, that the backup must lack something.
         failing_batches: Sample ids of the last faulty batches, oldest first, at most 3.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        settings: RecoverySettings | None = None,
-        aftermath: AftermathSettings | None = None,
-    ) -> None:
-        self.settings = settings or RecoverySettings()
-        self.aftermath = Aftermath(aftermath)
-        self.phase = Phase.WARMUP
+    def __init__(self, hold: int = 100) -> None:
+        self.phase = Phase.HEALTHY
+        self.hold = hold
+        self.flagged = self.nonfinite = 0
+        self.used: list[int | None] | None = None
+        self.lacks = False
         self.failing_batches: list[list[int]] = []
-        self._quarantine = Quarantine(num_samples)
-        self._reports = self._calm_run = self._uncounted = 0
-        self._rollbacks: list[int] = []
-        self._excesses: list[float] = []
-        self._level = math.nan
-        self._source, self._skip, self._attempts = "ram", 0, 0
+        self._calm = 0  # calm losses in a row
+        self._calm_since = self._reports_since = 0  # the last restore
+        self._returns = self._uses = self._soon = self._unrestorable = 0
+        self._factor, self._until, self._stable_until = 1.0, 0, 0
+        self._source, self._attempts, self._skip = "ram", 0, 0
         self._before_step: int | None = None
-        self._drifting = self._callback_failed = self._sudden = False
-        self._unseen = ""
+        self._older: int | None = None  # faults returned: only backups of earlier steps
+        self._callback_failed = self._unproven = False
 
     @property
     def backups_allowed(self) -> bool:
         """Say whether the state is sound enough to be backed up."""
-        if self.phase is Phase.PROBATION:
-            return not self.aftermath.on_trial
-        return self.phase is Phase.HEALTHY or self.phase is Phase.WARMUP
+        return not self.flagged and not self.nonfinite and self.phase is not Phase.FAILED
 
     @property
-    def quarantined(self) -> NDArray[np.int64]:
-        """Return the ids of all quarantined samples, ascending."""
-        return self._quarantine.ids
+    def on_trial(self) -> bool:
+        """Say whether the backup that was restored last has yet to be acquitted."""
+        return self.phase is Phase.TRIAL
+
+    @property
+    def just_restored(self) -> bool:
+        """Say whether no calm loss has come since the last restore."""
+        return self.phase is Phase.TRIAL and self._calm_since == 0
+
+    def lr_multiplier(self, step: int) -> float:
+        """Return the factor on the scheduled learning rate at a step."""
+        return self._factor if step < self._until else 1.0
+
+    def stable_only(self, step: int) -> bool:
+        """Say whether a batch of this step should come from stable (low-loss) samples."""
+        return step < self._stable_until
 
     def react(
         self,
         step: int,
-        verdict: Verdict,
+        cause: Cause,
         *,
-        can_restore: bool,
-        batch_indices: Iterable[int] = (),
-        loss: float = math.nan,
-        sample_losses: NDArray[np.floating[Any]] | None = None,
-        first_suspect_step: int | None = None,
-        unseen: str = "",
+        can_restore: bool = False,
+        batch: Iterable[int] = (),
+        finite: bool = True,
+        explained: bool = False,
+        seen: bool = True,
+        before_step: int | None = None,
+        why: str = "",
     ) -> Action:
-        """Take the verdict on one loss and say what to do.
+        """Take what a report comes to and say what to do.
 
         Args:
             step: Global step of the loss.
-            verdict: The detector's.
+            cause: What it comes to.
             can_restore: There is a way to restore: a callback, and a backup or a checkpoint.
-            batch_indices: Sample ids of the batch.
-            loss: Its mean loss.
-            sample_losses: One loss per sample where those were reported, in the batch's order.
-            first_suspect_step: The detector's.
-            unseen: The fault in words, where no loss shows it: this batch is not to blame.
+            batch: Sample ids of the batch.
+            finite: The loss is.
+            explained: Samples of this batch, or the batch, are the cause: no backup is to blame.
+            seen: The weights could be looked at.
+            before_step: Backups of earlier steps are not touched by the damage; None for any.
+            why: The evidence in words.
         """
-        self._reports += 1
-        if self.aftermath.used is not None:
-            self.aftermath.report(calm=verdict is Verdict.CALM)
-        if verdict is Verdict.CALM:
-            return self._calm(step, loss)
-        if self.phase is Phase.FAILED or verdict is Verdict.SKIPPED:
-            return self._move(verdict)
-        self._calm_run = 0
-        self._unseen = unseen
-        if unseen:
-            batch_indices, sample_losses, loss = (), None, math.nan
-        self._quarantine.suspect(batch_indices, sample_losses)
-        if verdict is Verdict.SUSPECT:
-            return self._move(verdict, "the loss stands out")
-        self.failing_batches = [*self.failing_batches, [int(i) for i in batch_indices]][-3:]
-        self._move(verdict)
-        self._rollbacks = [at for at in self._rollbacks if at > self._reports - self.settings.span]
-        if not self._rollbacks:
-            self._excesses = []
-        if not can_restore:
-            return self._unrestorable(verdict, loss)
-        self._drifting, self._callback_failed = verdict is Verdict.DRIFT, False
-        self._sudden = bool(unseen) or (verdict is Verdict.NONFINITE and first_suspect_step in (None, step))
-        excess = loss - self._level
-        if self.aftermath.calm > _PROMPT:
-            self._excesses = []  # it took time to come back: it grows, however high it stood when it was noticed
-        if verdict is not Verdict.NONFINITE and self._level_held(excess):
-            self._excesses = []
-            return self._move(Signal.LEVEL_HELD, "the loss came back to the same level after two rollbacks")
-        return self._begin(step, step if first_suspect_step is None else first_suspect_step, excess)
+        if self.used is not None:
+            self._reports_since += 1
+        if cause is Cause.CALM:
+            return self._on_calm()
+        if cause in (Cause.SKIPPED, Cause.DRIFT) or self.phase is Phase.FAILED:
+            return self._move(cause, why)
+        self._calm = 0
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        if cause is not Cause.OUTLIER:
+            self.failing_batches = [*self.failing_batches, [int(i) for i in batch]][-3:]
+        if not finite and self.nonfinite >= _NONFINITE:
+            return self._give_up(f"{_NONFINITE} losses in a row are not finite, while the model is: look at the data")
+        if cause is Cause.REPORT:
+            return self._move(cause, why)
+        if cause is Cause.DAMAGE:
+            return self._on_damage(step, can_restore, finite, explained, before_step, why)
+        self.flagged += 1
+        if self.flagged >= (HELD if seen else HELD_UNSEEN):
+            self._move(cause)
+            self.flagged = 0
+            return self._move(Signal.HELD, why or f"{HELD if seen else HELD_UNSEEN} losses in a row stand out")
+        return self._move(cause, why or "the loss stands out")
 
-    def rolled_back(
-        self,
-        step: int,
-        to_step: int,
-        backup_id: int | None,
-        *,
-        last_resort: bool = False,
-        resumes_at: int | None = None,
-    ) -> None:
-        """Take note that the restore succeeded.
+    def rolled_back(self, step: int, to_step: int, backup_id: int | None) -> None:
+        """Take note that the model was restored.
 
         Args:
             step: Global step of the faulty loss.
             to_step: Step of the restored state.
             backup_id: Id of the RAM backup, None for a checkpoint.
-            last_resort: There is nothing else to go back to: kept for its full budget of rollbacks.
-            resumes_at: Global step that is trained next; default `step + 1`.
         """
         self._move(Signal.RESTORED)
-        self._rollbacks = [*self._rollbacks, self._reports]
-        resumes_at = step + 1 if resumes_at is None else resumes_at
-        self.aftermath.rolled_back(
-            step, to_step, backup_id, last_resort=last_resort, resumes_at=resumes_at, sudden=self._sudden
-        )
+        self._uses = self._uses if self.used == [backup_id, to_step] else 0
+        self.used = [backup_id, to_step]
+        self.flagged = self._unrestorable = 0
+        self._calm_since = self._reports_since = 0
 
-    def restore_failed(self, step: int, reason: str, *, backup_id: int | None = None, empty: bool = False) -> Action:
+    def restore_failed(self, reason: str, *, empty: bool = False) -> Action:
         """Take note that the restore failed and say what to try next.
 
-        Each backup and checkpoint is tried twice, the second time with a fresh copy.
+        Each backup and checkpoint is tried twice, the second time with a fresh copy; then older ones, then the disk.
 
         Args:
-            step: Global step of the faulty loss.
             reason: For the error, should nothing work.
-            backup_id: Id of the RAM backup that was tried.
             empty: The action's source held nothing that could be tried.
         """
         self._callback_failed |= not empty
@@ -311,13 +297,15 @@ class Recovery:
             self._attempts = 1
             return self._restore(Signal.RESTORE_FAILED, f"{reason}; once more with a fresh copy")
         self._attempts = 0
-        if self._source == "disk":
-            if empty:
-                return self._give_up(f"no backup and no checkpoint is left to restore: {reason}")
-            self._skip += 1
-        elif empty:
+        if self._source == "ram":
             self._source = "disk"
-        return self._restore(Signal.RESTORE_FAILED, reason, discard=backup_id)
+        elif not empty:
+            self._skip += 1
+        elif self._older is not None and not self._callback_failed:
+            self._older, self._source, self._skip = None, "ram", 0  # nothing is older: the newest one again
+        else:
+            return self._give_up(f"no backup and no checkpoint is left to restore: {reason}")
+        return self._restore(Signal.RESTORE_FAILED, reason)
 
     def restore_abandoned(self) -> None:
         """Take note that the restore was interrupted: the model is what the caller left it at."""
@@ -325,104 +313,86 @@ class Recovery:
         if self.phase is Phase.ROLLBACK:
             self._move(Signal.UNRESTORABLE)
 
-    def stable_only(self, step: int) -> bool:
-        """Say whether a batch of this step should come from stable (low-loss) samples."""
-        return self.phase is Phase.PROBATION and self.aftermath.holds(step)
-
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later actions depend on, as plain numbers, strings and lists."""
-        names = ("failing_batches", "_rollbacks", "_excesses", "_before_step", *_SAVED)
-        state = {name.strip("_"): getattr(self, name) for name in names}
-        state["phase"] = str(self.phase)
-        state["level"] = None if math.isnan(self._level) else self._level
-        return {**state, "quarantine": self._quarantine.state_dict(), "aftermath": self.aftermath.state_dict()}
+        return {name.strip("_"): getattr(self, name) for name in _SAVED} | {"phase": str(self.phase)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, kind in _SAVED.items():
-            setattr(self, name, kind(state[name.strip("_")]))
-        self.failing_batches = [[int(i) for i in batch] for batch in state["failing_batches"]]
-        self._rollbacks = [int(at) for at in state["rollbacks"]]
-        self._excesses = [float(excess) for excess in state["excesses"]]
-        self._before_step = None if state["before_step"] is None else int(state["before_step"])
-        self.phase = Phase(state["phase"])
-        self._level = math.nan if state["level"] is None else float(state["level"])
-        self._quarantine.load_state_dict(state["quarantine"])
-        self.aftermath.load_state_dict(state["aftermath"])
+        """Restore what `state_dict` returned; a run that had diverged may be tried again."""
+        phase = Phase(state["phase"])
+        if phase not in _LIVE:
+            self.__init__(self.hold)  # type: ignore[misc]
+            return
+        self.phase = phase
+        for name in _SAVED:
+            value = state[name.strip("_")]
+            setattr(self, name, [*value] if isinstance(value, list) else value)
 
-    def _move(self, signal: Verdict | Signal, reason: str = "", **details: Any) -> Action:
+    def _on_calm(self) -> Action:
+        self.flagged = self.nonfinite = self._unrestorable = 0
+        self._calm += 1
+        if self.phase is Phase.HEALTHY:  # nearly always
+            return _ACCEPT
+        action = self._move(Cause.CALM)
+        if self.phase is Phase.QUESTION:
+            return self._move(Signal.SETTLED) if self._calm >= _SETTLE else action
+        if self.phase is Phase.TRIAL:
+            self._calm_since += 1
+            if self._calm_since >= ACQUITTAL:
+                self._returns = self._uses = self._soon = self._skip = 0
+                self._older, self._callback_failed, self.lacks = None, False, False
+                return self._move(Signal.ACQUITTED)
+        return action
+
+    def _on_damage(
+        self, step: int, can_restore: bool, finite: bool, explained: bool, before_step: int | None, why: str
+    ) -> Action:
+        returned = self.on_trial and not explained
+        self._move(Cause.DAMAGE)
+        if not can_restore:
+            self._unrestorable += 1
+            if self._unrestorable >= _UNRESTORABLE:
+                return self._give_up(f"{_UNRESTORABLE} faulty losses in a row and nothing to restore from: {why}")
+            return self._move(Signal.UNRESTORABLE, f"nothing to restore from: {why}")
+        if returned:
+            self._returns += 1
+            self._uses += 1
+            self._soon = self._soon + 1 if not finite and 0 < self._calm_since <= _LACKS else 0
+            self.lacks = self._soon >= 2
+            if self._returns >= _RETURNS:
+                return self._give_up(f"the fault came back {_RETURNS} times right after the model was restored: {why}")
+            if self._uses >= 2 and self.used is not None:
+                self._older, self._uses = self.used[1], 0
+            if self._reports_since <= _QUICK:
+                self._factor = max(self.lr_multiplier(step) / 2, _LEAST_FACTOR)
+                self._until, self._stable_until = step + 1 + self.hold, step + 1 + ACQUITTAL
+        self._source, self._attempts, self._skip = "ram", 0, 0
+        self._before_step, self._unproven = before_step, not returned
+        return self._restore(None, why)
+
+    def _restore(self, signal: Signal | None, reason: str) -> Action:
+        if signal is not None:
+            self._move(signal)
+        limits = [limit for limit in (self._before_step, self._older) if limit is not None]
+        return Action(
+            Kind.RESTORE, reason, self._source, min(limits, default=None), self._skip, self._unproven and not limits[1:]
+        )
+
+    def _give_up(self, reason: str) -> Action:
+        ids = self.failing_batches[-1] if self.failing_batches else []
+        shown = f"{ids[:32]}" + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
+        return self._move(Signal.EXHAUSTED, f"{reason}; the last batch held the samples {shown}")
+
+    def _move(self, signal: Cause | Signal, reason: str = "") -> Action:
         move = TABLE.get((self.phase, signal))
         if move is None:
             raise ProtocolError(f"{signal} cannot happen in phase {self.phase}: report how the restore went first")
         self.phase = move.phase
-        return Action(move.kind, reason, **details) if reason or details else _PLAIN[move.kind]
-
-    def _calm(self, step: int, loss: float) -> Action:
-        self._quarantine.calm()
-        self._calm_run += 1
-        self._uncounted = 0
-        if math.isfinite(loss):
-            self._level = loss if math.isnan(self._level) else self._level + (loss - self._level) / 16
-        if self.phase is Phase.HEALTHY:  # nearly always
-            return _ACCEPT
-        action = self._move(Verdict.CALM)
-        settled = {
-            Phase.WARMUP: self._calm_run >= self.settings.warmup,
-            Phase.SUSPECT: self._calm_run >= self.settings.settle,
-            Phase.PROBATION: not self.aftermath.holds(step),
-        }
-        return self._move(Signal.SETTLED) if settled.get(self.phase) else action
-
-    def _unrestorable(self, verdict: Verdict, loss: float) -> Action:
-        self._uncounted += 1
-        limit = self.settings.uncounted
-        if verdict is not Verdict.NONFINITE:
-            if self._uncounted < limit:
-                return self._move(Signal.TOLERATED, "nothing to restore from")
-            self._uncounted = 0
-            return self._move(Signal.LEVEL_HELD, f"{limit} losses in a row stand out and nothing can be restored")
-        if self._uncounted < limit:
-            return self._move(Signal.UNRESTORABLE, "nothing to restore from; the update is not counted")
-        return self._give_up(f"{limit} faulty losses in a row and nothing to restore from")
-
-    def _give_up(self, reason: str) -> Action:
-        if self._drifting and not self._callback_failed:
-            return self._move(Signal.LEVEL_HELD, f"the drift comes back and cannot be undone: {reason}")
-        ids = self.failing_batches[-1] if self.failing_batches else []
-        shown = f"{ids[:32]}" + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
-        cause = self._unseen or f"the last batch held the samples {shown}"
-        return self._move(Signal.EXHAUSTED, f"{reason}; {cause}")
-
-    def _level_held(self, excess: float) -> bool:
-        """Say whether the fault stands as high above the healthy level as the last two did."""
-        last = self._excesses[-2:]
-        if len(last) < 2 or not math.isfinite(excess):
-            return False
-        same = all(abs(excess - other) <= 0.5 * max(abs(excess), abs(other)) for other in last)
-        return same and excess <= 1.5 * min(last)
-
-    def _begin(self, step: int, before_step: int, excess: float) -> Action:
-        """Choose the first restore for a fault, or give up."""
-        settings, recent = self.settings, self._rollbacks
-        if len(recent) >= settings.per_span:
-            return self._give_up(f"{len(recent)} rollbacks within {settings.span} steps")
-        used, spent = self.aftermath.used, self.aftermath.to_blame()
-        self._skip = self._skip + spent if self.aftermath.from_disk and recent else 0
-        discard = used[0] if spent and used else None
-        self._source, self._attempts, self._before_step = "ram", 0, before_step
-        self._excesses = [*self._excesses, excess][-2:] if math.isfinite(excess) else []
-        reason = f"fault at step {step}, first suspect at step {before_step}"
-        return replace(self._restore(None, reason, discard=discard), quarantine=self._quarantine.trigger())
-
-    def _restore(self, signal: Signal | None, reason: str, *, discard: int | None = None) -> Action:
-        if signal is not None:
-            self._move(signal)
-        skip = self._skip if self._source == "disk" else 0
-        return Action(Kind.RESTORE, reason, self._source, self._before_step, skip, discard)
+        return replace(_PLAIN[move.kind], reason=reason) if reason else _PLAIN[move.kind]
 
 
-_SAVED: dict[str, type[int] | type[str]] = {
-    **dict.fromkeys(("_reports", "_calm_run", "_uncounted", "_skip", "_attempts"), int),
-    **dict.fromkeys(("_drifting", "_callback_failed", "_sudden"), bool),
-    "_source": str,
-}
+_SAVED = (
+    "flagged", "nonfinite", "used", "lacks", "failing_batches", "_calm", "_calm_since", "_reports_since", "_returns",
+    "_uses", "_soon", "_unrestorable", "_factor", "_until", "_stable_until", "_source", "_attempts", "_skip",
+    "_before_step", "_older", "_callback_failed", "_unproven",
+)  # fmt: skip

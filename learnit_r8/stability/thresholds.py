@@ -13,9 +13,7 @@ class DetectorSettings:
 
     Attributes:
         window: Accepted losses that are compared with.
-        warmup: Losses before the detector is active; until then only NaN, infinity and losses
-            `warmup_rise` times the first one are faults.
-        warmup_rise: See `warmup`.
+        warmup: Losses before the detector is active; until then only far flags count.
         hard_score: z of a hard flag.
         hard_rise: a of a hard flag.
         soft_score: z of a soft flag.
@@ -24,17 +22,12 @@ class DetectorSettings:
         outlier_memory: Steps for which a harmless outlier is remembered.
         outlier_count: A loss is flagged only where it rises further than the so-manieth highest of them.
         fall: So many losses in a row below the median are a steep fall: the window keeps only them.
-        drift_span: Losses in the level (their median), and steps that it must stay high.
-        drift_rise: Rise over the best level, relative to it, that is drift.
-        drift_score: The same in units of s at the best level.
-        drift_floor: The same in units of L0.
         regime_factor: Factor on all thresholds after an announced change.
         regime_steps: For so many steps.
     """
 
     window: int = 64
     warmup: int = 16
-    warmup_rise: float = 100.0
     hard_score: float = 16.0
     hard_rise: float = 1.0
     soft_score: float = 6.0
@@ -43,10 +36,6 @@ class DetectorSettings:
     outlier_memory: int = 1024
     outlier_count: int = 2
     fall: int = 16
-    drift_span: int = 16
-    drift_rise: float = 1.0
-    drift_score: float = 12.0
-    drift_floor: float = 3e-3
     regime_factor: float = 3.0
     regime_steps: int = 128
 

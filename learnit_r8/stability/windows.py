@@ -155,6 +155,11 @@ class HarmlessOutliers:
         """Take the rise of an outlier at the step that was counted last."""
         self._pending.append((self._age, rise))
 
+    def remember(self, rise: float) -> None:
+        """Take a rise that is known to be harmless."""
+        self._remembered.append((self._age, rise))
+        insort(self._rises, rise)
+
     def drop_pending(self) -> None:
         """Forget those that are not known to be harmless: they were part of a fault."""
         self._pending.clear()

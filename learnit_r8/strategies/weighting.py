@@ -369,7 +369,7 @@ def draw_stable(request: BatchRequest) -> Indices:
         pool = pool[~request.excluded[pool]]
         if len(pool) < request.size:
             pool = np.flatnonzero(~request.excluded)
-    losses = np.where(request.catalog.uses[pool] > 0, request.catalog.expected_loss[pool], np.inf)
+    losses = np.where(request.catalog.uses[pool] > 0, request.catalog.expected_of(pool), np.inf)
     if len(pool) > request.size:
         pool = pool[np.argpartition(losses, request.size - 1)[: request.size]]
     return pool.astype(np.int64, copy=False)

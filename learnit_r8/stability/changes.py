@@ -1,0 +1,152 @@
+"""How far the arrays of a training state moved between two copies of it, and which moved beyond their habit.
+
+A loss that jumps says little by itself: adversarial, reinforcement and annealed losses jump by design, and so does
+a loss whose data or terms change. But then the weights go on moving as they always did. A lost layer, a burst of the
+learning rate or a flipped exponent moves the weights first, and much further.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.stability.tree_copy import TreeCopy
+
+DAMAGE = 0.3
+"""Least relative change that counts as damage."""
+HABIT = 6.0
+"""So many times its habit must an array move."""
+BEYOND = 4.0
+"""No habit explains more: weights five times as large."""
+UNKNOWN = 2.0
+"""The least change of an array whose habit is not known: early updates may double small weights."""
+_FADE, _GROWTH = 0.5, 2.0  # of a habit, at most, from one backup to the next
+_CHUNK = 1 << 12  # elements: two operands and their difference stay in the L1 cache
+_SAMPLES = 16
+_DERIVED = re.compile(
+    r"(^|[/.])(opt\w*|\w*optim\w*|state/\d+/\w+|exp_avg\w*|max_exp_avg\w*|momentum\w*|velocity|square_avg|grad_avg|grads?|"
+    r"acc_delta|running_mean|running_var|mu|nu|trace|m|v)([/.]|$)"
+)
+"""Arrays that follow the gradients or the data: these may jump wherever the loss does, while the weights are sound."""
+
+
+def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> dict[str, float]:
+    """Return |new - old| / min(|new|, |old|) (Euclidean norms) of each weight array, by path.
+
+    Left out are arrays of one element or of zeros before, arrays whose layout changed, and the state of optimizers
+    and of running statistics. The change is infinite where the new norm is 0 or overflows, and for NaN.
+
+    Args:
+        new: The later copy.
+        old: The earlier one.
+        sampled: Sixteen stretches of each large array will do: what is usual is an average anyway.
+    """
+    before = {path: array for path, array in old.arrays if not _DERIVED.search(path)}
+    changes: dict[str, float] = {}
+    for path, array in new.arrays:
+        earlier = before.get(path)
+        if earlier is None or tuple(earlier.shape) != tuple(array.shape) or earlier.dtype != array.dtype:
+            continue
+        moved = _relative_change(array, earlier, sampled=sampled)
+        if moved is not None:
+            changes[path] = moved
+    return changes
+
+
+def _relative_change(new: Any, old: Any, *, sampled: bool = False) -> float | None:
+    size = math.prod(new.shape)
+    if size < 2:
+        return None
+    moved = after = before = 0.0
+    scratch = np.empty(0)
+    with np.errstate(all="ignore"):
+        for x, y in zip(_chunks(new, sampled), _chunks(old, sampled), strict=True):
+            if scratch.dtype != x.dtype or not len(scratch):
+                scratch = np.empty(min(_CHUNK, size), x.dtype)
+            difference = np.subtract(x, y, out=scratch[: len(x)])
+            moved += float(difference.dot(difference))
+            after += float(x.dot(x))
+            before += float(y.dot(y))
+    if before == 0.0 or not math.isfinite(before):
+        return None
+    ratio = moved / min(after, before) if after > 0.0 else math.inf
+    return math.sqrt(ratio) if math.isfinite(ratio) else math.inf
+
+
+def _chunks(array: Any, sampled: bool) -> Iterator[NDArray[Any]]:
+    """Yield a float array, or a CPU tensor, piece by piece as float32 or float64 vectors; nothing for integers."""
+    if not isinstance(array, np.ndarray):
+        if not array.is_floating_point():
+            return
+        if str(array.dtype) not in ("torch.float32", "torch.float64"):
+            array = array.float()
+        array = array.numpy()
+    elif array.dtype.kind != "f":
+        return
+    flat = array.ravel(order="K")
+    step = max(_CHUNK, flat.size // _SAMPLES) if sampled else _CHUNK
+    for start in range(0, flat.size, step):
+        piece = flat[start : start + _CHUNK]
+        yield piece if piece.itemsize >= 4 else piece.astype(np.float32)
+
+
+class Habits:
+    """How far each array usually moves, per unit of the learning rate's sum over steps: a higher rate moves more."""
+
+    def __init__(self) -> None:
+        self._usual: dict[str, float] = {}
+
+    def learn(self, changes: Mapping[str, float], path: float) -> None:
+        """Take the changes of a sound stretch.
+
+        Args:
+            changes: As `relative_changes` returns them.
+            path: Sum of the learning rates of its steps.
+        """
+        if path <= 0.0:
+            return
+        for name, moved in changes.items():
+            usual = self._usual.get(name, math.inf)
+            share = min(moved / path, _GROWTH * usual)  # one jump is no habit
+            if math.isfinite(share):
+                self._usual[name] = share if usual == math.inf else max(share, _FADE * usual)
+
+    def broken(self, changes: Mapping[str, float], path: float, *, unknown: float = UNKNOWN) -> dict[str, float]:
+        """Return those of the changes that no habit explains.
+
+        Args:
+            changes: As `relative_changes` returns them.
+            path: Sum of the learning rates of the steps.
+            unknown: Least change of an array without a habit.
+        """
+        return {name: moved for name, moved in changes.items() if moved > self._limit(name, path, unknown)}
+
+    def _limit(self, name: str, path: float, unknown: float) -> float:
+        usual = self._usual.get(name)
+        return unknown if usual is None else min(BEYOND, max(DAMAGE, HABIT * usual * path))
+
+
+def copied(paths: Iterable[str], state: TreeCopy) -> set[str]:
+    """Return those of the paths whose array is nearly another one of the state: a target network that was updated.
+
+    Args:
+        paths: Paths of arrays that moved far.
+        state: The state that they moved to.
+    """
+    arrays = {path: array for path, array in state.arrays if tuple(array.shape)}
+    found = set()
+    for path in paths:
+        mine = arrays[path]
+        for other, array in arrays.items():
+            if other == path or array.shape != mine.shape or array.dtype != mine.dtype:
+                continue
+            distance = _relative_change(mine, array)
+            if distance is not None and distance < DAMAGE:
+                found.add(path)
+                break
+    return found

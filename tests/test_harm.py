@@ -1,0 +1,68 @@
+"""The safety net never makes a run worse: against the clean run, and against the run that only leaves NaN out."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import harm, harm_sound, harm_tasks
+
+SEED, STEPS = 0, 300
+
+
+@functools.cache
+def clean(batch=None, epochs=None):
+    length = STEPS if epochs is None else epochs * -(-harm_tasks.make("mlp", SEED).size // batch)
+    return harm.train("mlp", SEED, length, net=False, batch=batch).score
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("kind", [kind for kind in harm.KINDS if kind != "50 garbage batches"])
+def test_a_run_with_faults_ends_as_the_clean_one_and_no_worse_than_doing_less(kind, times):
+    if kind.startswith("50") and times > 1:
+        times = 1
+    at = harm.steps_of(kind, times, near=False, length=STEPS, rng=np.random.default_rng([times, len(kind)]))
+    faults = {"kind": kind, "at": [int(step) for step in at]}
+    saved = harm.train("mlp", SEED, STEPS, net=True, **faults)
+    less = harm.train("mlp", SEED, STEPS, net=False, **faults)
+    assert saved.ended == "finished"
+    assert saved.score > clean() - 0.025
+    assert saved.score > less.score - 0.025
+
+
+@pytest.mark.parametrize("batch", [8, 32, 128])
+@pytest.mark.parametrize("count", harm.ROWS)
+def test_rows_that_hold_nan_are_named_at_their_first_fault_and_cost_nothing_else(count, batch):
+    size = harm_tasks.make("mlp", SEED).size
+    rows = np.random.default_rng(count).choice(size, count, replace=False)
+    saved = harm.train("mlp", SEED, 8 * -(-size // batch), net=True, rows=rows, batch=batch)
+    assert saved.ended == "finished"
+    assert saved.left_out == set(rows.tolist())
+    assert max(saved.named_at.values()) < -(-size // batch)  # each is in one batch of the first epoch
+    assert saved.score > clean(batch, 8) - 0.03
+
+
+def test_the_same_run_under_three_clocks_is_the_same():
+    faults = {"net": True, "kind": "weights x 60", "at": [60, 61, 200]}
+    assert len({harm.train("mlp", SEED, STEPS, tick=tick, **faults).trace for tick in (1e-4, 1e-2, 1.0)}) == 1
+
+
+def _left_alone(kind, seed):
+    torch.manual_seed(seed)
+    granted = 1 if kind in ("fitted q", "auxiliary loss", "augmentation switched on", "unfreezing") else 0
+    assert harm_sound.KINDS[kind](seed)["rollbacks"] <= granted
+
+
+@pytest.mark.parametrize("kind", ["GAN, generator", "grpo kl", "fitted q", "auxiliary loss adam", "regression b1"])
+def test_a_sound_training_whose_losses_look_odd_is_left_alone(kind):
+    _left_alone(kind, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", harm_sound.KINDS)
+def test_all_sound_trainings_are_left_alone(kind):
+    for seed in range(5):
+        _left_alone(kind, seed)
