@@ -23,16 +23,19 @@ class SampleLosses(NamedTuple):
 
     Attributes:
         sums: Loss of each sample, added up over its labels, `[B]`.
-        numbers: How many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
+        numbers: Returns how many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
+        single: No sample has more than one label.
     """
 
     sums: Tensor
-    numbers: Tensor
+    numbers: Callable[[], Tensor]
+    single: bool = False
 
     @property
     def means(self) -> Tensor:
         """Mean loss of each sample, `[B]`, without grad; 0 where all labels are masked."""
-        return self.sums.detach() / self.numbers.clamp(min=1)
+        sums = self.sums.detach()
+        return sums if self.single else sums / self.numbers().clamp(min=1)
 
 
 class Seen(NamedTuple):
@@ -81,21 +84,21 @@ def _smoothing(seen: Seen) -> float:
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> SampleLosses:
     """Cross-entropy: logits `[B, ..., C]`, labels `[B, ...]`, -100 where masked; added up for each sample."""
     labels = labels.long()
-    rows = max(1, _AT_ONCE // max(logits[0].numel(), 1))  # no second copy of all logits of a large vocabulary
-    sums = [
-        functional.cross_entropy(
-            part.reshape(-1, part.shape[-1]).float(),
-            target.reshape(-1),
-            ignore_index=IGNORED,
-            reduction="none",
-            label_smoothing=smoothing,
-        )
-        .view(len(part), -1)
-        .sum(dim=1)
-        for part, target in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
-    ]
-    numbers = labels.ne(IGNORED).view(len(labels), -1).sum(dim=1)
-    return SampleLosses(sums[0] if len(sums) == 1 else torch.cat(sums), numbers)
+
+    def losses(part: Tensor, target: Tensor) -> Tensor:
+        flat = part.reshape(-1, part.shape[-1]).float(), target.reshape(-1)
+        found = functional.cross_entropy(*flat, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+        return found if target.dim() == 1 else found.view(len(part), -1).sum(dim=1)
+
+    rows = max(1, _AT_ONCE * len(logits) // max(logits.numel(), 1))
+    if rows >= len(logits):
+        sums = losses(logits, labels)
+    else:  # no second copy of all logits of a large vocabulary
+        parts = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
+        sums = torch.cat([losses(*part) for part in parts])
+    if labels.dim() == 1:
+        return SampleLosses(sums, lambda: labels.ne(IGNORED), single=True)
+    return SampleLosses(sums, lambda: labels.ne(IGNORED).view(len(labels), -1).sum(dim=1))
 
 
 def classes(seen: Seen) -> SampleLosses | None:
@@ -137,7 +140,7 @@ def fused_tokens(seen: Seen) -> SampleLosses | None:
     log_probs, mask = _tensor(seen.outputs[-1], "log_probs"), _tensor(seen.outputs[-1], "label_mask")
     if log_probs is None or mask is None or len(log_probs) != seen.samples:
         return None
-    return SampleLosses(-log_probs.sum(dim=1), mask.sum(dim=1))
+    return SampleLosses(-log_probs.sum(dim=1), lambda: mask.sum(dim=1))
 
 
 def several_labels(seen: Seen) -> SampleLosses | None:
@@ -156,11 +159,13 @@ def _elementwise(seen: Seen, function: Callable[..., Tensor]) -> SampleLosses | 
         return None
     logits, labels = (part.reshape(seen.samples, -1) for part in found)
     losses = function(logits, labels.to(logits.dtype), reduction="none")
-    return SampleLosses(losses.sum(dim=1), torch.full_like(losses[:, 0], losses.shape[1], dtype=torch.long))
+    ones = torch.ones_like(losses, dtype=torch.long)
+    return SampleLosses(losses.sum(dim=1), lambda: ones.sum(dim=1), single=losses.shape[1] == 1)
 
 
-def _one_each(losses: Tensor) -> SampleLosses:
-    return SampleLosses(losses, torch.ones_like(losses, dtype=torch.long))
+def one_each(losses: Tensor) -> SampleLosses:
+    """Return losses of samples with one label each."""
+    return SampleLosses(losses, lambda: torch.ones_like(losses, dtype=torch.long), single=True)
 
 
 def spans(seen: Seen) -> SampleLosses | None:
@@ -172,7 +177,7 @@ def spans(seen: Seen) -> SampleLosses | None:
             return None
         at = at.to(logits.device).view(-1).clamp(0, logits.shape[1])  # beyond the end: ignored
         ends.append(functional.cross_entropy(logits, at, ignore_index=logits.shape[1], reduction="none"))
-    return _one_each((ends[0] + ends[1]) / 2)
+    return one_each((ends[0] + ends[1]) / 2)
 
 
 def rewards(seen: Seen) -> SampleLosses | None:
@@ -184,7 +189,7 @@ def rewards(seen: Seen) -> SampleLosses | None:
     margin = _tensor(seen.inputs, "margin")
     losses = -functional.logsigmoid(better - worse - (0 if margin is None else margin))
     coefficient = getattr(seen.host.args, "center_rewards_coefficient", None)
-    return _one_each(losses if coefficient is None else losses + coefficient * (better + worse) ** 2)
+    return one_each(losses if coefficient is None else losses + coefficient * (better + worse) ** 2)
 
 
 def preferences(seen: Seen) -> SampleLosses | None:
@@ -202,7 +207,7 @@ def preferences(seen: Seen) -> SampleLosses | None:
         if log_probs is None or len(log_probs) != 2 * seen.samples:
             return None
         before, after = log_probs[:, -length:].sum(dim=1).chunk(2)
-    return _one_each(-functional.logsigmoid(beta * ((better - before) - (worse - after))))
+    return one_each(-functional.logsigmoid(beta * ((better - before) - (worse - after))))
 
 
 READINGS: tuple[Reading, ...] = (

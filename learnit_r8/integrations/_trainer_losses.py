@@ -21,6 +21,7 @@ from learnit_r8.integrations._sample_losses import (
     SampleLosses,
     Seen,
     auxiliary,
+    one_each,
 )
 
 _TRIES = 3
@@ -29,35 +30,62 @@ _EXACT, _HALF = 2e-5, 1e-2
 """Relative differences that rounding explains, for losses in float32 and in less."""
 
 
+class Check(NamedTuple):
+    """A host's loss and what a reading's losses come to; one pair is equal if the reading is right.
+
+    Attributes:
+        host: The host's loss.
+        total: Sum of the samples' losses.
+        divisors: What the host may have divided it by.
+        extra: What experts add, or None.
+        parts: Shares of `extra` that the host may have added.
+        tolerance: Relative difference that rounding explains.
+    """
+
+    host: Tensor
+    total: Tensor
+    divisors: list[Any]
+    extra: Tensor | None
+    parts: tuple[float, ...]
+    tolerance: float
+
+    def gaps(self) -> list[float]:
+        """Return the relative distances to the host's loss, divisor by divisor; all 0 where that is not finite."""
+        tensors = [one for one in (self.host, self.total, self.extra, *self.divisors) if isinstance(one, Tensor)]
+        if self.host.device.type == "cpu":
+            read = iter([one.detach().float().mean().item() if one.dim() else one.item() for one in tensors])
+        else:  # the device is waited for once
+            device = self.host.device
+            read = iter(torch.stack([one.detach().float().mean().to(device) for one in tensors]).tolist())
+        host, total = next(read), next(read)
+        extra = 0.0 if self.extra is None else next(read)
+        sides = [total / max(next(read) if isinstance(one, Tensor) else one, 1e-9) for one in self.divisors]
+        if not math.isfinite(host):
+            return [0.0] * len(sides)
+        gaps = [min(abs(host - side - part * extra) for part in self.parts) / (abs(host) + 1e-3) for side in sides]
+        return [gap if gap == gap else math.inf for gap in gaps]
+
+    def gap(self) -> float:
+        """Return the smallest of them."""
+        return min(self.gaps())
+
+
 class Note(NamedTuple):
     """What there is to report of one micro-batch.
 
     Attributes:
         mean: Its mean loss, a number on the device.
         losses: One loss a sample, `[B]`, where a reading gave them.
-        sides: Numbers of which one pair has to be equal if the reading is right: the host's loss, then what the
-            losses come to; None where that is settled.
-        tolerance: Relative difference that rounding explains.
+        check: Says whether they are the host's; None where that is settled.
     """
 
     mean: Tensor
     losses: Tensor | None = None
-    sides: Tensor | None = None
-    tolerance: float = _EXACT
-
-    def gap(self) -> float:
-        """Return how far the losses are from the host's, relatively; 0 where it cannot say, as it is not finite."""
-        if self.sides is None:
-            return 0.0
-        host, *others = self.sides.tolist()
-        if not math.isfinite(host):
-            return 0.0
-        gaps = [abs(host - other) / (abs(host) + 1e-3) for other in others]
-        return min((gap for gap in gaps if gap == gap), default=math.inf)
+    check: Check | None = None
 
     def agrees(self) -> bool:
         """Whether the losses are the host's."""
-        return self.gap() <= self.tolerance
+        return self.check is None or self.check.gap() <= self.check.tolerance
 
 
 class LossWatch:
@@ -172,30 +200,22 @@ class LossWatch:
         weights = self._host._weights(loss)
         with torch.set_grad_enabled(weights is not None):
             found = self._read(loss, seen, items)
-        mean = self._mean(loss.detach().float().mean(), seen, items)
+        mean = self._mean(loss.detach(), seen, items)
+        weighted = None
         if found is None:
-            note, weighted = Note(mean), None
+            self.notes.append(Note(mean))
         else:
-            sides = self._sides(loss, found, seen, items)
-            note = Note(mean, found.means, None if found.sums is self._given else sides, _tolerance(loss))
-            weighted = None if weights is None else self._weigh(loss, found, weights, items, sides.tolist())
-        self.notes.append(note)
+            check = self._check(loss, found, seen, items)
+            self.notes.append(Note(mean, found.means, None if found.sums is self._given else check))
+            if weights is not None:
+                weighted = _weighted(loss, found, weights, check)
         if weights is not None and weighted is None:
             self._host._say("weights", _UNWEIGHTED)
         return loss if weighted is None else weighted
 
-    def _weigh(self, loss: Tensor, found: SampleLosses, weights: Tensor, items: Any, sides: list[float]) -> Any:
-        """Return the loss with its samples' shares weighted, or None where they do not add up to it."""
-        host, *others = sides
-        nearest = min(range(len(others)), key=lambda i: abs(others[i] - host))
-        if not abs(others[nearest] - host) <= _tolerance(loss) * (abs(host) + 1e-3):  # NaN, too
-            return None
-        divisors = self._divisors(found, items)
-        return loss + ((weights - 1) * found.sums).sum() / divisors[nearest % len(divisors)]
-
     def _read(self, loss: Tensor, seen: Seen, items: Any) -> SampleLosses | None:
         if self._given is not None:
-            return SampleLosses(self._given, torch.ones_like(self._given, dtype=torch.long))
+            return one_each(self._given)
         if self.reading is not None:
             found = self.reading(seen)
             if found is not None:
@@ -206,13 +226,14 @@ class LossWatch:
         """Try all readings, and keep the one that is right; this waits for the device."""
         if not bool(torch.isfinite(loss.detach()).all()):
             return None
-        best: tuple[float, Reading | None, SampleLosses | None] = (_tolerance(loss), None, None)
+        best: tuple[float, Reading | None, SampleLosses | None] = (math.inf, None, None)
         for reading in READINGS if seen.outputs else ():
             found = reading(seen)
             if found is None:
                 continue
-            gap = Note(loss, found.sums, self._sides(loss, found, seen, items)).gap()
-            if gap < best[0] or (gap <= best[0] and best[1] is None):
+            check = self._check(loss, found, seen, items)
+            gap = check.gap()
+            if gap <= check.tolerance and gap < best[0]:
                 best = gap, reading, found  # the nearest: before training all classes are alike to most of them
         _, self.reading, nearest = best
         if nearest is None:
@@ -242,27 +263,24 @@ class LossWatch:
     def _steps(self) -> int:
         return int(getattr(self._host, "current_gradient_accumulation_steps", 1))
 
-    def _divisors(self, found: SampleLosses, items: Any) -> list[Any]:
-        """Return what the host may have divided the sum by: the items of the whole step, or of the micro-batch.
+    def _check(self, loss: Tensor, found: SampleLosses, seen: Seen, items: Any) -> Check:
+        """Return how to tell whether the samples' losses are the host's.
 
-        Where gradients are averaged over processes it may have multiplied the loss by their number.
+        It may have divided their sum by the items of the whole step, or of the micro-batch, and where gradients are
+        averaged over processes it may have multiplied its loss by their number.
         """
-        own = found.numbers.sum().clamp(min=1)
-        divisors = [own] if items is None else [items, own]
-        if self._given is not None and self._steps > 1:
-            divisors.append(own * self._steps)
-        world = self._host.accelerator.num_processes
-        return divisors if world == 1 else [*divisors, *(divisor / world for divisor in divisors)]
-
-    def _sides(self, loss: Tensor, found: SampleLosses, seen: Seen, items: Any) -> Tensor:
-        total = found.sums.detach().sum()
-        sides = [total / divisor for divisor in self._divisors(found, items)]
+        steps, world = self._steps, self._host.accelerator.num_processes
+        divisors: list[Any] = [] if items is None or self._given is not None else [items]
+        if not (divisors and found.single and steps == world == 1):  # there the two are one
+            own = found.numbers().sum().clamp(min=1)
+            divisors.append(own)
+            if self._given is not None and steps > 1:
+                divisors.append(own * steps)
         extra = auxiliary(seen.outputs[-1] if seen.outputs else None, getattr(self._host.model, "config", None))
-        if extra is not None:
-            world = self._host.accelerator.num_processes
-            parts = {1.0, 1 / self._steps, float(world), world / self._steps}
-            sides += [side + part * extra for part in sorted(parts) for side in sides]
-        return torch.stack([loss.detach().float().mean(), *(side.float().to(loss.device) for side in sides)])
+        parts = {1.0} if extra is None else {1.0, 1 / steps, float(world), world / steps}
+        if world > 1:
+            divisors += [divisor / world for divisor in divisors]
+        return Check(loss, found.sums.detach().sum(), divisors, extra, tuple(sorted(parts)), _tolerance(loss))
 
     def _scale(self, loss: Tensor, seen: Seen, items: Any) -> float:
         """Return by how much the host multiplied its loss, because gradients are averaged over processes."""
@@ -287,6 +305,7 @@ class LossWatch:
 
     def _mean(self, loss: Tensor, seen: Seen, items: Any) -> Tensor:
         """Return the mean of the micro-batch from a loss that may be divided by the items of the whole step."""
+        loss = loss.float().mean() if loss.dim() else loss
         scale = self._scale(loss, seen, items)
         loss = loss if scale == 1 else loss / scale
         if not isinstance(items, Tensor) or not self._divided:
@@ -299,6 +318,16 @@ class LossWatch:
         part = loss * self._divided
         mean: Tensor = loss - part + part * items.to(loss.device).float().mean() / own
         return mean
+
+
+def _weighted(loss: Tensor, found: SampleLosses, weights: Tensor, check: Check) -> Tensor | None:
+    """Return the loss with its samples' shares weighted, or None where they do not add up to it."""
+    gaps = check.gaps()
+    nearest = min(range(len(gaps)), key=gaps.__getitem__)
+    if gaps[nearest] > check.tolerance or not bool(torch.isfinite(loss.detach()).all()):
+        return None
+    weighted: Tensor = loss + ((weights - 1) * found.sums).sum() / check.divisors[nearest]
+    return weighted
 
 
 def _tolerance(loss: Tensor) -> float:

@@ -95,6 +95,7 @@ class R8Mixin(SampleLossMixin):
 
     def __init__(self, *args: Any, scheduler: R8Scheduler, **kwargs: Any) -> None:
         self.scheduler = scheduler
+        self._times, self._grouped = (1, 1), False
         super().__init__(*args, **kwargs)
         self._epochs: Iterator[int] = iter(())
         self._rates: _SchedulerRates | None = None
@@ -138,6 +139,8 @@ class R8Mixin(SampleLossMixin):
 
     def _group_problems(self) -> list[str]:
         trainer: Any = self
+        self._grouped = True
+        self._times = trainer.num_generations, trainer.args.steps_per_generation * trainer.num_iterations
         parts, group = trainer.args.steps_per_generation, trainer.num_generations
         if group % parts == 0 or (self.scheduler.drop_last and self._rows() % parts == 0):
             return []
@@ -151,10 +154,7 @@ class R8Mixin(SampleLossMixin):
         return self.scheduler.batch_size // self.scheduler.world_size * self._repeats()[0]
 
     def _repeats(self) -> tuple[int, int]:
-        trainer: Any = self
-        if not is_grouped(trainer):
-            return 1, 1
-        return trainer.num_generations, trainer.args.steps_per_generation * trainer.num_iterations
+        return self._times
 
     def _tell_replaced(self) -> None:
         """Name the Trainer's arguments that were given and that the scheduler's own take the place of."""
@@ -174,7 +174,7 @@ class R8Mixin(SampleLossMixin):
         steps = self.scheduler.total_steps
         self.args.num_train_epochs = MANY if steps is None else -(-steps // self.scheduler.steps_per_epoch)
         rows = self._rows()
-        if is_grouped(trainer):
+        if self._grouped:
             trainer._calculate_rewards = partial(self._keep_rewards, trainer._calculate_rewards)
             trainer.args.generation_batch_size = rows * self.scheduler.world_size
             rows //= trainer.args.steps_per_generation
@@ -201,7 +201,7 @@ class R8Mixin(SampleLossMixin):
 
     def _hand_over(self, reports: list[Any], skipped: bool) -> None:
         times = self._repeats()[1]
-        if times == 1 and not is_grouped(self):
+        if not self._grouped:
             super()._hand_over(reports, skipped)
             return
         for loss in reports:
