@@ -12,7 +12,8 @@ with (Schulman et al. 2017). Only groups that are neither all right nor all wron
 `HybridSRLReplayBuffer` a group's embedding is the last hidden state at the end of its prompt, its
 variance that of its rewards, and its recall score the probability that the policy now gives to the
 answers that were right. Printed is the share of right answers over all prompts, after equally many
-rollouts and updates. Needs: torch, transformers.
+rollouts and updates. With two seeds the hybrid buffer was below both others: the hardest groups are the
+oldest, which an on-policy method learns least from. Needs: torch, transformers.
 """
 
 from __future__ import annotations
