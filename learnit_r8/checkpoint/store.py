@@ -338,6 +338,14 @@ class CheckpointStore:
         self.run = run
         return True
 
+    def own(self) -> dict[str, int]:
+        """Return name and step of each checkpoint of this run."""
+        return {entry.path.name: entry.manifest.step for entry in self._own(self.entries()) if entry.manifest}
+
+    def at_step(self, step: int) -> LoadedCheckpoint | None:
+        """Return the checkpoint of a step that was saved last, whoever wrote it, if it is whole."""
+        return self._first_whole([entry for entry in self.entries() if entry.manifest and entry.manifest.step == step])
+
     def add_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
         """Write down beside a checkpoint what was logged at its step.
 

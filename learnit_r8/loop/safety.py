@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -365,7 +366,7 @@ class SafetyNet:
         return bool(self._everyone(bool(self._backups.ring.backups)).all()) or self._may_be_on_disk(step + 1)
 
     def _may_be_on_disk(self, before: int) -> bool:
-        return bool(self._everyone(self._saver.has_before(before)).all())
+        return bool(self._everyone(self._saver.has_before(before))[0])  # rank 0 writes for all
 
     # Recovery -------------------------------------------------------------------------------
 
@@ -452,9 +453,8 @@ class SafetyNet:
         return None
 
     def _from_disk(self, step: int, action: Action) -> Action | None:
-        found = self._saver.find_before(step + 1 if action.before_step is None else action.before_step, action.skip)
-        steps = self._everyone(-1.0 if found is None else found[0])
-        if found is None or steps.min() != steps.max():
+        found = self._on_disk(step + 1 if action.before_step is None else action.before_step, action.skip)
+        if found is None:
             return self._machine.restore_failed("there is no checkpoint", empty=True)
         began = self._clock.monotonic()
         to_step, path = found
@@ -464,6 +464,15 @@ class SafetyNet:
         self._machine.rolled_back(step, to_step, None)
         self._after_rollback(step, to_step, str(path.parent), began, self._saver.detector_of(path))
         return None
+
+    def _on_disk(self, before: int, skip: int) -> tuple[int, Path] | None:
+        """Return the step and model path of a checkpoint that every rank can read."""
+        found = self._saver.find_before(before, skip)
+        steps = self._everyone(-1.0 if found is None else found[0])
+        if found is None and steps[0] >= 0:
+            found = self._saver.find_step(int(steps[0]))
+        steps = self._everyone(-1.0 if found is None else found[0])
+        return found if steps.min() == steps.max() else None
 
     def _try_load(self, source: Any, *, from_ram: bool) -> str:
         """Let the user's function restore the model; return what went wrong, or ""."""

@@ -246,6 +246,11 @@ class Saver:
         found = self.store.older_than(step, names=self._own, skip=passed_over)
         return None if found is None else (found.step, found.model_path)
 
+    def find_step(self, step: int) -> tuple[int, Path] | None:
+        """Return step and model path of a whole checkpoint of a step, which another rank has written."""
+        found = None if self._args.config.checkpoint_dir is None else self.store.at_step(step)
+        return None if found is None else (found.step, found.model_path)
+
     def detector_of(self, model_path: Path) -> dict[str, Any] | None:
         """Return the state that the detector had when a checkpoint was written, None where it cannot be read.
 
@@ -280,8 +285,8 @@ class Saver:
         self._newest = loaded.step, loaded.path
         self._own = {}
         if self._args.config.checkpoint_dir is not None:
-            if self.store.adopt(loaded):
-                self._own = {loaded.path.name: loaded.step}
+            if self.store.adopt(loaded):  # older ones too: the newest may hold a model that was damaged already
+                self._own = self.store.own()
             elif loaded.path.parent.resolve() == self.store.directory.resolve():
                 message = f"this run branches off at {loaded.path.name}: later checkpoints there stay as they are"
                 self._bus.emit(events.Notice, loaded.step, message, "info")

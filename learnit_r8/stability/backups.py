@@ -5,7 +5,8 @@ The loss at step t tests the weights before update t, so a snapshot says nothing
 calm losses were reported at or after its step and every float array in it is finite; then it is
 VERIFIED, for good. `BackupRing.restore` hands out verified ones (and the first state when there is none).
 
-Memory: three copies of the state, and a fourth from the first look at a suspect model or the first restore on.
+Memory: three copies of the state; a fourth from the first look at a suspect model or the first restore on, and where the
+best one is old and backups come faster than they are proved.
 """
 
 from __future__ import annotations
@@ -331,14 +332,19 @@ class BackupRing:
             return slot.copy.pool
         return None
 
-    def _victim(self, step: int) -> _Slot:
+    def _victim(self, step: int) -> _Slot | None:
+        """Return the backup whose place a new one takes, or None where one more has room."""
         verified = [slot for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
-        if len(verified) >= 3:
-            oldest, newest = verified[0].info, verified[-1].info
-            old = step - oldest.step > _REACH * (step - newest.step)
-            return verified[0] if old and not newest.level > oldest.level else verified[-2]
         if len(verified) >= 2:
-            return verified[0]
+            oldest, newest = verified[0].info, verified[-1].info
+            best = oldest.level < newest.level
+            if len(verified) >= 3:
+                old = step - oldest.step > _REACH * (step - newest.step)
+                return verified[0] if old and not best else verified[-2]
+            if not best:
+                return verified[0]
+            if len(self._slots) <= self._capacity:
+                return None
         return next(slot for slot in reversed(self._slots) if slot.info.status is BackupStatus.CANDIDATE)
 
     def _drop(self, slot: _Slot) -> BackupInfo:

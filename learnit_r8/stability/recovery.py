@@ -37,7 +37,7 @@ _RETURNS = 10
 _NONFINITE = 100  # reports in a row, while the model is sound
 _UNRESTORABLE = 10
 _LEAST_FACTOR = 1 / 8
-_LACKS = 3  # calm losses, at most, after which NaN is back
+_LACKS = 4  # reports, at most, after which NaN is back
 
 
 class Phase(StrEnum):
@@ -357,7 +357,7 @@ class RecoveryMachine:
         if returned:
             self._returns += 1
             self._uses += 1
-            self._soon = self._soon + 1 if not finite and 0 < self._calm_since <= _LACKS else 0
+            self._soon = self._soon + 1 if not finite and self._reports_since <= _LACKS else 0
             self.lacks = self._soon >= 2
             if self._returns >= _RETURNS:
                 return self._give_up(f"the fault came back {_RETURNS} times right after the model was restored: {why}")

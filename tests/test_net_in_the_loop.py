@@ -1,0 +1,284 @@
+"""What the safety net does around a loop: after a resume, on several ranks, at the end, and where it is told not to."""
+
+from __future__ import annotations
+
+import collections
+import math
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from learnit_r8 import Command, R8Scheduler, Recovery, TrainingDiverged, events
+from learnit_r8.attribution import BatchAttribution
+
+
+class Ears(list):
+    def record(self, event):
+        self.append(event)
+
+    def of(self, kind):
+        return [event for event in self if isinstance(event, kind)]
+
+
+def quiet(samples=100, batch=1, **options):
+    ears = Ears()
+    options = {"num_epochs": 2, "checkpoint_dir": None, "ui": "off", "sinks": [ears], **options}
+    return R8Scheduler(samples, batch, **options), ears
+
+
+def each(scheduler):
+    for _ in scheduler.epoch_iterator():
+        yield from scheduler.batch_iterator()
+
+
+def test_a_resumed_run_whose_checkpoint_was_poisoned_goes_back_to_an_older_one(tmp_path):
+    w = {"w": np.ones(3)}
+
+    def save(path):
+        np.save(path, w["w"])
+
+    def load(source, from_ram=False):
+        w["w"] = np.array(source["w"]) if from_ram else np.load(f"{source}.npy")
+
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 10, "keep_checkpoints": 4}
+    first, _ = quiet(save_callback=save, load_callback=load, state_callback=lambda: w, **options)
+    for batch in first.batch_iterator():
+        if batch.step == 40:
+            break
+        loss = float(w["w"].sum())
+        if batch.step == 39:
+            w["w"] = w["w"] * np.nan
+        first.update_with_loss(loss)
+    del first
+    again = R8Scheduler.resume_from_checkpoint(tmp_path, save, load, state_callback=lambda: w)
+    assert np.isnan(w["w"]).all()
+    for batch in each(again):
+        result = again.update_with_loss(float(w["w"].sum()))
+        assert result.rolled_back == (batch.step == 40)
+    assert w["w"].tolist() == [1.0, 1.0, 1.0]
+    assert again.global_step == 200
+
+
+def test_the_end_says_when_the_best_is_long_past_and_gives_it_back():
+    w = {"w": np.zeros(2)}
+
+    def load(state):
+        w.update(state)
+
+    scheduler, ears = quiet(400, state_callback=lambda: w, load_callback=load, scheduler_mode="constant")
+    rng = np.random.default_rng(0)
+    for batch in each(scheduler):
+        w["w"] = w["w"] + 1.0
+        scheduler.update_with_loss(rng.lognormal(0, 0.1) * (1.0 if batch.step < 400 else 1.01 ** (batch.step - 400)))
+    (end,) = ears.of(events.RunEnded)
+    assert end.final_level > 5 * end.best_level
+    assert end.best_step < 500
+    last = [event.message for event in ears.of(events.Notice)][-1]
+    assert "far above its best level" in last
+    assert "restore_best()" in last
+    step = scheduler.restore_best()
+    assert w["w"][0] == step <= 500
+
+
+def test_a_backup_without_the_optimizer_is_named_as_the_cause():
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 8), torch.randint(0, 3, (256,))
+    x[7, 3] = math.inf
+    model = torch.nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scheduler, _ = quiet(256, 16, state_callback=model.state_dict, load_callback=model.load_state_dict)
+
+    def train():
+        for batch in each(scheduler):
+            losses = torch.nn.functional.cross_entropy(model(x[batch.indices]), y[batch.indices], reduction="none")
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+            scheduler.update_with_loss(losses)
+
+    with (
+        pytest.warns(RuntimeWarning, match="optimizer's state"),
+        pytest.raises(TrainingDiverged, match="probably lacks"),
+    ):
+        train()
+    assert scheduler.catalog.left_out.tolist() == [7]
+
+
+@pytest.mark.parametrize("policy", ["report", "off", Recovery(nonfinite="report", spike="off", drift="off")])
+def test_a_policy_that_only_tells_never_restores(policy):
+    loads = []
+    scheduler, ears = quiet(
+        400, 4, recovery=policy, state_callback=lambda: {"w": np.full(2, np.nan)}, load_callback=loads.append
+    )
+    for batch in each(scheduler):
+        scheduler.update_with_loss(math.nan if batch.step in (50, 51) else 1e6 if 100 < batch.step < 104 else 1.0)
+    assert loads == []
+    told = {event.verdict for event in ears.of(events.SpikeSeen)}
+    assert told == {"report": {"nonfinite", "spike"}, "off": set()}.get(str(policy), {"nonfinite"})
+
+
+def test_what_one_number_a_batch_taught_is_taken_back_with_the_model():
+    w = {"w": np.zeros(2)}
+
+    def load(state):
+        w.update(state)
+
+    scheduler, ears = quiet(800, 8, state_callback=lambda: w, load_callback=load, backup_every=10, num_epochs=3)
+    rng, kept = np.random.default_rng(0), {}
+    for batch in each(scheduler):
+        if batch.step % 10 == 0:
+            kept[batch.step] = scheduler.catalog.state_dict()
+        if batch.step == 153:
+            w["w"] = w["w"] * np.nan
+        result = scheduler.update_with_loss(math.nan if batch.step == 153 else float(rng.lognormal(0, 0.2)))
+        if result.rolled_back:
+            break
+    (back,) = ears.of(events.RolledBack)
+    then, now = kept[back.to_step], scheduler.catalog.state_dict()
+    assert then["attribution"]["level"] == now["attribution"]["level"]
+    np.testing.assert_array_equal(then["attribution"]["history"]["ids"], now["attribution"]["history"]["ids"])
+    np.testing.assert_array_equal(then["rows"], now["rows"])
+
+
+def test_batches_of_all_samples_cost_nothing_to_refine():
+    attribution = BatchAttribution(50)
+    estimate, variance = np.ones(50, np.float32), np.ones(50, np.float32)
+    for _ in range(200):
+        attribution.update(estimate, variance, np.arange(50), 1.0)
+        assert not attribution.refine(estimate, variance)
+
+
+def test_a_history_stays_within_128_epochs_and_is_fitted_when_an_eighth_of_it_is_new():
+    rng, fitted = np.random.default_rng(0), []
+    attribution = BatchAttribution(64)
+    estimate, variance, truth = np.ones(64, np.float32), np.ones(64, np.float32), rng.lognormal(0, 1, 64)
+    for epoch in range(300):
+        order = rng.permutation(64)
+        for ids in order.reshape(8, 8):
+            attribution.update(estimate, variance, ids, float(truth[ids].mean()))
+        if attribution.refine(estimate, variance):
+            fitted.append(epoch)
+    assert attribution.state_dict()["history"]["ids"].size <= 128 * 64
+    assert fitted[:3] == [2, 3, 4]
+    assert len(fitted) < 60
+    assert np.corrcoef(estimate, truth)[0, 1] > 0.99
+
+
+def test_one_odd_batch_brands_none_of_its_samples():
+    rng = np.random.default_rng(0)
+    scheduler, _ = quiet(800, 32, num_epochs=10)
+    wrong = set(rng.choice(800, 40, replace=False).tolist())
+    base = np.where(np.isin(np.arange(800), list(wrong)), 3.0, 0.3)
+    for batch in each(scheduler):
+        losses = base[batch.indices] * rng.lognormal(0, 0.2, len(batch.indices))
+        scheduler.update_with_loss(losses + (300.0 if batch.step == 60 else 0.0))
+    assert set(scheduler.catalog.suspects(40).tolist()) == wrong
+
+
+class World:
+    def __init__(self, size):
+        self.parts, self.barrier = [None] * size, threading.Barrier(size, timeout=20)
+
+    def gather(self, rank):
+        def all_gather(array):
+            self.parts[rank] = np.array(array)
+            self.barrier.wait()
+            joined = np.concatenate([np.ravel(part) for part in self.parts])
+            self.barrier.wait()
+            return joined
+
+        return all_gather
+
+
+def on_two_ranks(run):
+    world, ended = World(2), {}
+
+    def main(rank):
+        try:
+            ended[rank] = run(rank, {"rank": rank, "world_size": 2, "all_gather": world.gather(rank)})
+        except BaseException as error:
+            ended[rank] = type(error).__name__
+            world.barrier.abort()
+
+    threads = [threading.Thread(target=main, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return ended
+
+
+def test_checkpoints_of_rank_0_bring_all_ranks_back(tmp_path):
+    def run(rank, ranks):
+        w = {"w": np.ones(2)}
+
+        def save(path):
+            np.save(path, w["w"])
+
+        def load(path):
+            w["w"] = np.load(f"{path}.npy")
+
+        scheduler, ears = quiet(
+            200, 4, save_callback=save, load_callback=load, checkpoint_dir=tmp_path, checkpoint_every=10, **ranks
+        )
+        for batch in each(scheduler):
+            if batch.step in (35, 36):
+                w["w"] = w["w"] * np.nan
+            scheduler.update_with_loss(np.full(len(batch.indices), w["w"].sum()))
+        (back,) = ears.of(events.RolledBack)
+        return back.to_step, float(w["w"].sum()), scheduler.global_step
+
+    assert on_two_ranks(run) == {0: (30, 2.0, 100), 1: (30, 2.0, 100)}
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+def test_a_command_on_one_rank_stops_all_of_them_at_the_same_step(pauses):
+    class Sink:
+        def __init__(self):
+            self.commands = collections.deque()
+
+        def record(self, event):
+            if isinstance(event, events.Paused) and event.paused:
+                self.commands.append(Command.STOP_NOW)
+
+    sink = Sink()
+
+    def run(rank, ranks):
+        scheduler, _ = quiet(400, 4, **{**ranks, "sinks": [sink] if rank == 0 else []})
+        steps = 0
+        try:
+            for batch in each(scheduler):
+                if rank == 0 and batch.step == 10:
+                    sink.commands.append(Command.PAUSE if pauses else Command.STOP_NOW)
+                scheduler.update_with_loss(np.ones(len(batch.indices)))
+                steps += 1
+        except KeyboardInterrupt:
+            return f"stopped after {steps}"
+        return "finished"
+
+    ended = on_two_ranks(run)
+    assert ended[0] == ended[1]
+    assert ended[0].startswith("stopped after 1")
+
+
+def test_a_stop_or_a_signal_ends_the_search_for_a_rate_at_once():
+    sink = type("Sink", (), {"commands": collections.deque(), "record": lambda self, event: None})()
+    callbacks = {"state_callback": lambda: [1.0], "load_callback": lambda state: None, "backup_every": None}
+    for stop in (lambda: sink.commands.append(Command.STOP_AFTER_STEP), lambda: os.kill(os.getpid(), signal.SIGINT)):
+        scheduler, _ = quiet(10_000, 10, auto_find_lr=True, sinks=[sink], **callbacks)
+        handed = 0
+        try:
+            with scheduler:
+                for _batch in each(scheduler):
+                    handed += 1
+                    if handed == 4:
+                        stop()
+                    scheduler.update_with_loss(1.0)
+        except KeyboardInterrupt:
+            pass
+        assert handed == 4
+        assert scheduler.global_step == 0
