@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 import weakref
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from learnit_r8.errors import tell
 from learnit_r8.scheduler import R8Scheduler
 
 _SCALE = "r8_scale"
@@ -186,9 +186,10 @@ class LearningRateHook:
         if self._warned:
             return
         self._warned = True
-        tell(
+        warnings.warn(
             f"{' and '.join(self._owners or ()) or 'something else'} set the learning rate to {rates}, R8Scheduler had "
             f"set {expected} and sets its own at every step: remove the other learning-rate scheduler",
+            RuntimeWarning,
             stacklevel=4,
         )
 
