@@ -85,7 +85,7 @@ def check_resumes(tmp_path, stops, **options) -> Run:
         count = len(resumed.reports.batches)
         assert 0 < count < len(whole.reports.batches)
         assert resumed.reports.batches == whole.reports.batches[-count:]
-        assert resumed.reports.losses == whole.reports.losses[-count:]
+        assert repr(resumed.reports.losses) == repr(whole.reports.losses[-count:])  # NaN included
         assert torch.equal(resumed.weights, whole.weights)
         assert resumed.trainer.state.global_step == whole.trainer.state.global_step
         assert resumed.trainer.state.epoch == whole.trainer.state.epoch == options.get("num_epochs", 4)
@@ -101,7 +101,7 @@ def check_resumes(tmp_path, stops, **options) -> Run:
         ({"strategy": EveryOtherEpochShort(), "accumulation": 4}, (4, 8)),
         ({"noise_guard": "cap", "num_epochs": 8, "initial_lr": 0.05}, (50, 65)),
         ({"rollback_data": "replay", "poison": (9, 17), "num_epochs": 3}, (25,)),
-        ({"rollback_data": "replay", "poison": (29,), "num_epochs": 3, "accumulation": 4}, (10,)),
+        ({"rollback_data": "replay", "poison": (29,), "num_epochs": 3, "accumulation": 4}, (8,)),
     ],
     ids=["infobatch", "infobatch by 3", "infobatch, LoRA", "own epochs by 4", "cap", "replay", "replay at the end"],
 )
@@ -158,6 +158,13 @@ def test_a_checkpoint_without_the_schedulers_state_is_told(tmp_path):
     with pytest.warns(RuntimeWarning, match=r"no scheduler\.pt"):
         again = Run(tmp_path, resume=str(tmp_path / "checkpoint-14"), args={"save_steps": 1000})
     assert len(again.reports.batches) == 40
+
+
+def test_a_finished_run_that_is_resumed_trains_no_more(tmp_path):
+    whole = Run(tmp_path, args={"save_steps": 40})
+    again = Run(tmp_path, resume=str(tmp_path / "checkpoint-40"), args={"save_strategy": "no"})
+    assert not again.reports.batches
+    assert torch.equal(again.weights, whole.weights)
 
 
 def test_a_second_training_is_refused_and_a_resumed_one_goes_on(tmp_path):

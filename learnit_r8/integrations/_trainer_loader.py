@@ -61,8 +61,11 @@ class EpochLoader(DataLoader[Any]):
     """
 
     goes_on: Callable[[], bool]
+    over: Callable[[], bool]
 
     def __iter__(self) -> Any:
+        if self.over():  # the Trainer asks also where a finished run was resumed
+            return iter(())
         if not self.goes_on():
             return super().__iter__()
         state = torch.get_rng_state()
@@ -71,13 +74,16 @@ class EpochLoader(DataLoader[Any]):
         return iterator
 
 
-def make_loader(trainer: Any, sampler: Sampler[list[int]], goes_on: Callable[[], bool]) -> EpochLoader:
+def make_loader(
+    trainer: Any, sampler: Sampler[list[int]], goes_on: Callable[[], bool], over: Callable[[], bool]
+) -> EpochLoader:
     """Return a loader as the trainer's own, for a batch sampler; one prepared by Accelerate would cut batches anew.
 
     Args:
         trainer: Its data set, collator and arguments are used.
         sampler: Yields this process's lists of ids.
         goes_on: Whether an iterator that is made now goes on with an epoch that has begun.
+        over: Whether there is nothing to draw any more.
 
     Raises:
         ValueError: There is no `train_dataset`.
@@ -101,5 +107,5 @@ def make_loader(trainer: Any, sampler: Sampler[list[int]], goes_on: Callable[[],
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
     )
-    loader.goes_on = goes_on
+    loader.goes_on, loader.over = goes_on, over
     return loader

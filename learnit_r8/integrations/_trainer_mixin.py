@@ -84,6 +84,10 @@ class SampleLossMixin:
         """Return whether the next batch belongs to an epoch of which some were trained on."""
         raise NotImplementedError
 
+    def _over(self) -> bool:
+        """Return whether there is nothing to draw any more."""
+        return False
+
     def _batches_left(self) -> bool:
         """Return whether the epoch has batches that are still to be drawn, though its iterator has ended."""
         return False
@@ -155,7 +159,7 @@ class SampleLossMixin:
             ValueError: There is no `train_dataset`.
         """
         self._sampler = Repeated(self._batch_sampler(), *self._repeats())
-        self._loader = make_loader(self, self._sampler, self._goes_on)
+        self._loader = make_loader(self, self._sampler, self._goes_on, self._over)
         return self._loader
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:

@@ -227,6 +227,9 @@ class R8Mixin(SampleLossMixin):
     def _goes_on(self) -> bool:
         return self.scheduler.epoch_batches[0] > 0
 
+    def _over(self) -> bool:
+        return self.scheduler.nothing_to_draw is not None
+
     def _batches_left(self) -> bool:
         reported, planned = self.scheduler.epoch_batches
         return reported < planned
