@@ -265,11 +265,11 @@ class RunEnded(Event):
     """"finished", "stopped" (by command or signal), "closed" or "error"."""
     seconds: float
     """Training seconds, those before a resume counted."""
-    final_level: float = math.nan
-    """Median of the last losses; NaN in a run of fewer than 48."""
-    best_level: float = math.nan
+    final_level: float | None = None
+    """Median of the last losses; None in a run of fewer than 48."""
+    best_level: float | None = None
     """The lowest that it was."""
-    best_step: int = -1
+    best_step: int | None = None
     """Around when."""
     left_out: tuple[int, ...] = ()
     """Samples that faults named."""

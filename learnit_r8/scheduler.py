@@ -21,7 +21,6 @@ import atexit
 import os
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -1023,7 +1022,7 @@ class R8Scheduler:
         try:
             self._save()
         except CheckpointError as error:
-            warnings.warn(f"checkpoint not saved, training goes on: {error}", RuntimeWarning, stacklevel=2)
+            tell(f"checkpoint not saved, training goes on: {error}", stacklevel=2)
 
     def _save_last(self) -> None:
         """Save the last state of a run that has a cadence, unless that has been done."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from learnit_r8 import R8Scheduler
-from learnit_r8.events import RolledBack
+from learnit_r8.events import BackupTaken, RolledBack
 from learnit_r8.testing import FakeClock
 
 
@@ -102,6 +102,7 @@ class BackupWatch:
     def __init__(self, faults: Callable[[int], list[int]], make: Callable[..., R8Scheduler], **options: Any) -> None:
         self._calls = 0
         self._capture: Callable[[], Any] = dict
+        self._last: list[bytes] = []
         self._taken: dict[int, list[bytes]] = {}
         self._restored: list[list[bytes]] = []
         self._kept: list[tuple[Any, list[bytes]]] = []
@@ -118,11 +119,13 @@ class BackupWatch:
     def record(self, event: Any) -> None:
         if isinstance(event, RolledBack):
             self._targets.append(event.to_step)
+        elif isinstance(event, BackupTaken):
+            self._taken[event.step] = self._last
 
     def _attach(self, attach: Callable[..., None], capture: Callable[[], Any], restore: Callable[[Any], Any]) -> None:
         def noted() -> Any:
             state = capture()
-            self._taken[self.scheduler.global_step] = fingerprint(state)
+            self._last = fingerprint(state)  # of a backup, or only looked at
             return state
 
         def checked(source: Any) -> None:
@@ -168,7 +171,9 @@ def check_survival(findings: dict[str, Any], *, accumulation: int = 1) -> None:
 
 def check_diverged(error: str) -> None:
     """Assert that a run with more NaN than rollbacks says so, and names samples."""
-    cause = r"(no backup and no checkpoint is left to restore|10 rollbacks within 1000 steps)"
+    cause = (
+        r"(no backup and no checkpoint is left|the fault came back 10 times|\d+ losses in a row|the last \d+ losses)"
+    )
     assert re.search(rf"training diverged at step \d+: {cause}.*; the last batch held the samples \[\d+, ", error), (
         error
     )

@@ -101,6 +101,8 @@ def loop(folder: Path, process: int) -> dict:
             a, b = (jax.make_array_from_process_local_data(sharded, part[batch.indices]) for part in (x, y))
             opt = with_lr(state["opt"], batch.lr)
             state["params"], state["opt"], losses = step(state["params"], opt, a, b)
+            if batch.step == 23:
+                state["params"] = state["params"] * jnp.nan
             mine = local_part(losses) * (np.nan if batch.step == 23 and process == 1 else 1)
             if scheduler.update_with_loss(mine).rolled_back:
                 rolled_back.append(batch.step)

@@ -525,6 +525,7 @@ TAKES_EFFECT = {
     "groups": ([0, 1] * 32, lambda s, g: s.state_dict()["groups"].tolist() == g),
     "lookahead": (3, lambda s, g: held(s) == 3),
     "rollback_data": ("replay", lambda s, g: s.state_dict()["config"]["rollback_data"] == "replay"),
+    "recovery": ("report", lambda s, g: s.state_dict()["config"]["recovery"]["spike"] == "report"),
     "clock": (FakeClock(), lambda s, g: s._clock is g),
     "world_size": (2, lambda s, g: s.world_size == 2),
     "rank": (1, lambda s, g: s._ranks.rank == 1),

@@ -519,7 +519,7 @@ def test_any_pattern_of_nan_is_survived_or_ends_in_the_error(seed):
     assert found["held"]
 
 
-def test_a_step_that_mixed_precision_left_out_is_no_fault_and_a_rollback_brings_the_scaler_back():
+def test_a_step_that_mixed_precision_left_out_is_no_fault_and_needs_no_rollback():
     watch = BackupWatch(random_steps(4), scheduler_for, num_epochs=17, initial_lr=0.05)
     overflows = {7, 30, 61} - set(watch.faults)
     run = Run(watch=watch)
@@ -546,7 +546,8 @@ def test_a_step_that_mixed_precision_left_out_is_no_fault_and_a_rollback_brings_
             if skipped:
                 assert fingerprint(run.model.state_dict()) == before
                 assert not result.rolled_back
-    check_survival(watch.findings())
+    found = watch.findings()  # the scaler leaves out the steps that NaN hits, too
+    assert (found["rollbacks"], found["finite"], found["steps"]) == (0, True, found["length"])
     assert len(set(scales)) > 2
 
 

@@ -48,13 +48,14 @@ def train(*sinks, nan_at=None, fail=False):
     state = {"w": np.zeros(2)}
     with R8Scheduler(
         40, 8, num_epochs=4, checkpoint_dir=None, ui="off", sinks=sinks, state_callback=lambda: state,
-        load_callback=lambda source: None,
+        load_callback=state.update,
     ) as scheduler:  # fmt: skip
         for _ in scheduler.epoch_iterator():
             for batch in scheduler.batch_iterator():
                 values = np.linspace(1.0, 1.1, len(batch.indices)).astype(np.float32)
                 if batch.step == nan_at:
                     values[0] = np.nan
+                    state["w"] = state["w"] * np.nan
                 if fail and batch.step == 15:
                     raise ValueError("boom")
                 scheduler.update_with_loss(values)

@@ -42,13 +42,14 @@ def train(*sinks, epochs: int = 3, nan_at: int | None = None) -> list[float]:
         ui="off",
         sinks=sinks,
         state_callback=lambda: state,
-        load_callback=lambda source: None,
+        load_callback=state.update,
     ) as scheduler:
         for _ in scheduler.epoch_iterator():
             for batch in scheduler.batch_iterator():
                 values = rng.uniform(1.0, 1.1, len(batch.indices)).astype(np.float32)
                 if batch.step == nan_at:
                     values[0] = np.nan
+                    state["w"] = state["w"] * np.nan
                 scheduler.update_with_loss(values)
                 losses.append(float(values.mean()))
             scheduler.log(val_loss=0.5, grad_norm=2.0)

@@ -119,7 +119,14 @@ class Presence:
             message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
             self._bus.emit(events.Notice, step, message, "warning")
 
-    def end(self, step: int, reason: str, elapsed: float, levels: tuple[float, float, int], warning: str) -> None:
+    def end(
+        self,
+        step: int,
+        reason: str,
+        elapsed: float,
+        levels: tuple[float | None, float | None, int | None],
+        warning: str,
+    ) -> None:
         """Tell of the end, and give the terminal back: what the user prints from now on belongs on the normal screen.
 
         Args:

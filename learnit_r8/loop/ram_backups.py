@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from learnit_r8 import events
 from learnit_r8.clock import Clock
+from learnit_r8.errors import tell
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, Look, chosen_interval, names
 from learnit_r8.stability.detector import Detector
@@ -89,6 +89,8 @@ class RamBackups:
             state = self.capture()
             info = self.keep(state, step, detector)
         except Exception as error:
+            if isinstance(error, TypeError) and not self.ring.stats.taken and self._ranks.world_size == 1:
+                raise  # what cannot be copied at all is better known before anything is trained
             failure = f"{type(error).__name__}: {error}"
         if self._ranks.everyone(bool(failure)).any():
             failure = failure or "it failed on another rank"
@@ -96,7 +98,7 @@ class RamBackups:
             if failure not in self._warned:  # once: it mostly is the same every time
                 self._warned.add(failure)
                 self._emit(events.Notice, step, message, "warning")
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
+                tell(message, stacklevel=2)
             self.ring.discard_after(step - 1)  # no rank keeps what another one lacks
             return None
         return info

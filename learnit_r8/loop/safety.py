@@ -8,7 +8,6 @@ holds the backups. What is done happens here: the user's `load_callback`, the ca
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from learnit_r8 import events
 from learnit_r8.catalog import LossCatalog
 from learnit_r8.clock import Clock
+from learnit_r8.errors import tell
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import LIMIT, Reported
@@ -26,6 +26,7 @@ from learnit_r8.loop.lr_search import parked
 from learnit_r8.loop.ram_backups import Emit, RamBackups
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.saver import Saver
+from learnit_r8.stability.backups import BackupStatus
 from learnit_r8.stability.detector import Detector, Reading
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.stability.quarantine import Quarantine, not_finite
@@ -37,6 +38,8 @@ LR_RISE = 1.5
 
 _MOST = 0.9
 """Share of the samples that must have been seen for their expected losses to be compared with the others'."""
+_NONFINITE_AT_END = 10
+"""Losses in a row that are not finite, with which no run is finished."""
 _HOLD = 100, 20
 """Steps, and share of the budget, for which a fault that returned holds the learning rate down at most."""
 _LACKING = (
@@ -198,7 +201,8 @@ class SafetyNet:
         """
         if skipped:
             self._crash.note(step, Verdict.SKIPPED, reported.mean, indices)
-            return Judgement(Verdict.SKIPPED, math.nan, self._machine.react(step, Cause.SKIPPED), accepted=False)
+            action = self._machine.react(step, Cause.SKIPPED)
+            return Judgement(Verdict.SKIPPED, math.nan, action, accepted=reported.finite)
         reading = self._read(step, reported, expected)
         self._crash.note(step, reading.verdict, reported.mean, indices)
         if outdated and reading.verdict is not Verdict.CALM:
@@ -270,11 +274,13 @@ class SafetyNet:
         if named:
             why = f"the losses of samples {shown(named)} are not finite, those of the rest of the batch are"
         if policy == "rollback" and self._load is not None:
-            look = self._backups.look(step + 1, None)
+            look = self._backups.look(step + 1, self._detector.first_suspect_step)
             seen = look is not None
             if look is not None:
                 self._sound = not look.nonfinite
-            damaged = bool(look.nonfinite) if look is not None else self._machine.nonfinite >= 1 and not named
+            # Where nobody can look, backups by hand are few and near; a checkpoint may be an epoch old.
+            likely = bool(self._backups.ring.backups) or (self._machine.nonfinite >= 1 and not named)
+            damaged = bool(look.nonfinite or look.jumped) if look is not None else likely
             if damaged:
                 cause, why = Cause.DAMAGE, f"{why}; {look}" if look is not None else f"{why}, again"
         if named:
@@ -283,7 +289,7 @@ class SafetyNet:
             self._quarantine.suspect(indices, reported.values)
         if cause is Cause.REPORT and not seen and self._load is None and not named and policy == "rollback":
             cause = Cause.DAMAGE  # nobody can tell, and nobody can restore: it may be the end
-        explained = bool(named) or (sound_before and self._machine.on_trial)
+        explained = bool(named) or (sound_before and self._machine.on_trial and self._machine.proven)
         action = self._machine.react(
             step,
             cause,
@@ -408,12 +414,11 @@ class SafetyNet:
     def finish(self, step: int) -> None:
         """Take a last look at the model: damage of the last steps shows in no loss, or in one."""
         policy, last = self._policy, self._detector.last
-        if (
-            self._load is None
-            or self._machine.phase is Phase.FAILED
-            or "rollback" not in (policy.nonfinite, policy.spike)
-        ):
+        if self._load is None or self._machine.phase is Phase.FAILED:
             return
+        if policy.nonfinite == "rollback" and self._machine.nonfinite >= _NONFINITE_AT_END:
+            reason = f"the last {self._machine.nonfinite} losses are not finite"
+            self._diverged(step, self._machine.with_samples(reason))
         look = self._backups.look(step, None)
         if look is None:
             return
@@ -448,7 +453,8 @@ class SafetyNet:
         failure = self._try_load(state, from_ram=True)
         if failure:
             return self._machine.restore_failed(failure)
-        self._machine.rolled_back(step, found.step, found.id)
+        proven = found.initial or found.status is BackupStatus.VERIFIED
+        self._machine.rolled_back(step, found.step, found.id, proven=proven)
         self._after_rollback(step, found.step, "ram", began, detector)
         return None
 
@@ -502,15 +508,16 @@ class SafetyNet:
         if self._machine.lacks and not self._told_lack:
             self._told_lack = True
             self._tell(step, _LACKING)
-            warnings.warn(_LACKING, RuntimeWarning, stacklevel=2)
+            tell(_LACKING, stacklevel=2)
 
     # How it ended ---------------------------------------------------------------------------
 
-    def levels(self) -> tuple[float, float, int]:
-        """Return the level of the loss now, the lowest that it was, and the step of that; NaN where unknown."""
+    def levels(self) -> tuple[float | None, float | None, int | None]:
+        """Return the level of the loss now, the lowest that it was, and the step of that; None where unknown."""
         level = self._detector.level
-        known = math.isfinite(level.lowest)
-        return level.now, level.lowest if known else math.nan, level.lowest_step if known else -1
+        if not (math.isfinite(level.now) and math.isfinite(level.lowest)):
+            return None, None, None
+        return level.now, level.lowest, level.lowest_step
 
     def ending(self, step: int) -> str:
         """Return a warning where the loss ends far above its best level, or ""."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
-from learnit_r8.errors import CheckpointError
+from learnit_r8.errors import CheckpointError, tell
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.signals import say
 from learnit_r8.sinks import EventBus
@@ -97,7 +96,7 @@ class Saver:
     def passed_over(self, path: Path, reason: str) -> None:
         """Tell that a damaged checkpoint is not used."""
         self._bus.emit(events.CheckpointFailed, self._attempted, str(path), reason)
-        warnings.warn(f"a checkpoint is passed over: {reason}", RuntimeWarning, stacklevel=2)
+        tell(f"a checkpoint is passed over: {reason}", stacklevel=2)
 
     def due(self, step: int, finished_epoch: int | None) -> bool:
         """Whether the cadence asks for a checkpoint now: its turn has come, or has passed since the last one.

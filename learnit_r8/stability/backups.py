@@ -5,8 +5,8 @@ The loss at step t tests the weights before update t, so a snapshot says nothing
 calm losses were reported at or after its step and every float array in it is finite; then it is
 VERIFIED, for good. `BackupRing.restore` hands out verified ones (and the first state when there is none).
 
-Memory: three copies of the state; a fourth from the first look at a suspect model or the first restore on, and where the
-best one is old and backups come faster than they are proved.
+Memory: three copies of the state; a fourth from the first look at a suspect model or the first restore on, and where
+the best one is old and backups come faster than they are proved.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from learnit_r8.stability.changes import UNKNOWN, Habits, copied, relative_chang
 from learnit_r8.stability.tree_copy import CopyPlan, Pool, TreeCopy
 
 _REACH = 4  # intervals between two backups
+_WARY = 8  # backups after a restore, during which the oldest one stays
 _NAMED = 3  # arrays that a sentence names
 
 
@@ -145,6 +146,7 @@ class BackupRing:
         self._slots: list[_Slot] = []
         self._spare: Pool | None = None
         self._next_id = 0
+        self._since_restore = _WARY  # backups
         self._habits = Habits()
         self._harmless: frozenset[str] | None = None
         self._sound: frozenset[str] = frozenset()  # arrays that were finite once
@@ -193,6 +195,7 @@ class BackupRing:
             moved = self._beyond_habit(copy, slot.changes, slot.stretch, unknown=math.inf)
             slot.info = info = replace(info, moved=moved, scan_seconds=self._clock() - start)
         self._next_id += 1
+        self._since_restore += 1
         self._slots.append(slot)
         self.stats = replace(self.stats, taken=self.stats.taken + 1, copy_seconds=self.stats.copy_seconds + seconds)
         return info
@@ -305,6 +308,7 @@ class BackupRing:
 
     def discard_after(self, step: int) -> None:
         """Forget the backups of later steps: the run went back to `step`, they never happened."""
+        self._since_restore = 0
         for slot in [slot for slot in self._slots if slot.info.step > step]:
             self._drop(slot)
 
@@ -337,7 +341,8 @@ class BackupRing:
         verified = [slot for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]
         if len(verified) >= 2:
             oldest, newest = verified[0].info, verified[-1].info
-            best = oldest.level < newest.level
+            # The fault that led to a restore may be in all the others.
+            best = oldest.level < newest.level or self._since_restore < _WARY
             if len(verified) >= 3:
                 old = step - oldest.step > _REACH * (step - newest.step)
                 return verified[0] if old and not best else verified[-2]

@@ -28,6 +28,7 @@ UNKNOWN = 2.0
 _FADE, _GROWTH = 0.5, 2.0  # of a habit, at most, from one backup to the next
 _CHUNK = 1 << 12  # elements: two operands and their difference stay in the L1 cache
 _SAMPLES = 16
+_SMALL = 0.1  # of the median array's norm
 _DERIVED = re.compile(
     r"(^|[/.])(opt\w*|\w*optim\w*|state/\d+/\w+|exp_avg\w*|max_exp_avg\w*|momentum\w*|velocity|square_avg|grad_avg|grads?|"
     r"acc_delta|running_mean|running_var|mu|nu|trace|m|v)([/.]|$)"
@@ -36,10 +37,13 @@ _DERIVED = re.compile(
 
 
 def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> dict[str, float]:
-    """Return |new - old| / min(|new|, |old|) (Euclidean norms) of each weight array, by path.
+    """Return |new - old| / min(|new|, |old|) (root mean squares) of each weight array, by path.
+
+    The divisor is a tenth of the median array's norm at least: what is small beside the others, as a bias that the
+    loss does not depend on, may well move by many times itself.
 
     Left out are arrays of one element or of zeros before, arrays whose layout changed, and the state of optimizers
-    and of running statistics. The change is infinite where the new norm is 0 or overflows, and for NaN.
+    and of running statistics. The change is infinite where a norm overflows, and for NaN.
 
     Args:
         new: The later copy.
@@ -47,22 +51,31 @@ def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> 
         sampled: Sixteen stretches of each large array will do: what is usual is an average anyway.
     """
     before = {path: array for path, array in old.arrays if not _DERIVED.search(path)}
-    changes: dict[str, float] = {}
+    norms: dict[str, tuple[float, float, float]] = {}
     for path, array in new.arrays:
         earlier = before.get(path)
         if earlier is None or tuple(earlier.shape) != tuple(array.shape) or earlier.dtype != array.dtype:
             continue
-        moved = _relative_change(array, earlier, sampled=sampled)
-        if moved is not None:
-            changes[path] = moved
-    return changes
+        found = _norms(array, earlier, sampled=sampled)
+        if found is not None:
+            norms[path] = found
+    usual = sorted(was for _, _, was in norms.values())
+    floor = _SMALL * usual[len(usual) // 2] if usual else 0.0
+    return {path: _ratio(moved, max(min(now, was), floor)) for path, (moved, now, was) in norms.items()}
 
 
-def _relative_change(new: Any, old: Any, *, sampled: bool = False) -> float | None:
+def _ratio(moved: float, norm: float) -> float:
+    ratio = moved / norm if norm > 0.0 else math.inf
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _norms(new: Any, old: Any, *, sampled: bool = False) -> tuple[float, float, float] | None:
+    """Return the root mean squares of `new - old`, `new` and `old`; None where they say nothing."""
     size = math.prod(new.shape)
     if size < 2:
         return None
     moved = after = before = 0.0
+    count = 0
     scratch = np.empty(0)
     with np.errstate(all="ignore"):
         for x, y in zip(_chunks(new, sampled), _chunks(old, sampled), strict=True):
@@ -72,10 +85,14 @@ def _relative_change(new: Any, old: Any, *, sampled: bool = False) -> float | No
             moved += float(difference.dot(difference))
             after += float(x.dot(x))
             before += float(y.dot(y))
+            count += len(x)
     if before == 0.0 or not math.isfinite(before):
         return None
-    ratio = moved / min(after, before) if after > 0.0 else math.inf
-    return math.sqrt(ratio) if math.isfinite(ratio) else math.inf
+    return _root(moved / count), _root(after / count), _root(before / count)
+
+
+def _root(square: float) -> float:
+    return math.sqrt(square) if math.isfinite(square) else math.inf
 
 
 def _chunks(array: Any, sampled: bool) -> Iterator[NDArray[Any]]:
@@ -145,8 +162,8 @@ def copied(paths: Iterable[str], state: TreeCopy) -> set[str]:
         for other, array in arrays.items():
             if other == path or array.shape != mine.shape or array.dtype != mine.dtype:
                 continue
-            distance = _relative_change(mine, array)
-            if distance is not None and distance < DAMAGE:
+            norms = _norms(mine, array)
+            if norms is not None and _ratio(norms[0], min(norms[1:])) < DAMAGE:
                 found.add(path)
                 break
     return found

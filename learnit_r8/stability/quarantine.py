@@ -105,14 +105,14 @@ def not_finite(indices: Ids, losses: NDArray[np.floating[Any]] | None, limit: fl
         limit: Losses beyond it count as infinite.
 
     Returns:
-        No ids, and NaN, unless half of the losses at least are finite: else the weights may be broken.
+        No ids, and NaN, where over a quarter of the losses is not finite: the weights, or a rank's, may be broken.
     """
     if losses is None:
         return indices[:0], math.nan
     with np.errstate(invalid="ignore"):
         fine = np.abs(losses) <= limit
     count = int(np.count_nonzero(fine))
-    if count == len(losses) or 2 * count < len(losses):
+    if not 0 < len(losses) - count <= max(1, len(losses) // 4) or not count:
         return indices[:0], math.nan
     return indices[~fine], float(losses[fine].mean(dtype=np.float64))
 

@@ -12,7 +12,9 @@ after 16 losses. Only damaged weights are restored:
   losses are its trial: eight calm ones acquit it, whatever comes later.
 * A fault that comes back within the trial, and that no sample and no batch explains, speaks against the backup or
   comes from outside (a rate out of bounds). A proven backup is tried once more; then the next older one, those on disk
-  included, while the newer ones are kept; ten such returns without an acquittal are a divergence.
+  included, while the newer ones are kept; ten such returns without an acquittal are a divergence. An
+  older one is also tried where a fault takes as many steps to show as it did the first time, since it grows in the
+  backup, and where one backup is needed for the fourth time and none newer was proved in between.
 * Only such a return within 30 steps lowers the learning rate: by half, down to an eighth, for 100 steps or a
   twentieth of the budget, and takes the next eight batches from stable samples.
 """
@@ -34,7 +36,9 @@ HELD_UNSEEN = 32
 _SETTLE = 8
 _QUICK = 30
 _RETURNS = 10
-_NONFINITE = 100  # reports in a row, while the model is sound
+_NO_PROGRESS = 3
+"""Restores of one backup, none newer being proved in between, after which an older one is tried."""
+_NONFINITE = 64  # reports in a row, while the model is sound
 _UNRESTORABLE = 10
 _LEAST_FACTOR = 1 / 8
 _LACKS = 4  # reports, at most, after which NaN is back
@@ -177,6 +181,7 @@ class RecoveryMachine:
         flagged: Losses in a row that stood out.
         nonfinite: Reports in a row that were not finite.
         used: Id (None: a checkpoint) and step of the backup that was restored last, or None.
+        proven: That backup was, by later losses.
         lacks: NaN came back so soon, from calm losses, that the backup must lack something.
         failing_batches: Sample ids of the last faulty batches, oldest first, at most 3.
     """
@@ -195,7 +200,9 @@ class RecoveryMachine:
         self._source, self._attempts, self._skip = "ram", 0, 0
         self._before_step: int | None = None
         self._older: int | None = None  # faults returned: only backups of earlier steps
-        self._callback_failed = self._unproven = False
+        self._callback_failed = self._unproven = self._explained = False
+        self._same = self._delay = 0
+        self.proven = False
 
     @property
     def backups_allowed(self) -> bool:
@@ -269,17 +276,20 @@ class RecoveryMachine:
             return self._move(Signal.HELD, why or f"{HELD if seen else HELD_UNSEEN} losses in a row stand out")
         return self._move(cause, why or "the loss stands out")
 
-    def rolled_back(self, step: int, to_step: int, backup_id: int | None) -> None:
+    def rolled_back(self, step: int, to_step: int, backup_id: int | None, *, proven: bool = True) -> None:
         """Take note that the model was restored.
 
         Args:
             step: Global step of the faulty loss.
             to_step: Step of the restored state.
             backup_id: Id of the RAM backup, None for a checkpoint.
+            proven: Later losses had proved it, or it is the model as it was before training.
         """
         self._move(Signal.RESTORED)
-        self._uses = self._uses if self.used == [backup_id, to_step] else 0
-        self.used = [backup_id, to_step]
+        same = self.used == [backup_id, to_step]
+        self._uses = self._uses if same else 0
+        self._same = self._same + (not self._explained) if same else 1
+        self.used, self.proven, self._delay = [backup_id, to_step], proven, step + 1 - to_step
         self.flagged = self._unrestorable = 0
         self._calm_since = self._reports_since = 0
 
@@ -347,7 +357,7 @@ class RecoveryMachine:
     def _on_damage(
         self, step: int, can_restore: bool, finite: bool, explained: bool, before_step: int | None, why: str
     ) -> Action:
-        returned = self.on_trial and not explained
+        returned, self._explained = self.on_trial and not explained, explained
         self._move(Cause.DAMAGE)
         if not can_restore:
             self._unrestorable += 1
@@ -363,9 +373,12 @@ class RecoveryMachine:
                 return self._give_up(f"the fault came back {_RETURNS} times right after the model was restored: {why}")
             if self._uses >= 2 and self.used is not None:
                 self._older, self._uses = self.used[1], 0
-            if self._reports_since <= _QUICK:
+            if self._calm_since and self._reports_since <= _QUICK:
                 self._factor = max(self.lr_multiplier(step) / 2, _LEAST_FACTOR)
                 self._until, self._stable_until = step + 1 + self.hold, step + 1 + ACQUITTAL
+        grows = finite and abs(self._reports_since - self._delay) <= max(2, self._delay // 2) and self._delay > 2
+        if not explained and self.used is not None and (grows or self._same >= _NO_PROGRESS):
+            self._older, self._same = self.used[1], 0
         self._source, self._attempts, self._skip = "ram", 0, 0
         self._before_step, self._unproven = before_step, not returned
         return self._restore(None, why)
@@ -379,9 +392,13 @@ class RecoveryMachine:
         )
 
     def _give_up(self, reason: str) -> Action:
+        return self._move(Signal.EXHAUSTED, self.with_samples(reason))
+
+    def with_samples(self, reason: str) -> str:
+        """Return a reason and the samples of the last faulty batch."""
         ids = self.failing_batches[-1] if self.failing_batches else []
         shown = f"{ids[:32]}" + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
-        return self._move(Signal.EXHAUSTED, f"{reason}; the last batch held the samples {shown}")
+        return f"{reason}; the last batch held the samples {shown}"
 
     def _move(self, signal: Cause | Signal, reason: str = "") -> Action:
         move = TABLE.get((self.phase, signal))
@@ -394,5 +411,5 @@ class RecoveryMachine:
 _SAVED = (
     "flagged", "nonfinite", "used", "lacks", "failing_batches", "_calm", "_calm_since", "_reports_since", "_returns",
     "_uses", "_soon", "_unrestorable", "_factor", "_until", "_stable_until", "_source", "_attempts", "_skip",
-    "_before_step", "_older", "_callback_failed", "_unproven",
+    "_before_step", "_older", "_callback_failed", "_unproven", "_explained", "_same", "_delay", "proven",
 )  # fmt: skip
