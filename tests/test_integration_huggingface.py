@@ -359,6 +359,24 @@ def test_a_budget_in_seconds_ends_the_training(hf, tmp_path):
     assert 0 < trainer.state.global_step == scheduler.global_step
 
 
+@pytest.mark.parametrize("remove", [False, True])
+def test_an_indices_field_reaches_no_model_that_does_not_take_it(hf, tmp_path, remove):
+    from learnit_r8 import strategies
+
+    class Numbered(Tokens):
+        def __getitem__(self, i):
+            return {**super().__getitem__(i), "indices": i}
+
+    transformers, huggingface = hf
+    data = Numbered("class")
+    sampler = strategies.SpacedRepetitionSampler(data, num_steps=5, batch_size=4, spacing_steps=2)
+    options = arguments(transformers, tmp_path, num_train_epochs=1, remove_unused_columns=remove)
+    model = tiny_model(transformers, "class")
+    trainer = huggingface.SRSTrainer(model, options, train_dataset=data, train_sampler=sampler)
+    trainer.train()
+    assert trainer.state.global_step == 5
+
+
 def test_spaced_repetition_resumes_with_the_trainer(hf, tmp_path):
     from learnit_r8 import strategies
 

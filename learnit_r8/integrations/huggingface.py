@@ -344,6 +344,13 @@ class SRSTrainer(SampleLossMixin, Trainer):
             problems.append(f"SRSTrainer runs on one process, got {self.args.world_size}: use R8Trainer with 'spaced'")
         return problems
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Keep an `indices` field, with which data sets for such samplers are published, from a model without one."""
+        self._set_signature_columns_if_needed()
+        if isinstance(inputs, dict) and "indices" in inputs and "indices" not in (self._signature_columns or ()):
+            inputs = {name: value for name, value in inputs.items() if name != "indices"}
+        return super()._prepare_inputs(inputs)
+
     def _batch_sampler(self) -> Any:
         return self.train_sampler
 
