@@ -60,6 +60,7 @@ def any_event(kind):
     by_type = {
         "float": numbers,
         "int": whole,
+        "float | None": st.none() | numbers,
         "int | None": st.none() | whole,
         "str": texts,
         "bool": st.booleans(),

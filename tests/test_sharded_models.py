@@ -124,7 +124,7 @@ def test_a_sharded_run_goes_on_unsharded(two):
 
 def test_without_backups_in_ram_all_ranks_go_back_to_the_checkpoint_that_they_wrote(two):
     for rank in two["disk:fsdp2"]:
-        assert rank["rolled_back"] == [35]
+        assert rank["rolled_back"] == [36]  # nobody looks at the model: the second NaN in a row tells
         assert np.isfinite(rank["weights"]).all()
 
 
