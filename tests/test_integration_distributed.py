@@ -37,7 +37,7 @@ def launch(folder: Path, world: int, *scenarios: str, dies: bool = False, progra
         for rank in range(world)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in ranks]
+        errors = [process.communicate(timeout=800)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

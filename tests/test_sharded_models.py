@@ -75,6 +75,7 @@ def test_nan_on_four_ranks_is_undone_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", [2, 4])
 def test_ddp_fsdp2_and_hsdp_train_the_same_run(tmp_path, world):
     ranks = run(tmp_path, world, "plain:ddp", "plain:fsdp2", "plain:hsdp")

@@ -119,7 +119,7 @@ class SafetyNet:
         self._emit = emit
         self._clock = clock
         self._crash = crash
-        self._everyone = ranks.everyone
+        self._everyone, self._world_size = ranks.everyone, ranks.world_size
         self._detector = Detector()
         self._machine = RecoveryMachine(min(_HOLD[0], max(8, (total_steps or 10**9) // _HOLD[1])))
         self._quarantine = Quarantine(catalog.num_samples)
@@ -264,7 +264,7 @@ class SafetyNet:
         return Judgement(reading.verdict, reading.score, action, accepted=action.kind is Kind.ACCEPT)
 
     def _judge_nonfinite(self, step: int, reported: Reported, reading: Reading, indices: Indices) -> Judgement:
-        ids, others = not_finite(indices, reported.values, LIMIT)
+        ids, others = not_finite(indices, reported.values, LIMIT, self._world_size)
         named = tuple(ids.tolist()) if self._detector.ordinary(others) else ()
         policy, sound_before = self._policy.nonfinite, self._sound
         self._sound = False

@@ -28,7 +28,8 @@ UNKNOWN = 2.0
 _FADE, _GROWTH = 0.5, 2.0  # of a habit, at most, from one backup to the next
 _CHUNK = 1 << 12  # elements: two operands and their difference stay in the L1 cache
 _SAMPLES = 16
-_SMALL = 0.1  # of the median array's norm
+_SMALL = 0.5  # of the median array's norm
+_LOST = 1e-3  # of its norm before
 _DERIVED = re.compile(
     r"(^|[/.])(opt\w*|\w*optim\w*|state/\d+/\w+|exp_avg\w*|max_exp_avg\w*|momentum\w*|velocity|square_avg|grad_avg|grads?|"
     r"acc_delta|running_mean|running_var|mu|nu|trace|m|v)([/.]|$)"
@@ -39,11 +40,11 @@ _DERIVED = re.compile(
 def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> dict[str, float]:
     """Return |new - old| / min(|new|, |old|) (root mean squares) of each weight array, by path.
 
-    The divisor is a tenth of the median array's norm at least: what is small beside the others, as a bias that the
-    loss does not depend on, may well move by many times itself.
+    The divisor is half of the median array's norm at least: what is small beside the others, as a bias that the
+    loss does not depend on, may well move by many times itself. The change of an array that is lost is infinite.
 
     Left out are arrays of one element or of zeros before, arrays whose layout changed, and the state of optimizers
-    and of running statistics. The change is infinite where a norm overflows, and for NaN.
+    and of running statistics. It is infinite, too, where a norm overflows, and for NaN.
 
     Args:
         new: The later copy.
@@ -61,7 +62,10 @@ def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> 
             norms[path] = found
     usual = sorted(was for _, _, was in norms.values())
     floor = _SMALL * usual[len(usual) // 2] if usual else 0.0
-    return {path: _ratio(moved, max(min(now, was), floor)) for path, (moved, now, was) in norms.items()}
+    return {
+        path: math.inf if now < _LOST * was else _ratio(moved, max(min(now, was), floor))
+        for path, (moved, now, was) in norms.items()
+    }
 
 
 def _ratio(moved: float, norm: float) -> float:

@@ -25,8 +25,8 @@ stay out of the window. One flag proves nothing: a spike is 2 hard flags in 3 st
 * where the losses of the samples are known, an outlier that comes from an eighth of the batch or
   less is suspect, but no proof: weights that are broken are so for all samples.
 
-*Far*-flagged is, from the third loss on and whatever was harmless before, a loss ten times as high as both the
-median and the highest of the first losses; three in a row are a spike.
+*Far*-flagged is, from the third loss on and whatever was harmless before, a loss with z > 6 that is ten times as
+high as both the median and the highest of the first losses; three in a row are a spike.
 
 What is too slow for the window, which follows it, is told as *drift* (see `level`).
 
@@ -284,7 +284,8 @@ class Detector:
             else:
                 self._relaxed_until = -1
                 self.level.restart(forget_best=True)
-        far = (self._far_bits or loss > _FAR * self._untrained) and self._far(loss, m)
+        stands_out = z > settings.soft_score
+        far = (self._far_bits or loss > _FAR * self._untrained) and self._far(loss if stands_out else -_HUGE, m)
         soft, hard = self._flags(rise, z, m, s, ease)
         if soft and samples is not None and len(samples) >= _MIN_BATCH:
             rest = bulk_mean(samples) + shift

@@ -96,23 +96,26 @@ class Quarantine:
         return needed
 
 
-def not_finite(indices: Ids, losses: NDArray[np.floating[Any]] | None, limit: float) -> tuple[Ids, float]:
+def not_finite(
+    indices: Ids, losses: NDArray[np.floating[Any]] | None, limit: float, world_size: int = 1
+) -> tuple[Ids, float]:
     """Return the samples whose losses are not finite where the others' are, and the mean of the others.
 
     Args:
         indices: Sample ids, shape `[n]`.
         losses: One loss per sample, shape `[n]`, or None.
         limit: Losses beyond it count as infinite.
+        world_size: Number of ranks that share the batch.
 
     Returns:
-        No ids, and NaN, where over a quarter of the losses is not finite: the weights, or a rank's, may be broken.
+        No ids, and NaN, where over a quarter of a rank's share is not finite: its weights may be broken.
     """
     if losses is None:
         return indices[:0], math.nan
     with np.errstate(invalid="ignore"):
         fine = np.abs(losses) <= limit
     count = int(np.count_nonzero(fine))
-    if not 0 < len(losses) - count <= max(1, len(losses) // 4) or not count:
+    if not 0 < len(losses) - count <= max(1, len(losses) // (4 * world_size)) or not count:
         return indices[:0], math.nan
     return indices[~fine], float(losses[fine].mean(dtype=np.float64))
 
