@@ -200,6 +200,7 @@ class RamBackups:
     def restore(self, found: BackupInfo) -> tuple[Any, dict[str, Any] | None]:
         """Return a copy of a backup's state for the user to keep, and the detector's state of then."""
         _, state = self.ring.restore(info=found)
+        self.path = found.path
         detector, self._before = self._detectors.get(found.id, (None, []))
         return state, detector
 

@@ -13,8 +13,8 @@ after 16 losses. Only damaged weights are restored:
 * A fault that comes back within the trial, and that no sample and no batch explains, speaks against the backup or
   comes from outside (a rate out of bounds). A proven backup is tried once more; then the next older one, those on disk
   included, while the newer ones are kept; ten such returns without an acquittal are a divergence. An
-  older one is also tried where a fault takes as many steps to show as it did the first time, since it grows in the
-  backup, and where one backup is needed for the fourth time and none newer was proved in between.
+  older one is also tried where a fault that grows takes as many steps to show as it did the first time, and where one
+  backup is needed for the fourth time and none newer was proved in between.
 * Only such a return within 30 steps lowers the learning rate: by half, down to an eighth, for 100 steps or a
   twentieth of the budget, and takes the next eight batches from stable samples.
 """
@@ -36,6 +36,7 @@ HELD_UNSEEN = 32
 _SETTLE = 8
 _QUICK = 30
 _RETURNS = 10
+_GRADUAL = 3  # losses that stood out before a fault that grew
 _NO_PROGRESS = 3
 """Restores of one backup, none newer being proved in between, after which an older one is tried."""
 _NONFINITE = 64  # reports in a row, while the model is sound
@@ -201,6 +202,7 @@ class RecoveryMachine:
         self._before_step: int | None = None
         self._older: int | None = None  # faults returned: only backups of earlier steps
         self._callback_failed = self._unproven = self._explained = False
+        self._grew = False
         self._same = self._delay = 0
         self.proven = False
 
@@ -376,7 +378,9 @@ class RecoveryMachine:
             if self._calm_since and self._reports_since <= _QUICK:
                 self._factor = max(self.lr_multiplier(step) / 2, _LEAST_FACTOR)
                 self._until, self._stable_until = step + 1 + self.hold, step + 1 + ACQUITTAL
-        grows = finite and abs(self._reports_since - self._delay) <= max(2, self._delay // 2) and self._delay > 2
+        alike = abs(self._reports_since - self._delay) <= max(2, self._delay // 2) and self._delay > 2
+        grows = finite and alike and (self.flagged >= _GRADUAL or self._grew)
+        self._grew = grows
         if not explained and self.used is not None and (grows or self._same >= _NO_PROGRESS):
             self._older, self._same = self.used[1], 0
         self._source, self._attempts, self._skip = "ram", 0, 0
@@ -411,5 +415,5 @@ class RecoveryMachine:
 _SAVED = (
     "flagged", "nonfinite", "used", "lacks", "failing_batches", "_calm", "_calm_since", "_reports_since", "_returns",
     "_uses", "_soon", "_unrestorable", "_factor", "_until", "_stable_until", "_source", "_attempts", "_skip",
-    "_before_step", "_older", "_callback_failed", "_unproven", "_explained", "_same", "_delay", "proven",
+    "_before_step", "_older", "_callback_failed", "_unproven", "_explained", "_same", "_delay", "_grew", "proven",
 )  # fmt: skip
