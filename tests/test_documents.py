@@ -21,7 +21,7 @@ from learnit_r8.cli import _parser
 from learnit_r8.schedules import schedule_names
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *GUIDES]
 FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
 
@@ -55,6 +55,38 @@ def test_the_python_of_a_document_runs_from_top_to_bottom(path, tmp_path, monkey
     namespace = {}
     for block in code:
         exec(compile(block, path.name, "exec"), namespace)
+
+
+def alone(text):
+    """Return the Python of a document with every line where it stands there, so that complaints name its lines."""
+    lines = [""] * (text.count("\n") + 1)
+    for match in FENCE.finditer(text):
+        if match[2] == "python":
+            first = text.count("\n", 0, match.start(3))
+            body = match[3].splitlines()
+            lines[first : first + len(body)] = body
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_the_python_of_all_documents_type_checks_strictly_against_the_installed_package(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("mypy")
+    untyped = "[mypy-sklearn.*,transformers.*,lightning.*,optax.*,keras.*]\nignore_missing_imports = True\n"
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = True\n{untyped}follow_imports = skip\n")
+    pages = [path for path in (ROOT / "README.md", *GUIDES) if "```python" in read(path)]
+    modules = {re.sub(r"\W", "_", str(path.relative_to(ROOT))): path for path in pages}
+    for name, path in modules.items():
+        (tmp_path / f"{name}.py").write_text(alone(read(path)), encoding="utf-8")
+    assert {"README_md", "docs_catch_a_spike_md"} <= set(modules)
+    files = [f"{name}.py" for name in modules]
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), *files]
+    done = subprocess.run(command, cwd=tmp_path, env=without_paths(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def without_paths():
+    return {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "MYPYPATH"}}
 
 
 # Links -----------------------------------------------------------------------------------------
