@@ -41,6 +41,10 @@ class CheckpointCorrupt(CheckpointError):
     """A checkpoint's bytes are not the ones that were written."""
 
 
+class StateError(CheckpointError, ValueError):
+    """What was given to `load_state_dict` is damaged, or belongs to something else."""
+
+
 class TrainingDiverged(R8Error):
     """Training is beyond recovery: the rollback budget is spent.
 

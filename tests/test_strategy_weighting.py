@@ -16,6 +16,13 @@ from learnit_r8.strategies.weighting import MAX_WEIGHT, MixtureSampler
 from learnit_r8.testing import check_resume
 
 
+def again(state):
+    """Return a sampler that goes on where the state was taken."""
+    sampler = MixtureSampler(len(state["weights"]))
+    sampler.load_state_dict(state)
+    return sampler
+
+
 def sampler_of(weights, *, seed=0, excluded=None):
     sampler = MixtureSampler(len(weights))
     sampler.restart(np.array(weights, float), np.random.default_rng(seed), excluded)
@@ -120,7 +127,7 @@ def test_what_is_drawn_ahead_is_what_is_drawn_one_by_one_however_reports_come(st
     rng = np.random.default_rng(4)
     sampler, waiting = sampler_of(np.append(rng.random(997), 900.0 * np.arange(heavy, heavy + 3))), []
     for size, reports in steps:
-        alone = MixtureSampler.from_state(sampler.state_dict())  # it has nothing drawn ahead
+        alone = again(sampler.state_dict())  # it has nothing drawn ahead
         draw, expected = sampler.draw(size), alone.draw(size)
         np.testing.assert_array_equal(draw.indices, expected.indices)
         np.testing.assert_array_equal(draw.probabilities, expected.probabilities)
@@ -134,7 +141,7 @@ def test_a_large_data_set_is_drawn_ahead_further_and_alike():
     rng = np.random.default_rng(5)
     sampler, drawn_from = sampler_of(rng.random(100_000)), []
     for _ in range(20):
-        alone = MixtureSampler.from_state(sampler.state_dict())
+        alone = again(sampler.state_dict())
         draw, expected = sampler.draw(256), alone.draw(256)
         np.testing.assert_array_equal(draw.indices, expected.indices)
         np.testing.assert_array_equal(draw.probabilities, expected.probabilities)
@@ -153,7 +160,7 @@ def test_a_sampler_restored_in_mid_epoch_draws_the_same():
             return {"sampler": self.sampler.state_dict(), "step": self.step}
 
         def load_state_dict(self, state):
-            self.sampler = MixtureSampler.from_state(state["sampler"])
+            self.sampler = again(state["sampler"])
             self.step = state["step"]
 
     def advance(subject):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.replay.saving import filled
+from learnit_r8.replay.saving import filled, slots
 from learnit_r8.replay.trees import as_array
+from learnit_r8.state import Kind, Saved, maybe, table
 from learnit_r8.types import Indices
 
 Floats = NDArray[np.float64]
@@ -25,7 +27,7 @@ _ROWS = 8192
 """Rows taken at once where a temporary copy is needed."""
 
 
-class EmbeddingSpread:
+class EmbeddingSpread(Saved):
     """Embeddings in slots and their distances to the centroid, or to that of their cluster.
 
     The centroid is kept as a running sum. The distances to it are one matrix-vector product,
@@ -42,8 +44,19 @@ class EmbeddingSpread:
         ConfigError: `clusters` without scikit-learn.
     """
 
+    _saved = table(
+        embeddings=Kind(lambda me, rows: rows[: len(me)].copy(), lambda me, saved: me._rows_of(saved)),
+        anchor=np.float64,
+        sum=np.float64,
+        norms=slots(np.float64),
+        puts=int,
+        centers=maybe(np.float32),
+        fitted_at=int,
+    )
+
     def __init__(self, capacity: int, clusters: int | None = None, cluster_above: int = 50_000, seed: int = 0) -> None:
-        self._capacity, self._clusters, self._cluster_above, self._seed = capacity, clusters, cluster_above, seed
+        self.capacity, self._clusters, self._cluster_above, self._seed = capacity, clusters, cluster_above, seed
+        self._used = 0  # slots in use: the first ones
         self._kmeans: Any = None
         if clusters is not None:
             try:
@@ -78,17 +91,16 @@ class EmbeddingSpread:
             raise ValueError(f"embedding must be finite and within +-{_LARGEST_COMPONENT:g}, got {vector}")
         return vector.astype(np.float32)
 
-    def put(self, slot: int, vector: Vector, *, replaces: bool, used: int) -> None:
+    def put(self, slot: int, vector: Vector, *, replaces: bool) -> None:
         """Put a checked embedding into a slot.
 
         Args:
             slot: Which.
             vector: What `checked` returned.
-            replaces: The slot held another one, which leaves.
-            used: Slots `0 .. used - 1` are in use, this one included.
+            replaces: The slot held another one, which leaves; otherwise it is the first that is free.
         """
         if not self.embeddings.size:
-            self.embeddings = np.zeros((self._capacity, vector.size), dtype=np.float32)
+            self.embeddings = np.zeros((self.capacity, vector.size), dtype=np.float32)
             self._anchor, self._sum = vector.astype(np.float64), np.zeros(vector.size)
         if replaces:
             self._sum -= self.embeddings[slot] - self._anchor
@@ -96,20 +108,21 @@ class EmbeddingSpread:
         self.embeddings[slot] = vector
         self._sum += offset
         self._norms[slot] = offset @ offset
+        self._used += not replaces
         self._puts += 1
-        if self._puts % self._capacity == 0:
-            self._sum_anew(used)
+        if self._puts % self.capacity == 0:
+            self._sum_anew()
 
-    def relative(self, used: int, of: Indices | Vector | None = None) -> Floats:
+    def relative(self, of: Indices | Vector | None = None) -> Floats:
         """Return distance / (largest - smallest distance), the published measure.
 
         Where all distances are nearly equal that ratio has no meaning (it is 1e6 in the known
         version); then it is the place between smallest and largest, and 0 where they are equal.
 
         Args:
-            used: Slots `0 .. used - 1` are in use.
             of: Slots, or one embedding; None: all in use.
         """
+        used = self._used
         distances = self._distances(used)
         if not distances.size:
             return np.zeros(1 if of is not None and of.dtype.kind == "f" else 0)
@@ -126,38 +139,29 @@ class EmbeddingSpread:
             return np.zeros(len(asked))
         return np.clip((asked - low) / (high - low), 0.0, 1.0)
 
-    def state_dict(self, used: int) -> dict[str, Any]:
-        """Return copies of everything that later distances depend on."""
-        return {
-            "embeddings": self.embeddings[:used].copy(),
-            "anchor": self._anchor.copy(),
-            "sum": self._sum.copy(),
-            "norms": self._norms[:used].copy(),
-            "puts": self._puts,
-            "centers": None if self._centers is None else self._centers.copy(),
-            "fitted_at": self._fitted_at,
-        }
+    def emptied(self, used: int) -> EmbeddingSpread:
+        """Return one made like this, to load a state of so many embeddings into."""
+        other = copy.copy(self)
+        other._used = used
+        return other
 
-    def load_state_dict(self, state: dict[str, Any], used: int) -> None:
-        """Restore what `state_dict` returned.
+    def __len__(self) -> int:
+        return self._used
 
-        Raises:
-            LookupError, TypeError, ValueError: It is damaged; use a copy of this object.
-        """
-        held = np.asarray(state["embeddings"], dtype=np.float32)
-        width = held.shape[1] if used else 0
-        self.embeddings = np.zeros((self._capacity if used else 0, width), dtype=np.float32)
-        if used:
-            filled(held, used, self.embeddings)
-        self._anchor, self._sum = (np.array(state[name], dtype=np.float64) for name in ("anchor", "sum"))
+    def _rows_of(self, saved: Any) -> Vector:
+        held = np.asarray(saved, dtype=np.float32)
+        if not self._used:
+            return np.zeros((0, 0), dtype=np.float32)
+        return filled(held, self._used, np.zeros((self.capacity, held.shape[1]), dtype=np.float32))
+
+    def _state_taken(self) -> None:
+        width = self.embeddings.shape[1]
         if self._anchor.shape != (width,) or self._sum.shape != (width,):
             raise ValueError(f"anchor and sum must have {width} components")
-        self._norms = filled(state["norms"], used, np.zeros(self._capacity))
-        self._puts, self._fitted_at = int(state["puts"]), int(state["fitted_at"])
-        self._centers = None if state["centers"] is None else np.array(state["centers"], dtype=np.float32)
         self._cached = None
 
-    def _sum_anew(self, used: int) -> None:
+    def _sum_anew(self) -> None:
+        used = self._used
         self._sum = sum(
             ((self.embeddings[k : min(k + _ROWS, used)] - self._anchor).sum(axis=0) for k in range(0, used, _ROWS)),
             start=np.zeros_like(self._sum),

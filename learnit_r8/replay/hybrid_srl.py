@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,7 @@ from learnit_r8.replay.item import ReplayItem
 from learnit_r8.replay.saving import SavedBuffer, filled
 from learnit_r8.replay.trees import as_array
 from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.state import Kind, part, table
 from learnit_r8.types import Indices
 
 Filter = Callable[[Any, NDArray[np.float32], float], bool]
@@ -88,6 +89,20 @@ class HybridSRLReplayBuffer(SavedBuffer):
     Raises:
         ConfigError: Lists every bad argument.
     """
+
+    _saved = table(
+        seed=int,
+        added=int,
+        refused=int,
+        columns=Kind(
+            lambda buffer, columns: {name: column[: len(buffer)].copy() for name, column in columns.items()},
+            lambda buffer, saved: {
+                name: filled(saved[name], len(saved["serial"]), np.zeros(buffer.capacity, dtype))
+                for name, dtype in _COLUMNS.items()
+            },
+        ),
+        spread=part(lambda buffer, saved: buffer._spread.emptied(len(saved["norms"]))),
+    )
 
     def __init__(
         self,
@@ -189,19 +204,19 @@ class HybridSRLReplayBuffer(SavedBuffer):
             values |= {"easiness": _FIRST, "last_review": step, "boost": _BOOST * divergent, "spare": math.inf}
             for name, column in self._columns.items():
                 column[slot] = values.get(name, 0)
-            self._spread.put(slot, vector, replaces=full, used=len(self))
+            self._spread.put(slot, vector, replaces=full)
         return True
 
     def compute_diversity(self, item: Any) -> float:
         """Return the diversity, boost apart, of an item or of anything with `["embedding"]` and `["variance"]`."""
         vector = self._spread.checked(item["embedding"])
-        distance = float(self._spread.relative(len(self), vector)[0])
+        distance = float(self._spread.relative(vector)[0])
         return self.beta * float(item["variance"]) + (1.0 - self.beta) * distance
 
     def diversities(self, slots: Indices | None = None) -> NDArray[np.float64]:
         """Return the diversity of all experiences by slot, or of some, boosts included."""
         which: Any = slice(len(self)) if slots is None else slots
-        distances = self._spread.relative(len(self), slots)
+        distances = self._spread.relative(slots)
         columns = self._columns
         result: NDArray[np.float64] = (
             self.beta * columns["variance"][which] + (1.0 - self.beta) * distances + columns["boost"][which]
@@ -303,33 +318,16 @@ class HybridSRLReplayBuffer(SavedBuffer):
     def _made_with(self) -> dict[str, Any]:
         return {"capacity": self.capacity}
 
-    def _state(self, experiences: bool, *, copy: bool) -> dict[str, Any]:
-        used = len(self)
-        return {
-            "version": 1,
-            "made_with": self._made_with(),
-            "seed": self.seed,
-            "added": self._added,
-            "refused": self.refused,
-            "columns": {name: column[:used].copy() for name, column in self._columns.items()},
-            "spread": self._spread.state_dict(used),
-            "experiences": list(self._experiences) if experiences else None,
-        }
+    def _held(self, experiences: bool, *, copy: bool) -> Any:
+        return list(self._experiences) if experiences else None
 
-    def _take(self, state: dict[str, Any], before: Any) -> None:
+    def _hold(self, state: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         if state["experiences"] is None:
             raise CheckpointError("the state was saved without its experiences: save with experiences=True")
         self._experiences = list(state["experiences"])
-        used = len(self)
-        self.seed, self._added, self.refused = int(state["seed"]), int(state["added"]), int(state["refused"])
-        if not used <= min(self.capacity, self._added) or self.refused < 0:
-            raise ValueError(f"{used} experiences, {self._added} were added, {self.refused} refused")
-        self._columns = {
-            name: filled(state["columns"][name], used, np.zeros(self.capacity, dtype))
-            for name, dtype in _COLUMNS.items()
-        }
-        self._spread = copy.copy(self._spread)
-        self._spread.load_state_dict(state["spread"], used)
+        used, held = len(self), {len(self._spread), len(state["columns"]["serial"])}
+        if held != {used} or not used <= min(self.capacity, self._added) or self.refused < 0:
+            raise ValueError(f"{used} experiences, {held} rows, {self._added} were added, {self.refused} refused")
         self._streams = RandomStreams(self.seed)
 
     def _apply(self, slots: Indices, serials: Indices, scores: NDArray[np.float64], step: float) -> None:

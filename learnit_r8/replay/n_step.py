@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from learnit_r8.errors import ConfigError
+from learnit_r8.state import Kind, Saved, table
 
 
-class NStep:
+class NStep(Saved):
     """Turn single steps of one environment into n-step experiences.
 
     The reward becomes R = sum over k < m of gamma^k r_{t+k} (Sutton 1988; Rainbow, Hessel et
@@ -27,6 +28,8 @@ class NStep:
     Raises:
         ConfigError: `n` or `gamma` out of range.
     """
+
+    _saved = table(pending=Kind(lambda _, steps: list(steps), lambda _, saved: deque(saved)))
 
     def __init__(
         self, n: int, gamma: float = 0.99, *, reward: int | str = 2, next_state: int | str = 3, done: int | str = 4
@@ -107,14 +110,6 @@ class NStep:
             raise ValueError(f"the steps of an episode must be built alike: {first!r:.80} and {step!r:.80}")
         if isinstance(step, dict) and "discount" in step:
             raise ValueError('a step has a "discount" of its own, which gamma**n would replace: call it something else')
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the steps that are not complete yet."""
-        return {"pending": list(self._pending)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the steps that were not complete yet."""
-        self._pending = deque(state["pending"])
 
     def combined(self, steps: Sequence[Any]) -> Any:
         """Return one experience made of all of these steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from learnit_r8.replay.drawn import DrawnIndices
 from learnit_r8.replay.n_step import NStep
 from learnit_r8.replay.ranking import Ranking
 from learnit_r8.replay.recent import RecentLargest
-from learnit_r8.replay.saving import SavedBuffer, filled
+from learnit_r8.replay.saving import SavedBuffer, filled, slots
 from learnit_r8.replay.storage import make_storage
 from learnit_r8.replay.trees import as_array
 from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.state import Kind, maybe, part, table
 from learnit_r8.sum_tree import SumTree
 from learnit_r8.types import Indices, Losses
 
@@ -75,6 +77,19 @@ class PrioritizedReplayBuffer(SavedBuffer):
     Raises:
         ConfigError: Lists every bad argument.
     """
+
+    _saved = table(
+        seed=int,
+        added=int,
+        draws=int,
+        recent=part(lambda buffer, _: RecentLargest(buffer.capacity)),
+        default=slots(np.bool_),
+        largest=float,
+        priorities=Kind(lambda buffer, _: buffer.priorities, lambda buffer, saved: buffer._tree_of(saved), "_tree"),
+        marks=slots(np.uint8),
+        ranking=maybe(part(lambda buffer, _: Ranking(buffer.capacity, len(buffer)))),
+        n_step=maybe(part()),
+    )
 
     def __init__(
         self,
@@ -296,52 +311,26 @@ class PrioritizedReplayBuffer(SavedBuffer):
         steps = None if self._n_step is None else self._n_step.made_with
         return {"capacity": self.capacity, "alpha": self.alpha, "eps": self.eps, **self._kind, "n_step": steps}
 
-    def _state(self, experiences: bool, *, copy: bool) -> dict[str, Any]:
-        count, head = len(self), self._added % self.capacity
-        return {
-            "version": 1,
-            "made_with": self._made_with(),
-            "seed": self.seed,
-            "added": self._added,
-            "draws": self._draws,
-            "recent": self._recent.state_dict(),
-            "default": self._default[:count].copy(),
-            "largest": self._largest,
-            "priorities": self.priorities,
-            "marks": self._marks[:count].copy(),
-            "ranking": None if self._ranking is None else self._ranking.state_dict(count),
-            "n_step": None if self._n_step is None else self._n_step.state_dict(),
-            "experiences": self._storage.state_dict(count, head, contents=experiences, copy=copy),
-        }
+    def _tree_of(self, priorities: ArrayLike) -> SumTree:
+        tree = SumTree(self.capacity, fast=self._fast)
+        tree.fill(filled(priorities, len(self), np.zeros(self.capacity)))
+        return tree
 
-    def _take(self, state: dict[str, Any], before: Any) -> None:
-        """Make this copy of a buffer hold a state; all but the experiences first."""
-        self._added, self._draws, self.seed = int(state["added"]), int(state["draws"]), int(state["seed"])
-        self._largest = float(state["largest"])
-        count = len(self)
+    def _held(self, experiences: bool, *, copy: bool) -> Any:
+        return self._storage.state_dict(len(self), self._added % self.capacity, contents=experiences, copy=copy)
+
+    def _hold(self, state: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         if min(self._added, self._draws, self.seed) < 0 or not 0.0 <= self._largest < math.inf:
             raise ValueError("a counter is negative")
-        self._streams, self._ahead = RandomStreams(self.seed), ((-1, 0), np.zeros((0, 0)))
-        self._tree = SumTree(self.capacity, fast=self._fast)
-        self._tree.fill(filled(state["priorities"], count, np.zeros(self.capacity)))
-        self._marks = filled(state["marks"], count, np.zeros(self.capacity, dtype=np.uint8))
-        self._default = filled(state["default"], count, np.zeros(self.capacity, dtype=bool))
-        self._recent = RecentLargest(self.capacity)
-        self._recent.load_state_dict(state["recent"])
-        if (state["ranking"] is None, state["n_step"] is None) != (self._ranking is None, self._n_step is None):
+        if (self._ranking is None, self._n_step is None) != (before["_ranking"] is None, before["_n_step"] is None):
             raise ValueError("ranking or n_step is missing, or too much")
-        if self._ranking is not None:
-            self._ranking = Ranking(self.capacity)
-            self._ranking.load_state_dict(state["ranking"], count)
-        pending = None if self._n_step is None else list(state["n_step"]["pending"])
+        self._streams, self._ahead = RandomStreams(self.seed), ((-1, 0), np.zeros((0, 0)))
         if state["experiences"] is not None:
-            self._storage.load_state_dict(state["experiences"], count, self._added % self.capacity)
-        elif count and before._added != self._added:
+            self._storage.load_state_dict(state["experiences"], len(self), self._added % self.capacity)
+        elif len(self) and before["_added"] != self._added:
             raise CheckpointError(
                 "the state was saved without its experiences, and this buffer holds others: save with experiences=True"
             )
-        if self._n_step is not None and pending is not None:
-            self._n_step.keep(pending)
 
     def _append(self, experiences: Any, priorities: ArrayLike | None, *, stacked: bool = False) -> None:
         count, rows = self._storage.stack(experiences, stacked=stacked)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.replay.saving import filled
+from learnit_r8.replay.saving import slots
+from learnit_r8.state import Saved, table
 from learnit_r8.types import Indices
 
 Floats = NDArray[np.float64]
 
 
-class Ranking:
+class Ranking(Saved):
     """Numbers in slots and their ranks, 1 for the largest.
 
     Sorting is paid for once per `capacity` changes, and whenever the number of slots in use
@@ -21,12 +20,19 @@ class Ranking:
 
     Args:
         capacity: Number of slots.
+        used: So many of them are in use, the first ones.
     """
 
-    def __init__(self, capacity: int) -> None:
+    _saved = table(values=slots(np.float64), order=np.float64, changes=int)
+
+    def __init__(self, capacity: int, used: int = 0) -> None:
+        self.capacity, self._used = capacity, used
         self.values = np.zeros(capacity)
         self._order = np.zeros(0)
         self._changes = 0
+
+    def __len__(self) -> int:
+        return self._used
 
     def set(self, slots: Indices, values: Floats, used: int) -> tuple[Indices, Floats]:
         """Change numbers; return the slots whose ranks changed most, and these ranks.
@@ -36,6 +42,7 @@ class Ranking:
             values: Their new numbers.
             used: Slots `0 .. used - 1` are in use.
         """
+        self._used = used
         self.values[slots] = values
         self._changes += slots.size
         if self._changes >= len(self.values) or used >= 2 * len(self._order):
@@ -43,16 +50,6 @@ class Ranking:
         larger = len(self._order) - np.searchsorted(self._order, values, side="right")
         ranks: Floats = 1.0 + larger.astype(np.float64) * (used / len(self._order))
         return slots, ranks
-
-    def state_dict(self, used: int) -> dict[str, Any]:
-        """Return copies of everything that the next ranks depend on."""
-        return {"values": self.values[:used].copy(), "order": self._order.copy(), "changes": self._changes}
-
-    def load_state_dict(self, state: dict[str, Any], used: int) -> None:
-        """Restore what `state_dict` returned."""
-        self.values = filled(state["values"], used, np.zeros_like(self.values))
-        self._order = np.array(state["order"], dtype=np.float64)
-        self._changes = int(state["changes"])
 
     def _sort(self, used: int) -> tuple[Indices, Floats]:
         descending = np.argsort(-self.values[:used], kind="stable")

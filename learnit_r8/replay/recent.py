@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from learnit_r8.state import Saved, each, table
 
 _PARTS = 8
 """Parts of the span; the oldest is forgotten as a whole, so a number counts for a span or an eighth more."""
 
 
-class RecentLargest:
+class RecentLargest(Saved):
     """The largest number among those of the last `span` events.
 
     Events are reports of numbers and additions without any: whichever makes the span pass, an
@@ -19,40 +19,32 @@ class RecentLargest:
         span: Events to look back on, at least 1.
     """
 
+    _saved = table(parts=each(float), events=int)
+
     def __init__(self, span: int) -> None:
         self._each = -(-span // _PARTS)
-        self._parts = [-1.0] * -(-span // self._each)  # the newest last; -1: nothing was reported
-        self._events = 0  # in the newest part
-        self._current = -1.0
-        self._last = -1.0  # of the last part that was forgotten and had a report
+        # The parts' largest numbers, the one that is going on last, and that of the last part that was forgotten
+        # and had a report; -1: nothing was reported.
+        self._parts = [-1.0] * (-(-span // self._each) + 2)
+        self._events = 0  # in the part that is going on
 
     @property
     def value(self) -> float | None:
         """The largest; None before the first report."""
-        largest = max(self._current, *self._parts)
-        largest = self._last if largest < 0.0 else largest
+        largest = max(self._parts[:-1])
+        largest = self._parts[-1] if largest < 0.0 else largest
         return None if largest < 0.0 else largest
 
     def note(self, events: int, largest: float | None = None) -> None:
         """Count events, with the largest number that they reported."""
         self._events += events
         if self._events >= self._each:
-            self._pass(min(self._events // self._each, len(self._parts)))
+            self._pass(min(self._events // self._each, len(self._parts) - 2))
             self._events %= self._each
         if largest is not None:
-            self._current = max(self._current, largest)
+            self._parts[-2] = max(self._parts[-2], largest)
 
     def _pass(self, parts: int) -> None:
         for _ in range(parts):
-            dropped, *self._parts = [*self._parts, self._current]
-            self._current = -1.0
-            self._last = self._last if dropped < 0.0 else dropped
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return JSON data."""
-        return {"parts": [*self._parts, self._current, self._last], "events": self._events}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        *self._parts, self._current, self._last = map(float, state["parts"])
-        self._events = int(state["events"])
+            dropped, *kept, last = self._parts
+            self._parts = [*kept, -1.0, last if dropped < 0.0 else dropped]

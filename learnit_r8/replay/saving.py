@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.errors import CheckpointError
-from learnit_r8.portable import plain_state
+from learnit_r8.errors import CheckpointError, StateError
+from learnit_r8.portable import portable
 from learnit_r8.replay.disk import read, write
+from learnit_r8.state import Kind, Saved
 
 
-@plain_state()
-class SavedBuffer:
-    """Base of the buffers. Subclasses say what their state is (`_state`) and take one (`_take`)."""
+class SavedBuffer(Saved):
+    """Base of the buffers; their tables are of all but the experiences, which may be left out."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -36,13 +37,17 @@ class SavedBuffer:
         """Return the arguments that a state's buffer must have in common with this one, as JSON data."""
         raise NotImplementedError
 
-    def _state(self, experiences: bool, *, copy: bool) -> dict[str, Any]:
-        """Return the state; with `copy=False` as views, for a caller who holds the lock until it is done with them."""
+    def _held(self, experiences: bool, *, copy: bool) -> Any:
+        """Return the experiences; with `copy=False` as views, for a caller who holds the lock until it is done."""
         raise NotImplementedError
 
-    def _take(self, state: dict[str, Any], before: Any) -> None:
-        """Make this shallow copy of the buffer `before` hold a state; what they share is changed last."""
+    def _hold(self, state: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Let this shallow copy, which had the attributes `before`, hold a state's experiences; called last."""
         raise NotImplementedError
+
+    def _state(self, experiences: bool, *, copy: bool) -> dict[str, Any]:
+        held = self._held(experiences, copy=copy)
+        return {"version": 1, "made_with": self._made_with(), **self._state_tree(), "experiences": held}
 
     def state_dict(self, *, experiences: bool = True) -> dict[str, Any]:
         """Return copies of all that later draws depend on; the experiences themselves are listed as they are.
@@ -54,9 +59,9 @@ class SavedBuffer:
         """
         self._settle()
         with self._lock:
-            return self._state(experiences, copy=True)
+            return portable(self._state(experiences, copy=True))  # type: ignore[no-any-return]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
@@ -64,15 +69,18 @@ class SavedBuffer:
         """
         self._settle()
         with self._lock:
-            check_keys(state, self._state(False, copy=False))
-            check_made_with(state["made_with"], self._made_with())
-            fresh = type(self).__new__(type(self))
-            fresh.__dict__.update(vars(self))
-            try:
-                fresh._take(state, self)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise CheckpointError(f"the state is damaged ({type(error).__name__}: {error})") from error
-            self.__dict__.update(vars(fresh))
+            check_keys(state, {"version", "made_with", "experiences", *self._table})
+            super().load_state_dict(state)
+
+    def _take_state(self, state: Mapping[str, Any], changes: list[Any]) -> None:
+        before = copy.copy(vars(self))
+        check_made_with(state["made_with"], self._made_with())
+        super()._take_state(state, changes)
+        check_made_with(state["made_with"], self._made_with())
+        try:
+            self._hold(state, before)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"the state is damaged ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | Path, *, experiences: bool = True) -> None:
         """Write the buffer into one file, whole or not at all; other threads wait until that is done.
@@ -104,7 +112,7 @@ class SavedBuffer:
         self.load_state_dict(state)
 
 
-def check_keys(state: Any, mine: Mapping[str, Any]) -> None:
+def check_keys(state: Any, mine: Set[str]) -> None:
     """Raise unless the state has what this version's states have.
 
     Raises:
@@ -112,11 +120,11 @@ def check_keys(state: Any, mine: Mapping[str, Any]) -> None:
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"a state is the dict that state_dict() returned, got {type(state).__name__}")
-    missing, unknown = [key for key in mine if key not in state], [key for key in state if key not in mine]
-    if missing or unknown or state["version"] != mine["version"]:
+    missing, unknown = sorted(mine - {*state}), [key for key in state if key not in mine]
+    if missing or unknown or state["version"] != 1:
         raise CheckpointError(
-            f"this is no state of a buffer of version {mine['version']}: got version {state.get('version')!r}, "
-            f"missing {missing}, unknown {unknown}"
+            f"this is no state of a buffer of version 1: got version {state.get('version')!r}, missing {missing}, "
+            f"unknown {unknown}"
         )
 
 
@@ -131,6 +139,14 @@ def check_made_with(came: Any, mine: Mapping[str, Any]) -> None:
     if theirs:
         ours = {name: mine[name] for name in theirs}
         raise CheckpointError(f"the state is of a buffer with {theirs}, this one has {ours}: make it with the same")
+
+
+def slots(dtype: Any) -> Kind:
+    """An array of `capacity` entries, of which the first `len(owner)` are saved."""
+    return Kind(
+        lambda owner, column: column[: len(owner)].copy(),
+        lambda owner, saved: filled(saved, len(owner), np.zeros(owner.capacity, dtype)),
+    )
 
 
 def filled(values: Any, count: int, into: NDArray[Any]) -> NDArray[Any]:

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
-from learnit_r8.portable import plain_state
+from learnit_r8.state import Kind, Saved, each, maybe, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.weighting import Floats, MixtureSampler, draw_stable, fill_unseen
+from learnit_r8.strategies.weighting import SAMPLER, Floats, MixtureSampler, draw_stable, fill_unseen
 from learnit_r8.types import LossReport, Mask
 
 _UNTRAINED_BATCHES = 8
@@ -56,9 +56,14 @@ _TOLD_CHANGE = 0.25
 """Least change of the seeking that is told."""
 
 
+_COLUMNS = Kind(
+    lambda _, columns: {name: column.copy() for name, column in columns.items()},
+    lambda _, saved: {name: np.array(column) for name, column in saved.items()},
+)
+
+
 @register("auto")
-@plain_state()
-class Auto:
+class Auto(Saved):
     """Leans to hard samples as far as they turn out learnable; avoids the unexplained. Experimental.
 
     It needs one loss per sample; from one number a batch it stays uniform, and says so. What it
@@ -68,6 +73,18 @@ class Auto:
         alpha: Exponent of the expected loss in the draw; 0 never seeks.
         avoid: Whether suspects are drawn less; False: only seek.
     """
+
+    _saved = table(
+        untrained=each(float),
+        per_sample=bool,
+        samples=maybe(_COLUMNS),
+        level=float,
+        progress=float,
+        strength=float,
+        told=maybe(row(str, float)),
+        decisions=each(row(str, str, float)),
+        sampler=maybe(SAMPLER),
+    )
 
     def __init__(self, *, alpha: float = 0.8, avoid: bool = True) -> None:
         problems = Problems()
@@ -236,34 +253,6 @@ class Auto:
             samples["fails"][ids] = np.where(failed, np.minimum(samples["fails"][ids], 250) + 1, 0)
             samples["rank_first"][ids[first]] = samples["rank"][ids[first]]
             samples["rank_held"][ids] = samples["rank"][ids]
-
-    # State --------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of everything that later draws depend on."""
-        return {
-            "untrained": list(self._untrained),
-            "per_sample": self._per_sample,
-            "samples": None if self._samples is None else {key: array.copy() for key, array in self._samples.items()},
-            "level": self._level,
-            "progress": self._progress,
-            "strength": self._strength,
-            "told": None if self._told is None else list(self._told),
-            "decisions": [list(decision) for decision in self._decisions],
-            "sampler": None if self._sampler is None else self._sampler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        samples = state["samples"]
-        self._untrained = [float(loss) for loss in state["untrained"]]
-        self._per_sample = bool(state["per_sample"])
-        self._samples = None if samples is None else {key: np.array(array) for key, array in samples.items()}
-        self._level, self._progress = float(state["level"]), float(state["progress"])
-        self._strength = float(state["strength"])
-        self._told = None if state["told"] is None else (str(state["told"][0]), float(state["told"][1]))
-        self._decisions = [(str(what), str(why), float(figure)) for what, why, figure in state["decisions"]]
-        self._sampler = None if state["sampler"] is None else MixtureSampler.from_state(state["sampler"])
 
 
 def _ranks(mean_loss: NDArray[np.float32], uses: NDArray[np.uint32]) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
-from learnit_r8.portable import plain_state
+from learnit_r8.state import Saved, each, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.plan import shuffled
 from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, draw_stable
@@ -93,8 +93,7 @@ def _bins(edges: NDArray[Any], losses: NDArray[Any]) -> NDArray[np.intp]:
 
 
 @register("curriculum")
-@plain_state()
-class Curriculum:
+class Curriculum(Saved):
     """Draws from bins of the catalog's loss; the bins are made anew at every epoch start.
 
     Within a bin the samples take turns in random order. A fifth of each batch is uniform, so no
@@ -106,6 +105,8 @@ class Curriculum:
         temperature: Higher is closer to uniform; at least 0.01.
         debias: Return importance weights.
     """
+
+    _saved = table(members=np.uint32, starts=np.int64, turns=each(int))
 
     def __init__(
         self,
@@ -119,12 +120,13 @@ class Curriculum:
         self.temperature = max(LOWEST_TEMPERATURE, problems.real("temperature", temperature, 0.0))
         problems.raise_if_any()
         self.debias = bool(debias)
-        self._set_bins(np.zeros(0, np.uint32), np.zeros(1, np.int64), [])
+        self._members, self._starts = np.zeros(0, np.uint32), np.zeros(1, np.int64)  # bin by bin, and where each starts
+        self._turns: list[int] = []  # whose turn it is in each
+        self._state_taken()
 
-    def _set_bins(self, members: NDArray[np.uint32], starts: NDArray[np.int64], turns: list[int]) -> None:
-        """Take the samples, bin by bin, where each bin starts, and whose turn it is in each."""
-        self._members, self._starts, self._turns = members, starts, turns
-        # What every draw of the epoch needs:
+    def _state_taken(self) -> None:
+        """Work out what every draw of the epoch needs."""
+        starts = self._starts
         self._sizes = starts[1:] - starts[:-1]
         self._count = int(self._sizes.sum())
         self._uniform = self._sizes / max(self._count, 1)
@@ -142,7 +144,8 @@ class Curriculum:
             ranks = np.unique(np.arange(1, self.n_bins) * len(known) // self.n_bins)
             bins[seen] = _bins(np.partition(known, ranks)[ranks], known)
         starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=self.n_bins))])
-        self._set_bins(order[np.argsort(bins, kind="stable")], starts, [0] * self.n_bins)
+        self._members, self._starts, self._turns = order[np.argsort(bins, kind="stable")], starts, [0] * self.n_bins
+        self._state_taken()
 
     def draw(self, request: BatchRequest) -> Draw:
         """Return a batch whose shares of the bins follow the curriculum."""
@@ -190,12 +193,3 @@ class Curriculum:
             part = np.concatenate([part, self._members[start : start + missing]])
         self._turns[number] = (self._turns[number] + count) % max(end - start, 1)
         return part
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the bins of the epoch."""
-        return {"members": self._members.copy(), "starts": self._starts.copy(), "turns": list(self._turns)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        starts = np.array(state["starts"], np.int64)
-        self._set_bins(np.array(state["members"], np.uint32), starts, [int(turn) for turn in state["turns"]])

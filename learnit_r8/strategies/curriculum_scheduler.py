@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
 from learnit_r8.errors import ConfigError
-from learnit_r8.portable import plain_state
 from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.strategies.curriculum import LOWEST_TEMPERATURE, bin_probabilities, check_curriculum
+from learnit_r8.state import KEEP, Kind, Saved, each, kind, row, table
+from learnit_r8.strategies.curriculum import LOWEST_TEMPERATURE, CurriculumStrategy, bin_probabilities, check_curriculum
 from learnit_r8.strategies.keyed_averages import KeyedAverages
 from learnit_r8.strategies.keys import key_from_json, key_to_json, plain_key
 from learnit_r8.strategies.weighting import Floats
@@ -25,8 +25,7 @@ _REBIN_EVERY = 50
 """Updates after which the bins' boundaries are taken anew."""
 
 
-@plain_state(as_json=sys.maxsize)
-class CurriculumScheduler(KeyedAverages):
+class CurriculumScheduler(KeyedAverages, Saved):
     """Tracks the difficulty of keyed items by their scores, and says which to try next.
 
     Scores are rewards: the higher, the easier. Each item's difficulty is an exponential moving
@@ -48,6 +47,30 @@ class CurriculumScheduler(KeyedAverages):
     Raises:
         ConfigError: Unknown strategy, `n_bins` below 1, numbers that are not finite.
     """
+
+    _as_json = sys.maxsize
+    _saved = table(
+        strategy=CurriculumStrategy,
+        n_bins=int,
+        temperature=float,
+        ema_alpha=kind(float, of="_alpha"),
+        competence_threshold=float,
+        seed=kind(int, absent=KEEP),
+        steer=kind(bool, absent=KEEP),
+        draws=kind(int, absent=0),
+        keys=each(Kind(lambda _, key: key_to_json(key), lambda _, saved: key_from_json(saved))),
+        scores=Kind(lambda _, items: np.array(items[::2]), lambda _, saved: list(map(float, saved)), "_items"),
+        counts=Kind(
+            lambda _, items: np.array(items[1::2]).astype(np.int64),
+            lambda me, saved: (me._items, list(map(float, saved))),
+            "_items",
+        ),
+        bin_boundaries=kind(each(float), of="_boundaries"),
+        updates=kind(int, of="_applied"),
+        last_rebin_count=kind(int, of="_binned_at"),
+        mastered=kind(float, absent=0.0),
+        ends=kind(row(float, float), absent=(0.0, 0.0)),
+    )
 
     def __init__(
         self,
@@ -217,71 +240,30 @@ class CurriculumScheduler(KeyedAverages):
                 metrics[f"curriculum/bin_{number}_count"] = float(count)
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later answers depend on, as JSON data."""
+    def _state_tree(self) -> dict[str, Any]:
         self._apply()
-        return {
-            "strategy": self.strategy,
-            "n_bins": self.n_bins,
-            "temperature": self.temperature,
-            "ema_alpha": self.ema_alpha,
-            "competence_threshold": self.competence_threshold,
-            "seed": self.seed,
-            "steer": self.steer,
-            "draws": self._draws,
-            "keys": list(map(key_to_json, self._keys)),
-            "scores": np.array(self._items[::2]),
-            "counts": np.array(self._items[1::2]).astype(np.int64),
-            "bin_boundaries": list(self._boundaries),
-            "updates": self._updates,
-            "last_rebin_count": self._binned_at,
-            "mastered": self._mastered,
-            "ends": list(self._ends),
-        }
+        return super()._state_tree()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, or the state of the published class.
+    def _take_state(self, state: Mapping[str, Any], changes: list[Any]) -> None:
+        """Take also the state of the published class: `item_scores` (key -> average and count), no randomness."""
+        if "item_scores" in state:
+            items = {plain_key(key): pair for key, pair in state["item_scores"].items()}
+            scores, counts = zip(*items.values(), strict=True) if items else ((), ())
+            state = {**state, "keys": map(key_to_json, items), "scores": scores, "counts": counts}
+            state["bin_boundaries"] = ()  # the published ones mean something else: they are taken anew at the next use
+        if "updates" not in state:
+            state = {**state, "updates": sum(state["counts"]), "last_rebin_count": 0}
+        super()._take_state(state, changes)
 
-        The published one holds `item_scores` (key -> average and count) in place of arrays,
-        and no randomness.
-
-        Raises:
-            ConfigError: The strategy or the number of bins is invalid. Nothing is changed.
-        """
+    def _state_taken(self) -> None:
         problems: list[str] = []
-        strategy, n_bins = check_curriculum(problems, state["strategy"], state["n_bins"])
+        check_curriculum(problems, self._strategy, self.n_bins)
+        loaded: Any = self._items
+        (scores, counts), keys, updates = loaded, self._keys, self._applied
+        if not len(keys) == len(scores) == len(counts) == len(set(keys)):
+            problems.append(f"{len(keys)} keys, {len(scores)} scores, {len(counts)} counts")
         if problems:
             raise ConfigError(problems)
-        if "item_scores" in state:
-            # The boundaries of the published class mean something else: they are taken anew at the next use.
-            items = {plain_key(key): pair for key, pair in state["item_scores"].items()}
-            keys, boundaries = list(items), []
-            scores, counts = [float(pair[0]) for pair in items.values()], [float(pair[1]) for pair in items.values()]
-        else:
-            keys = list(map(key_from_json, as_list(state["keys"])))
-            scores, counts = list(map(float, state["scores"])), list(map(float, state["counts"]))
-            boundaries = [float(boundary) for boundary in state["bin_boundaries"]]
-        numbers = {name: float(state[name]) for name in ("temperature", "ema_alpha", "competence_threshold")}
-        updates = int(state.get("updates", sum(counts)))
-        binned_at = int(state["last_rebin_count"]) if "updates" in state else 0
-        seed, draws, mastered = (
-            int(state.get("seed", self.seed)),
-            int(state.get("draws", 0)),
-            float(state.get("mastered", 0.0)),
-        )
-        low, high = map(float, state.get("ends", (0.0, 0.0)))
-        if not len(keys) == len(scores) == len(counts) == len(set(keys)):
-            raise ConfigError([f"the state is damaged: {len(keys)} keys, {len(scores)} scores, {len(counts)} counts"])
         self._track(keys, scores, counts)
-        self._strategy, self.n_bins = strategy, n_bins
-        self._alpha, self.temperature = numbers["ema_alpha"], numbers["temperature"]
-        self.competence_threshold = numbers["competence_threshold"]
-        self.seed, self._streams, self._draws = seed, RandomStreams(seed), draws
-        self.steer = bool(state.get("steer", self.steer))
-        self._boundaries, self._rising, self._ends = boundaries, boundaries[::-1], (low, high)
-        self._applied, self._binned_at, self._mastered = updates, binned_at, mastered
-
-
-def as_list(values: Any) -> list[Any]:
-    """Return a list or an array as a list."""
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+        self._applied = updates
+        self._streams, self._rising = RandomStreams(self.seed), self._boundaries[::-1]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from learnit_r8.config import Problems
-from learnit_r8.portable import plain_state
+from learnit_r8.state import Saved, made, mask, maybe, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.plan import EpochPlan, shuffled
 from learnit_r8.strategies.weighting import MAX_WEIGHT
@@ -28,8 +28,7 @@ from learnit_r8.types import Mask
 
 
 @register("infobatch")
-@plain_state()
-class InfoBatch:
+class InfoBatch(Saved):
     """Every sample of high loss once an epoch, those below the mean once in `1 / (1 - ratio)` epochs.
 
     Args:
@@ -40,6 +39,14 @@ class InfoBatch:
             learning rate at the edge of what the model bears. False: the published weights, 1
             and `1 / (1 - ratio)`.
     """
+
+    _saved = table(
+        plan=maybe(made(EpochPlan)),
+        size=int,
+        low=mask(lambda strategy: strategy._size),
+        probabilities=row(float, float),
+        count=int,
+    )
 
     def __init__(self, ratio: float = 0.5, anneal: float = 0.125, normalize: bool = False) -> None:
         problems = Problems()
@@ -53,6 +60,7 @@ class InfoBatch:
             )
         problems.raise_if_any()
         self._plan: EpochPlan | None = None
+        self._size = 0
         self._low: Mask = np.zeros(0, bool)
         self._probabilities = (1.0, 1.0)  # of samples of high loss, of those below the mean
         self._count = 1
@@ -64,7 +72,8 @@ class InfoBatch:
         below, others = order[low], order[~low]
         kept = below[: math.ceil(len(below) * (1 - self.ratio) - 1e-9)]  # rounded up: no weight above 1 / (1 - ratio)
         self._plan = EpochPlan([kept, others])
-        self._low = np.zeros(request.num_samples, bool)
+        self._size = request.num_samples
+        self._low = np.zeros(self._size, bool)
         self._low[kept] = True
         drawn = self._plan.remaining
         inclusion = len(kept) / len(below) if len(below) else 1.0
@@ -91,21 +100,3 @@ class InfoBatch:
         # The published weights are relative to a sample that is drawn once an epoch.
         weights = 1.0 / (self._count * probabilities) if self.normalize else self._probabilities[0] / probabilities
         return Draw(indices, probabilities, weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is left of the plan, and who weighs more."""
-        return {
-            "plan": None if self._plan is None else self._plan.state_dict(),
-            "low": np.packbits(self._low),
-            "size": len(self._low),
-            "probabilities": list(self._probabilities),
-            "count": self._count,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._plan = None if state["plan"] is None else EpochPlan.from_state(state["plan"])
-        self._low = np.unpackbits(np.asarray(state["low"], np.uint8), count=int(state["size"])).astype(bool)
-        high, low = state["probabilities"]
-        self._probabilities = (float(high), float(low))
-        self._count = int(state["count"])

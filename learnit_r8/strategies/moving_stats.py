@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
+from learnit_r8.state import Saved, table
 from learnit_r8.strategies.weighting import as_losses
 
 
-class ExponentialMovingStats:
+class ExponentialMovingStats(Saved):
     """Exponentially weighted mean and standard deviation of a stream of numbers.
 
     Finch 2009, "Incremental calculation of weighted mean and variance"; several numbers at once
@@ -24,6 +25,8 @@ class ExponentialMovingStats:
     Raises:
         ConfigError: `alpha` is out of range.
     """
+
+    _saved = table(alpha=float, count=int, mean=float, variance=float)
 
     def __init__(self, alpha: float = 0.1) -> None:
         problems = Problems()
@@ -65,12 +68,3 @@ class ExponentialMovingStats:
     def std(self) -> float:
         """Weighted standard deviation; 0 before the second observation, unless it was an array."""
         return math.sqrt(self._variance)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return JSON data."""
-        return {"alpha": self.alpha, "count": self.count, "mean": self._mean, "variance": self._variance}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.alpha, self.count = float(state["alpha"]), int(state["count"])
-        self._mean, self._variance = float(state["mean"]), float(state["variance"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.portable import plain_state
+from learnit_r8.state import Saved, made, maybe, table
 from learnit_r8.types import Indices
 
 _LOOK_AHEAD = 128  # samples of a queue that may be swapped in
@@ -113,9 +113,10 @@ class EpochPlan:
         return cls([samples[start:end] for start, end in pairwise(ends)])
 
 
-@plain_state()
-class PlannedStrategy:
+class PlannedStrategy(Saved):
     """Base of strategies that plan the whole epoch at its start. Subclasses define `queues`."""
+
+    _saved = table(plan=maybe(made(EpochPlan)))
 
     covers = True
 
@@ -137,14 +138,6 @@ class PlannedStrategy:
             self.start_epoch(request)
         assert self._plan is not None
         return self._plan.take_first(request.size) if request.stable_only else self._plan.take(request.size)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is left of the epoch's plan."""
-        return {"plan": None if self._plan is None else self._plan.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._plan = None if state["plan"] is None else EpochPlan.from_state(state["plan"])
 
 
 def shuffled(request: Any) -> NDArray[np.uint32]:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.config import Problems
+from learnit_r8.state import Kind, Saved, mask, maybe, part, sized, table
 from learnit_r8.strategies.max_tree import MaxTree
 from learnit_r8.strategies.moving_stats import ExponentialMovingStats
 from learnit_r8.types import Indices, Mask
@@ -71,7 +72,7 @@ class Spacing:
         )
 
 
-class ReviewQueue:
+class ReviewQueue(Saved):
     """Unseen, due and waiting samples.
 
     Args:
@@ -81,6 +82,15 @@ class ReviewQueue:
         rng: For the order of the unseen samples.
         excluded: True for samples that must not be drawn, bool `[N]`.
     """
+
+    _saved = table(
+        difficulty=sized(np.float32, lambda queue: len(queue._rows), "queue"),
+        interval=sized(np.float32, lambda queue: len(queue._rows), "queue"),
+        due=sized(np.int64, lambda queue: len(queue._rows), "queue"),
+        unseen=Kind(lambda queue, ids: ids[queue._due[ids] == _UNSEEN], lambda _, saved: np.array(saved, np.uint32)),
+        excluded=maybe(mask(lambda queue: len(queue._due))),
+        stats=part(),
+    )
 
     def __init__(
         self,
@@ -309,33 +319,8 @@ class ReviewQueue:
             self._calendar[day] = [ids]
             heapq.heappush(self._days, day)
 
-    # State --------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later batches depend on: JSON values and arrays."""
-        unseen = self._unseen[self._due[self._unseen] == _UNSEEN]
-        return {
-            "difficulty": self.difficulty.copy(),
-            "interval": self.interval.copy(),
-            "due": self._due.copy(),
-            "unseen": unseen,
-            "excluded": None if self.excluded is None else np.packbits(self.excluded),
-            "stats": self.stats.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ValueError: The state belongs to a data set of another size.
-        """
-        size = len(self._due)
-        if len(state["due"]) != size:
-            raise ValueError(f"the state has {len(state['due'])} samples, this queue {size}")
-        self.difficulty[:] = state["difficulty"]
-        self.interval[:] = state["interval"]
-        self._due[:] = state["due"]
-        self._unseen = np.array(state["unseen"], np.uint32)
-        self.stats.load_state_dict(state["stats"])
-        packed = state["excluded"]
-        self.exclude(None if packed is None else np.unpackbits(np.array(packed, np.uint8), count=size).astype(bool))
+    def _state_taken(self) -> None:
+        rows = np.zeros(len(self._due), _ROW)
+        rows["due"], rows["difficulty"], rows["interval"] = self._due, self.difficulty, self.interval
+        self._look_at(rows)
+        self.exclude(self.excluded)

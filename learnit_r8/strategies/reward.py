@@ -6,13 +6,11 @@ After reward-weighted regression (Peters & Schaal 2007). The score is the reward
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike
 
 from learnit_r8.config import Problems
-from learnit_r8.portable import plain_state
+from learnit_r8.state import row, table
 from learnit_r8.strategies.base import BatchRequest, register
 from learnit_r8.strategies.weighting import (
     UNIFORM_SHARE,
@@ -61,7 +59,6 @@ def _check(rewards: ArrayLike | None, temperature: float, seed: int = 0, defensi
 
 
 @register("reward")
-@plain_state()
 class RewardWeighted(WeightedStrategy):
     """Draws samples of high reward more often, and corrects the bias.
 
@@ -72,6 +69,8 @@ class RewardWeighted(WeightedStrategy):
         use_rank: Use ranks in place of rewards; they ignore outliers. With `rewards=None`
             the weights are then set at epoch starts only.
     """
+
+    _saved = table(range=row(float, float))
 
     def __init__(self, rewards: ArrayLike | None = None, temperature: float = 1.0, use_rank: bool = False) -> None:
         self._rewards = _check(rewards, temperature)
@@ -109,16 +108,6 @@ class RewardWeighted(WeightedStrategy):
         score = (high - reported(report)) / (high - low)
         score = np.minimum(np.maximum(score, 0.0), 1.0)  # half of np.clip's time
         self._sampler.set(report.indices, reward_weights(score, self.temperature))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights, the order of the epoch and its range of losses."""
-        return {**super().state_dict(), "range": list(self._range)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        super().load_state_dict(state)
-        low, high = state["range"]
-        self._range = (float(low), float(high))
 
 
 class RewardWeightedSampler(WeightedSampler):

@@ -23,8 +23,9 @@ from numpy.typing import ArrayLike
 
 from learnit_r8.config import Problems
 from learnit_r8.errors import ProtocolError
-from learnit_r8.portable import JSON_SIZE, plain_state
+from learnit_r8.portable import JSON_SIZE
 from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.state import Kind, Saved, maybe, part, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.moving_stats import ExponentialMovingStats
 from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
@@ -35,8 +36,7 @@ __all__ = ["ExponentialMovingStats", "SpacedRepetition", "SpacedRepetitionSample
 
 
 @register("spaced")
-@plain_state()
-class SpacedRepetition:
+class SpacedRepetition(Saved):
     """Chooses by review date. It meets unseen samples by itself, so there is no cataloging epoch.
 
     Not for data with wrong labels, or of which a part is slow to learn: see the module's warning.
@@ -51,6 +51,12 @@ class SpacedRepetition:
         patience: Steps after which a drawn sample without a report is due again.
         ema_alpha: Weight of a new loss in the running mean and deviation of all losses.
     """
+
+    _saved = table(
+        step=int,
+        spacing_steps=Kind(lambda _, spacing: spacing.spacing_steps, lambda me, saved: me._spaced(saved), "_spacing"),
+        queue=maybe(part(lambda me, saved: _empty_queue(len(saved["due"]), me._spacing, me._stats()))),
+    )
 
     catalogs = False
 
@@ -86,8 +92,7 @@ class SpacedRepetition:
         if self._queue is None:
             if self._by_epoch:
                 self._spacing = replace(self._spacing, spacing_steps=-(-request.num_samples // request.size))
-            stats = ExponentialMovingStats(self._alpha)
-            self._queue = ReviewQueue(request.num_samples, self._spacing, stats, request.rng, request.excluded)
+            self._queue = ReviewQueue(request.num_samples, self._spacing, self._stats(), request.rng, request.excluded)
         elif request.excluded is not None or self._excluded is not None:
             self._queue.exclude(request.excluded)
         self._excluded = request.excluded
@@ -113,34 +118,21 @@ class SpacedRepetition:
         if self._queue is not None:
             self._queue.forget(indices, self._step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the review dates."""
-        spacing = self._spacing.spacing_steps
-        return {
-            "step": self._step,
-            "spacing_steps": spacing,
-            "queue": None if self._queue is None else self._queue.state_dict(),
-        }
+    def _stats(self) -> ExponentialMovingStats:
+        return ExponentialMovingStats(self._alpha)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._step = int(state["step"])
-        if self._by_epoch:
-            self._spacing = replace(self._spacing, spacing_steps=float(state["spacing_steps"]))
-        saved = state["queue"]
-        self._queue = self._excluded = None
-        if saved is not None:
-            self._queue = _empty_queue(len(saved["due"]), self._spacing, ExponentialMovingStats(self._alpha))
-            self._queue.load_state_dict(saved)
-            self._excluded = self._queue.excluded
+    def _spaced(self, steps: float) -> Spacing:
+        return replace(self._spacing, spacing_steps=float(steps)) if self._by_epoch else self._spacing
+
+    def _state_taken(self) -> None:
+        self._excluded = None if self._queue is None else self._queue.excluded
 
 
 def _empty_queue(size: int, spacing: Spacing, stats: ExponentialMovingStats, seed: int = 0) -> ReviewQueue:
     return ReviewQueue(size, spacing, stats, RandomStreams(seed).at(Purpose.PLAN, 0))
 
 
-@plain_state(as_json=JSON_SIZE)
-class SpacedRepetitionSampler:
+class SpacedRepetitionSampler(Saved):
     """The same without a scheduler: a `batch_sampler` for a torch `DataLoader`, or any loop.
 
         sampler = SpacedRepetitionSampler(data, num_steps=1000, batch_size=32, spacing_steps=5)
@@ -173,6 +165,21 @@ class SpacedRepetitionSampler:
     Raises:
         ConfigError: An argument is missing or out of range; all of them are listed.
     """
+
+    _as_json = JSON_SIZE
+    _saved = table(
+        step=int,
+        issued=int,
+        open_steps=Kind(
+            lambda _, batches: [step for step, _ in batches], lambda _, saved: list(map(int, saved)), "_open"
+        ),
+        open_batches=Kind(
+            lambda _, left: [ids.tolist() for _, ids in left],
+            lambda me, saved: deque(zip(me._open, (np.array(ids, np.int64) for ids in saved), strict=True)),
+            "_open",
+        ),
+        queue=part(),
+    )
 
     def __init__(
         self,
@@ -305,26 +312,7 @@ class SpacedRepetitionSampler:
                 del self._open[position]
                 return
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later batches depend on: JSON values and arrays."""
-        return {
-            "step": self._step,
-            "issued": self._issued,
-            "open_steps": [step for step, _ in self._open],
-            "open_batches": [ids.tolist() for _, ids in self._open],
-            "queue": self._queue.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the next pass goes on where that one was.
-
-        Raises:
-            ValueError: The state belongs to a data set of another size.
-        """
-        self._queue.load_state_dict(state["queue"])
-        self._step, self._issued = int(state["step"]), int(state["issued"])
-        batches = (np.array(ids, np.int64) for ids in state["open_batches"])
-        self._open = deque(zip(map(int, state["open_steps"]), batches, strict=True))
+    def _state_taken(self) -> None:
         self._resuming = self._unfinished
 
     def forget_open(self) -> None:

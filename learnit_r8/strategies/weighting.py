@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.portable import JSON_SIZE, plain_state
+from learnit_r8.portable import JSON_SIZE
 from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.state import Kind, Saved, each, kind, maybe, part, same, table
 from learnit_r8.strategies.base import BatchRequest, Draw
 from learnit_r8.sum_tree import SumTree
 from learnit_r8.types import Indices, LossReport, Mask
@@ -49,7 +50,7 @@ _LARGE = 100_000
 """Samples from which on twice as many batches may be behind: there 8 are a smaller part of an epoch."""
 
 
-class MixtureSampler:
+class MixtureSampler(Saved):
     """Draws distinct samples from a defensive mixture over changing weights.
 
     A draw and an update of B weights cost O(B log N).
@@ -59,6 +60,15 @@ class MixtureSampler:
         uniform: Share of uniform draws, at least; a quarter more of it at most. With 0 draws are in
             proportion to the weights, and no importance weight is limited.
     """
+
+    _saved = table(
+        weights=np.float64,
+        order=np.uint32,
+        floor=float,
+        phase=float,
+        tree=Kind(lambda me, tree: tree.weights()[: len(me._order)], lambda me, saved: me._tree_of(saved)),
+        behind=each(np.int64),
+    )
 
     def __init__(self, num_samples: int, uniform: float = UNIFORM_SHARE) -> None:
         self._uniform = uniform
@@ -204,40 +214,28 @@ class MixtureSampler:
         self._behind.clear()
         self._ahead.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of everything that later draws depend on."""
-        return {
-            "weights": self.weights.copy(),
-            "order": self._order.copy(),
-            "floor": self._floor,
-            "phase": self._phase,
-            "tree": self._tree.weights()[: len(self._order)],
-            "behind": [indices.copy() for indices in self._behind],
-        }
+    def _tree_of(self, values: Floats) -> SumTree:
+        tree = SumTree(len(self.weights))
+        tree.fill(np.pad(np.asarray(values, np.float64), (0, len(self.weights) - len(values))))
+        return tree
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any], uniform: float = UNIFORM_SHARE) -> MixtureSampler:
-        """Return a sampler that goes on where `state_dict` was called."""
-        sampler = cls(len(state["weights"]), uniform)
-        sampler.weights = np.array(state["weights"], np.float64)
-        sampler._order = np.array(state["order"], np.uint32)
-        sampler._floor = float(state["floor"])
-        sampler._phase = float(state["phase"])
-        sampler._place()
-        values = np.zeros(len(sampler.weights))
-        values[: len(sampler._order)] = state["tree"]
-        sampler._tree.fill(values)
-        sampler._behind = [np.array(indices, np.int64) for indices in state["behind"]]
-        return sampler
+    def _state_taken(self) -> None:
+        self._place()
+        self._ahead = deque()
+
+
+SAMPLER = part(lambda _, saved: MixtureSampler(len(saved["weights"])))
+"""How a strategy saves its sampler."""
 
 
 def _next_phase(phase: float) -> float:
     return (phase + _GOLDEN) % 1.0
 
 
-@plain_state()
-class WeightedStrategy:
+class WeightedStrategy(Saved):
     """Base of strategies that draw by weight. Subclasses define `epoch_weights`."""
+
+    _saved = table(sampler=maybe(SAMPLER))
 
     def __init__(self) -> None:
         self._sampler: MixtureSampler | None = None
@@ -262,18 +260,8 @@ class WeightedStrategy:
             return Draw(draw_stable(request))
         return self._sampler.draw(request.size)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights and the order of the epoch."""
-        return {"sampler": None if self._sampler is None else self._sampler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        saved = state["sampler"]
-        self._sampler = None if saved is None else MixtureSampler.from_state(saved)
-
-
-@plain_state(as_json=JSON_SIZE)
-class WeightedSampler:
+class WeightedSampler(Saved):
     """Base of the stand-alone samplers: a mixture sampler with its own randomness.
 
     Args:
@@ -282,6 +270,14 @@ class WeightedSampler:
         uniform: Share of uniform draws; see `MixtureSampler`.
     """
 
+    _as_json = JSON_SIZE
+    _saved = table(
+        round=int,
+        drawn=int,
+        uniform=kind(same("_uniform", "defensive"), absent=UNIFORM_SHARE),
+        sampler=part(lambda sampler, saved: sampler._sampler_for(saved)),
+    )
+
     def __init__(self, weights: Floats, seed: int, uniform: float = UNIFORM_SHARE) -> None:
         self._uniform = uniform
         self._streams = RandomStreams(seed)
@@ -289,6 +285,11 @@ class WeightedSampler:
         self._drawn = 0
         self._sampler = MixtureSampler(len(weights), uniform)
         self._sampler.restart(weights, self._streams.at(Purpose.PLAN, 0))
+
+    def _sampler_for(self, state: dict[str, Any]) -> MixtureSampler:
+        if len(state["weights"]) != len(self):
+            raise ValueError(f"the state has {len(state['weights'])} samples, this sampler {len(self)}")
+        return MixtureSampler(len(self), self._uniform)
 
     def __len__(self) -> int:
         return len(self._sampler.weights)
@@ -333,29 +334,6 @@ class WeightedSampler:
         self._drawn += len(draw.indices)
         assert draw.weights is not None
         return draw.indices.astype(np.int64, copy=False), draw.weights.astype(np.float32)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later draws depend on: JSON scalars and arrays."""
-        return {
-            "round": self._round,
-            "drawn": self._drawn,
-            "uniform": self._uniform,
-            "sampler": self._sampler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ValueError: The state belongs to a data set of another size.
-        """
-        saved = len(state["sampler"]["weights"])
-        if saved != len(self):
-            raise ValueError(f"the state has {saved} samples, this sampler {len(self)}")
-        if state.get("uniform", UNIFORM_SHARE) != self._uniform:
-            raise ValueError(f"the state has defensive={state['uniform']}, this sampler {self._uniform}")
-        self._sampler = MixtureSampler.from_state(state["sampler"], self._uniform)
-        self._round, self._drawn = int(state["round"]), int(state["drawn"])
 
 
 def draw_stable(request: BatchRequest) -> Indices:
