@@ -17,7 +17,7 @@ from scipy.sparse.linalg import lsqr
 
 from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
-from learnit_r8.attribution import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
+from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,9 +120,9 @@ FRAME = """
 import json, os, statistics, sys, time
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.dashboard.keys import ViewState
-from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.render import Painter
-from learnit_r8.dashboard.terminal import canvas
+from learnit_r8.run.model import DashboardModel
+from learnit_r8.dashboard.drawing.render import Painter
+from learnit_r8.dashboard.terminal.curses_screen import canvas
 model, board, view, costs = DashboardModel(), canvas(os.environ, (120, 35)), ViewState(), {}
 events = [event for _, event in DemoRun(epochs=20, start=1e9)]
 for event in events[:-5000]:
@@ -249,7 +249,7 @@ def interval(ratios: npt.NDArray[np.float64]) -> list[float]:
 
 def memory(events: int) -> dict[str, float]:
     """Return the resident size after a tenth of the events and after all of them."""
-    from learnit_r8.dashboard.model import DashboardModel
+    from learnit_r8.run.model import DashboardModel
 
     progress("memory")
     model = DashboardModel()

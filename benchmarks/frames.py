@@ -24,9 +24,9 @@ from rich.panel import Panel
 from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8 import events as e
+from learnit_r8.dashboard.drawing.render import render
 from learnit_r8.dashboard.keys import ViewState
-from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.render import render
+from learnit_r8.run.model import DashboardModel
 
 STEPS, PER_EPOCH, PORTION, BLOCK = 1_000_000, 50_000, 20_000, 250
 SIZES = ((80, 24), (120, 35), (200, 60))

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.replay import HybridSRLReplayBuffer, PrioritizedReplayBuffer
-from learnit_r8.sum_tree import SumTree
+from learnit_r8.structures.sum_tree import SumTree
 
 BATCHES = (32, 256, 1024)
 CHUNK = 10_000

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import main, progress
-from learnit_r8.catalog import LossCatalog
 from learnit_r8.dashboard.demo import DemoRun
+from learnit_r8.run.samples_file import CatalogLog
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import JsonlSink
-from learnit_r8.sinks.catalog_log import CatalogLog
 
 PER_EPOCH = 10_000
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import columns, main, progress
-from learnit_r8.catalog import LossCatalog
-from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.strategies import BatchRequest, CurriculumScheduler, Draw, make, names
 from learnit_r8.types import LossReport

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from learnit_r8._version import __version__
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 from learnit_r8.errors import ConfigError, R8Error
 
 MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141

@@ -35,28 +35,28 @@ from numpy.typing import NDArray
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
-from learnit_r8.catalog import LossCatalog, Rows
-from learnit_r8.config import DEFAULT_DIR, Checkpoints
+from learnit_r8.core.config import DEFAULT_DIR, Checkpoints
+from learnit_r8.core.portable import portable, unpacked
+from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, TrainingDiverged, tell
 from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
-from learnit_r8.loop.chooser import Chooser
 from learnit_r8.loop.control import Control
+from learnit_r8.loop.counters import Progress, Stage, check_state, resumed_arguments
 from learnit_r8.loop.crash import CrashRecorder
+from learnit_r8.loop.in_flight import Loader, Ticket, TicketDesk
 from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
-from learnit_r8.loop.presence import Presence
-from learnit_r8.loop.progress import Progress, Stage, check_state, resumed_arguments
+from learnit_r8.loop.output import Presence
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
+from learnit_r8.loop.sampling import Chooser
 from learnit_r8.loop.saver import Saver, State
 from learnit_r8.loop.signals import say
-from learnit_r8.loop.tickets import Loader, Ticket, TicketDesk
 from learnit_r8.loop.together import SaveTogether
-from learnit_r8.noise_guard import NoiseGuard, either
-from learnit_r8.portable import portable, unpacked
-from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.noise.guard import NoiseGuard, either
+from learnit_r8.samples.catalog import LossCatalog, Rows
 from learnit_r8.sinks import EventBus
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.strategies.base import Strategy
@@ -120,7 +120,7 @@ class R8Scheduler:
         rank: Number of this process, with several.
         world_size: Number of processes.
         all_gather: `(array) -> array`: all ranks' arrays, concatenated in rank order.
-        clock: Source of time (`learnit_r8.clock.Clock`); tests bring their own.
+        clock: Source of time (`learnit_r8.core.clock.Clock`); tests bring their own.
 
     Raises:
         ConfigError: One or more bad arguments; all are listed.

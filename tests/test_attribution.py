@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from learnit_r8.attribution import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
+from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
 
 
 class Held:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnit_r8.catalog import LossCatalog
-from learnit_r8.quadrants import UNSEEN
+from learnit_r8.samples.catalog import LossCatalog
+from learnit_r8.samples.quartiles import UNSEEN
 
 FIELDS = ("expected_loss", "variance", "uses", "last_seen", "mean_loss", "variability", "correctness")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from learnit_r8 import R8Scheduler
-from learnit_r8.catalog import LossCatalog
 from learnit_r8.events import Notice
-from learnit_r8.sinks.catalog_log import MAX_SAMPLES, MAX_SUSPECTS, CatalogLog, read_catalog
+from learnit_r8.run.samples_file import MAX_SAMPLES, MAX_SUSPECTS, CatalogLog, read_catalog
+from learnit_r8.samples.catalog import LossCatalog
 
 
 class Heard:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from learnit_r8 import R8Scheduler, TrainingDiverged
-from learnit_r8.catalog import LossCatalog
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.events import LossReported, RunEnded, RunStarted, to_json
+from learnit_r8.run.samples_file import CatalogLog
+from learnit_r8.run.tail import EventTail
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import JsonlSink, read_events
-from learnit_r8.sinks.catalog_log import CatalogLog
-from learnit_r8.sinks.tail import EventTail
 from learnit_r8.watch import WatchedRun
 from tests.terminal_driver import Terminal
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from learnit_r8.dashboard.cells import Grid, Style
-from learnit_r8.dashboard.charts import LABEL_WIDTH, Chart, draw_chart
-from learnit_r8.dashboard.glyphs import RASTERS, bar, sparkline
-from learnit_r8.dashboard.scales import tick_labels, x_ticks
-from learnit_r8.dashboard.series import Series
+from learnit_r8.dashboard.drawing.cells import Grid
+from learnit_r8.dashboard.drawing.charts import LABEL_WIDTH, Chart, draw_chart
+from learnit_r8.dashboard.drawing.glyphs import RASTERS, bar, sparkline
+from learnit_r8.dashboard.drawing.scales import tick_labels, x_ticks
+from learnit_r8.run.series import Series
+from learnit_r8.run.styles import Style
 
 GLYPHS = sorted(RASTERS)
 HEIGHT = 12

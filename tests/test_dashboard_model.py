@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnit_r8 import events as e
-from learnit_r8.dashboard.journal import entry
-from learnit_r8.dashboard.model import ENTRIES_KEPT, METRICS_KEPT, DashboardModel
-from learnit_r8.dashboard.summary import summary_text
+from learnit_r8.dashboard.displays.summary import summary_text
+from learnit_r8.run.journal import entry
+from learnit_r8.run.model import ENTRIES_KEPT, METRICS_KEPT, DashboardModel
 
 T0 = 1_700_000_000.0
 

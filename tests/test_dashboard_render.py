@@ -19,14 +19,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from learnit_r8 import events as e
-from learnit_r8.dashboard.cells import Grid, Style, cell_width, clip
+from learnit_r8.dashboard.displays.summary import summary_text
+from learnit_r8.dashboard.drawing.cells import Grid, cell_width, clip
+from learnit_r8.dashboard.drawing.layout import Band, Boxes, allot
+from learnit_r8.dashboard.drawing.panels import _edges
+from learnit_r8.dashboard.drawing.render import Painter, render
 from learnit_r8.dashboard.gpus import Gpu, GpuMeter
 from learnit_r8.dashboard.keys import AXES, GLYPH_SETS, SCALES, SMOOTHINGS, ViewState
-from learnit_r8.dashboard.layout import Band, Boxes, allot
-from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.panels import _edges
-from learnit_r8.dashboard.render import Painter, render
-from learnit_r8.dashboard.summary import summary_text
+from learnit_r8.run.model import DashboardModel
+from learnit_r8.run.styles import Style
 
 T0 = 1_700_000_000.0
 SNAPSHOTS = Path(__file__).parent / "snapshots"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from learnit_r8.dashboard.series import BLOCK, MIDDLE_BINS, RECENT_POINTS, WHOLE_BINS, Series
+from learnit_r8.run.series import BLOCK, MIDDLE_BINS, RECENT_POINTS, WHOLE_BINS, Series
 
 VALUES = st.floats(allow_nan=True, allow_infinity=True, width=64)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 from learnit_r8.report import doctor
 from learnit_r8.scheduler import R8Scheduler
 from tests.terminal_driver import Terminal

@@ -46,22 +46,23 @@ def test_every_public_name_of_the_package_is_listed_by_dir_and_unknown_ones_are_
         learnit_r8.R9Scheduler  # noqa: B018 - the access is the test
 
 
-def file_table():
-    """Return the paths in ARCHITECTURE.md's tables, from rows like `| learnit_r8/x.py | what it does |`."""
+def test_the_table_of_rooms_names_every_folder_once_and_no_other():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\|\s*`?([\w./-]+\.py)`?\s*\|\s*(\S.*?)\s*\|\s*$", text, re.MULTILINE)
-    return [path for path, _ in rows]
-
-
-def on_disk():
-    return sorted(str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py"))
-
-
-def test_the_file_table_names_every_file_once_and_no_other():
-    table = [path for path in file_table() if path.startswith("learnit_r8/")]
-    assert sorted(set(table)) == sorted(table), "a file is listed twice"
-    disk = set(on_disk())
+    table = re.findall(r"^\| `(learnit_r8[\w/]*)` \| \S.*\|$", text, re.MULTILINE)
+    assert sorted(set(table)) == sorted(table), "a room is listed twice"
+    disk = {str(path.parent.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     assert set(table) == disk, f"not in the table: {sorted(disk - set(table))}; gone: {sorted(set(table) - disk)}"
+
+
+def test_every_file_says_in_its_first_line_what_it_is():
+    for path in PACKAGE.rglob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert 10 < len(text.splitlines()[0]) <= 120, path
+
+
+def test_no_room_is_crowded():
+    for room in {path.parent for path in PACKAGE.rglob("*.py")}:
+        assert len(list(room.glob("*.py"))) <= 21, f"{room.name}: more than 20 files beside __init__.py"
 
 
 def undescribed_arguments():

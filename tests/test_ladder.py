@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
+from learnit_r8.dashboard.displays.choice import UI_NAMES, Rung, Surroundings, below, choose, wanted_ui
+from learnit_r8.dashboard.displays.log_lines import BURST, LogLines, Outlet
 from learnit_r8.dashboard.frame_rate import FrameRate
-from learnit_r8.dashboard.keyboard import KeyDecoder
-from learnit_r8.dashboard.ladder import UI_NAMES, Rung, Surroundings, below, choose, wanted_ui
-from learnit_r8.dashboard.log_lines import BURST, LogLines, Outlet
-from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.tty import TerminalGone
+from learnit_r8.dashboard.terminal.keyboard import KeyDecoder
+from learnit_r8.dashboard.terminal.tty import TerminalGone
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import EpochEnded, LossReported, Notice, RunEnded, SpikeSeen
+from learnit_r8.run.model import DashboardModel
 
 TERMINAL = Surroundings()
 PIPE = Surroundings(stdin_tty=False, stdout_tty=False, foreground=False)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.lr_finder import MIN_STEPS, LrFinder, longest_valley, plan_steps
+from learnit_r8.schedules.range_test import MIN_STEPS, LrFinder, longest_valley, plan_steps
 
 
 class LinearRegression:

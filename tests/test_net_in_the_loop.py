@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from learnit_r8 import Command, R8Scheduler, Recovery, TrainingDiverged, events
-from learnit_r8.attribution import BatchAttribution
+from learnit_r8.samples.batch_losses import BatchAttribution
 
 
 class Ears(list):

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from learnit_r8 import R8Scheduler
-from learnit_r8.catalog import LossCatalog
 from learnit_r8.checkpoint import state_codec
 from learnit_r8.events import StrategyDecided, SuspectsNamed
-from learnit_r8.noise_cut import Classes, agreement, even_loss, half_way
-from learnit_r8.noise_guard import NoiseGuard, either
-from learnit_r8.noise_looks import LossesSince
+from learnit_r8.noise.cut import Classes, agreement, even_loss, half_way
+from learnit_r8.noise.evidence import LossesSince
+from learnit_r8.noise.guard import NoiseGuard, either
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import names
 
 N, EPOCHS = 240, 15

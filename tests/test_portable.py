@@ -15,11 +15,11 @@ import torch
 import learnit_r8.replay
 import learnit_r8.strategies
 from learnit_r8 import R8Scheduler
-from learnit_r8.catalog import LossCatalog
+from learnit_r8.core.portable import portable, unpacked
+from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import CheckpointError
-from learnit_r8.portable import portable, unpacked
 from learnit_r8.replay import HybridSRLReplayBuffer, NStep, PrioritizedReplayBuffer
-from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import (
     AdaptiveBatchSampler,
     CurriculumScheduler,
@@ -28,7 +28,7 @@ from learnit_r8.strategies import (
     SpacedRepetitionSampler,
     names,
 )
-from learnit_r8.sum_tree import SumTree
+from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.testing.states import equal
 
 STEPS = 1000

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnit_r8 import R8Scheduler
-from learnit_r8.catalog import LossCatalog
-from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import BatchRequest, Quadrant
 
 BARE = {"use_curses": False, "checkpoint_dir": None}

@@ -16,17 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnit_r8 import events as e
-from learnit_r8.catalog import LossCatalog
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import LossReported, to_json
 from learnit_r8.report.bands import band, wants_log
-from learnit_r8.report.events_table import read_table
 from learnit_r8.report.page import write_report
 from learnit_r8.report.plot import write_png
 from learnit_r8.report.run_data import load_run
+from learnit_r8.run.samples_file import CatalogLog
+from learnit_r8.run.table import read_table
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import JsonlSink, read_events
-from learnit_r8.sinks.catalog_log import CatalogLog
 
 FIELDS = ("time", "step", "loss", "lr", "size", "step_seconds", "r8_seconds")
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": os.getcwd(), "LANG": "C.UTF-8", "MPLCONFIGDIR": "/tmp"}
@@ -91,7 +91,7 @@ def test_blocks_may_end_anywhere(tmp_path, monkeypatch):
     demo(tmp_path, epochs=1, batches=60)
     whole = read_table(tmp_path / "events.jsonl")
     for size in (1, 37, 1000):
-        monkeypatch.setattr("learnit_r8.report.events_table._BLOCK", size)
+        monkeypatch.setattr("learnit_r8.run.table._BLOCK", size)
         pieces = read_table(tmp_path / "events.jsonl")
         assert np.array_equal(pieces.columns["loss"], whole.columns["loss"], equal_nan=True)
         assert len(pieces.others) == len(whole.others)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 from learnit_r8 import events as e
-from learnit_r8.report.events_table import LogReader, read_table
 from learnit_r8.report.serve import Server
-from learnit_r8.sinks.jsonl import JsonlSink
+from learnit_r8.run.events_file import JsonlSink
+from learnit_r8.run.table import LogReader, read_table
 from tests.browser_driver import CHROMIUM, DRIVER, Browser
 
 

@@ -9,8 +9,8 @@ from enum import StrEnum
 import numpy as np
 import pytest
 
+from learnit_r8.core.state import KEEP, Kind, Saved, each, kind, mask, maybe, part, row, same, sized, table
 from learnit_r8.errors import CheckpointError, StateError
-from learnit_r8.state import KEEP, Kind, Saved, each, kind, mask, maybe, part, row, same, sized, table
 
 
 class Colour(StrEnum):

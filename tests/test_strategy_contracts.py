@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from learnit_r8 import strategies
-from learnit_r8.catalog import LossCatalog
+from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ConfigError
-from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.strategies import (
     Adaptive,

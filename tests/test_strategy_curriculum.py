@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.strategies import Curriculum, CurriculumScheduler, CurriculumStrategy
-from learnit_r8.strategies.rank_windows import RankWindows
+from learnit_r8.structures.rank_windows import RankWindows
 from learnit_r8.testing import check_resume
 
 

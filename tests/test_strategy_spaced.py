@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.strategies import ExponentialMovingStats, SpacedRepetitionSampler
-from learnit_r8.strategies.max_tree import MaxTree
+from learnit_r8.structures.max_tree import MaxTree
 from learnit_r8.testing import check_resume
 
 

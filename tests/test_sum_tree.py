@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from learnit_r8 import sum_tree
 from learnit_r8.errors import ConfigError
-from learnit_r8.sum_tree import MAX_WEIGHT, SumTree
+from learnit_r8.structures import sum_tree
+from learnit_r8.structures.sum_tree import MAX_WEIGHT, SumTree
 
 PATHS = [False, True]
 WEIGHTS = st.one_of(st.just(0.0), st.floats(0.0, 10.0), st.floats(0.0, MAX_WEIGHT), st.floats(0.0, 1e-300))

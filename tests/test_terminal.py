@@ -398,7 +398,7 @@ def test_no_cell_is_blank_where_the_locale_is_missing(names, tmp_path):
 
 def test_an_exception_in_the_thread_costs_a_rung_and_not_the_run(tmp_path):
     code = """
-import learnit_r8.dashboard.screen as screen
+import learnit_r8.dashboard.displays.screen as screen
 d = open_dashboard('curses', log_dir='run')
 train(d, 0.3)
 def broken(*args, **kw):
@@ -417,7 +417,7 @@ print(name, fault)
 
 def test_a_bug_in_the_model_reaches_neither_the_loop_nor_close(tmp_path):
     code = """
-from learnit_r8.dashboard.model import DashboardModel
+from learnit_r8.run.model import DashboardModel
 def broken(self, event):
     raise IndexError('a bug in the model')
 DashboardModel.consume = broken
@@ -588,8 +588,8 @@ def test_head_ends_quietly(tmp_path):
 GRIDS = """
 import base64, json
 import numpy as np
-from learnit_r8.dashboard.cells import Grid, Style
-from learnit_r8.dashboard.terminal import canvas
+from learnit_r8.dashboard.drawing.cells import Grid, Style
+from learnit_r8.dashboard.terminal.curses_screen import canvas
 # No wide characters: pyte loses half of one that something is written over.
 rng, board, frames = np.random.default_rng(5), canvas(os.environ, (80, 24)), []
 words = ['loss', '│', '─' * 9, '⣿⣀⠤', ' ' * 12, 'é', '▁▂▇█', '0.0873', '┘']

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from learnit_r8 import events as e
-from learnit_r8.dashboard import formats as f
-from learnit_r8.sinks.jsonl import read_events
+from learnit_r8.run import formats as f
+from learnit_r8.run.events_file import read_events
 from tests.terminal_driver import JOB_CONTROL, LEFT_ALTERNATE, Terminal
 
 ROOT = Path(__file__).parent.parent

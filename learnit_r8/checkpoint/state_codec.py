@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.portable import PortableArray
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError
-from learnit_r8.portable import PortableArray
 
 ALIGNMENT = 64
 """Arrays start at multiples of this: a cache line, and a multiple of every item size."""

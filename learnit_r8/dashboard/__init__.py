@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 
 if TYPE_CHECKING:
     from learnit_r8.dashboard.sink import Dashboard
@@ -41,7 +41,7 @@ def open_dashboard(
     Raises:
         ConfigError: `ui` is none of the five.
     """
-    from learnit_r8.dashboard import ladder
+    from learnit_r8.dashboard.displays import choice as ladder
 
     env = os.environ if environment is None else environment
     wanted = ladder.wanted_ui(ui, env)

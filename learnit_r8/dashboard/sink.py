@@ -27,14 +27,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from learnit_r8.dashboard.faces import Detach, Face, TerminalGone
-from learnit_r8.dashboard.hooks import TalkHooks
-from learnit_r8.dashboard.ladder import Surroundings, below, default_glyphs
-from learnit_r8.dashboard.log_lines import LogLines, Outlet
-from learnit_r8.dashboard.model import DashboardModel
-from learnit_r8.dashboard.summary import summary_text
-from learnit_r8.dashboard.waker import Waker
+from learnit_r8.dashboard.displays.choice import Surroundings, below, default_glyphs
+from learnit_r8.dashboard.displays.display import Detach, Face, TerminalGone
+from learnit_r8.dashboard.displays.log_lines import LogLines, Outlet
+from learnit_r8.dashboard.displays.summary import summary_text
+from learnit_r8.dashboard.terminal.hooks import TalkHooks
+from learnit_r8.dashboard.terminal.waker import Waker
 from learnit_r8.events import Event, Notice
+from learnit_r8.run.model import DashboardModel
 from learnit_r8.types import Command
 
 QUEUE = 65536
@@ -281,17 +281,17 @@ class Dashboard:
         if name == "log":
             return LogLines(Outlet(), now, quiet)
         if name == "notebook":
-            from learnit_r8.dashboard.notebook import Notebook
+            from learnit_r8.dashboard.displays.notebook import Notebook
 
             return Notebook()
         if name == "rich":
-            from learnit_r8.dashboard.rich_live import RichLive
+            from learnit_r8.dashboard.displays.rich_live import RichLive
 
             glyphs = "ascii" if default_glyphs(self._environment) == "ascii" else "blocks"
             live = RichLive(glyphs, self._console)
             self._console_used = live.console_path
             return live
-        from learnit_r8.dashboard.screen import Screen
+        from learnit_r8.dashboard.displays.screen import Screen
 
         screen = Screen(self._environment, self.commands, self._console, self._readonly, now)
         self._console_used = screen.console_path

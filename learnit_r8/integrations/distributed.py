@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError, ProtocolError
-from learnit_r8.integrations._sharded_model import ShardedModel, collective
+from learnit_r8.integrations.torch.sharded_model import ShardedModel, collective
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make
 from learnit_r8.types import Indices, LossReport
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learnit_r8.config import Problems
+from learnit_r8.core.config import Problems
 
 Clip = float | tuple[float, float] | list[float] | None
 Level = Literal["token", "sequence", "sequence_mean"]

@@ -32,10 +32,10 @@ from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveragin
 from torch.utils.data import DataLoader, Dataset
 
 from learnit_r8.errors import ConfigError, tell
-from learnit_r8.integrations import _sampler
-from learnit_r8.integrations._learning_rate import LearningRateHook, follow_lr
-from learnit_r8.integrations._sampler import R8BatchSampler
-from learnit_r8.integrations._state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
+from learnit_r8.integrations.torch import sampler as _sampler
+from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr
+from learnit_r8.integrations.torch.sampler import R8BatchSampler
+from learnit_r8.integrations.torch.state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
 from learnit_r8.scheduler import R8Scheduler
 
 __all__ = ["R8Callback", "R8DataModuleMixin", "weighted"]

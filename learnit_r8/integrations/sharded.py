@@ -26,17 +26,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.catalog import LossCatalog, Rows
 from learnit_r8.checkpoint import CheckpointStore
 from learnit_r8.checkpoint.manifest import MANIFEST
-from learnit_r8.config import Checkpoints
+from learnit_r8.core.config import Checkpoints
+from learnit_r8.core.rng import RandomStreams
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments
+from learnit_r8.loop.in_flight import Ticket
 from learnit_r8.loop.losses import Reported
 from learnit_r8.loop.ranks import Ranks
-from learnit_r8.loop.tickets import Ticket
-from learnit_r8.quadrants import QuadrantTable
-from learnit_r8.rng import RandomStreams
+from learnit_r8.samples.catalog import LossCatalog, Rows
+from learnit_r8.samples.quartiles import QuadrantTable
 from learnit_r8.scheduler import R8Scheduler, one_of
 from learnit_r8.types import Indices, Losses, Mask
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.clock import Clock
-from learnit_r8.config import (
+from learnit_r8.core.clock import Clock
+from learnit_r8.core.config import (
     DEFAULT_DIR,
     MAX_SAMPLES,
     NOISE_GUARDS,
@@ -22,9 +22,9 @@ from learnit_r8.config import (
     Config,
     Problems,
 )
-from learnit_r8.dashboard.metric import better
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
+from learnit_r8.run.metric import better
 from learnit_r8.schedules import Schedule, make_schedule
 from learnit_r8.stability.policy import NAMED, Recovery
 from learnit_r8.strategies.base import Strategy, make

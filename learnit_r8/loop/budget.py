@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from learnit_r8.clock import Clock
-from learnit_r8.config import Config
+from learnit_r8.core.clock import Clock
+from learnit_r8.core.config import Config
 from learnit_r8.schedules import Schedule
 
 VIRTUAL_STEPS = 10_000

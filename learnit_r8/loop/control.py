@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from learnit_r8 import events
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.signals import Interrupts
 from learnit_r8.sinks import EventBus

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from learnit_r8.config import Config
+from learnit_r8.core.config import Config
+from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.losses import Reported
-from learnit_r8.lr_finder import LrFinder, LrSuggestion, plan_steps
-from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.schedules.range_test import LrFinder, LrSuggestion, plan_steps
 from learnit_r8.stability.backups import BackupRing
 from learnit_r8.types import Indices, StepResult, Verdict
 

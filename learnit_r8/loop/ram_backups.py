@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from learnit_r8 import events
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 from learnit_r8.errors import tell
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, Look, chosen_interval, names

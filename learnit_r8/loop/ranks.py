@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
+from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.losses import Reported, read_losses
-from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.types import Command, Indices
 
 _COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _DAMAGED, _SAVE, _HEADER = range(8)

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from learnit_r8 import events
-from learnit_r8.catalog import LossCatalog
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 from learnit_r8.errors import tell
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.crash import CrashRecorder
@@ -26,6 +25,7 @@ from learnit_r8.loop.lr_search import parked
 from learnit_r8.loop.ram_backups import Emit, RamBackups
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.saver import Saver
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.stability.backups import BackupStatus
 from learnit_r8.stability.detector import Detector, Reading
 from learnit_r8.stability.policy import Recovery

@@ -16,7 +16,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-from learnit_r8.config import SIGNALS
+from learnit_r8.core.config import SIGNALS
 
 _INSISTS = (signal.SIGINT, signal.SIGTERM)
 """Sent a second time, these act at once; others come twice by themselves (a lost terminal hangs up twice)."""

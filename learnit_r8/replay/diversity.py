@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.state import Kind, Saved, maybe, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.replay.saving import filled, slots
 from learnit_r8.replay.trees import as_array
-from learnit_r8.state import Kind, Saved, maybe, table
 from learnit_r8.types import Indices
 
 Floats = NDArray[np.float64]

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from learnit_r8.config import Problems
+from learnit_r8.core.config import Problems
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.state import Kind, part, table
 from learnit_r8.errors import CheckpointError
 from learnit_r8.replay.diversity import EmbeddingSpread
 from learnit_r8.replay.item import ReplayItem
 from learnit_r8.replay.saving import SavedBuffer, filled
 from learnit_r8.replay.trees import as_array
-from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.state import Kind, part, table
 from learnit_r8.types import Indices
 
 Filter = Callable[[Any, NDArray[np.float32], float], bool]

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from learnit_r8.core.state import Kind, Saved, table
 from learnit_r8.errors import ConfigError
-from learnit_r8.state import Kind, Saved, table
 
 
 class NStep(Saved):

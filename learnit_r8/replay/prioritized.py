@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from learnit_r8.config import Problems
+from learnit_r8.core.config import Problems
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.state import Kind, maybe, part, table
 from learnit_r8.errors import CheckpointError
 from learnit_r8.replay.drawn import DrawnIndices
 from learnit_r8.replay.n_step import NStep
@@ -20,9 +22,7 @@ from learnit_r8.replay.recent import RecentLargest
 from learnit_r8.replay.saving import SavedBuffer, filled, slots
 from learnit_r8.replay.storage import make_storage
 from learnit_r8.replay.trees import as_array
-from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.state import Kind, maybe, part, table
-from learnit_r8.sum_tree import SumTree
+from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.types import Indices, Losses
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.state import Saved, table
 from learnit_r8.replay.saving import slots
-from learnit_r8.state import Saved, table
 from learnit_r8.types import Indices
 
 Floats = NDArray[np.float64]

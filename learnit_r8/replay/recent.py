@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from learnit_r8.state import Saved, each, table
+from learnit_r8.core.state import Saved, each, table
 
 _PARTS = 8
 """Parts of the span; the oldest is forgotten as a whole, so a number counts for a span or an eighth more."""

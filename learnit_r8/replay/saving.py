@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.portable import portable
+from learnit_r8.core.state import Kind, Saved
 from learnit_r8.errors import CheckpointError, StateError
-from learnit_r8.portable import portable
 from learnit_r8.replay.disk import read, write
-from learnit_r8.state import Kind, Saved
 
 
 class SavedBuffer(Saved):

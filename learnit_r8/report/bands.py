@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.dashboard.series import smoothed
+from learnit_r8.run.series import smoothed
 
 Floats = NDArray[np.float64]
 BINS = 1500

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learnit_r8.dashboard import formats as f
-from learnit_r8.dashboard.journal import entry
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import from_json
 from learnit_r8.loop.crash import BUNDLE
+from learnit_r8.run import formats as f
+from learnit_r8.run.journal import entry
 
 _IDS_SHOWN = 8
 _STEPS_SHOWN = 16

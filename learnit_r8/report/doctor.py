@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from learnit_r8._version import __version__
-from learnit_r8.clock import Clock
-from learnit_r8.dashboard import formats as f
-from learnit_r8.dashboard.ladder import choose, default_glyphs, look, wanted_ui
+from learnit_r8.core.clock import Clock
+from learnit_r8.dashboard.displays.choice import choose, default_glyphs, look, wanted_ui
 from learnit_r8.events import LossReported, RunEnded
+from learnit_r8.run import formats as f
+from learnit_r8.run.tail import EVENTS_FILE, EventTail
 from learnit_r8.scheduler import R8Scheduler
-from learnit_r8.sinks.tail import EVENTS_FILE, EventTail
 
 RUN_SECONDS = 1.0
 LITTLE_SPACE = 1 << 30

@@ -25,11 +25,11 @@ from bokeh.plotting import figure
 from bokeh.transform import linear_cmap
 
 from learnit_r8 import events as e
-from learnit_r8.dashboard import formats as f
-from learnit_r8.dashboard.journal import entry
 from learnit_r8.report.bands import BINS, Band, Floats, band, wants_log
 from learnit_r8.report.run_data import RunData
-from learnit_r8.sinks.catalog_log import MAX_SAMPLES
+from learnit_r8.run import formats as f
+from learnit_r8.run.journal import entry
+from learnit_r8.run.samples_file import MAX_SAMPLES
 
 COLOURS = ("#3f83d0", "#e07b2c", "#35a06a", "#b65fc0", "#c9a227", "#2aa3a8", "#d0567a", "#8a7a5c")
 """One a run, in their order; used again from the start when there are more."""

@@ -18,12 +18,12 @@ from bokeh.resources import Resources
 
 from learnit_r8 import events as e
 from learnit_r8._version import __version__
-from learnit_r8.dashboard import formats as f
 from learnit_r8.report import figures
 from learnit_r8.report.bands import DECAY, band
 from learnit_r8.report.run_data import RunData
 from learnit_r8.report.suspects import rows, verdict
-from learnit_r8.sinks.catalog_log import MAX_SAMPLES, CatalogSnapshot
+from learnit_r8.run import formats as f
+from learnit_r8.run.samples_file import MAX_SAMPLES, CatalogSnapshot
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"

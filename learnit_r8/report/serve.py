@@ -19,10 +19,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.report.events_table import LogReader
 from learnit_r8.report.page import page, refreshed
 from learnit_r8.report.run_data import RunData, run_of
-from learnit_r8.sinks.tail import EVENTS_FILE
+from learnit_r8.run.table import LogReader
+from learnit_r8.run.tail import EVENTS_FILE
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _WAITING = (

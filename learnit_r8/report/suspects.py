@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from learnit_r8.errors import ConfigError
-from learnit_r8.sinks.catalog_log import CATALOG_FILE, CatalogSnapshot, read_catalog
+from learnit_r8.run.samples_file import CATALOG_FILE, CatalogSnapshot, read_catalog
 
 
 class Suspect(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from learnit_r8.run.events_file import JsonlSink, read_events
 from learnit_r8.sinks.bus import EventBus
-from learnit_r8.sinks.jsonl import JsonlSink, read_events
 
 __all__ = ["EventBus", "JsonlSink", "read_events"]

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 from learnit_r8.events import BatchIssued, Event, LossReported, Notice, SinkFailed
 from learnit_r8.types import Command, Sink
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from learnit_r8.config import Problems
+from learnit_r8.core.config import Problems
 
 CHOICES = ("rollback", "report", "off")
 

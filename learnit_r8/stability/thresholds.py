@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from learnit_r8.config import Problems
+from learnit_r8.core.config import Problems
 
 
 @dataclass(frozen=True, slots=True)

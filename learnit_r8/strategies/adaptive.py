@@ -13,14 +13,14 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from learnit_r8.config import Problems
+from learnit_r8.core.arrays import as_losses
+from learnit_r8.core.config import Problems
 from learnit_r8.strategies.base import BatchRequest, register
 from learnit_r8.strategies.weighting import (
     Floats,
     WeightedSampler,
     WeightedStrategy,
     as_ids,
-    as_losses,
     fill_unseen,
     reported,
 )

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.config import Problems
-from learnit_r8.state import Kind, Saved, each, maybe, row, table
+from learnit_r8.core.config import Problems
+from learnit_r8.core.state import Kind, Saved, each, maybe, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.weighting import SAMPLER, Floats, MixtureSampler, draw_stable, fill_unseen
 from learnit_r8.types import LossReport, Mask

@@ -35,12 +35,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ConfigError
-from learnit_r8.rng import Purpose, RandomStreams
 from learnit_r8.types import Indices, Losses, Mask
 
 if TYPE_CHECKING:
-    from learnit_r8.catalog import LossCatalog
+    from learnit_r8.samples.catalog import LossCatalog
 
 
 class BatchRequest(NamedTuple):

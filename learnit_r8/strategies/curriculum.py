@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.config import Problems
-from learnit_r8.state import Saved, each, table
+from learnit_r8.core.config import Problems
+from learnit_r8.core.state import Saved, each, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.plan import shuffled
 from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, draw_stable

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.config import Problems
+from learnit_r8.core.config import Problems
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.state import KEEP, Kind, Saved, each, kind, row, table
 from learnit_r8.errors import ConfigError
-from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.state import KEEP, Kind, Saved, each, kind, row, table
 from learnit_r8.strategies.curriculum import LOWEST_TEMPERATURE, CurriculumStrategy, bin_probabilities, check_curriculum
-from learnit_r8.strategies.keyed_averages import KeyedAverages
-from learnit_r8.strategies.keys import key_from_json, key_to_json, plain_key
 from learnit_r8.strategies.weighting import Floats
+from learnit_r8.structures.keyed_averages import KeyedAverages
+from learnit_r8.structures.keys import key_from_json, key_to_json, plain_key
 
 _REBIN_EVERY = 50
 """Updates after which the bins' boundaries are taken anew."""

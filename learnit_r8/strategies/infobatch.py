@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from learnit_r8.config import Problems
-from learnit_r8.state import Saved, made, mask, maybe, row, table
+from learnit_r8.core.config import Problems
+from learnit_r8.core.state import Saved, made, mask, maybe, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.plan import EpochPlan, shuffled
 from learnit_r8.strategies.weighting import MAX_WEIGHT

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.state import Saved, made, maybe, table
+from learnit_r8.core.state import Saved, made, maybe, table
 from learnit_r8.types import Indices
 
 _LOOK_AHEAD = 128  # samples of a queue that may be swapped in

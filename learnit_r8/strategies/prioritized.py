@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from learnit_r8.config import Problems
+from learnit_r8.core.config import Problems
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.weighting import MAX_WEIGHT, Floats, WeightedStrategy, fill_unseen, reported
 from learnit_r8.types import LossReport

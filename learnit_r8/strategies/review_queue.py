@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.config import Problems
-from learnit_r8.state import Kind, Saved, mask, maybe, part, sized, table
-from learnit_r8.strategies.max_tree import MaxTree
-from learnit_r8.strategies.moving_stats import ExponentialMovingStats
+from learnit_r8.core.config import Problems
+from learnit_r8.core.state import Kind, Saved, mask, maybe, part, sized, table
+from learnit_r8.structures.max_tree import MaxTree
+from learnit_r8.structures.moving_stats import ExponentialMovingStats
 from learnit_r8.types import Indices, Mask
 
 _UNSEEN = -2

@@ -9,17 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from learnit_r8.config import Problems
-from learnit_r8.state import row, table
+from learnit_r8.core.arrays import as_losses
+from learnit_r8.core.config import Problems
+from learnit_r8.core.state import row, table
 from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.weighting import (
-    UNIFORM_SHARE,
-    Floats,
-    WeightedSampler,
-    WeightedStrategy,
-    as_losses,
-    reported,
-)
+from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, WeightedSampler, WeightedStrategy, reported
 from learnit_r8.types import LossReport
 
 

@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from learnit_r8.config import Problems
+from learnit_r8.core.arrays import as_losses
+from learnit_r8.core.config import Problems
+from learnit_r8.core.portable import JSON_SIZE
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.state import Kind, Saved, maybe, part, table
 from learnit_r8.errors import ProtocolError
-from learnit_r8.portable import JSON_SIZE
-from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.state import Kind, Saved, maybe, part, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.moving_stats import ExponentialMovingStats
 from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
-from learnit_r8.strategies.weighting import as_ids, as_losses, draw_stable, reported
+from learnit_r8.strategies.weighting import as_ids, draw_stable, reported
+from learnit_r8.structures.moving_stats import ExponentialMovingStats
 from learnit_r8.types import Indices, LossReport, Mask
 
 __all__ = ["ExponentialMovingStats", "SpacedRepetition", "SpacedRepetitionSampler"]

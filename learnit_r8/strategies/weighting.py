@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from learnit_r8.core.portable import JSON_SIZE
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.state import Kind, Saved, each, kind, maybe, part, same, table
 from learnit_r8.errors import ConfigError
-from learnit_r8.portable import JSON_SIZE
-from learnit_r8.rng import Purpose, RandomStreams
-from learnit_r8.state import Kind, Saved, each, kind, maybe, part, same, table
 from learnit_r8.strategies.base import BatchRequest, Draw
-from learnit_r8.sum_tree import SumTree
+from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.types import Indices, LossReport, Mask
 
 Floats = NDArray[np.float64]
@@ -365,26 +365,6 @@ def fill_unseen(losses: ArrayLike, uses: NDArray[np.uint32], default: float) -> 
 def reported(report: LossReport) -> Floats:
     """Return the report's per-sample losses as float64."""
     return report.losses.astype(np.float64)
-
-
-def as_losses(values: Any) -> Floats:
-    """Return numbers, an array or a tensor (of any device, with grad) as a float64 array.
-
-    Raises:
-        TypeError: Not numbers.
-    """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.double().numpy() if hasattr(values, "double") else values
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"losses must be numbers, an array or a tensor, got {type(values).__name__}: {error}"
-        ) from error
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"losses must be numbers, an array or a tensor, got {type(values).__name__} of {array.dtype}")
-    return array.astype(np.float64)
 
 
 def as_ids(indices: Any, size: int) -> Indices:

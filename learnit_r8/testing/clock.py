@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FakeClock:
-    """Time that passes only when told; a stand-in for `learnit_r8.clock.Clock`.
+    """Time that passes only when told; a stand-in for `learnit_r8.core.clock.Clock`.
 
     Args:
         now: Where `monotonic` starts, seconds.

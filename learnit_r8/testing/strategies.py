@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.catalog import LossCatalog
-from learnit_r8.rng import Purpose, RandomStreams
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, complaint
 from learnit_r8.testing.states import equal, require, round_trip
 from learnit_r8.types import Indices, LossReport, Mask

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from learnit_r8 import events as e
-from learnit_r8.clock import Clock
+from learnit_r8.core.clock import Clock
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.dashboard.sink import Dashboard
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import Event
-from learnit_r8.sinks.jsonl import JsonlSink
-from learnit_r8.sinks.tail import EVENTS_FILE
+from learnit_r8.run.events_file import JsonlSink
+from learnit_r8.run.tail import EVENTS_FILE
 from learnit_r8.types import Command
 
 _STOPS = (Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH, Command.STOP_NOW)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from learnit_r8.dashboard.faces import Detach, TerminalGone
+from learnit_r8.dashboard.displays.choice import choose, default_glyphs, look
+from learnit_r8.dashboard.displays.display import Detach, TerminalGone
+from learnit_r8.dashboard.displays.screen import Scene, Screen
+from learnit_r8.dashboard.drawing.render import render
 from learnit_r8.dashboard.keys import ViewState
-from learnit_r8.dashboard.ladder import choose, default_glyphs, look
-from learnit_r8.dashboard.render import render
-from learnit_r8.dashboard.screen import Scene, Screen
-from learnit_r8.dashboard.waker import Waker
+from learnit_r8.dashboard.terminal.waker import Waker
 from learnit_r8.errors import ConfigError
 from learnit_r8.watch.run import WatchedRun
 

@@ -1,0 +1,28 @@
+"""Any framework's numbers as numpy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def as_losses(values: Any) -> NDArray[np.float64]:
+    """Return numbers, an array or a tensor (of any device, with grad) as a float64 array.
+
+    Raises:
+        TypeError: Not numbers.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.double().numpy() if hasattr(values, "double") else values
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"losses must be numbers, an array or a tensor, got {type(values).__name__}: {error}"
+        ) from error
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"losses must be numbers, an array or a tensor, got {type(values).__name__} of {array.dtype}")
+    return array.astype(np.float64)

@@ -1,0 +1,230 @@
+"""Which face the dashboard shows, and why: facts about the surroundings in, one rung out.
+
+The ladder is `curses -> rich -> log -> off`, with `notebook` beside `rich` for Jupyter. A rung is taken when every fact
+that it needs holds; the reason names the first one that failed on the rung above it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import locale
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from learnit_r8.dashboard.displays.display import POSIX
+from learnit_r8.errors import ConfigError
+
+UI_NAMES = ("auto", "curses", "rich", "log", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What decides the rung.
+
+    Attributes:
+        posix: The system has POSIX terminals.
+        stdin_tty: Standard input is a terminal.
+        stdout_tty: Standard output is a terminal.
+        stdout_open: Standard output can be written to.
+        term: Value of TERM.
+        term_problem: Why that terminal cannot be drawn on; empty when it can.
+        foreground: This process belongs to the terminal's foreground group.
+        main_thread: The dashboard is opened from the main thread.
+        notebook: A Jupyter kernel runs this process, and IPython can display.
+        ci: The environment says that this is a continuous-integration job.
+        pytest: A test of pytest is running.
+        rank: Number of this process among several.
+        has_curses: The curses library and what it needs of the C library are there.
+        has_rich: The rich package is installed.
+    """
+
+    posix: bool = True
+    stdin_tty: bool = True
+    stdout_tty: bool = True
+    stdout_open: bool = True
+    term: str = "xterm"
+    term_problem: str = ""
+    foreground: bool = True
+    main_thread: bool = True
+    notebook: bool = False
+    ci: bool = False
+    pytest: bool = False
+    rank: int = 0
+    has_curses: bool = True
+    has_rich: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A face by name, and why it is not a better one (empty when it is the one asked for)."""
+
+    name: str
+    reason: str = ""
+
+
+_ASCII_TERMS = ("linux", "vt", "ansi", "dumb", "cons25", "sun")
+_DRAWABLE = (
+    ("stdout_tty", "standard output is not a terminal"),
+    ("foreground", "the process runs in the background"),
+)
+_NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "curses": (
+        *_DRAWABLE,
+        ("stdin_tty", "standard input is not a terminal"),
+        ("has_curses", "this Python or C library cannot redirect curses"),
+        ("main_thread", "the dashboard was opened outside the main thread"),
+    ),
+    "rich": (
+        ("posix", "the rich display needs a POSIX terminal"),
+        *_DRAWABLE,
+        ("has_rich", "the rich package is missing"),
+    ),
+    "notebook": (("notebook", "there is no notebook"),),
+    "log": (("stdout_open", "standard output is closed"),),
+    "off": (),
+}
+_BELOW: dict[str, tuple[str, ...]] = {
+    "curses": ("curses", "rich", "log", "off"),
+    "rich": ("rich", "log", "off"),
+    "notebook": ("notebook", "log", "off"),
+    "log": ("log", "off"),
+    "off": ("off",),
+}
+# Environments in which "auto" starts lower: (fact, highest rung, reason). The first that holds decides.
+_AUTO_STARTS: tuple[tuple[str, str, str], ...] = (
+    ("rank", "off", "only rank 0 shows a dashboard"),
+    ("pytest", "off", "a test of pytest is running"),
+    ("notebook", "notebook", "this is a notebook"),
+    ("ci", "log", "this is a continuous-integration job"),
+)
+
+
+def wanted_ui(ui: str, env: Mapping[str, str]) -> str:
+    """Return what was asked for: `R8_UI` of the environment, where valid, else the argument.
+
+    Raises:
+        ConfigError: `ui` is none of `UI_NAMES`.
+    """
+    if ui not in UI_NAMES:
+        raise ConfigError([f"ui must be one of {', '.join(UI_NAMES)}; got {ui!r}"])
+    asked = env.get("R8_UI", "").strip().lower()
+    return asked if asked in UI_NAMES else ui
+
+
+def choose(ui: str, around: Surroundings) -> Rung:
+    """Return the highest rung, from the one asked for downwards, whose needs are met.
+
+    Args:
+        ui: One of `UI_NAMES`, already combined with the environment by `wanted_ui`.
+        around: Facts, from `look`.
+    """
+    start, reason = ui, ""
+    if ui == "auto":
+        start = "curses"
+        for fact, rung, why in _AUTO_STARTS:
+            if getattr(around, fact):
+                start, reason = rung, why
+                break
+    for name in _BELOW[start]:
+        problem = _problem(name, around)
+        if not problem:
+            return Rung(name, reason)
+        reason = reason or problem
+    return Rung("off", reason)
+
+
+def below(name: str, around: Surroundings) -> str:
+    """Return the next rung under `name` whose needs are met."""
+    for candidate in _BELOW[name][1:]:
+        if not _problem(candidate, around):
+            return candidate
+    return "off"
+
+
+def _problem(name: str, around: Surroundings) -> str:
+    for fact, why in _NEEDS[name]:
+        if not getattr(around, fact):
+            return why
+    if name in {"curses", "rich"}:
+        return around.term_problem
+    return ""
+
+
+def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
+    """Return the facts about this process, its streams and its terminal."""
+    term = env.get("TERM", "")
+    stdout_tty = _is_tty(sys.stdout) and _is_tty(sys.__stdout__)
+    return Surroundings(
+        posix=POSIX,
+        stdin_tty=_is_tty(sys.stdin),
+        stdout_tty=stdout_tty,
+        stdout_open=sys.stdout is not None and not getattr(sys.stdout, "closed", False),
+        term=term,
+        term_problem=_term_problem(term) if stdout_tty and POSIX else "",
+        foreground=stdout_tty and (not POSIX or _in_foreground()),
+        main_thread=not POSIX or threading.current_thread() is threading.main_thread(),
+        notebook=_in_notebook(),
+        ci=env.get("CI", "").lower() not in {"", "0", "false"},
+        pytest="PYTEST_CURRENT_TEST" in env,
+        rank=rank,
+        has_curses=_has_curses(),
+        has_rich=importlib.util.find_spec("rich") is not None,
+    )
+
+
+def default_glyphs(env: Mapping[str, str]) -> str:
+    """Return the best set of chart glyphs that this terminal is likely to have."""
+    if not POSIX:  # a code page says nothing of what the console can show; Windows Terminal's font has braille
+        return "braille" if env.get("WT_SESSION") else "blocks"
+    told = next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := env.get(name))), "")
+    # Python itself writes UTF-8 where nothing, or "C", is set; a person who has set "C" may have meant it.
+    plain = told in {"C", "POSIX"} or ("." in told and "UTF8" not in told.upper().replace("-", ""))
+    encoding = locale.getpreferredencoding(False).lower().replace("-", "")
+    return "ascii" if plain or encoding != "utf8" or env.get("TERM", "").startswith(_ASCII_TERMS) else "braille"
+
+
+def _has_curses() -> bool:
+    if importlib.util.find_spec("_curses") is None:
+        return False
+    if not POSIX:
+        return True
+    from learnit_r8.dashboard.terminal import curses_screen as terminal
+
+    return terminal.can_redirect()
+
+
+def _term_problem(term: str) -> str:
+    if importlib.util.find_spec("_curses") is None:
+        return f"TERM={term!r} cannot move its cursor" if term in {"", "dumb", "unknown"} else ""
+    from learnit_r8.dashboard.terminal import curses_screen as terminal
+
+    return terminal.term_problem(term)
+
+
+def _in_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(1) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _is_tty(stream: Any) -> bool:
+    try:
+        if stream is not None and not POSIX and importlib.util.find_spec("_curses") is not None:
+            from learnit_r8.dashboard.terminal.windows_board import is_console
+
+            return is_console(stream)
+        return stream is not None and os.isatty(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    # Colab's, Databricks' and Spyder's shells are children of Jupyter's.
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)

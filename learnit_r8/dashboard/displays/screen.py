@@ -1,0 +1,231 @@
+"""The curses rung: keys in, frames out, and the user's prints in a pane of their own."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from learnit_r8.dashboard.displays.choice import default_glyphs
+from learnit_r8.dashboard.displays.display import Detach, Face
+from learnit_r8.dashboard.drawing.render import Painter, scroll_limit
+from learnit_r8.dashboard.drawing.run_pane import HostMeter
+from learnit_r8.dashboard.frame_rate import FrameRate
+from learnit_r8.dashboard.gpus import GpuMeter
+from learnit_r8.dashboard.keys import Action, ViewState, handle_key
+from learnit_r8.dashboard.terminal.board import open_board
+from learnit_r8.dashboard.terminal.capture import ConsoleTail
+from learnit_r8.events import Event
+from learnit_r8.run.model import DashboardModel
+from learnit_r8.types import Command
+
+_CHART_FRAMES = 4
+"""A chart is drawn anew in every fourth frame at most: once a second, less often where frames come slowly."""
+_BREATH = 5e-5
+"""A nap now and then lets the training thread have the GIL; one of 0 s would hardly ever hand it over."""
+_ESCAPE_SECONDS = 0.05
+"""A lone Escape byte is the Escape key when nothing follows it for this long; sequences arrive in one piece."""
+_ASIDE = "another program has taken the terminal: the screen waits; wrap it in `with scheduler.terminal():`"
+_GAP_SECONDS = 3.0
+"""A tick this late means that the process was stopped or the machine slept: the screen may hold anything."""
+
+
+def _breathe() -> None:
+    time.sleep(_BREATH)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a frame shows.
+
+    Attributes:
+        model: The run's numbers.
+        lines: What the run printed, oldest first.
+        title: Where that is kept.
+        others: Further runs, whose lines lie in the chart.
+        own: The run is this process's: what a frame costs is one of its costs.
+    """
+
+    model: DashboardModel
+    lines: Sequence[str] = ()
+    title: str = ""
+    others: Sequence[DashboardModel] = ()
+    own: bool = True
+
+
+class Screen(Face):
+    """Owns the terminal while it is shown. Built in the main thread.
+
+    Args:
+        environment: For TERM and NO_COLOR.
+        commands: Where the keys' commands go.
+        console: File for the user's prints; a temporary one when None.
+        readonly: Control keys do nothing.
+        now: Wall-clock time of opening.
+        look: Returns what to show; None shows the model of each tick and what this process prints.
+
+    Raises:
+        OSError: There is no controlling terminal, or no place for the console file.
+    """
+
+    name = "curses"
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        commands: deque[Command],
+        console: Path | None,
+        readonly: bool,
+        now: float,
+        look: Callable[[], Scene] | None = None,
+    ) -> None:
+        self._commands = commands
+        self._look = look
+        self._painter = Painter(between=_breathe)
+        self._gpus = GpuMeter(environment)
+        self._host = HostMeter()
+        self._rate = FrameRate()
+        self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
+        self._lines: Sequence[str] = ()
+        self._still: DashboardModel | None = None
+        self._shown = self._aside = False
+        self._opened = self._last_tick = time.monotonic()
+        self._spent = self._computed = 0.0
+        self._size = (0, 0)
+        self._news = True
+        self._checkpoint = ""
+        self._board = open_board(environment, console, prints=look is None)
+        prints = self._board.prints
+        self._tail = None if prints is None else ConsoleTail(prints.path, prints.start)
+
+    @property
+    def console_path(self) -> Path | None:
+        """The file with the user's prints."""
+        return None if self._board.prints is None else self._board.prints.path
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The terminal, while it is this process's turn to read it."""
+        return self._board.inputs
+
+    def due(self) -> bool:
+        """Return whether the next tick will draw, if anything happened."""
+        return self._rate.due(time.monotonic(), fresh=True)
+
+    def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
+        """Handle keys and size, and draw when due."""
+        board, began = self._board, time.monotonic()
+        late, self._last_tick = began - self._last_tick > _GAP_SECONDS, began
+        self._news = self._news or bool(fresh)
+        if model.checkpoint is not None and model.checkpoint.path != self._checkpoint:
+            self._checkpoint = model.checkpoint.path
+            board.checkpoint(self._checkpoint)
+        if not board.mine():
+            self._shown = False
+            return 0.25
+        if (self._aside or (self._shown and not late)) and self._step_aside(board.lent_by_force()):
+            return 0.25
+        if late or not self._shown:
+            board.enter()
+            self._rate.hurry()
+            self._shown = True
+        self._read_keys(model)
+        size = board.size()
+        if size != self._size:
+            self._size = size
+            self._rate.hurry()
+        if self._shown and not board.congested and self._rate.due(time.monotonic(), self._news):
+            self._draw(model, now)
+        wait = _ESCAPE_SECONDS if board.unfinished_key else self._rate.wait(began)
+        return wait if board.key_seconds is None else min(wait, board.key_seconds)
+
+    def _step_aside(self, taken: bool) -> bool:
+        """Wait while another program has the terminal; return whether it has."""
+        if taken and not self._aside:
+            self._aside, self._shown = True, False
+            self._board.step_aside(f"[r8] {_ASIDE}")
+        elif self._aside and not taken:
+            self._aside = False
+            self._board.reclaim()
+        return self._aside
+
+    def _draw(self, model: DashboardModel, now: float) -> None:
+        began, computed = time.thread_time(), time.process_time()
+        others, self._spent = began - self._spent, began
+        if model.paused != self._view.paused:
+            self._view = replace(self._view, paused=model.paused)
+        scene = self._own_scene(model) if self._look is None else self._look()
+        self._lines = scene.lines
+        view = replace(
+            self._view,
+            hz=round(1 / self._rate.period, 1),
+            ui_share=self._spent / max(1.0, time.monotonic() - self._opened) if scene.own else None,
+            gpus=self._gpus.read() if scene.own else (),
+            host=self._host.read(str(model.config.get("checkpoint_dir") or ".")) if scene.own else (),
+            console_title=scene.title,
+            glyphs=self._view.glyphs if self._board.unicode else "ascii",
+        )
+        self._painter.chart_seconds = _CHART_FRAMES * self._rate.period
+        grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)
+        self._board.draw(grid)
+        self._spent = time.thread_time()
+        self._rate.drew(time.monotonic(), self._spent - began, others, computed - self._computed - others)
+        self._computed = time.process_time()
+        self._news = False
+
+    def _own_scene(self, model: DashboardModel) -> Scene:
+        if self._tail is None:
+            return Scene(model)
+        lines, count = self._tail.poll(), self._tail.count
+        return Scene(model, lines, f"{self.console_path}  {count} line{'s' * (count != 1)}")
+
+    def _read_keys(self, model: DashboardModel) -> None:
+        for name in self._board.pressed():
+            self._rate.key(time.monotonic())
+            if name == "^Z":
+                self.leave()
+                self._board.stop()
+                return
+            self._press(name, model)
+
+    def _press(self, name: str, model: DashboardModel) -> None:
+        before = self._view
+        self._view, wish = handle_key(before, name, scroll_limit(self._still or model, before, self._lines))
+        if self._view.frozen != before.frozen:
+            self._still = model.copy() if self._view.frozen else None
+        if wish is Action.DETACH:
+            raise Detach
+        if wish is Action.REPAINT:
+            self._board.repaint()
+        elif isinstance(wish, Command):
+            self._commands.append(wish)
+
+    def leave(self) -> None:
+        """Leave the screen."""
+        self._shown = False
+        self._board.leave()
+
+    def lend(self) -> None:
+        """Let prints reach the terminal."""
+        self._board.lend()
+
+    def reclaim(self) -> None:
+        """Send prints into the file again."""
+        self._board.reclaim()
+
+    def release(self, gone: bool = False) -> None:
+        """Give everything back."""
+        if gone:
+            self._board.abandon()
+        else:
+            self._board.release()
+
+    def emergency(self) -> None:
+        """Restore screen and modes by hand."""
+        self._board.emergency()
+
+    def forget(self) -> None:
+        """Close the child's copies."""
+        self._board.forget()

@@ -1,0 +1,1 @@
+"""Numbers to cells: panes, charts and glyphs, without a terminal."""

@@ -1,0 +1,137 @@
+"""Where the panes go, and the lines between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learnit_r8.dashboard.drawing.cells import Grid
+from learnit_r8.run.styles import Style
+
+UP, DOWN, LEFT, RIGHT = 1, 2, 4, 8
+_JUNCTIONS = " │││─┘┐┤─└┌├─┴┬┼"
+"""Box character for each set of directions."""
+WIDE = 100
+MIN_WIDTH, MIN_HEIGHT = 60, 16
+
+
+class Boxes:
+    """Lines that know where they meet: the junctions follow from the lines."""
+
+    def __init__(self) -> None:
+        self._horizontal: list[tuple[int, int, int]] = []
+        self._vertical: list[tuple[int, int, int]] = []
+
+    def horizontal(self, y: int, x0: int, x1: int) -> None:
+        """Add a line from cell `x0` to cell `x1` of row `y`, both included."""
+        self._horizontal.append((y, x0, x1))
+
+    def vertical(self, x: int, y0: int, y1: int) -> None:
+        """Add a line from row `y0` to row `y1` of column `x`, both included."""
+        self._vertical.append((x, y0, y1))
+
+    def draw(self, grid: Grid) -> None:
+        """Put all lines into the grid."""
+        for x, y0, y1 in self._vertical:
+            for y in range(y0, y1 + 1):
+                grid.put(y, x, "│", Style.DIM)
+        for y, x0, x1 in self._horizontal:
+            grid.put(y, x0, "─" * (x1 - x0 + 1), Style.DIM)
+        junctions: dict[tuple[int, int], int] = {}
+        for y, x0, x1 in self._horizontal:
+            for x, y0, y1 in self._vertical:
+                if x0 <= x <= x1 and y0 <= y <= y1:
+                    across = (LEFT if x > x0 else 0) | (RIGHT if x < x1 else 0)
+                    along = (UP if y > y0 else 0) | (DOWN if y < y1 else 0)
+                    junctions[y, x] = junctions.get((y, x), 0) | across | along
+        for (y, x), directions in junctions.items():
+            grid.put(y, x, _JUNCTIONS[directions], Style.DIM)
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """A pane's place: its title row and the content below, borders left out.
+
+    Attributes:
+        name: Which pane: "chart", "now", "difficulty", "metric:NAME", "events" or "console".
+        y: Row of the title, on the line above the content.
+        x: First cell of the content.
+        width: Cells of the content.
+        height: Rows of the content.
+    """
+
+    name: str
+    y: int
+    x: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A row of panes side by side, from the left; a width of 0 takes what is left.
+
+    Attributes:
+        panes: (name, width) from left to right.
+        least: Fewest rows of content; with fewer the band is left out.
+        usual: Rows of content that it gets before any band gets more.
+        most: Rows of content that it can use.
+        share: Its part of the rows that are left after that.
+    """
+
+    panes: tuple[tuple[str, int], ...]
+    least: int
+    usual: int
+    most: int = 1000
+    share: int = 0
+
+
+def allot(bands: Sequence[Band], rows: int) -> list[int]:
+    """Return the content rows of each band, 0 for those left out; the last ones are left out first.
+
+    Every band takes one row more, for its title.
+    """
+    kept = len(bands)
+    while kept > 1 and sum(band.least + 1 for band in bands[:kept]) > rows:
+        kept -= 1
+    heights = [band.least for band in bands[:kept]]
+    free = rows - sum(heights) - kept
+    if free < 0:
+        heights[0] = max(0, heights[0] + free)
+        free = 0
+    for i, band in enumerate(bands[:kept]):
+        more = min(free, band.usual - heights[i])
+        heights[i] += more
+        free -= more
+    while free > 0:
+        taking = [i for i in range(kept) if bands[i].share and heights[i] < bands[i].most]
+        if not taking:
+            heights[0] += free
+            break
+        for i in taking:
+            more = min(free, bands[i].share, bands[i].most - heights[i])
+            heights[i] += more
+            free -= more
+    return heights + [0] * (len(bands) - kept)
+
+
+def place(bands: Sequence[Band], heights: Sequence[int], top: int, width: int, boxes: Boxes) -> list[Rect]:
+    """Stack the bands from row `top` on, add their lines to `boxes`, and return the panes."""
+    found = []
+    y = top
+    for band, height in zip(bands, heights, strict=True):
+        if height == 0:
+            continue
+        boxes.horizontal(y, 0, width - 1)
+        x = 0
+        taken = sum(cells for _, cells in band.panes)
+        free = sum(1 for _, cells in band.panes if cells == 0)
+        for i, (name, cells) in enumerate(band.panes):
+            last = i == len(band.panes) - 1
+            edge = width - 1 if last else x + (cells or (width - 1 - taken) // free)
+            if not last:
+                boxes.vertical(edge, y, y + height + 1)
+            found.append(Rect(name, y, x + 2, edge - x - 3, height))
+            x = edge
+        y += height + 1
+    return found

@@ -1,0 +1,300 @@
+"""Numbers to cells: a painter draws frame after frame, and of each only what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from learnit_r8.dashboard.drawing.cells import Grid, cell_width
+from learnit_r8.dashboard.drawing.layout import MIN_HEIGHT, MIN_WIDTH, WIDE, Band, Boxes, Rect, allot, place
+from learnit_r8.dashboard.drawing.now_pane import metrics_table, now_pane, short_now_pane
+from learnit_r8.dashboard.drawing.overlays import confirm_overlay, help_overlay, key_line
+from learnit_r8.dashboard.drawing.panels import (
+    chart_pane,
+    chart_series,
+    chosen_metric,
+    console_pane,
+    difficulty_pane,
+    events_pane,
+    small_chart_pane,
+)
+from learnit_r8.dashboard.drawing.progress import bare_lines, progress, title
+from learnit_r8.dashboard.drawing.run_pane import run_pane
+from learnit_r8.dashboard.keys import ViewState
+from learnit_r8.run.model import LATEST, DashboardModel
+from learnit_r8.run.styles import Style
+
+__all__ = ["Grid", "Painter", "Style", "render", "scroll_limit"]
+
+_PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
+_CHART_PERIODS = 4
+_NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH, _RUN_WIDTH = 46, 62, 48, 44
+_ROOMY = 160
+"""Columns from which the run's settings have a pane."""
+
+
+def render(
+    model: DashboardModel,
+    view: ViewState,
+    width: int,
+    height: int,
+    now: float,
+    console_lines: Sequence[str] = (),
+    others: Sequence[DashboardModel] = (),
+) -> Grid:
+    """Draw one frame; the arguments are those of `Painter.draw`."""
+    return Painter().draw(model, view, width, height, now, console_lines, others)
+
+
+class Painter:
+    """Draws frames of a run that goes on; a pane is drawn anew where what it shows has changed.
+
+    Args:
+        chart_seconds: A chart is drawn anew when its line has grown by a column of dots, no more often than this and at
+            least every fourth of these periods, and a frame draws no more than one chart anew. 0: all in every frame.
+        between: Called between panes: the place to let another thread run.
+    """
+
+    def __init__(self, chart_seconds: float = 0.0, between: Callable[[], object] = lambda: None) -> None:
+        self.chart_seconds, self._between = chart_seconds, between
+        self._grid = self._lines = Grid(0, 0)
+        self._rects: list[Rect] = []
+        self._tabs = False
+        self._model: DashboardModel | None = None
+        self._layout: tuple[object, ...] = ()
+        self._shown: dict[Rect, tuple[object, ...]] = {}
+        self._charts: dict[Rect, tuple[object, int, float]] = {}
+
+    def draw(
+        self,
+        model: DashboardModel,
+        view: ViewState,
+        width: int,
+        height: int,
+        now: float,
+        console_lines: Sequence[str] = (),
+        others: Sequence[DashboardModel] = (),
+    ) -> Grid:
+        """Draw one frame.
+
+        Args:
+            model: The run's numbers; read only.
+            view: What to show and how.
+            width: Cells in a row.
+            height: Rows.
+            now: Wall-clock time, seconds since the Unix epoch.
+            console_lines: The newest lines that the user's code printed, oldest first.
+            others: Further runs, whose line is drawn into the main chart.
+
+        Returns:
+            A grid of exactly `height` rows of `width` cells, whatever the size. The next call draws into it again.
+        """
+        now = now if abs(now) < LATEST else model.last_time
+        if width < MIN_WIDTH or height < MIN_HEIGHT:
+            self._layout = ()
+            grid = Grid(width, height, ascii_only=view.glyphs == "ascii")
+            _bare(grid, model, now)
+            return grid
+        self._lay_out(model, view, width, height, console_lines, others)
+        grid = self._grid
+        for y in (0, 1, 2, height - 2):
+            grid.restore(self._lines, y, 0, width)
+        title(grid, model, view, now)
+        progress(grid, 1, 2, width - 4, model, view, now)
+        key_line(grid, height - 2, 2, width - 4, view, now)
+        self._between()
+        late = self._late_charts(model, view, now, others)
+        for rect in self._rects:
+            if rect in late or self._changed(rect, model, view, console_lines):
+                for y in range(rect.y, rect.y + rect.height + 1):
+                    grid.restore(self._lines, y, rect.x - 1, rect.width + 2)
+                _draw(grid, rect, model, view, now, console_lines, others, self._tabs)
+                self._between()
+        if view.help or view.confirm:
+            help_overlay(grid, view) if view.help else confirm_overlay(grid, view)
+            self._layout = ()
+        return grid
+
+    def _lay_out(
+        self,
+        model: DashboardModel,
+        view: ViewState,
+        width: int,
+        height: int,
+        console_lines: Sequence[str],
+        others: Sequence[DashboardModel],
+    ) -> None:
+        """Place the panes; where the places or the view are not those of the frame before, everything is drawn anew."""
+        lines = len(console_lines) or bool(view.console_title)
+        # What changes by itself is of no concern to the panes, or is looked at there.
+        steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, gpus=(), host=(), console_title="")
+        sizes = (min(height, len(model.entries)), len(model.metrics), model.quadrants is None, min(height, lines))
+        layout = (steady, width, height, len(others), *sizes)
+        if layout == self._layout and model is self._model:
+            return
+        boxes = Boxes()
+        boxes.horizontal(0, 0, width - 1)
+        boxes.horizontal(height - 1, 0, width - 1)
+        boxes.vertical(0, 0, height - 1)
+        boxes.vertical(width - 1, 0, height - 1)
+        rects = _arrange(model, view, width, height, boxes, lines)
+        # Where only one of the two has room, its title names the key of the other.
+        tabs = bool(console_lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
+        same = model is self._model and (rects, tabs, layout[:4]) == (self._rects, self._tabs, self._layout[:4])
+        self._layout, self._model, self._rects, self._tabs = layout, model, rects, tabs
+        if same:
+            return
+        self._shown, self._charts = {}, {}
+        self._lines, self._grid = (Grid(width, height, ascii_only=view.glyphs == "ascii") for _ in range(2))
+        boxes.draw(self._lines)
+        for y in range(height):
+            self._grid.restore(self._lines, y, 0, width)
+
+    def _late_charts(
+        self, model: DashboardModel, view: ViewState, now: float, others: Sequence[DashboardModel]
+    ) -> list[Rect]:
+        """Return the charts to draw anew: of several the one that has waited longest, unless none may wait."""
+        found: list[tuple[bool, float, int, Rect, tuple[object, int, float]]] = []
+        marks = tuple((len(places), places[-1]) for places in model.marks.values())
+        for rect in self._rects:
+            kind, _, metric = rect.name.partition(":")
+            if kind not in {"chart", "metric"}:
+                continue
+            series = chart_series(model, metric or chosen_metric(model, view), others)
+            points = sum(line.count for line in series) + (model.step if view.window else 0)
+            shown = (marks, len(model.epoch_starts), model.started)
+            before, drawn, when = self._charts.get(rect, (None, -1, now))
+            grown = points - drawn >= points * 0.5**view.window / (2 * rect.width)
+            patience = self.chart_seconds * (1 if grown else _CHART_PERIODS)
+            if shown != before or (points != drawn and abs(now - when) >= patience):
+                found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
+        found.sort(key=lambda chart: chart[:3])
+        most = sum(not chart[0] for chart in found) or 1
+        chosen = found[:most] if self.chart_seconds else found
+        self._charts.update({rect: state for *_, rect, state in chosen})
+        return [rect for *_, rect, _ in chosen]
+
+    def _changed(self, rect: Rect, model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> bool:
+        """Return whether a pane that is no chart shows something else than it did; what it shows is remembered."""
+        shown: tuple[object, ...]
+        if rect.name in {"now", "run"} or (rect.name in {"events", "console"} and view.focus):
+            return True
+        if rect.name == "difficulty":
+            shown = (model.quadrants, model.suspects)
+        elif rect.name == "events":
+            shown = (model.entries[-1] if model.entries else None,)
+        elif rect.name == "console":
+            shown = (view.console_title, *console_lines[-rect.height :])
+        else:
+            return False
+        before = self._shown.get(rect)
+        self._shown[rect] = shown
+        return shown != before
+
+
+def scroll_limit(model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> int:
+    """Return how many lines the pane in focus can be scrolled at most."""
+    lengths = {2: len(model.metric_names()), 5: len(model.entries), 6: len(console_lines)}
+    return max(0, lengths.get(view.focus, 0) - 1)
+
+
+def _arrange(model: DashboardModel, view: ViewState, width: int, height: int, boxes: Boxes, lines: int) -> list[Rect]:
+    """Choose the panes and their places between the progress bars and the key line."""
+    wide = width >= WIDE
+    rows = height - (5 if wide else 6)
+    if not wide:
+        boxes.horizontal(height - 3, 0, width - 1)
+    if view.zoomed and view.focus:
+        bands = [Band(((_PANES[view.focus], 0),), rows - 1, rows - 1)]
+    else:
+        bands = _wide_bands(model, view, width, rows, lines) if wide else _narrow_bands(model, view, rows, lines)
+    # The order of importance is chart first; on the screen further charts follow the main one.
+    heights = allot(bands, rows)
+    order = sorted(range(len(bands)), key=lambda i: _ORDER[bands[i].panes[0][0].split(":")[0]])
+    return place([bands[i] for i in order], [heights[i] for i in order], 3, width, boxes)
+
+
+_ORDER = {"chart": 0, "now": 1, "metric": 2, "difficulty": 3, "events": 4, "console": 5}
+
+
+def _spare_metrics(model: DashboardModel, view: ViewState) -> list[str]:
+    """Return what else is worth a chart of its own, the user's numbers first."""
+    names = [*model.metrics, "step ms", "surprise", "loss"]
+    return [name for name in names if name != chosen_metric(model, view)]
+
+
+def _wide_bands(model: DashboardModel, view: ViewState, width: int, rows: int, lines: int) -> list[Band]:
+    panes = (("chart", 0), ("now", _NOW_WIDTH)) + ((("run", _RUN_WIDTH),) if width >= _ROOMY and model.config else ())
+    bands = [Band(panes, 6, 11, share=3)]
+    first = [("difficulty", _DIFFICULTY_WIDTH)] if model.quadrants is not None else []
+    columns = max(1, (width - (_DIFFICULTY_WIDTH if first else 0)) // _METRIC_WIDTH)
+    spare = _spare_metrics(model, view)
+    charts = ["lr", *spare[: columns - 1]]
+    bands.append(Band((*first, *((f"metric:{name}", 0) for name in charts)), 6, 6))
+    bands.append(Band((("events", 0),), 2, 5, most=max(5, len(model.entries)), share=1))
+    if lines:
+        bands.append(Band((("console", 0),), 2, 4, most=max(4, lines), share=1))
+    more = spare[columns - 1 :][: width // _METRIC_WIDTH]
+    if more and rows - sum(band.usual + 1 for band in bands) >= 12:
+        bands.append(Band(tuple((f"metric:{name}", 0) for name in more), 8, 8, most=14, share=1))
+    return bands
+
+
+def _narrow_bands(model: DashboardModel, view: ViewState, rows: int, lines: int) -> list[Band]:
+    bands = [Band((("chart", 0),), 5, 7, share=3), Band((("now", 0),), 2, 2)]
+    if model.quadrants is not None:
+        bands.append(Band((("difficulty", 0),), 2, 2))
+    free = rows - sum(band.usual + 1 for band in bands)
+    events = Band((("events", 0),), 2, 3, most=max(3, min(12, len(model.entries))), share=1)
+    console = Band((("console", 0),), 2, 3, most=max(3, min(12, lines)), share=1)
+    if lines and free >= 14:
+        bands += [events, console]
+    else:
+        bands.append(console if lines and view.focus == 6 else events)
+    if free >= 22:
+        charts = ["lr", *_spare_metrics(model, view)[:1]]
+        bands.append(Band(tuple((f"metric:{name}", 0) for name in charts), 6, 7, most=12, share=1))
+    return bands
+
+
+def _draw(
+    grid: Grid,
+    rect: Rect,
+    model: DashboardModel,
+    view: ViewState,
+    now: float,
+    console_lines: Sequence[str],
+    others: Sequence[DashboardModel],
+    tabs: bool,
+) -> None:
+    name, _, metric = rect.name.partition(":")
+    if name == "chart":
+        chart_pane(grid, rect, model, view, others)
+    elif name == "now":
+        if view.zoomed and view.focus == 2:
+            metrics_table(grid, rect, model, view)
+        else:
+            (now_pane if grid.width >= WIDE else short_now_pane)(grid, rect, model, view, now)
+    elif name == "run":
+        run_pane(grid, rect, model, view)
+    elif name == "difficulty":
+        difficulty_pane(grid, rect, model, view)
+    elif name == "metric":
+        small_chart_pane(grid, rect, model, view, metric)
+    elif name == "events":
+        events_pane(grid, rect, model, view, tabs)
+    else:
+        console_pane(grid, rect, view, console_lines, tabs)
+
+
+def _bare(grid: Grid, model: DashboardModel, now: float) -> None:
+    """Draw what fits where there is no room for boxes: whole fields only."""
+    for y, fields in enumerate(bare_lines(model, now)):
+        x = 0
+        for i, text in enumerate(fields):
+            if i and x + cell_width(text) > grid.width:
+                continue
+            x = grid.put(y, x, text, Style.BOLD if y == 0 else Style.NORMAL) + 1
+    hint = f"({grid.width}x{grid.height}: enlarge to {MIN_WIDTH}x{MIN_HEIGHT} for charts)"
+    if cell_width(hint) <= grid.width:
+        grid.put(3, 0, hint, Style.DIM)

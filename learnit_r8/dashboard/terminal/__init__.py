@@ -1,0 +1,1 @@
+"""Terminals and consoles: what is drawn on them, typed into them and printed beside."""

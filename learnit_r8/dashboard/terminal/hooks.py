@@ -1,0 +1,200 @@
+"""Moments at which the user must see the terminal: prompts, debuggers, shells within the program, and a traceback."""
+
+from __future__ import annotations
+
+import builtins
+import code
+import contextlib
+import getpass
+import importlib.util
+import os
+import pdb
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from learnit_r8.dashboard.displays.display import POSIX
+
+Suspend = Callable[[], AbstractContextManager[None]]
+"""Makes a context manager that gives the terminal to the user."""
+_DEBUGGERS = {"", "0", "pdb.set_trace", "ipdb.set_trace", "IPython.core.debugger.set_trace"}
+"""Values of PYTHONBREAKPOINT whose debugger is `pdb.Pdb` or a child of it."""
+_LATE = {
+    "IPython.terminal.interactiveshell": ("TerminalInteractiveShell", "interact"),
+    "prompt_toolkit.application.application": ("Application", "run"),
+}
+"""What talks to the user in modules that are slow to load: wrapped when they are."""
+
+
+class TalkHooks:
+    """Wraps what talks to the user until `remove`.
+
+    `input()`, `getpass`, reads from `sys.stdin`, `code.interact`, IPython and prompt_toolkit have the terminal while
+    they run; a debugger has it from its stop to `continue` or `quit`; a traceback gets it for good.
+
+    Args:
+        suspend: Context manager that gives the terminal to the user.
+        close: Called before a traceback is printed, so that it lands on the normal screen.
+    """
+
+    def __init__(self, suspend: Suspend, close: Callable[[], None]) -> None:
+        self._suspend, self._close = suspend, close
+        self._wrapped: list[tuple[Any, str, Any, Any]] = []
+        self._debugging = contextlib.ExitStack()
+        self._talking = False
+        for owner, name in ((builtins, "input"), (code.InteractiveConsole, "interact")):
+            self._wrap(owner, name, self._around)
+        if POSIX:
+            self._wrap(getpass, "_raw_input", self._unseen)
+        else:
+            self._wrap(getpass, "getpass", self._around)
+        self._wrap(pdb.Pdb, "interaction", self._before)
+        for name in ("set_continue", "set_quit"):
+            self._wrap(pdb.Pdb, name, self._after)
+        self._wrap(sys, "excepthook", self._closing)
+        if os.environ.get("PYTHONBREAKPOINT", "") not in _DEBUGGERS:
+            # When a foreign debugger lets go cannot be known.
+            self._wrap(sys, "breakpointhook", self._closing)
+        self._stdin: Any = sys.stdin
+        self._reader: Any = _Reader(sys.stdin, suspend)
+        with contextlib.suppress(AttributeError, ValueError):
+            if sys.stdin.isatty():
+                sys.stdin = self._reader
+        for module, (kind, name) in _LATE.items():
+            if module in sys.modules:
+                self._wrap(getattr(sys.modules[module], kind), name, self._around)
+        sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        """Put back what was there, where nobody has replaced it since."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if sys.stdin is self._reader:
+            sys.stdin = self._stdin
+        for owner, name, before, mine in reversed(self._wrapped):
+            if vars(owner).get(name) is mine:
+                setattr(owner, name, before)
+        self._wrapped.clear()
+        self._debugging.close()
+
+    def _wrap(self, owner: Any, name: str, how: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        before = getattr(owner, name, None)
+        if before is not None:
+            mine = wraps(before)(how(before))
+            setattr(owner, name, mine)
+            self._wrapped.append((owner, name, before, mine))
+
+    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            with self._suspend():
+                return call(*args, **kwargs)
+
+        return mine
+
+    def _unseen(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """For `getpass`, which has turned off the echo of modes that `suspend` replaces by the user's."""
+
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            with self._suspend(), _no_echo():
+                return call(*args, **kwargs)
+
+        return mine
+
+    def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            if not self._talking:
+                self._talking = True
+                self._debugging.enter_context(self._suspend())
+            return call(*args, **kwargs)
+
+        return mine
+
+    def _after(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._talking = False
+                self._debugging.close()
+
+        return mine
+
+    def _closing(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            self._close()
+            return call(*args, **kwargs)
+
+        return mine
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        """Wrap a module of `_LATE` once it is loaded; part of the protocol of `sys.meta_path`."""
+        if name not in _LATE or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        loader: Any = None if spec is None else spec.loader
+        if loader is None:
+            return None
+        execute = loader.exec_module
+
+        def execute_and_wrap(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                kind, method = _LATE[name]
+                self._wrap(getattr(module, kind), method, self._around)
+
+        loader.exec_module = execute_and_wrap
+        return spec
+
+
+class _Reader:
+    """`sys.stdin`, with the terminal given to the user while it is read."""
+
+    def __init__(self, stream: Any, suspend: Suspend) -> None:
+        self._stream, self._suspend = stream, suspend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def read(self, *args: Any) -> str:
+        with self._suspend():
+            return str(self._stream.read(*args))
+
+    def readline(self, *args: Any) -> str:
+        with self._suspend():
+            return str(self._stream.readline(*args))
+
+    def readlines(self, *args: Any) -> list[str]:
+        with self._suspend():
+            return list(self._stream.readlines(*args))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
+
+    def __next__(self) -> str:
+        if line := self.readline():
+            return line
+        raise StopIteration
+
+
+@contextlib.contextmanager
+def _no_echo() -> Iterator[None]:
+    import termios
+
+    fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    try:
+        before = termios.tcgetattr(fd)
+        quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(fd, termios.TCSAFLUSH, quiet)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)
+    finally:
+        os.close(fd)

@@ -1,0 +1,159 @@
+"""The controlling terminal through a private descriptor that never blocks.
+
+A terminal that was stopped (Ctrl-S) or that nobody reads makes a blocking `write`, `tcdrain` or `tcsetattr(TCSADRAIN)`
+wait for ever. So the dashboard opens `/dev/tty` anew with O_NONBLOCK (an own file description: nobody else's descriptor
+changes), keeps what the terminal would not take, and draws no new frame before that is gone. Nothing here waits without
+a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import struct
+import termios
+import time
+from typing import Any
+
+from learnit_r8.dashboard.displays.display import TerminalGone
+
+_GONE = {errno.EIO, errno.ENXIO, errno.EBADF, errno.EPIPE}
+
+
+class Tty:
+    """The controlling terminal.
+
+    Attributes:
+        fd: The private descriptor.
+        saved: Terminal modes as they were found, in the form of `termios.tcgetattr`.
+
+    Raises:
+        OSError: There is no controlling terminal.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.saved: list[Any] = termios.tcgetattr(self.fd)
+        self.modes = _view_modes(self.saved, self.fd)
+        self.muted = False
+        self._pending = bytearray()
+
+    def size(self) -> tuple[int, int]:
+        """Return columns and rows; 80 x 24 where the terminal does not know."""
+        try:
+            packed = fcntl.ioctl(self.fd, termios.TIOCGWINSZ, bytes(8))
+        except OSError:
+            return 80, 24
+        rows, columns, _, _ = struct.unpack("4H", packed)
+        return (columns, rows) if rows and columns else (80, 24)
+
+    def in_foreground(self) -> bool:
+        """Return whether this process may draw: it belongs to the terminal's foreground group.
+
+        Raises:
+            TerminalGone: The terminal hung up, or is no longer this session's.
+        """
+        try:
+            return os.tcgetpgrp(self.fd) == os.getpgrp()
+        except OSError as error:
+            raise TerminalGone(str(error)) from error
+
+    def set_modes(self, modes: list[Any]) -> None:
+        """Set terminal modes at once, without waiting for output to drain."""
+        with contextlib.suppress(termios.error, OSError):
+            termios.tcsetattr(self.fd, termios.TCSANOW, modes)
+
+    def taken(self) -> bool:
+        """Return whether somebody has set other modes than the view's: an editor, a prompt for a password."""
+        with contextlib.suppress(termios.error, OSError):
+            now: list[Any] = termios.tcgetattr(self.fd)
+            return bool(now[:4] not in (self.modes[:4], self.saved[:4]))
+        return False
+
+    @property
+    def congested(self) -> bool:
+        """Output is still waiting for the terminal."""
+        return bool(self._pending)
+
+    def send(self, data: bytes, seconds: float = 0.0) -> None:
+        """Write `data` after what is waiting; what is not taken within `seconds` waits for the next call.
+
+        Raises:
+            TerminalGone: The terminal hung up.
+        """
+        if self.muted:
+            return
+        self._pending += data
+        deadline = time.monotonic() + seconds
+        while self._pending:
+            try:
+                del self._pending[: os.write(self.fd, self._pending[:65536])]
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                # A stopped pty reports no room, but one with a few bytes of room wakes this at once: hence the floor.
+                time.sleep(min(left, 0.01))
+            except OSError as error:
+                if error.errno in _GONE:
+                    raise TerminalGone(str(error)) from error
+                raise
+
+    def read(self) -> bytes:
+        """Return the bytes typed so far, without waiting.
+
+        Raises:
+            TerminalGone: The terminal hung up.
+        """
+        poller = select.poll()
+        poller.register(self.fd, select.POLLIN)
+        events = poller.poll(0)
+        if not events:
+            return b""
+        try:
+            data = os.read(self.fd, 4096) if events[0][1] & select.POLLIN else b""
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            # A background process that blocks SIGTTIN gets EIO too; only a hang-up is final.
+            if error.errno == errno.EIO and not events[0][1] & select.POLLHUP:
+                return b""
+            raise TerminalGone(str(error)) from error
+        if not data and events[0][1] & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            raise TerminalGone("the terminal hung up")
+        return data
+
+    def unstop(self) -> None:
+        """Let output flow again after Ctrl-S, so that the screen's last bytes arrive before the process is gone."""
+        with contextlib.suppress(termios.error):
+            # TCOON alone undoes only a TCOOFF (Linux keeps the two stops apart), so stop first.
+            termios.tcflow(self.fd, termios.TCOOFF)
+            termios.tcflow(self.fd, termios.TCOON)
+
+    def discard(self) -> None:
+        """Forget the output that is waiting."""
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Close the descriptor; later output is dropped."""
+        self.muted = True
+        self._pending.clear()
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _view_modes(saved: list[Any], fd: int) -> list[Any]:
+    """Return the modes for drawing: keys at once, unechoed, Ctrl-C still a signal, Ctrl-Z a key, no output mapping."""
+    iflag, oflag, cflag, lflag, ispeed, ospeed, control = saved
+    control = list(control)
+    control[termios.VMIN], control[termios.VTIME] = b"\x01", b"\x00"
+    control[termios.VSUSP] = bytes([os.fpathconf(fd, "PC_VDISABLE") & 0xFF])
+    iflag &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
+    oflag &= ~(termios.ONLCR | termios.OCRNL | termios.TABDLY)
+    lflag &= ~(termios.ICANON | termios.ECHO | termios.ECHONL)
+    return [iflag, oflag, cflag, lflag, ispeed, ospeed, control]

@@ -1,0 +1,91 @@
+"""What training changes of a Trainer's model: enough for a backup in RAM, a small part of it under LoRA."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnit_r8.integrations.torch.learning_rate import unwrapped
+from learnit_r8.integrations.torch.state import capture_state, restore_state
+
+State = dict[str, Any]
+
+
+class TrainedState:
+    """Captures and restores a trainer's trained weights, buffers, optimizer, gradient scaler and random generators.
+
+    Weights that are frozen, and have not been written to since training began, are left out. What is captured is
+    copied back in place, by name: a quantised layer's `state_dict`, which cannot be loaded, plays no part.
+
+    Args:
+        trainer: Its `model`, `optimizer` and `accelerator`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._model: Any = None
+        self._versions: dict[str, int] = {}
+        self._tried = self._broken = False
+
+    def _trained(self) -> dict[str, Tensor]:
+        model = self._trainer.model
+        if model is not self._model:
+            self._model = model
+            self._versions = {name: p._version for name, p in model.named_parameters()}
+        parts = {
+            name: p.detach()
+            for name, p in model.named_parameters()
+            if p.requires_grad or p._version != self._versions.get(name)
+        }
+        parts |= {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        parts |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
+        return parts
+
+    def watch(self) -> None:
+        """Take note of the frozen weights as they are now, before training."""
+        self._trained()
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self._trainer.accelerator, "scaler", None)
+
+    def capture(self) -> State:
+        """Return the live tensors; who keeps them copies them."""
+        optimizer = unwrapped(self._trainer.optimizer)
+        state = capture_state(None, optimizer, self._scaler, copy=False)
+        if not self._tried and state["optimizer"].get("state"):  # empty before the first step
+            self._tried = True
+            self._try(optimizer, state)
+        state["weights"] = self._trained()
+        return state
+
+    def _try(self, optimizer: Any, state: State) -> None:
+        """Load the optimizer's state once into a twin of it: a backup that cannot be restored is worth nothing."""
+        twin = copy.copy(optimizer)
+        twin.state = defaultdict(dict)
+        twin.param_groups = [dict(group) for group in optimizer.param_groups]
+        try:
+            twin.load_state_dict(state["optimizer"])
+        except Exception as error:
+            self._trainer._say(
+                "backups",
+                f"{type(optimizer).__name__} cannot load the state that it gives ({type(error).__name__}: {error}): a "
+                "rollback would bring the weights back, but not the optimizer's averages",
+            )
+            self._broken = True
+
+    def restore(self, state: State) -> None:
+        """Bring back what `capture` returned; `state` can be used again."""
+        live = self._trained()
+        with torch.no_grad():
+            for name, value in state["weights"].items():
+                if name in live:
+                    live[name].copy_(value)
+        optimizer = unwrapped(self._trainer.optimizer)
+        if self._broken:
+            state = {name: part for name, part in state.items() if name != "optimizer"}
+        restore_state(state, None, optimizer, self._scaler)

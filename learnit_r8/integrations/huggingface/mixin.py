@@ -1,0 +1,297 @@
+"""A Hugging Face Trainer whose batches someone else chooses, and who hears one loss per sample after each step."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
+
+from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.integrations.huggingface.checks import data_problems, host_problems, is_grouped
+from learnit_r8.integrations.huggingface.loader import EpochLength, Repeated, make_loader
+from learnit_r8.integrations.huggingface.losses import LossWatch
+
+ENDLESS = 1 << 40
+"""Steps an epoch that the Trainer reckons with: where an epoch ends is seen when the batches do."""
+
+
+class SampleLossMixin:
+    """Lets a Trainer draw someone else's batches, and report each micro-batch after its optimizer step.
+
+    The loss that is trained on is the Trainer's own. One loss per sample is read off the model's outputs where these
+    add up to it: cross-entropy of classes, tokens and next tokens, squared errors, several labels, spans, TRL's fused
+    heads, reward models and DPO, with label smoothing and experts' auxiliary losses. Else the mean of each micro-batch
+    is reported, which is said once; `note_sample_losses` or `sample_loss_func` help then.
+
+    Args:
+        sample_loss_func: `(outputs, labels) -> losses [B]`, with grad: the loss to train on is their mean.
+
+    Raises:
+        ConfigError: Arguments that would not be respected; all are listed.
+    """
+
+    def __init__(self, *args: Any, sample_loss_func: Callable[[Any, Any], Tensor] | None = None, **kwargs: Any) -> None:
+        if problems := data_problems(kwargs.get("train_dataset")):  # the Trainer would advise max_steps for them
+            raise ConfigError(problems)
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        problems = host_problems(trainer, SampleLossMixin, sample_loss_func) + self._problems()
+        if problems:
+            raise ConfigError(problems)
+        self._told: set[str] = set()
+        self._sampler: Any = None
+        self._resumed = self._trained = False
+        self._micro = 0  # micro-batches of the Trainer's epoch so far
+        self._length = EpochLength(0)
+        self._given: Any = None  # the iterator of the Trainer's epoch, and the one that is drawn from
+        self._iterator: Iterator[Any] | None = None
+        self._sample_loss_func = sample_loss_func
+        self._used_func = sample_loss_func is None
+        if sample_loss_func is not None:
+            trainer.compute_loss_func = self._mean_of_samples
+        self._watch = LossWatch(trainer, reads=not is_grouped(trainer))
+        self.args = copy.copy(trainer.args)  # some values follow from the sampler; the caller's object stays as it is
+        self.args.ignore_data_skip = True  # the sampler knows where it stands
+        trainer.callback_handler.callbacks.insert(0, _Callback(self))  # others see the step as it was judged
+
+    # What subclasses define -----------------------------------------------------------------
+
+    def _problems(self) -> list[str]:
+        return []
+
+    def _batch_sampler(self) -> Sampler[list[int]]:
+        raise NotImplementedError
+
+    def _report(self, losses: Tensor, *, skipped: bool) -> None:
+        raise NotImplementedError
+
+    def _weights(self, loss: Tensor) -> Tensor | None:
+        """Return importance weights for the micro-batch whose loss this is, None for ones."""
+        return None
+
+    def _batch_rows(self) -> int:
+        """Return how many samples the micro-batch has that is being trained on."""
+        raise NotImplementedError
+
+    def _goes_on(self) -> bool:
+        """Return whether the next batch belongs to an epoch of which some were trained on."""
+        raise NotImplementedError
+
+    def _over(self) -> bool:
+        """Return whether there is nothing to draw any more."""
+        return False
+
+    def _batches_left(self) -> bool:
+        """Return whether the epoch has batches that are still to be drawn, though its iterator has ended."""
+        return False
+
+    def _place(self, state: Any) -> tuple[float, int]:
+        """Return the epoch, with its fraction, and the Trainer's steps in the whole run."""
+        raise NotImplementedError
+
+    def _on_train_begin(self, control: Any) -> None:
+        pass
+
+    def _on_step_end(self, control: Any) -> None:
+        pass
+
+    def _on_epoch_end(self, control: Any) -> None:
+        pass
+
+    def _on_save(self, folder: str) -> None:
+        pass
+
+    @property
+    def _head_losses(self) -> Any:
+        """The reading that gives one loss per sample in this training, None where the mean is reported."""
+        return self._watch.reading
+
+    # For own losses -------------------------------------------------------------------------
+
+    def note_sample_losses(self, losses: Tensor) -> None:
+        """Give one loss per sample of the micro-batch, from within a `compute_loss` of your own.
+
+        Args:
+            losses: `[B]`, with grad if there are importance weights, which are applied if their mean is your loss.
+
+        Raises:
+            ProtocolError: Another shape.
+        """
+        self._watch.give(losses)
+
+    def _mean_of_samples(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Stand in for `compute_loss_func`; what it returns, the Trainer does not divide any more."""
+        assert self._sample_loss_func is not None
+        trainer: Any = self
+        losses: Tensor = self._sample_loss_func(outputs, labels)
+        if not self._watch.open:
+            return losses.mean()
+        self._used_func = True
+        self._watch.give(losses)
+        averaged = trainer.args.average_tokens_across_devices and num_items_in_batch is not None
+        world = trainer.accelerator.num_processes if averaged else 1
+        mean: Tensor = losses.mean() / (trainer.current_gradient_accumulation_steps * world)
+        return mean
+
+    def _say(self, key: str, sentence: str) -> None:
+        """Tell the user, once."""
+        if key not in self._told:
+            self._told.add(key)
+            warnings.warn(sentence, RuntimeWarning, stacklevel=1)
+
+    # What the Trainer calls -----------------------------------------------------------------
+
+    def _repeats(self) -> tuple[int, int]:
+        """Return how often a batch holds each id, and how often it comes."""
+        return 1, 1
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader of the sampler's batches.
+
+        Raises:
+            ValueError: There is no `train_dataset`.
+        """
+        self._sampler = Repeated(self._batch_sampler(), *self._repeats())
+        self._loader = make_loader(self, self._sampler, self._goes_on, self._over)
+        return self._loader
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As the Trainer's; but how long an epoch is, and the run, is seen as it comes."""
+        if getattr(dataloader, "batch_sampler", None) is not self._sampler:
+            name = type(self).__name__
+            raise ConfigError(
+                [
+                    f"{name}.get_train_dataloader() returned another loader than R8's, so other batches would be "
+                    "trained on than R8 chooses: leave it out"
+                ]
+            )
+        values = list(super().set_initial_training_values(args, dataloader))  # type: ignore[misc]
+        if len(values) != 7 or values[5] != len(dataloader):
+            raise ConfigError([_VERSION])
+        self._length = EpochLength(values[5])
+        values[1], values[5] = ENDLESS, self._length
+        return tuple(values)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As the Trainer's; the optimizer steps after the last of the micro-batches that are returned."""
+        if epoch_iterator is not self._given:
+            self._given = self._iterator = epoch_iterator
+        trainer: Any = self
+        aligned = num_batches - self._micro % num_batches  # the Trainer also steps at multiples of num_batches
+        samples, items = super().get_batch_samples(self._iterator, aligned, device)  # type: ignore[misc]
+        if not samples and self._batches_left():  # after a rollback some come again
+            self._iterator = iter(self._loader)
+            samples, items = super().get_batch_samples(self._iterator, aligned, device)  # type: ignore[misc]
+        self._micro += len(samples)
+        self._length.end = self._micro
+        if samples:
+            _, trainer.state.max_steps = self._place(trainer.state)
+        else:
+            trainer.control.should_epoch_stop = True
+        return samples, items
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`.
+
+        Raises:
+            ProtocolError: This trainer has trained already, or a search of hyperparameters asks for a trial.
+        """
+        if kwargs.get("trial") is not None or (args and args[0] is not None):
+            raise ProtocolError(_NO_TRIALS)
+        self._resumed = bool(resume_from_checkpoint)
+        if self._trained and not self._resumed:
+            raise ProtocolError(
+                f"this {type(self).__name__} has trained already, and who chose its batches stands at the end of that: "
+                "for another run create the trainer and its scheduler (or sampler) anew; to go on where a run was "
+                "stopped, train(resume_from_checkpoint=True)"
+            )
+        self._trained = True
+        self._watch.notes.clear()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._watch.detach()
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse.
+
+        Raises:
+            ProtocolError: Always.
+        """
+        raise ProtocolError(_NO_TRIALS)
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer.training_step`; takes note of the losses.
+
+        Raises:
+            ProtocolError: `sample_loss_func` was given to a trainer that does not use it.
+        """
+        parent: Any = super()
+        loss = self._watch.step(lambda: parent.training_step(model, *args, **kwargs), model)
+        if not self._used_func:
+            raise ProtocolError(
+                f"{type(self).__name__}.compute_loss does not call compute_loss_func, so sample_loss_func has no "
+                "effect: leave it out, and call self.note_sample_losses(losses) in your compute_loss"
+            )
+        return loss
+
+    # Reports --------------------------------------------------------------------------------
+
+    def _report_notes(self) -> None:
+        """Report the micro-batches of an optimizer step."""
+        trainer: Any = self
+        skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
+        notes = list(self._watch.notes)
+        self._watch.notes.clear()
+        agree = [self._watch.judge(note) for note in notes]
+        if trainer.args.world_size > 1:  # a report is one loss per sample on all ranks or on none
+            flags = torch.tensor(agree, dtype=torch.int32, device=trainer.accelerator.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+            agree = [bool(flag) for flag in flags.tolist()]
+        self._hand_over([n.losses if right else n.mean for n, right in zip(notes, agree, strict=True)], skipped)
+
+    def _hand_over(self, reports: list[Any], skipped: bool) -> None:
+        for losses in reports:
+            self._report(losses, skipped=skipped)
+
+
+class _Callback(TrainerCallback):
+    """Carries the Trainer's events to the trainer's own methods."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._on_train_begin(control)
+        _, state.max_steps = self._trainer._place(state)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._micro = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._report_notes()
+        self._trainer._resumed = False
+        state.epoch, state.max_steps = self._trainer._place(state)
+        self._trainer._on_step_end(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._watch.notes.clear()  # of an accumulation that was left: no optimizer step came
+        if not control.should_training_stop or state.global_step >= state.max_steps:
+            self._trainer._on_epoch_end(control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._on_save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+_VERSION = "this version of transformers counts the steps of an epoch in another way: install transformers 5.24"
+_NO_TRIALS = (
+    "hyperparameter_search cannot set what R8Scheduler decides (learning rate, batch size, epochs), and one scheduler "
+    "serves one run: in the objective of your search (optuna, ray) create a scheduler and a trainer for each trial"
+)

@@ -1,0 +1,382 @@
+"""R8Scheduler in the Hugging Face Trainer: three changed lines.
+
+    from learnit_r8.integrations.huggingface import R8Trainer
+    scheduler = R8Scheduler(len(data), batch_size=16, num_epochs=3, initial_lr=5e-5)
+    trainer = R8Trainer(model, args, train_dataset=data, scheduler=scheduler)
+
+The scheduler's batches are the Trainer's micro-batches; with gradient accumulation each of them
+is reported, after the optimizer step that they share. The learning rate (effective and logged) is
+the scheduler's. Its state is part of the Trainer's checkpoints, in `scheduler.pt`, so that
+`resume_from_checkpoint` resumes both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from learnit_r8.integrations.huggingface.backups import TrainedState
+from learnit_r8.integrations.huggingface.checks import default_of, is_grouped
+from learnit_r8.integrations.huggingface.mixin import SampleLossMixin
+from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr, scales, unwrapped
+from learnit_r8.integrations.torch.sampler import R8BatchSampler
+from learnit_r8.integrations.torch.state import arrays_from_tensors, tensors_from_arrays
+from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.sinks.trackers import Numbers
+
+__all__ = ["R8Mixin", "R8Trainer", "SRSTrainer", "SampleLossMixin"]
+
+MANY = 1_000_000
+"""Epochs that the Trainer is told of when the budget is seconds; the scheduler ends the run."""
+SAMPLER_STATE = "r8_sampler.pt"
+
+
+class _SchedulerRates(LRScheduler):
+    """What the Trainer takes for its learning-rate scheduler: says the rate, and carries the run's state.
+
+    The rate itself is set by `follow_lr`, right before each step. (LRScheduler's own constructor
+    would set it too.)
+    """
+
+    def __init__(self, scheduler: R8Scheduler, optimizer: Any) -> None:
+        self.optimizer = unwrapped(optimizer)
+        self._scheduler = scheduler
+        self._hook: LearningRateHook = follow_lr(scheduler, optimizer)
+        self.loaded = False  # a checkpoint's state was restored
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the rate follows the batches."""
+
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
+        """Return the learning rate of the last optimizer step, for each parameter group."""
+        return [self._hook.lr * scale for scale in scales(self.optimizer)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the R8Scheduler's state as tensors."""
+        state: dict[str, Any] = tensors_from_arrays(self._scheduler.state_dict())
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the R8Scheduler."""
+        self._scheduler.load_state_dict(arrays_from_tensors(state_dict))
+        self.loaded = True
+
+    def close(self) -> None:
+        """Leave the optimizer alone."""
+        self._hook.remove()
+
+
+class R8Mixin(SampleLossMixin):
+    """Makes a Trainer of your own an R8Trainer: `class Mine(R8Mixin, MyTrainer)`.
+
+    Training is as in `MyTrainer`, on the scheduler's batches and at its learning rate. With TRL's GRPO and RLOO a
+    batch of the scheduler is that many prompts, each with all its completions, and what the catalog learns of a prompt
+    is minus their mean reward.
+
+    Args:
+        scheduler: Chooses the samples and the learning rate. Its `batch_size` and `num_epochs`
+            replace `per_device_train_batch_size` and `num_train_epochs`, its `initial_lr` and
+            `scheduler_mode` the Trainer's learning rate. Without callbacks of its own it backs up
+            and restores what is trained of the model, the optimizer and the random generators.
+        sample_loss_func: See `SampleLossMixin`.
+
+    Raises:
+        ConfigError: Arguments that do not go together; all are listed.
+    """
+
+    def __init__(self, *args: Any, scheduler: R8Scheduler, **kwargs: Any) -> None:
+        self.scheduler = scheduler
+        self._times, self._grouped = (1, 1), False
+        super().__init__(*args, **kwargs)
+        self._epochs: Iterator[int] = iter(())
+        self._rates: _SchedulerRates | None = None
+        self._leaving = False
+        scheduler.host_saves = True
+        self._parts: list[Tensor] = []  # of a batch that is trained on in several micro-batches
+        self._rewards: list[Tensor] = []  # of the batches whose completions were scored, oldest first
+        self._backups: TrainedState | None = None
+        self._numbers = Numbers()
+        scheduler.add_sink(self._numbers)
+        self._tell_replaced()
+        self._take_over()
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            scheduler.tell(
+                "under DeepSpeed and FSDP no backups in RAM are taken: no loss leads back to an earlier state"
+            )
+        else:
+            self._backups = TrainedState(self)
+            scheduler.attach_model(self._backups.capture, self._backups.restore)
+
+    def _problems(self) -> list[str]:
+        trainer: Any = self
+        problems = []
+        dataset, scheduler = trainer.train_dataset, self.scheduler
+        size = scheduler.catalog.num_samples
+        if hasattr(dataset, "__len__") and len(dataset) != size:
+            problems.append(f"train_dataset has {len(dataset)} samples, the scheduler num_samples={size}")
+        if trainer.args.max_steps > 0:
+            problems.append(f"max_steps={trainer.args.max_steps}: the scheduler's num_epochs says how long to train")
+        if trainer.lr_scheduler is not None:
+            problems.append("optimizers=(optimizer, lr_scheduler): the scheduler sets the learning rate, give None")
+        if trainer.args.dataloader_drop_last and not scheduler.drop_last:
+            problems.append("dataloader_drop_last=True: give R8Scheduler(drop_last=True)")
+        if trainer.args.world_size != scheduler.world_size:
+            problems.append(
+                f"the Trainer runs on {trainer.args.world_size} processes, the scheduler has "
+                f"world_size={scheduler.world_size}: create it after TrainingArguments, with "
+                "**learnit_r8.integrations.distributed.rank_arguments()"
+            )
+        return problems + (self._group_problems() if is_grouped(trainer) else [])
+
+    def _group_problems(self) -> list[str]:
+        trainer: Any = self
+        self._grouped = True
+        self._times = trainer.num_generations, trainer.args.steps_per_generation * trainer.num_iterations
+        parts, group = trainer.args.steps_per_generation, trainer.num_generations
+        if group % parts == 0 or (self.scheduler.drop_last and self._rows() % parts == 0):
+            return []
+        return [
+            f"steps_per_generation={parts} does not divide num_generations={group}, so completions of a last, smaller "
+            "batch would be left out: change one, or give R8Scheduler(drop_last=True) and a batch_size of a multiple"
+        ]
+
+    def _rows(self) -> int:
+        """Return how many rows of the Trainer a full batch of the scheduler has on this process."""
+        return self.scheduler.batch_size // self.scheduler.world_size * self._repeats()[0]
+
+    def _repeats(self) -> tuple[int, int]:
+        return self._times
+
+    def _tell_replaced(self) -> None:
+        """Name the Trainer's arguments that were given and that the scheduler's own take the place of."""
+        args, scheduler = self.args, self.scheduler
+        epochs = None if scheduler.total_steps is None else -(-scheduler.total_steps // scheduler.steps_per_epoch)
+        ours = {"num_train_epochs": epochs, "per_device_train_batch_size": scheduler.batch_size, "learning_rate": None}
+        given = [
+            f"{name}={getattr(args, name)!r}"
+            for name, value in ours.items()
+            if getattr(args, name) not in (default_of(args, name), value)
+        ]
+        if given:
+            self.scheduler.tell(f"{', '.join(given)} of the Trainer: R8Scheduler's own values count in place of it")
+
+    def _take_over(self) -> None:
+        trainer: Any = self
+        steps = self.scheduler.total_steps
+        self.args.num_train_epochs = MANY if steps is None else -(-steps // self.scheduler.steps_per_epoch)
+        rows = self._rows()
+        if self._grouped:
+            trainer._calculate_rewards = partial(self._keep_rewards, trainer._calculate_rewards)
+            trainer.args.generation_batch_size = rows * self.scheduler.world_size
+            rows //= trainer.args.steps_per_generation
+        self.args.per_device_train_batch_size = self._train_batch_size = rows
+
+    # Batches and reports --------------------------------------------------------------------
+
+    def _batch_sampler(self) -> Sampler[list[int]]:
+        return R8BatchSampler(self.scheduler, ahead=self.args.gradient_accumulation_steps - 1)
+
+    def _position(self) -> int:
+        """Return the place among the open batches of the one that is being trained on."""
+        return (len(self._parts) + len(self._watch.notes)) // self._repeats()[1]
+
+    def _batch_rows(self) -> int:
+        return len(self.scheduler.open_batches[self._position()].indices)
+
+    def _weights(self, loss: Tensor) -> Tensor | None:
+        weights = self.scheduler.importance_weights(self._position())
+        return None if weights is None else torch.from_numpy(weights).to(loss.device)
+
+    def _report(self, losses: Tensor, *, skipped: bool) -> None:
+        self.scheduler.update_with_loss(losses, skipped=skipped)
+
+    def _hand_over(self, reports: list[Any], skipped: bool) -> None:
+        times = self._repeats()[1]
+        if not self._grouped:
+            super()._hand_over(reports, skipped)
+            return
+        for loss in reports:
+            self._parts.append(loss.detach().float())
+            if len(self._parts) == times:
+                mean, self._parts = torch.stack(self._parts).mean(), []
+                rewards = self._rewards.pop(0) if self._rewards else None
+                known = rewards is not None and bool(torch.isfinite(mean))
+                self._report(-rewards if known else mean, skipped=skipped)  # type: ignore[operator]
+
+    def _keep_rewards(self, calculate: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take note of each prompt's mean reward on this process, as TRL computes the rewards of all of them."""
+        trainer: Any = self
+        rewards = calculate(*args, **kwargs)
+        if trainer.model.training:
+            group, rank = trainer.num_generations, trainer.args.process_index
+            total = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, group).mean(dim=1)
+            self._rewards.append(total.detach().chunk(trainer.args.world_size)[rank])
+        return rewards
+
+    # Progress -------------------------------------------------------------------------------
+
+    def _goes_on(self) -> bool:
+        return self.scheduler.epoch_batches[0] > 0
+
+    def _over(self) -> bool:
+        return self.scheduler.nothing_to_draw is not None
+
+    def _batches_left(self) -> bool:
+        reported, planned = self.scheduler.epoch_batches
+        return reported < planned
+
+    def _place(self, state: Any) -> tuple[float, int]:
+        scheduler, times, group = self.scheduler, self._repeats()[1], self.args.gradient_accumulation_steps
+        reported, planned = scheduler.epoch_batches
+        epoch = scheduler.current_epoch + reported / max(planned, 1)
+        per_epoch = -(-scheduler.steps_per_epoch * times // group)
+        left = -(-((planned - reported) * times - len(self._parts)) // group)
+        later = max(int(self.args.num_train_epochs) - scheduler.current_epoch - 1, 0)
+        return epoch, state.global_step + max(left, 0) + later * per_epoch
+
+    def _on_train_begin(self, control: Any) -> None:
+        if self._resumed and not (self._rates is not None and self._rates.loaded):
+            self._say(
+                "state",
+                "the checkpoint that training resumes from has no scheduler.pt, or no optimizer.pt: R8Scheduler starts "
+                "at its first epoch and knows nothing of the samples, only the model is as it was saved",
+            )
+        if self._backups is not None:
+            self._backups.watch()
+        self._parts.clear()
+        self._rewards.clear()
+        self._epochs = self.scheduler.epoch_iterator()
+        self._on_epoch_end(control)
+
+    def _on_step_end(self, control: Any) -> None:
+        if not self.scheduler.interrupted:
+            return
+        if self.args.save_strategy == "no":
+            self.scheduler.deliver_signal(
+                f"stopped after {self.scheduler.global_step} batches and not saved: save_strategy='no'"
+            )
+            return
+        control.should_save = self._leaving = True
+
+    def _on_save(self, folder: str) -> None:
+        if self._leaving:
+            self._leaving = False
+            self.scheduler.deliver_signal(
+                f"stopped after {self.scheduler.global_step} batches, saved in {folder}: go on with "
+                f"trainer.train(resume_from_checkpoint={folder!r})"
+            )
+
+    def _on_epoch_end(self, control: Any) -> None:
+        self._rewards.clear()
+        if next(self._epochs, None) is None:
+            control.should_training_stop = True
+
+    def _say(self, key: str, sentence: str) -> None:
+        if key not in self._told:
+            self.scheduler.tell(sentence)
+        super()._say(key, sentence)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the Trainer's own loggers get the scheduler's numbers, as `r8/...`, beside each training loss."""
+        more = self._numbers.newest() if "loss" in logs else {}
+        super().log({**logs, **more}, *args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """Return what the Trainer takes for its learning-rate scheduler."""
+        trainer: Any = self
+        if self._rates is not None:
+            self._rates.close()
+        self._rates = _SchedulerRates(self.scheduler, optimizer or trainer.optimizer)
+        trainer.lr_scheduler, trainer._created_lr_scheduler = self._rates, True
+        return self._rates
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`."""
+        try:
+            result = super().train(*args, **kwargs)
+            if self.scheduler.interrupted:  # it came after the last step
+                self.scheduler.deliver_signal("the training was over")
+            return result
+        finally:
+            if hasattr(self._epochs, "close"):
+                self._epochs.close()  # signal handlers are put back, also after an exception
+
+
+class R8Trainer(R8Mixin, Trainer):
+    """`transformers.Trainer` with an R8Scheduler; see `R8Mixin` for the arguments."""
+
+
+class SRSTrainer(SampleLossMixin, Trainer):
+    """`transformers.Trainer` that draws its batches from a `SpacedRepetitionSampler`.
+
+    All else is the Trainer's: learning rate, number of epochs (passes over the sampler). The
+    sampler's state is saved beside the Trainer's, and resumed with it.
+
+    Args:
+        train_sampler: `learnit_r8.strategies.SpacedRepetitionSampler`, or any batch sampler with
+            `update_difficulties(loss)`, `state_dict` and `load_state_dict`.
+        sample_loss_func: See `SampleLossMixin`.
+
+    Raises:
+        ConfigError: Several processes, or something else than such a sampler.
+    """
+
+    def __init__(self, *args: Any, train_sampler: Any, **kwargs: Any) -> None:
+        self.train_sampler = train_sampler
+        super().__init__(*args, **kwargs)
+        self.args.per_device_train_batch_size = self._train_batch_size = train_sampler.batch_size
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if not hasattr(self.train_sampler, "update_difficulties"):
+            name = type(self.train_sampler).__name__
+            problems.append(f"train_sampler must have update_difficulties(loss), got {name}")
+        if self.args.world_size > 1:
+            problems.append(f"SRSTrainer runs on one process, got {self.args.world_size}: use R8Trainer with 'spaced'")
+        return problems
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Keep an `indices` field, with which data sets for such samplers are published, from a model without one."""
+        self._set_signature_columns_if_needed()
+        if isinstance(inputs, dict) and "indices" in inputs and "indices" not in (self._signature_columns or ()):
+            inputs = {name: value for name, value in inputs.items() if name != "indices"}
+        return super()._prepare_inputs(inputs)
+
+    def _batch_sampler(self) -> Any:
+        return self.train_sampler
+
+    def _batch_rows(self) -> int:
+        return int(self.train_sampler.batch_size)
+
+    def _updates(self) -> int:
+        return max(-(-len(self.train_sampler) // int(self.args.gradient_accumulation_steps)), 1)
+
+    def _goes_on(self) -> bool:
+        return self._resumed and self.state.global_step % self._updates() > 0
+
+    def _place(self, state: Any) -> tuple[float, int]:
+        updates = self._updates()
+        return state.global_step / updates, math.ceil(self.args.num_train_epochs * updates)
+
+    def _report(self, losses: Tensor, *, skipped: bool) -> None:
+        self.train_sampler.update_difficulties(losses)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = tensors_from_arrays(self.train_sampler.state_dict())
+        torch.save(state, os.path.join(output_dir, SAMPLER_STATE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = os.path.join(checkpoint or "", SAMPLER_STATE)
+        if checkpoint is not None and os.path.exists(path):
+            self.train_sampler.load_state_dict(arrays_from_tensors(torch.load(path, weights_only=True)))

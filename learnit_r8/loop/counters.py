@@ -1,0 +1,194 @@
+"""How far a run has come: everything that steps and epochs count, saved and restored as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config
+from learnit_r8.errors import ConfigError
+
+
+class Stage(StrEnum):
+    """Where the current epoch stands."""
+
+    FRESH = "fresh"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(slots=True)
+class Progress:
+    """The loop's counters.
+
+    Attributes:
+        epoch: The current one, from 0.
+        stage: Where it stands.
+        reported: Batches of it whose loss came back.
+        accepted: Those whose loss entered the catalog.
+        loss_sum: Sum of these losses.
+        global_step: Batches of the run whose loss came back.
+        optimal_lr: What the LR search found, or None.
+    """
+
+    epoch: int = 0
+    stage: Stage = Stage.FRESH
+    reported: int = 0
+    accepted: int = 0
+    loss_sum: float = 0.0
+    global_step: int = 0
+    optimal_lr: float | None = None
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of the epoch's accepted losses; NaN while there are none."""
+        return self.loss_sum / self.accepted if self.accepted else math.nan
+
+    @property
+    def finished_epoch(self) -> int | None:
+        """The current epoch if it is done, else None."""
+        return self.epoch if self.stage is Stage.DONE else None
+
+    def start_epoch(self) -> None:
+        """Count the current epoch's batches from nothing."""
+        self.stage = Stage.RUNNING
+        self.reported = self.accepted = 0
+        self.loss_sum = 0.0
+
+    def next_epoch(self) -> None:
+        """Turn to the epoch after this one."""
+        self.epoch += 1
+        self.stage = Stage.FRESH
+
+    def accept(self, loss: float) -> None:
+        """Count a loss that entered the catalog."""
+        self.accepted += 1
+        self.loss_sum += loss
+
+    def take_back(self, batches: int, loss_sum: float) -> None:
+        """Uncount accepted batches of this epoch that will be trained on again."""
+        self.reported -= batches
+        self.accepted -= batches
+        self.loss_sum -= loss_sum
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters as JSON scalars."""
+        return {**asdict(self), "stage": self.stage.value}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Return what `state_dict` returned as an object again."""
+        return cls(
+            epoch=int(state["epoch"]),
+            stage=Stage(state["stage"]),
+            reported=int(state["reported"]),
+            accepted=int(state["accepted"]),
+            loss_sum=float(state["loss_sum"]),
+            global_step=int(state["global_step"]),
+            optimal_lr=state["optimal_lr"],
+        )
+
+
+_PARTS = (
+    "config", "groups", *Progress.__slots__, "searched", "budget", "tickets", "chooser", "catalog", "guard", "safety",
+)  # fmt: skip
+
+
+def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], directory: str) -> dict[str, Any]:
+    """Return the arguments of a run that goes on from a saved state.
+
+    Args:
+        state: A scheduler's state.
+        new_goals: Arguments that differ from the state's configuration.
+        directory: Where the checkpoint lies: the run goes on saving there, also where that is a copy.
+
+    Raises:
+        ConfigError: The state is not one, or what was an object is not given again.
+    """
+    try:
+        config = Config.from_json(state["config"])
+    except (LookupError, TypeError) as error:
+        raise ConfigError([f"this is no state of a scheduler: {type(error).__name__}: {error}"]) from error
+    own = {"strategy": config.own_strategy, "scheduler_mode": config.scheduler_mode == "custom"}
+    problems = [
+        f"{name}: the run had one of your own ({getattr(config, name)}), which no checkpoint holds: give it again"
+        for name in own
+        if own[name] and name not in new_goals
+    ]
+    if problems:
+        raise ConfigError(problems)
+    arguments = config.to_json()
+    del arguments["own_strategy"]
+    arguments |= _checkpoints(arguments, directory, new_goals)
+    if arguments["recovery"] is None:  # the state of an older version
+        del arguments["recovery"]
+    if new_goals.get("num_samples", config.num_samples) == config.num_samples:
+        arguments["groups"] = state.get("groups")
+    budgets = {"num_epochs": None, "num_steps": None, "train_duration_seconds": None}
+    if any(new_goals.get(name) is not None for name in budgets):
+        arguments |= budgets
+    return arguments | {name: value for name, value in new_goals.items() if name not in _IN_CHECKPOINTS}
+
+
+_IN_CHECKPOINTS = {"checkpoint_dir": "dir", "checkpoint_every": "every", "keep_checkpoints": "keep"}
+
+
+def _checkpoints(arguments: dict[str, Any], directory: str, new_goals: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `checkpoints` and `log_dir` of a run that goes on in a directory; take their parts out of `arguments`."""
+    saved, logs = arguments["checkpoint_dir"], arguments["log_dir"]
+    own = {name: arguments.pop(flat) for flat, name in _IN_CHECKPOINTS.items()}
+    own |= {name: arguments.pop(name) for name in ("keep_best", "keep_every", "signals")}
+    own["signals"] = tuple(name for name in own["signals"] if name in SIGNALS)  # of another system perhaps
+    given = new_goals.get("checkpoints")
+    flat = {name: new_goals[old] for old, name in _IN_CHECKPOINTS.items() if old in new_goals}
+    if given is None:
+        value = Checkpoints(**{**own, "dir": directory, **flat})
+    elif isinstance(given, Checkpoints) and not flat:
+        value = dataclasses.replace(given, dir=directory) if given.dir is DEFAULT_DIR else given
+    elif flat:
+        raise ConfigError([f"give {', '.join(flat)} within checkpoints=Checkpoints(...), not beside it"])
+    else:
+        return {"checkpoints": given}
+    if logs is not None and saved is not None and os.path.realpath(saved) != os.path.realpath(directory):
+        # A folder that holds both was copied or moved: the log of the copy goes on, not the original's.
+        beside = os.path.relpath(os.path.abspath(logs), os.path.abspath(saved))
+        if beside.count("..") <= 1:
+            logs = os.path.normpath(os.path.join(directory, beside))
+    return {"checkpoints": value, "log_dir": logs}
+
+
+_FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot change
+
+
+def check_state(state: Mapping[str, Any], config: Config) -> None:
+    """Raise unless a scheduler's state is complete and belongs to this run.
+
+    Raises:
+        ConfigError: All that is wrong with it.
+    """
+    if not isinstance(state, Mapping):
+        raise ConfigError([f"a state is the dict that state_dict() returned, got {type(state).__name__}"])
+    missing = [name for name in _PARTS if name not in state]
+    if missing:
+        raise ConfigError([f"this is no state of a scheduler: {', '.join(missing)} missing, got {list(state)}"])
+    saved = state["config"]
+    if not isinstance(saved, Mapping) or not saved.keys() >= set(_FIXED):
+        raise ConfigError([f"the state is damaged: its config lacks some of {', '.join(_FIXED)}, got {saved!r}"])
+    problems = [
+        f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(config, name)!r}: use what it was "
+        "saved with, or start a new run"
+        for name in _FIXED
+        if saved[name] != getattr(config, name)
+    ]
+    if config.auto_find_lr and not saved.get("auto_find_lr") and state["global_step"]:
+        problems.append(
+            f"auto_find_lr=True: the search comes before the first step, and this run has had {state['global_step']}: "
+            "give initial_lr"
+        )
+    if problems:
+        raise ConfigError(problems)

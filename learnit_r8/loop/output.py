@@ -1,0 +1,157 @@
+"""What a run shows itself on: the display, the event log, the samples' figures."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, cast
+
+from learnit_r8 import events
+from learnit_r8._version import __version__
+from learnit_r8.dashboard import open_dashboard
+from learnit_r8.loop.arguments import Arguments
+from learnit_r8.loop.safety import shown
+from learnit_r8.noise.guard import NoiseGuard
+from learnit_r8.run.samples_file import CATALOG_FILE, CatalogLog
+from learnit_r8.run.tail import CONSOLE_FILE, EVENTS_FILE
+from learnit_r8.samples.catalog import LossCatalog
+from learnit_r8.sinks import EventBus, JsonlSink
+from learnit_r8.types import Sink
+
+
+class Presence:
+    """Opens what is to be seen of a run when it begins, and closes it when it ends.
+
+    Args:
+        args: The run's arguments.
+        bus: Gets the display and the event log as sinks.
+        catalog: Its figures are logged.
+        guard: Says which samples look wrong.
+        rank: Rank 0 alone shows and logs.
+    """
+
+    def __init__(self, args: Arguments, bus: EventBus, catalog: LossCatalog, guard: NoiseGuard, rank: int) -> None:
+        self._args = args
+        self._config = args.config
+        self._bus = bus
+        self._catalog = catalog
+        self._guard = guard
+        self._rank = rank
+        self._display: Sink | None = None
+        self._log: Sink | None = None
+        self._begun = False
+        self._logged_at: int | None = None
+
+    def begin(self, step: int, elapsed: float, *, resumed: bool) -> None:
+        """Open the display and the log, and tell them of the run.
+
+        Args:
+            step: Global step.
+            elapsed: Training seconds so far.
+            resumed: The run goes on from a checkpoint.
+        """
+        missed = () if self._begun else tuple(self._bus.recent)
+        self._begun = True
+        config = self._config
+        log = config.log_dir is not None and self._log is None and self._rank == 0
+        if log and not resumed and step == 0:
+            for name in (EVENTS_FILE, CATALOG_FILE, CONSOLE_FILE):
+                with suppress(OSError):
+                    _set_aside(Path(config.log_dir or ".") / name)
+        self._open_display()
+        if log:
+            self._log = JsonlSink(Path(config.log_dir or ".") / EVENTS_FILE)
+            self._bus.add(self._log)
+        self._bus.emit(
+            events.RunStarted,
+            step,
+            Path(config.log_dir or ".").resolve().name,
+            config.to_json(),
+            config.steps_per_epoch,
+            config.total_steps,
+            resumed,
+            __version__,
+            os.getpid(),
+            elapsed,
+        )
+        if config.batch_size > config.num_samples:
+            message = (
+                f"batch_size={config.batch_size} is larger than num_samples={config.num_samples}, so every batch is "
+                "the whole data set: give a smaller batch_size"
+            )
+            self._bus.emit(events.Notice, step, message, "warning")
+        if config.checkpoint_every is not None and self._args.save is None and self._rank == 0:
+            message = "there is no save_callback: the checkpoints hold the run's state, not the model"
+            self._bus.emit(events.Notice, step, message, "warning")
+        for sink in filter(None, (self._display, self._log)):
+            for event in missed:  # what a resume loaded, and which checkpoint it passed over
+                with suppress(Exception):  # the bus drops a sink that fails, at the next event
+                    sink.record(event)
+
+    def _open_display(self) -> None:
+        """Open the best display that there is; it is one sink among the others."""
+        self._close_display()
+        if self._args.ui != "off":  # the environment's R8_UI may choose the display, not force one on a program
+            self._display = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._rank)
+        if self._display is not None:
+            self._bus.add(self._display)
+
+    def _close_display(self) -> None:
+        if self._display is not None:
+            self._bus.remove(self._display)
+            self._display = None
+
+    def terminal(self) -> AbstractContextManager[None]:
+        """Give the terminal to the caller for a while; what is no dashboard leaves it alone anyway."""
+        suspended: Any = getattr(self._display, "suspended", nullcontext)
+        return cast("AbstractContextManager[None]", suspended())
+
+    def log_catalog(self, step: int) -> None:
+        """Write the figures of the samples beside the event log; they help nobody enough to end a run."""
+        if self._config.log_dir is None or self._rank != 0 or self._logged_at == step:
+            return
+        self._logged_at = step
+        try:
+            flagged = None if self._guard.mode == "off" else self._guard.flagged
+            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, step, flagged)
+        except Exception as error:
+            message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
+            self._bus.emit(events.Notice, step, message, "warning")
+
+    def end(
+        self,
+        step: int,
+        reason: str,
+        elapsed: float,
+        levels: tuple[float | None, float | None, int | None],
+        warning: str,
+    ) -> None:
+        """Tell of the end, and give the terminal back: what the user prints from now on belongs on the normal screen.
+
+        Args:
+            step: Global step.
+            reason: As in `events.RunEnded`.
+            elapsed: Training seconds.
+            levels: Final and best level of the loss, and the step of the best one.
+            warning: How it ended, where that is not as good as it was; or "".
+        """
+        self.log_catalog(step)
+        left_out = tuple(self._catalog.left_out.tolist())
+        if warning:
+            self._bus.emit(events.Notice, step, warning, "warning")
+        if left_out:
+            message = f"samples left out since faults named them: {shown(left_out)} (catalog.left_out has all)"
+            self._bus.emit(events.Notice, step, message, "warning")
+        self._bus.emit(events.RunEnded, step, reason, elapsed, *levels, left_out)
+        self._close_display()
+
+
+def _set_aside(path: Path) -> None:
+    """Rename what an earlier run wrote, to `events.1.jsonl` and so on: two runs in one log would be drawn as one."""
+    if not path.is_file():
+        return
+    number = 1
+    while (earlier := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(earlier)

@@ -1,0 +1,1 @@
+"""Which samples are wrong rather than hard, from their losses alone."""

@@ -1,0 +1,51 @@
+"""Each sample's losses since a moment: held-out ones, where it was left out before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.samples.catalog import LossCatalog
+from learnit_r8.types import Losses, Mask
+
+
+class LossesSince:
+    """What has been reported of each sample since this was made; 8 bytes a sample.
+
+    Args:
+        mean: Mean of each sample's losses until then, float32 `[N]`.
+        uses: How many they were, uint32 `[N]`.
+    """
+
+    def __init__(self, mean: Losses, uses: NDArray[np.uint32]) -> None:
+        self._mean, self._uses = np.array(mean, np.float32), np.array(uses, np.uint32)
+
+    def means(self, catalog: LossCatalog, mask: Mask) -> NDArray[np.float64]:
+        """Return the mean loss since then of those samples in a mask that have any, `[<= N]`."""
+        total, times = self._sums(catalog)
+        heard = mask & (times > 0)
+        means: NDArray[np.float64] = total[heard] / times[heard]
+        return means
+
+    def scores(self, catalog: LossCatalog) -> Losses:
+        """Return the mean of each sample's losses since then and one more, the mean until then, `[N]`."""
+        total, times = self._sums(catalog)
+        scores: Losses = ((self._mean + total) / (1 + times)).astype(np.float32)
+        return scores
+
+    def _sums(self, catalog: LossCatalog) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        times = np.maximum(catalog.uses.astype(np.int64) - self._uses, 0)  # a rollback may have taken some back
+        total = catalog.mean_loss.astype(np.float64) * (self._uses + times) - self._mean.astype(np.float64) * self._uses
+        return np.where(times > 0, total, 0.0), times
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of both arrays."""
+        return {"mean": self._mean.copy(), "uses": self._uses.copy()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> LossesSince:
+        """Restore what `state_dict` returned."""
+        return cls(state["mean"], state["uses"])

@@ -1,0 +1,420 @@
+"""Events to numbers: everything that the dashboard shows, kept in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from learnit_r8 import events as e
+from learnit_r8.run import export
+from learnit_r8.run.journal import Entry, entry, validation_entry
+from learnit_r8.run.metric import Metric, is_validation
+from learnit_r8.run.pace import Pace
+from learnit_r8.run.series import Series, smoothed
+
+DECAYS = (0.98, 0.995, 0.9)
+"""Decays of the moving averages that the chart can show."""
+MARKS_KEPT = 256
+ENTRIES_KEPT = 2000
+EPOCHS_KEPT = 1024
+RECENT_STEPS = 512
+SIGMA_GAIN = 0.02
+LATEST = 1e12
+"""Times beyond this many seconds since 1970 are taken for errors."""
+_MANY = 24
+"""Losses in a row from which numpy is faster than a step at a time."""
+_NUMBERS = attrgetter("time", "step", "loss", "expected_loss", "lr", "step_seconds", "r8_seconds")
+METRICS_KEPT = 100
+"""Names beyond these are ignored: a name made of a step number would grow without end."""
+_MARKED = {
+    e.SpikeSeen: "!",
+    e.RolledBack: "R",
+    e.CheckpointSaved: "C",
+    e.CheckpointFailed: "X",
+    e.RollbackFailed: "X",
+    e.PhaseChanged: "P",
+    e.LrFound: "L",
+}
+
+
+class DashboardModel:
+    """The state of one run as its events tell it. Memory is constant in the number of events.
+
+    Attributes are for reading. Losses are the reported means of a batch; NaN stands for "not
+    known yet". `step` counts reported steps, so it is one more than the last report's step.
+    """
+
+    def __init__(self) -> None:
+        self.run = ""
+        self.config: Mapping[str, Any] = {}
+        self.version = ""
+        self.pid = 0
+        self.steps_per_epoch = 0
+        self.total_steps: int | None = None
+        self.started = math.nan
+        self.spent_before = 0.0
+        self.first_time = math.nan
+        self.last_time = math.nan
+        self.last_report = math.nan
+        self.ended: e.RunEnded | None = None
+        self.paused = False
+        self.phase = ""
+        self.step = self.epoch = self.epoch_first_step = self.epoch_batches = 0
+        self.epoch_phase = ""
+        self.searching = False
+        self.loss = self.expected_loss = self.lr = self.score = math.nan
+        self.verdict = ""
+        self.sigma_squared = 0.0
+        self.best_step = 0
+        self.samples = self.spikes = self.rollbacks = self.nonfinite = self.quarantined = 0
+        self.backup_step: int | None = None
+        self.backup_bytes = 0
+        self.backups = self.checkpoints = 0
+        self.verified_step: int | None = None
+        self.checkpoint: e.CheckpointSaved | None = None
+        self.quadrants: e.QuadrantsRefreshed | None = None
+        self.quadrant_losses: deque[tuple[float, ...]] = deque(maxlen=64)
+        self.suspects: e.SuspectsNamed | None = None
+        self.lr_found: e.LrFound | None = None
+        self.alarms: dict[str, Entry] = {}
+        self.entries: deque[Entry] = deque(maxlen=ENTRIES_KEPT)
+        self.marks: dict[str, deque[tuple[int, float]]] = {}
+        self.epoch_starts: list[tuple[int, int]] = []
+        self.recent_steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.series: dict[str, Series] = {
+            "loss": Series(DECAYS),
+            "surprise": Series(DECAYS[:1]),
+            "lr": Series(),
+            "step ms": Series(DECAYS[:1]),
+        }
+        self.metrics: dict[str, Metric] = {}
+        self.pace = Pace()
+        self._bind()
+
+    def _bind(self) -> None:
+        self._loss, self._surprise, self._lr, self._step_ms = self.series.values()
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            e.LossReported: self._on_loss,
+            e.MetricLogged: self._on_metric,
+            e.RunStarted: self._on_run_started,
+            e.RunEnded: self._on_run_ended,
+            e.EpochStarted: self._on_epoch_started,
+            e.EpochEnded: self._on_epoch_ended,
+            e.QuadrantsRefreshed: self._on_quadrants,
+            e.PhaseChanged: self._on_phase,
+            e.SpikeSeen: self._on_spike,
+            e.RolledBack: self._on_rolled_back,
+            e.RollbackFailed: self._on_alarm,
+            e.BackupTaken: self._on_backup,
+            e.BackupVerified: self._on_verified,
+            e.SampleQuarantined: self._on_quarantined,
+            e.SuspectsNamed: self._on_suspects,
+            e.CheckpointSaved: self._on_saved,
+            e.CheckpointFailed: self._on_alarm,
+            e.LrFound: self._on_lr_found,
+            e.Paused: self._on_paused,
+            e.Notice: self._on_notice,
+            e.SinkFailed: self._on_alarm,
+        }
+
+    def consume(self, event: Any) -> None:
+        """Take one event of `learnit_r8.events`; other objects are ignored."""
+        kind = type(event)
+        if kind is e.BatchIssued or (kind is not e.LossReported and not isinstance(event, e.Event)):
+            return
+        if not -LATEST < event.time < LATEST:
+            # A log may hold anything; a chart needs a place for it.
+            event = replace(event, time=self.last_time if self.last_time == self.last_time else 0.0)
+        if kind is e.LossReported:
+            self._on_loss(event)
+            return
+        self._seen(event.time)
+        handler = self._handlers.get(kind)
+        if handler is not None:
+            handler(event)
+        line = entry(event)
+        if line is not None:
+            self.entries.append(line)
+        icon = _MARKED.get(kind)
+        if icon is not None:
+            self._mark(icon, event)
+
+    def consume_all(self, events: Iterable[Any]) -> None:
+        """Take events as `consume` does one by one; many losses in a row go through numpy, which is faster."""
+        for kind, group in groupby((event for event in events if type(event) is not e.BatchIssued), type):
+            run = list(group)
+            if kind is e.LossReported and len(run) >= _MANY and self._on_losses(run):
+                continue
+            for event in run:
+                self.consume(event)
+
+    def _seen(self, time: float) -> None:
+        self.last_time = time
+        if math.isnan(self.first_time):
+            self.first_time = time
+        if math.isnan(self.started):
+            self.started = self.pace.started = time
+
+    def _mark(self, icon: str, event: e.Event) -> None:
+        self.marks.setdefault(icon, deque(maxlen=MARKS_KEPT)).append((event.step, event.time))
+
+    def _on_loss(self, event: e.LossReported) -> None:
+        """The one handler that runs at every step; it is kept free of calls where it can be."""
+        time, step, loss = event.time, event.step, event.loss
+        self._seen(time)
+        self._newest(event)
+        self.samples += event.size
+        series = self._loss
+        lowest = series.lo
+        series.add(step, time, loss)
+        if series.lo < lowest:
+            self.best_step = step
+        if loss - loss == 0.0:  # finite
+            distance = loss - series.averages[0]
+            if -1e150 < distance < 1e150:  # its square is finite
+                self.sigma_squared += SIGMA_GAIN * (distance * distance - self.sigma_squared)
+            surprise = loss - event.expected_loss
+            if surprise - surprise == 0.0:
+                self._surprise.add(step, time, surprise)
+        else:
+            self.nonfinite += 1
+        self._lr.add(step, time, event.lr)
+        seconds = self.pace.report(time, event.step_seconds, event.r8_seconds, self._step_kind())
+        self._step_ms.add(step, time, seconds * 1000.0)
+        self.recent_steps.append(seconds)
+
+    def _newest(self, event: e.LossReported) -> None:
+        self.last_time = self.last_report = event.time
+        self.step, self.epoch = event.step + 1, event.epoch
+        self.verdict, self.score, self.lr = event.verdict, event.score, event.lr
+        self.loss, self.expected_loss = event.loss, event.expected_loss
+
+    def _step_kind(self) -> str:
+        return "search" if self.searching else "cataloging" if self.epoch_phase == "cataloging" else "train"
+
+    def _on_losses(self, events: Sequence[e.LossReported]) -> bool:
+        """Take consecutive losses as `_on_loss` does; where a time is an error return False, having done nothing."""
+        times, steps, losses, expected, lrs, users, own = np.array([*map(_NUMBERS, events)]).T
+        if not np.all(np.abs(times) < LATEST):
+            return False
+        series = self._loss
+        self._seen(events[0].time)
+        self._newest(events[-1])
+        self.samples += sum([event.size for event in events])
+        lowest = series.lo
+        averages = series.extend(steps, times, losses)[:, 0]
+        if series.lo < lowest:
+            self.best_step = int(steps[np.argmax(losses == series.lo)])
+        finite = np.isfinite(losses)
+        self.nonfinite += len(events) - int(np.count_nonzero(finite))
+        with np.errstate(over="ignore", invalid="ignore"):
+            distances, surprises = losses - averages, losses - expected
+        near = np.abs(distances) < 1e150  # their squares are finite
+        if near.any():
+            self.sigma_squared = float(smoothed(distances[near] ** 2, [self.sigma_squared], (1.0 - SIGMA_GAIN,))[-1, 0])
+        known = np.isfinite(surprises)
+        self._surprise.extend(steps[known], times[known], surprises[known])
+        self._lr.extend(steps, times, lrs)
+        seconds = self.pace.report_all(times, users, own, self._step_kind())
+        self._step_ms.extend(steps, times, seconds * 1000.0)
+        self.recent_steps.extend(seconds.tolist())
+        return True
+
+    def _on_metric(self, event: e.MetricLogged) -> None:
+        metric = self.metrics.get(event.name)
+        if metric is None:
+            if len(self.metrics) >= METRICS_KEPT:
+                return
+            metric = self.metrics[event.name] = Metric(event.name, Series(DECAYS))
+        metric.add(event.step, event.time, event.value, self.epoch)
+        if is_validation(event.name):
+            before = self.entries[-1] if self.entries else None
+            line = validation_entry(event, metric.is_best, before)
+            if before is not None and line.step == before.step and before.icon == "V":
+                self.entries.pop()
+            else:
+                self._mark("V", event)
+            self.entries.append(line)
+
+    def _on_run_started(self, event: e.RunStarted) -> None:
+        self.run, self.config, self.version, self.pid = event.run, event.config, event.version, event.pid
+        self.steps_per_epoch, self.total_steps = event.steps_per_epoch, event.total_steps
+        self.started = event.time
+        self.spent_before = event.elapsed if 0 <= event.elapsed < LATEST else 0.0
+        self.step, self.ended, self.paused = event.step, None, False
+        if event.steps_per_epoch:
+            # An epoch that is resumed in its middle starts without an EpochStarted.
+            # With another batch size than before, the steps so far may make more epochs than there are.
+            self.epoch = min(event.step // event.steps_per_epoch, (self.num_epochs or event.step + 1) - 1)
+            self.epoch_batches = event.steps_per_epoch
+            self.epoch_first_step = self.epoch * event.steps_per_epoch
+        # Rates of an earlier process say nothing about this one.
+        self.pace = Pace(started=event.time)
+
+    def _on_run_ended(self, event: e.RunEnded) -> None:
+        self.pace.pause(event.time, paused=False)
+        self.pace.start_epoch(event.time)
+        self.ended, self.paused = event, False
+
+    def _on_epoch_started(self, event: e.EpochStarted) -> None:
+        self.epoch, self.epoch_phase, self.epoch_batches = event.epoch, event.phase, event.batches
+        self.epoch_first_step = event.step
+        missed = event.step - event.epoch * self.steps_per_epoch
+        if self.pace.steps == 0 and 0 < missed < event.batches:
+            self.epoch_first_step -= missed  # resumed within the epoch
+        self.phase = event.phase
+        self.pace.start_epoch(event.time)
+        if len(self.epoch_starts) >= EPOCHS_KEPT:
+            self.epoch_starts = self.epoch_starts[::2]
+        self.epoch_starts.append((self.epoch_first_step, event.epoch))
+
+    def _on_epoch_ended(self, event: e.EpochEnded) -> None:
+        self.pace.end_epoch(event.time)
+
+    def _on_quadrants(self, event: e.QuadrantsRefreshed) -> None:
+        self.quadrants = event
+        self.quadrant_losses.append(event.losses)
+
+    def _on_phase(self, event: e.PhaseChanged) -> None:
+        self.phase = event.phase
+        words = event.phase.casefold().replace("-", " ").replace("_", " ").split()
+        self.searching = "lr" in words
+
+    def _on_spike(self, event: e.SpikeSeen) -> None:
+        self.spikes += 1
+
+    def _on_rolled_back(self, event: e.RolledBack) -> None:
+        self.rollbacks += 1
+        self.alarms.pop("no rollback", None)
+        self.pace.set_aside("rollbacks", event.seconds)
+
+    def _on_alarm(self, event: e.Event) -> None:
+        line = entry(event)
+        if line is not None:
+            self.alarms.pop(line.kind, None)  # the latest one stands last
+            self.alarms[line.kind] = line
+
+    def _on_notice(self, event: e.Notice) -> None:
+        if event.level == "warning":
+            self._on_alarm(event)
+
+    def _on_backup(self, event: e.BackupTaken) -> None:
+        self.backups += 1
+        self.backup_step, self.backup_bytes = event.step, event.bytes
+
+    def _on_verified(self, event: e.BackupVerified) -> None:
+        self.verified_step = event.of_step
+
+    def _on_quarantined(self, event: e.SampleQuarantined) -> None:
+        self.quarantined += len(event.indices)
+
+    def _on_suspects(self, event: e.SuspectsNamed) -> None:
+        self.suspects = event
+
+    def _on_saved(self, event: e.CheckpointSaved) -> None:
+        self.checkpoints += 1
+        self.checkpoint = event
+        self.alarms.pop("no ckpt", None)
+        self.pace.set_aside("checkpoints", event.seconds)
+
+    def _on_lr_found(self, event: e.LrFound) -> None:
+        self.lr_found, self.searching = event, False
+        self.phase = self.epoch_phase or self.phase
+
+    def _on_paused(self, event: e.Paused) -> None:
+        self.paused = event.paused
+        self.pace.pause(event.time, event.paused)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the loss about its moving average."""
+        return math.sqrt(self.sigma_squared)
+
+    @property
+    def num_epochs(self) -> int | None:
+        """Epochs of the whole run; None under a time budget."""
+        value = self.config.get("num_epochs")
+        return int(value) if isinstance(value, (int, float)) and value == value and value > 0 else None
+
+    @property
+    def budget(self) -> float | None:
+        """Seconds that the whole run may take, where that is its goal."""
+        value = self.config.get("train_duration_seconds")
+        return float(value) if isinstance(value, (int, float)) and 0 < value < LATEST else None
+
+    def elapsed(self, now: float) -> float:
+        """Return the training seconds so far, those before a resume counted."""
+        if self.ended is not None:
+            return self.ended.seconds
+        return self.spent_before + max(0.0, now - self.started) if self.started <= now else self.spent_before
+
+    def progress(self, now: float) -> float | None:
+        """Return the share of the run that is done, 0 to 1; None where the goal is unknown."""
+        if self.total_steps:
+            return min(1.0, max(0.0, self.step / self.total_steps))
+        if self.budget:
+            return min(1.0, max(0.0, self.elapsed(now) / self.budget))
+        return None
+
+    @property
+    def epoch_step(self) -> int:
+        """Steps of the current epoch that were reported."""
+        return min(max(0, self.step - self.epoch_first_step), self.epoch_batches)
+
+    def eta(self, now: float) -> tuple[float, float | None] | None:
+        """Return the seconds left and their uncertainty (None: exact or unknown); None while unknown."""
+        if self.ended is not None or self.searching:
+            return None
+        if self.total_steps is None:
+            return None if self.budget is None else (max(0.0, self.budget - self.elapsed(now)), None)
+        left = max(0, self.total_steps - self.step)
+        cataloging = min(left, self._cataloging_left())
+        if self.num_epochs is not None:
+            validations = max(0, self.num_epochs - self.epoch)
+        else:
+            validations = -(-left // self.steps_per_epoch) if self.steps_per_epoch else 0
+        return self.pace.eta(now, left - cataloging, cataloging, validations)
+
+    def epoch_eta(self, now: float) -> float | None:
+        """Return the seconds until the epoch's validation is over; None while unknown."""
+        if self.ended is not None or self.searching or not self.epoch_batches:
+            return None
+        cataloging = self._cataloging_left()
+        train = 0 if cataloging else self.epoch_batches - self.epoch_step
+        found = self.pace.eta(now, train, cataloging, 1)
+        return None if found is None else found[0]
+
+    def _cataloging_left(self) -> int:
+        return self.epoch_batches - self.epoch_step if self.epoch_phase == "cataloging" else 0
+
+    def metric_names(self) -> list[str]:
+        """Return the names that the chart can show; new ones are appended."""
+        return ["loss", "lr", "step ms", "surprise", *self.metrics]
+
+    def metric_series(self, name: str) -> Series:
+        """Return the series of a name in `metric_names`."""
+        return self.metrics[name].series if name in self.metrics else self.series[name]
+
+    def copy(self) -> DashboardModel:
+        """Return an independent copy, for a frozen view."""
+        twin = DashboardModel()
+        for name, value in self.__dict__.items():
+            if name.startswith("_"):
+                continue
+            twin.__dict__[name] = value.copy() if isinstance(value, (deque, list, dict, Pace)) else value
+        twin.marks = {icon: places.copy() for icon, places in self.marks.items()}
+        twin.series = {name: series.copy() for name, series in self.series.items()}
+        twin.metrics = {name: metric.copy() for name, metric in self.metrics.items()}
+        twin._bind()
+        return twin
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as strict-JSON data; what is not known or not finite is null."""
+        return export.numbers(self)

@@ -1,0 +1,148 @@
+"""The catalog as a small file beside the event log: what the data map and the suspects' table are made of."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.samples.catalog import LossCatalog
+from learnit_r8.types import Indices, Losses, Mask
+
+CATALOG_FILE = "catalog.npz"
+MAX_SAMPLES = 50_000
+"""Samples in the file at most, the suspects not counted: 1.5 MB, and as many points as a chart can show."""
+MAX_SUSPECTS = 1_000
+_COLUMNS = {
+    "ids": np.int64,
+    "mean_loss": np.float32,
+    "variability": np.float32,
+    "correctness": np.float32,
+    "uses": np.uint32,
+    "expected_loss": np.float32,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CatalogSnapshot:
+    """What `CatalogLog` wrote; arrays have one entry a logged sample, in the order of `ids`.
+
+    Attributes:
+        step: Global step at which it was written.
+        num_samples: Size of the data set.
+        ids: Sample ids, int64 `[n]`, ascending: evenly spaced ones, and every suspect.
+        mean_loss: Mean of all reported losses, float32 `[n]`.
+        variability: Their standard deviation, float32 `[n]`.
+        correctness: Share of the reports below ln 2, float32 `[n]`.
+        uses: How often trained on, uint32 `[n]`; 0 where unseen.
+        expected_loss: Estimate of the current loss, float32 `[n]`.
+        suspects: Ids of the samples whose loss stays high, worst first, int64.
+        groups: Class of each sample, int64 `[n]`; None where the run was given none.
+        flagged: What the noise guard takes for wrong, bool `[n]`; None where it was off.
+        num_flagged: How many these are in the whole data set.
+        attributed: One loss a batch was reported: all figures of samples are estimates.
+    """
+
+    step: int
+    num_samples: int
+    ids: Indices
+    mean_loss: Losses
+    variability: Losses
+    correctness: Losses
+    uses: NDArray[np.uint32]
+    expected_loss: Losses
+    suspects: Indices
+    groups: Indices | None
+    flagged: Mask | None
+    num_flagged: int
+    attributed: bool
+
+
+class CatalogLog:
+    """Writes the catalog's figures into a folder; each write replaces the one before, never half of it.
+
+    Args:
+        directory: The run's `log_dir`; made at the first write.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory) / CATALOG_FILE
+
+    def write(
+        self, catalog: LossCatalog, groups: NDArray[np.integer[Any]] | None, step: int, flagged: Mask | None = None
+    ) -> None:
+        """Write the figures of at most `MAX_SAMPLES` samples, evenly spaced, and of all suspects.
+
+        Args:
+            catalog: What is known of every sample.
+            groups: Class of each sample, integers `[N]`, or None.
+            step: The global step.
+            flagged: What the noise guard takes for wrong, bool `[N]`, or None.
+
+        Raises:
+            OSError: The file could not be written; an earlier one is as it was.
+        """
+        size = catalog.num_samples
+        suspects = catalog.suspects(MAX_SUSPECTS)
+        if catalog.attributed and flagged is not None and flagged.any():
+            # Left out, they are not heard of again: estimates of them age.
+            everyone = catalog.suspects(size)
+            suspects = everyone[np.argsort(~flagged[everyone], kind="stable")][:MAX_SUSPECTS]
+        count = min(size, MAX_SAMPLES)
+        ids = np.union1d(np.arange(count, dtype=np.int64) * size // count, suspects)
+        columns: dict[str, Any] = {
+            name: getattr(catalog, name)[ids].astype(dtype) for name, dtype in _COLUMNS.items() if name != "ids"
+        }
+        if groups is not None:
+            columns["groups"] = groups[ids]
+        if flagged is not None:
+            columns |= {"flagged": flagged[ids], "num_flagged": np.count_nonzero(flagged)}
+        columns |= {"step": step, "num_samples": size, "attributed": catalog.attributed}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f"{CATALOG_FILE}.{os.getpid()}.tmp")
+        try:
+            with draft.open("wb") as file:
+                np.savez(file, ids=ids, suspects=suspects, **columns)
+            draft.replace(self.path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
+    """Return what `CatalogLog` wrote into a run's folder; None where it has written nothing yet.
+
+    Raises:
+        ValueError: The file is damaged, or it is something else.
+    """
+    path = Path(directory) / CATALOG_FILE
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            columns = {name: np.asarray(file[name], dtype) for name, dtype in _COLUMNS.items()}
+            suspects = np.asarray(file["suspects"], np.int64)
+            groups = np.asarray(file["groups"], np.int64) if "groups" in file else None
+            flagged = np.asarray(file["flagged"], np.bool_) if "flagged" in file else None
+            num_flagged = int(file["num_flagged"]) if flagged is not None else 0
+            attributed = bool(file["attributed"]) if "attributed" in file else False
+            step, size = int(file["step"]), int(file["num_samples"])
+    except FileNotFoundError:
+        return None
+    except (KeyError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no catalog file ({error}); remove it, the next epoch writes it anew") from error
+    lengths = {len(column) for column in (*columns.values(), groups, flagged) if column is not None}
+    if len(lengths) != 1:
+        raise ValueError(f"{path} is no catalog file: its columns have {sorted(lengths)} entries")
+    return CatalogSnapshot(
+        step=step,
+        num_samples=size,
+        suspects=suspects,
+        groups=groups,
+        flagged=flagged,
+        num_flagged=num_flagged,
+        attributed=attributed,
+        **columns,
+    )

@@ -1,0 +1,1 @@
+"""What is known of each sample: the catalog of losses, quartiles, and estimates from one loss a batch."""

@@ -1,0 +1,478 @@
+"""The loss catalog: what is known of every sample, in 32 bytes each.
+
+All that one report touches of a sample lies in one row (one cache line), so a step costs the
+same for ten thousand samples and for ten million: one gather, arithmetic on the batch's rows,
+one scatter. The catalog is the only owner and the only writer of these rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnit_r8.core.portable import plain_state
+from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
+from learnit_r8.samples.quartiles import Quadrants, QuadrantTable
+from learnit_r8.types import Indices, Losses, Mask
+
+SMOOTHING = 0.5
+"""Weight of a new per-sample loss in its estimate. Reports are exact and losses move with the
+model, so a long memory only makes the estimate stale; one half still halves the jitter that
+augmentation and dropout cause."""
+
+LIKELY_CORRECT = math.log(2.0)
+"""A cross-entropy below ln 2 means a probability above one half: the sample is classified right."""
+
+_ROW = np.dtype(
+    [
+        ("estimate", "f4"),
+        ("variance", "f4"),
+        ("uses", "u4"),
+        ("last_seen", "u4"),
+        ("mean", "f4"),
+        ("m2", "f4"),
+        ("correct", "u4"),
+        ("quadrant", "u1"),
+        ("reported", "u1"),
+        ("epochs_in_q4", "u1"),
+        ("spare", "u1"),
+    ]
+)
+_OPAQUE = np.dtype(f"V{_ROW.itemsize}")  # numpy moves opaque rows twice as fast as structured ones
+
+# Columns of a batch's rows seen as flat float32 or uint32 words, or bytes: the per-step path slices
+# them by number, which costs half of what looking a field's name up does.
+_ESTIMATE, _VARIANCE, _USES, _LAST_SEEN, _MEAN, _M2, _CORRECT = (slice(word, None, 8) for word in range(7))
+_REPORTED = slice(29, None, _ROW.itemsize)
+# Constants as arrays: numpy need not look up what a Python number's type would be.
+_ONE, _HALF, _LIKELY = np.array(1, np.uint32), np.array(SMOOTHING, np.float32), np.array(LIKELY_CORRECT, np.float32)
+
+
+class Rows(NamedTuple):
+    """The catalog's rows of one batch before its report.
+
+    Attributes:
+        indices: Sample ids, int64 `[n]`.
+        block: Their rows, opaque, `[n]`.
+        expected: Mean expected loss; NaN while none of them has been seen.
+        unseen: How many have never been seen.
+    """
+
+    indices: Indices
+    block: NDArray[Any]
+    expected: float
+    unseen: int
+
+
+@plain_state()
+class LossCatalog:
+    """Per-sample loss statistics.
+
+    Args:
+        num_samples: Size of the data set.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self._rows = np.zeros(num_samples, _ROW)
+        self._quadrants = Quadrants(self._rows)
+        self._opaque = self._rows.view(_OPAQUE)
+        self._attribution: BatchAttribution | None = None
+        self._sum = 0.0  # of all estimates, in the units of the estimate column
+        self._num_seen = 0
+        # Step, number of the edges, rows, and where the attribution stood.
+        self._journal: deque[tuple[int, int, Rows, tuple[float, ...] | None]] = deque()
+        self._mark: tuple[float, ...] | None = None
+        self._journal_bytes = 0
+        self._left_out: Indices = np.empty(0, np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_opaque"}  # a view of the rows
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._opaque = self._rows.view(_OPAQUE)
+
+    # What users read ----------------------------------------------------------------------
+
+    @property
+    def expected_loss(self) -> Losses:
+        """Estimated current loss of each sample, float32 `[N]`, read-only; 0 where unseen."""
+        estimate = self._rows["estimate"]
+        if self._attribution is not None:
+            estimate = np.where(self._rows["uses"] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
+        return _frozen(estimate)
+
+    def expected_of(self, indices: Indices) -> Losses:
+        """Return the estimated current loss of some samples, float32 `[n]`, without touching the others."""
+        estimate = self._rows["estimate"][indices]
+        if self._attribution is None:
+            return estimate
+        return np.where(self._rows["uses"][indices] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
+
+    @property
+    def variance(self) -> Losses:
+        """Uncertainty of the estimate, float32 `[N]`, read-only.
+
+        From per-sample losses: the exponentially weighted mean of the squared surprise. From
+        one loss a batch: the share of the prior variance that is left, 1 for a sample never seen.
+        """
+        return _frozen(self._rows["variance"])
+
+    @property
+    def uses(self) -> NDArray[np.uint32]:
+        """How often each sample was trained on, uint32 `[N]`, read-only; 0 means unseen."""
+        return _frozen(self._rows["uses"])
+
+    @property
+    def last_seen(self) -> NDArray[np.uint32]:
+        """Global step of each sample's last accepted report, uint32 `[N]`, read-only."""
+        return _frozen(self._rows["last_seen"])
+
+    @property
+    def mean_loss(self) -> Losses:
+        """Mean of all losses reported for each sample, float32 `[N]`, read-only; 0 where unseen."""
+        return _frozen(self._rows["mean"])
+
+    @property
+    def variability(self) -> Losses:
+        """Standard deviation of the losses reported for each sample, float32 `[N]`.
+
+        With `mean_loss` and `correctness` it makes the data map of Swayamdipta et al. 2020
+        ("Dataset Cartography"), there over the probability of the true class, here over the loss.
+        """
+        return _frozen(np.sqrt(self._rows["m2"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
+
+    @property
+    def correctness(self) -> Losses:
+        """Share of each sample's reports that were below ln 2, float32 `[N]`.
+
+        For a cross-entropy these are (at least) the times that it was classified correctly.
+        """
+        return _frozen((self._rows["correct"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
+
+    @property
+    def left_out(self) -> Indices:
+        """Ids of the samples that are kept out of batches since faults named them, int64, ascending, read-only."""
+        return _frozen(self._left_out)
+
+    def leave_out(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """Keep samples out of batches from now on; return those that are new."""
+        new = np.setdiff1d(np.asarray(list(ids), np.int64), self._left_out)
+        self._left_out = np.union1d(self._left_out, new)
+        return tuple(int(i) for i in new)
+
+    @property
+    def attributed(self) -> bool:
+        """Whether losses were reported one a batch, so that all figures of samples are estimates."""
+        return self._attribution is not None
+
+    @property
+    def num_seen(self) -> int:
+        """Number of samples with at least one accepted report."""
+        return self._num_seen
+
+    @property
+    def mean_expected(self) -> float:
+        """Mean of the expected loss over the samples that were seen; NaN while none was."""
+        if not self._num_seen:
+            return math.nan
+        if self._attribution is None:
+            return self._sum / self._num_seen
+        return self._attribution.expected_mean(self._sum / self.num_samples)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the samples."""
+        return int(self._rows.nbytes)
+
+    @property
+    def confidence(self) -> float:
+        """How far the estimates are identified, 0 to 1.
+
+        From per-sample losses: the share of samples that were seen. From one loss a batch
+        there are N unknowns and N/B equations an epoch, so it takes many epochs.
+        """
+        if self._attribution is not None:
+            return self._attribution.confidence(self._rows["variance"])
+        return self._num_seen / self.num_samples
+
+    def quadrants(self) -> NDArray[np.uint8]:
+        """Return each sample's loss quartile, uint8 `[N]`: 0 (lowest) to 3; 255 where unseen.
+
+        Edges are those of the last epoch start; a sample moves when its loss is reported.
+        """
+        return self._quadrants.codes()
+
+    def suspects(self, k: int) -> Indices:
+        """Return the k samples whose loss is high throughout, worst first: those most likely to be wrong.
+
+        Ranked by the mean of all reported losses: a network may learn a wrong label by heart in the
+        end, but it learns it last. With one loss a batch by the current estimate, which then
+        holds all that was reported; that takes many epochs (see `confidence`). Samples that were left out
+        since faults named them come first.
+
+        Args:
+            k: How many, 0 to N; fewer come back while fewer were seen.
+
+        Returns:
+            Sample ids, int64 `[k]`.
+
+        Raises:
+            TypeError: `k` is no whole number.
+            ValueError: `k` is below 0.
+        """
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+            raise TypeError(f"k must be a whole number, got {k!r}")
+        if k < 0:
+            raise ValueError(f"k must be >= 0, got {k}")
+        score = self._rows["mean"] if self._attribution is None else self._rows["estimate"]
+        score = np.where(self._rows["uses"] > 0, score, -np.inf)
+        score[self._left_out] = np.inf
+        k = min(int(k), int(np.count_nonzero(score > -np.inf)))
+        if k == 0:
+            return np.empty(0, np.int64)
+        worst = np.argpartition(score, -k)[-k:]
+        return worst[np.argsort(-score[worst], kind="stable")]
+
+    # What the loop writes -----------------------------------------------------------------
+
+    def look_up(self, indices: Indices) -> Rows:
+        """Return the rows of a batch and its expected loss."""
+        block = self._opaque.take(indices)
+        unseen, size = 0, len(indices)
+        if self._num_seen < self.num_samples:
+            unseen = size - int(np.count_nonzero(block.view(np.uint32)[_USES]))
+            if unseen == size:
+                return Rows(indices, block, math.nan, unseen)
+        total = float(np.add.reduce(block.view(np.float32)[_ESTIMATE]))
+        if self._attribution is not None:
+            return Rows(indices, block, self._attribution.expected_mean(total / size), unseen)
+        if unseen:  # an unseen sample is expected to be like the others
+            total += unseen * self._sum / self._num_seen
+        return Rows(indices, block, total / size, unseen)
+
+    def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None) -> Losses:
+        """Take one finite loss per sample of a batch; return them.
+
+        Args:
+            rows: What `look_up` returned for the batch.
+            losses: float32 `[n]`.
+            step: Global step.
+            mean: Mean of `losses`, where it is known: it saves adding up.
+        """
+        block = rows.block.copy()
+        floats, words = block.view(np.float32), block.view(np.uint32)
+        estimate, variance = floats[_ESTIMATE], floats[_VARIANCE]
+        values = losses if self._attribution is None else self._attribution.from_loss(losses)
+        change = values - estimate
+        if rows.unseen:
+            fresh = words[_USES] == 0
+            change *= np.where(fresh, np.float32(1), _HALF)
+            spread = np.where(fresh, np.float32(0), change)
+        else:
+            change *= _HALF
+            spread = change
+        estimate += change
+        # Exponentially weighted variance (Finch 2009, "Incremental calculation of weighted mean and
+        # variance", eq. 143) for a weight of one half: (1 - a) (v + a s^2) with a s = `spread`.
+        variance *= _HALF
+        variance += spread * spread
+        if mean is None or rows.unseen or self._attribution is not None:
+            self._sum += float(np.add.reduce(change))
+        else:
+            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING
+        self._commit(rows, block, floats, words, losses, step)
+        return losses
+
+    def record_batch(self, rows: Rows, loss: float, step: int) -> Losses:
+        """Take one finite mean loss for a whole batch; return the new estimates of its samples."""
+        if self._attribution is None:
+            rows = self._start_attribution(rows)
+        assert self._attribution is not None
+        attribution = self._attribution
+        units = attribution.additive, attribution.additive and attribution.scale
+        self._mark = attribution.mark()
+        attribution.update(self._rows["estimate"], self._rows["variance"], rows.indices, loss)
+        block = self._opaque.take(rows.indices)
+        floats = block.view(np.float32)
+        after, before = floats[_ESTIMATE], rows.block.view(np.float32)[_ESTIMATE]
+        if units == (attribution.additive, attribution.additive and attribution.scale):
+            self._sum += float(np.add.reduce(after - before))
+        else:  # all estimates were converted to other units
+            self._resum()
+            self._forget_journal()
+        losses = attribution.to_loss(after)
+        self._commit(rows, block, floats, block.view(np.uint32), losses, step)
+        return losses
+
+    def _commit(
+        self,
+        rows: Rows,
+        block: NDArray[Any],
+        floats: NDArray[Any],
+        words: NDArray[Any],
+        losses: Losses,
+        step: int,
+    ) -> None:
+        """Update the statistics that both kinds of report share, and write the rows back."""
+        uses, mean, m2, correct = words[_USES], floats[_MEAN], floats[_M2], words[_CORRECT]
+        uses += _ONE
+        off = losses - mean
+        mean += off / uses.astype(np.float32)  # Welford 1962
+        off *= losses - mean
+        m2 += off
+        correct += (losses < _LIKELY).astype(np.uint32)
+        words[_LAST_SEEN] = step
+        block.view(np.uint8)[_REPORTED] = 1
+        self._num_seen += rows.unseen
+        self._remember(step, rows)
+        self._opaque[rows.indices] = block
+
+    def _start_attribution(self, rows: Rows) -> Rows:
+        """From here on estimates are relative to the tracked mean loss; return the rows anew."""
+        attribution = BatchAttribution(self.num_samples)
+        seen = self._rows["uses"] > 0
+        estimate, variance = self._rows["estimate"], self._rows["variance"]
+        if self._num_seen:
+            attribution.start(estimate[seen])
+            estimate[seen] = attribution.from_loss(estimate[seen])
+            variance[seen] = PRIOR_VARIANCE / 10  # reported exactly, but by an older model
+        estimate[~seen] = PRIOR_ESTIMATE
+        variance[~seen] = PRIOR_VARIANCE
+        self._attribution = attribution
+        self._quadrants.edges = None  # they were in other units
+        self._resum()
+        self._forget_journal()
+        return self.look_up(rows.indices)
+
+    def _resum(self) -> None:
+        """Sum the estimates anew: of the seen samples, or with attribution of all (unseen ones are at the mean)."""
+        seen = self._rows["uses"] > 0
+        self._num_seen = int(np.count_nonzero(seen))  # a batch may have held an unseen sample twice
+        counted: Any = True if self._attribution is not None else seen
+        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=counted))
+
+    def end_epoch(self) -> None:
+        """Refine the estimates over the reported batches of the last epochs; O(N) and more."""
+        if self._attribution is not None and self._attribution.refine(self._rows["estimate"], self._rows["variance"]):
+            self._resum()
+            self._forget_journal()
+
+    def refresh_quadrants(
+        self, rng: np.random.Generator, excluded: Mask | None = None, edges: Losses | None = None
+    ) -> QuadrantTable | None:
+        """Set new quartile edges and return the quadrants' figures; None while nothing was seen.
+
+        The samples that may be drawn are split into four equal parts (their sizes differ by
+        one at most, the larger ones first); ties at an edge are split at random.
+
+        Args:
+            rng: For the ties.
+            excluded: True for samples that this epoch leaves out, bool `[N]`. They count for
+                no edge and get the quadrant that the edges give them.
+            edges: The three quartile edges, where they are known from elsewhere; ties stay together.
+        """
+        moved = self._quadrants.refresh(rng, excluded, edges)
+        if moved is None:
+            return None
+        self._resum()  # drops rounding drift
+        return self._quadrants.table(moved, self._in_loss_units, self.num_samples - self._num_seen)
+
+    def _in_loss_units(self, estimate: NDArray[Any]) -> NDArray[Any]:
+        return estimate if self._attribution is None else self._attribution.to_loss(estimate)
+
+    # Undo, for rollbacks ------------------------------------------------------------------
+
+    def _remember(self, step: int, rows: Rows) -> None:
+        self._journal.append((step, self._quadrants.number, rows, self._mark))
+        self._mark = None
+        self._journal_bytes += _size(rows)
+        while self._journal_bytes > _JOURNAL_BYTES:
+            self._journal_bytes -= _size(self._journal.popleft()[2])
+
+    def _forget_journal(self) -> None:
+        self._journal.clear()
+        self._journal_bytes = 0
+
+    def rewind(self, step: int) -> int:
+        """Undo the reports of `step` and later, newest first; return how many were undone.
+
+        With one loss a batch it reaches back to the last epoch start at most: there all estimates changed.
+        """
+        undone = 0
+        while self._journal and self._journal[-1][0] >= step:
+            _, edges, rows, mark = self._journal.pop()
+            self._journal_bytes -= _size(rows)
+            if mark is not None and self._attribution is not None:
+                self._attribution.back_to(mark)
+            if edges != self._quadrants.number:
+                rows = rows._replace(block=self._in_present_quadrants(rows))
+            before, now = rows.block.view(_ROW)["estimate"], self._rows["estimate"][rows.indices]
+            self._sum += float((before - now).sum(dtype=np.float64))
+            self._num_seen -= rows.unseen
+            self._opaque[rows.indices] = rows.block
+            undone += 1
+        return undone
+
+    def _in_present_quadrants(self, rows: Rows) -> NDArray[Any]:
+        """Return rows of an earlier epoch with what this epoch's start made of the quadrants."""
+        block = rows.block.copy().view(_ROW)
+        self._quadrants.adopt(block, rows.indices)
+        return block.view(_OPAQUE)
+
+    # State --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything; arrays and JSON scalars."""
+        return {
+            "rows": self._rows.view(np.uint8).copy(),
+            "edges": None if self._quadrants.edges is None else self._quadrants.edges.copy(),
+            "sum": self._sum,
+            "num_seen": self._num_seen,
+            "left_out": self._left_out,
+            "attribution": None if self._attribution is None else self._attribution.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, bit for bit.
+
+        Raises:
+            ValueError: The state belongs to a data set of another size.
+        """
+        rows = np.asarray(state["rows"], dtype=np.uint8)
+        if rows.nbytes != self._rows.nbytes:
+            saved = rows.nbytes // _ROW.itemsize
+            raise ValueError(f"the state has {saved} samples, this run has num_samples={self.num_samples}")
+        self._rows.view(np.uint8)[:] = rows
+        self._quadrants.edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
+        self._sum = float(state["sum"])
+        self._num_seen = int(state["num_seen"])
+        self._left_out = np.asarray(state.get("left_out", ()), np.int64)
+        self._attribution = None
+        if state["attribution"] is not None:
+            self._attribution = BatchAttribution(self.num_samples)
+            self._attribution.load_state_dict(state["attribution"])
+        self._forget_journal()
+
+
+_JOURNAL_BYTES = 8 << 20
+"""How far back reports can be undone: 770 steps of 256 samples. A longer journal would go on growing for longer,
+and memory that is touched for the first time costs more than all the rest of a step."""
+_ENTRY_BYTES = 600
+"""What Python's objects of one entry take beside the arrays' contents."""
+
+
+def _size(rows: Rows) -> int:
+    return rows.block.nbytes + rows.indices.nbytes + _ENTRY_BYTES
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
