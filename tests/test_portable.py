@@ -18,6 +18,7 @@ from learnit_r8 import R8Scheduler
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import CheckpointError
+from learnit_r8.prompts import PromptScheduler
 from learnit_r8.replay import HybridSRLReplayBuffer, NStep, PrioritizedReplayBuffer
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import (
@@ -126,6 +127,16 @@ def moving_stats():
     return ExponentialMovingStats, advance
 
 
+def prompts():
+    def advance(prompts, k):
+        keys = prompts.draw(4)
+        for key in keys[: 1 + k % 4]:
+            prompts.update(key, np.sin(np.arange(8) * k + key) > 0)
+        return keys, prompts.metrics_dict()
+
+    return lambda: PromptScheduler(range(60)), advance
+
+
 def n_step():
     return lambda: NStep(3, 0.9), lambda steps, k: steps.push((k, 0, 1.0 * k, k + 1, k % 7 == 6))
 
@@ -176,6 +187,7 @@ SUBJECTS = {
     "spaced": spaced(),
     "curriculum": curriculum(),
     "moving stats": moving_stats(),
+    "prompts": prompts(),
     "n-step": n_step(),
     "sum tree, small": tree(200),
     "sum tree, large": tree(9000),

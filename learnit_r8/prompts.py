@@ -1,0 +1,280 @@
+"""Which prompts get rollouts, in reinforcement learning with verifiable or graded rewards.
+
+    prompts = PromptScheduler(range(len(dataset)), group_size=8)
+    for _ in range(steps):
+        for key in prompts.draw(16):
+            prompts.update(key, rewards_of(rollouts(key)))  # the rewards of the group's completions
+
+A group whose rewards are all alike has no advantage to learn from, and rollouts are what this kind of training
+costs. So each prompt's chance of success p is estimated, and those are drawn whose groups are likely to be mixed:
+the variance of a reward, p (1 - p), is highest between "never" and "always".
+
+* The estimate is a Beta posterior, of a uniform prior and of evidence that fades, since the policy moves: by `fade`
+  a draw, and by half with every new group.
+* Thompson's rule (1933) chooses: p is drawn from the posterior, for several times as many random prompts as are
+  wanted, and those of the highest variance are taken. So unseen prompts are tried, solved ones rest, and come back
+  as their evidence fades. A tenth is drawn uniformly, so that no prompt is given up.
+* Where rewards are graded, the variance is p (1 - p) times the share of it that the prompt's groups have shown: one
+  that is always rewarded .5 teaches nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from learnit_r8.core.arrays import as_losses
+from learnit_r8.core.config import Problems
+from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.state import Kind, Saved, each, row, table
+from learnit_r8.errors import ConfigError
+from learnit_r8.structures.keys import key_from_json, key_to_json, plain_key
+
+__all__ = ["PromptScheduler"]
+
+_CARRY = 0.5
+"""What earlier evidence keeps of its weight beside a whole new group."""
+_POOL = 6
+"""Random prompts that are looked at for each that is wanted."""
+_EXPLORE = 0.1
+"""Share of the prompts that is drawn uniformly."""
+_PATIENCE = 16
+"""Draws for which a prompt is not drawn again while its group is under way."""
+
+_KEY = Kind(lambda _, key: key_to_json(key), lambda _, saved: key_from_json(saved))
+_WAITS = each(row(_KEY, int), dict)
+
+
+class PromptScheduler(Saved):
+    """Chooses the prompts whose groups of rollouts are likely to teach, from the rewards of earlier ones.
+
+    Args:
+        keys: The prompts' names or numbers: texts, numbers, bytes, or tuples of those. More can come later.
+        group_size: Completions that a prompt gets at a time.
+        seed: Any non-negative int; global random states are never touched.
+        reward_range: The lowest and the highest reward that there can be.
+        fade: What evidence keeps of its weight from one draw to the next.
+
+    Raises:
+        ConfigError: An argument out of range, or a key given twice.
+    """
+
+    _as_json = sys.maxsize
+    _saved = table(
+        group_size=int,
+        seed=int,
+        fade=float,
+        reward_range=row(float, float),
+        draws=int,
+        groups=int,
+        mixed=int,
+        keys=each(_KEY),
+        wins=np.float64,
+        losses=np.float64,
+        shown=np.float64,
+        possible=np.float64,
+        at=np.int64,
+        waits=Kind(lambda me, waits: _WAITS.save(me, waits.items()), _WAITS.load),
+        gone=Kind(lambda me, waits: _WAITS.save(me, waits.items()), _WAITS.load),
+    )
+
+    def __init__(
+        self,
+        keys: Iterable[Hashable] = (),
+        group_size: int = 8,
+        seed: int = 0,
+        *,
+        reward_range: tuple[float, float] = (0.0, 1.0),
+        fade: float = 0.999,
+    ) -> None:
+        problems = Problems()
+        self.group_size = problems.integer("group_size", group_size, 2)
+        self.seed = problems.integer("seed", seed, 0)
+        self.fade = problems.real("fade", fade, 0.0, 1.0, open_low=True)
+        bounds = np.array(reward_range, np.float64) if np.shape(reward_range) == (2,) else np.zeros(2)
+        if not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
+            problems.append(f"reward_range must be two finite numbers, the lower first, got {reward_range!r}")
+        problems.raise_if_any()
+        self.reward_range = (float(bounds[0]), float(bounds[1]))
+        self._draws = self._groups = self._mixed = 0
+        self._keys: list[Hashable] = []
+        # Evidence of each prompt, as of draw `at` (-1: none): rewards, what they lacked of the highest, the variance
+        # that its groups have shown and the most that their means allowed.
+        self._wins, self._losses, self._shown, self._possible = np.zeros((4, 0))
+        self._at = np.zeros(0, np.int64)
+        self._waits: dict[Hashable, int] = {}  # prompts whose groups are under way, and their draw
+        self._gone: dict[Hashable, int] = {}  # likewise, of prompts that were removed since
+        self._state_taken()
+        self.add(keys)
+
+    def _state_taken(self) -> None:
+        self._slots = {key: slot for slot, key in enumerate(self._keys)}
+        self._streams = RandomStreams(self.seed)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return plain_key(key) in self._slots
+
+    def add(self, keys: Iterable[Hashable]) -> None:
+        """Take in more prompts; costs O(all of them), so add many at a time.
+
+        Raises:
+            ConfigError: A key stands for two prompts. Then none is added.
+        """
+        slots = dict(self._slots)
+        for key in map(plain_key, _several(keys)):
+            if key in slots:
+                raise ConfigError([f"each prompt needs a key of its own, and {key!r} is there already"])
+            slots[key] = len(slots)
+        new = len(slots) - len(self)
+        self._keep(np.arange(len(self)), new)
+        self._keys, self._slots = list(slots), slots
+
+    def remove(self, keys: Iterable[Hashable]) -> None:
+        """Draw these prompts no more and forget them; what still comes of their groups is ignored. O(all of them).
+
+        Raises:
+            KeyError: There is no such prompt. Then none is removed.
+        """
+        gone = {self._slot(key) for key in _several(keys)}
+        kept = [slot for slot in range(len(self)) if slot not in gone]
+        self._gone |= {key: self._waits.pop(key) for key in (self._keys[slot] for slot in gone) if key in self._waits}
+        self._keep(np.array(kept, np.int64))
+        self._keys = [self._keys[slot] for slot in kept]
+        self._state_taken()
+
+    def _keep(self, slots: NDArray[np.int64], new: int = 0) -> None:
+        for name in ("_wins", "_losses", "_shown", "_possible"):
+            setattr(self, name, np.append(getattr(self, name)[slots], np.zeros(new)))
+        self._at = np.append(self._at[slots], np.full(new, -1))
+
+    def _slot(self, key: Hashable) -> int:
+        try:
+            return self._slots[plain_key(key)]
+        except KeyError:
+            raise KeyError(f"there is no prompt {key!r}: add([{key!r}]) first") from None
+
+    def draw(self, n: int) -> list[Hashable]:
+        """Return the keys of `n` different prompts, in random order; all of them where there are fewer.
+
+        Those whose groups are under way are left out while there are others, for up to 16 draws: a group may be lost.
+
+        Raises:
+            ConfigError: `n` is below 1, or there is no prompt.
+        """
+        problems = Problems()
+        n = problems.integer("n", n, 1)
+        if not self._keys:
+            problems.append("there is no prompt to draw: add(keys) first")
+        problems.raise_if_any()
+        rng = self._streams.at(Purpose.BATCH, 0, self._draws)
+        self._draws += 1
+        for waits in (self._waits, self._gone):
+            for key in [key for key, since in waits.items() if self._draws - since > _PATIENCE]:
+                del waits[key]
+        size = min(len(self), _POOL * n + len(self._waits))
+        pool = rng.choice(len(self), size, replace=False)
+        busy = np.isin(pool, [self._slots[key] for key in self._waits])
+        pool = np.concatenate([pool[~busy][: _POOL * n], pool[busy]])  # these last, for want of others
+        free = min(len(pool) - int(busy.sum()), _POOL * n)
+        tried = min(int(n * _EXPLORE + rng.random()), free)
+        by_worth = np.argsort(-self._worth(pool[tried:free], rng), kind="stable") + tried
+        chosen = np.concatenate([pool[:tried], pool[by_worth], pool[free:]])[:n]
+        keys = [self._keys[slot] for slot in rng.permutation(chosen)]
+        self._waits |= dict.fromkeys(keys, self._draws)
+        return keys
+
+    def _worth(self, slots: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float64]:
+        """Return the variance of the reward that each prompt is believed, this time, to have."""
+        left = self._left(slots)
+        p = rng.beta(1.0 + left * self._wins[slots], 1.0 + left * self._losses[slots])
+        shown, possible = left * self._shown[slots], left * self._possible[slots]
+        return np.asarray(p * (1.0 - p) * (shown + 1.0) / (possible + 1.0))
+
+    def _left(self, slots: Any) -> Any:
+        """Return how much of the evidence has not faded."""
+        return self.fade ** (self._draws - self._at[slots])
+
+    def update(self, key: Hashable, rewards: ArrayLike) -> None:
+        """Report the rewards of a prompt's completions: of a group, late, or a part of it.
+
+        Args:
+            key: The prompt; one that was not drawn can be reported, too.
+            rewards: Numbers within `reward_range`, `[n]`; none when the group was lost.
+
+        Raises:
+            KeyError: There is no such prompt, nor was there one whose group was under way.
+            TypeError: Not numbers.
+            ValueError: A reward is not finite or out of range.
+        """
+        values = as_losses(rewards).reshape(-1)
+        low, high = self.reward_range
+        if not ((values >= low) & (values <= high)).all():
+            raise ValueError(f"rewards must lie within reward_range={self.reward_range}, got {values.tolist()}")
+        key = plain_key(key)
+        if self._gone.pop(key, None) is not None and key not in self._slots:
+            return
+        slot = self._slot(key)
+        self._waits.pop(key, None)
+        count = len(values)
+        if not count:
+            return
+        gains = (values - low) / (high - low)
+        mean = float(gains.mean())
+        left = self._left(slot) * _CARRY ** (count / self.group_size)
+        for evidence, new in (
+            (self._wins, mean),
+            (self._losses, 1.0 - mean),
+            (self._shown, float(gains.var())),
+            (self._possible, mean * (1.0 - mean)),
+        ):
+            evidence[slot] = left * evidence[slot] + count * new
+        self._at[slot] = self._draws
+        self._groups += 1
+        self._mixed += bool(values.min() < values.max())
+
+    def pass_rate(self, key: Hashable) -> float:
+        """Return the mean of the belief about a prompt's reward, 0 (the lowest) to 1 (the highest); .5 if unseen.
+
+        Raises:
+            KeyError: There is no such prompt.
+        """
+        return float(self._rates(np.array([self._slot(key)]))[0])
+
+    def _rates(self, slots: Any) -> NDArray[np.float64]:
+        left = self._left(slots)
+        wins, losses = left * self._wins[slots], left * self._losses[slots]
+        return np.asarray((1.0 + wins) / (2.0 + wins + losses))
+
+    def metrics_dict(self) -> dict[str, float]:
+        """Return numbers for a log.
+
+        A seen prompt is on the "frontier" where a group of it is more likely mixed than not, else "solved" or
+        "unsolved". "groups" were reported, "mixed_groups" of them had different rewards.
+        """
+        seen = self._at >= 0
+        rates = self._rates(slice(None))[seen]
+        mixed = 1.0 - rates**self.group_size - (1.0 - rates) ** self.group_size > 0.5
+        return {
+            "prompts": len(self),
+            "unseen": int((~seen).sum()),
+            "solved": int((~mixed & (rates > 0.5)).sum()),
+            "frontier": int(mixed.sum()),
+            "unsolved": int((~mixed & (rates < 0.5)).sum()),
+            "under_way": len(self._waits),
+            "groups": self._groups,
+            "mixed_groups": self._mixed,
+            "mean_pass_rate": float(rates.mean()) if len(rates) else 0.0,
+        }
+
+
+def _several(keys: Any) -> Iterable[Hashable]:
+    if isinstance(keys, (str, bytes)):
+        raise TypeError(f"keys must be several, got {keys!r} alone: give [{keys!r}]")
+    return keys  # type: ignore[no-any-return]
