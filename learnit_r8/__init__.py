@@ -23,11 +23,13 @@ if TYPE_CHECKING:
         R8Error,
         TrainingDiverged,
     )
+    from learnit_r8.loop.callbacks import BackgroundSave
     from learnit_r8.scheduler import R8Scheduler
     from learnit_r8.stability.policy import Recovery
     from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdict
 
 __all__ = [
+    "BackgroundSave",
     "Batch",
     "CheckpointCorrupt",
     "CheckpointError",
@@ -58,6 +60,7 @@ _HOMES = {
         "R8Error",
         "TrainingDiverged",
     },
+    "learnit_r8.loop.callbacks": {"BackgroundSave"},
     "learnit_r8.scheduler": {"R8Scheduler"},
     "learnit_r8.stability.policy": {"Recovery"},
     "learnit_r8.types": {"Batch", "Command", "LossReport", "Sink", "StepResult", "Verdict"},

@@ -52,7 +52,7 @@ from learnit_r8.loop.output import Presence
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.sampling import Chooser
-from learnit_r8.loop.saver import Saver, State
+from learnit_r8.loop.saver import Saver, State, not_saved
 from learnit_r8.loop.signals import say
 from learnit_r8.loop.together import SaveTogether
 from learnit_r8.noise.guard import NoiseGuard, either
@@ -460,6 +460,9 @@ class R8Scheduler:
                 self._within = True
                 try:
                     yield self._progress.epoch
+                except GeneratorExit:
+                    self._saver.settle()  # who leaves the loop finds what was saved
+                    raise
                 finally:
                     self._within = False
                 self._desk.leave()
@@ -520,6 +523,7 @@ class R8Scheduler:
                     yield self._desk.issue(ticket)
             except GeneratorExit:
                 self._desk.leave()
+                self._saver.settle()
                 raise
 
     def _request(self) -> None:
@@ -761,6 +765,7 @@ class R8Scheduler:
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
+        self._saver.settle(wait=False)
         if self._control.interrupted and not self.host_saves:
             self._save_if_possible()
             if self._ranks.world_size > 1:
@@ -1011,18 +1016,27 @@ class R8Scheduler:
     def _save_if_due(self) -> None:
         best = self._saver.best_due and self._together is None  # else all ranks hear of it with the next report
         if best or self._saver.due(self._progress.global_step, self._progress.finished_epoch):
-            self._save_if_possible()
+            self._save_if_possible(background=self._together is None)
 
-    def _save_if_possible(self) -> None:
-        """Save; a failure is an event and a warning, and training goes on."""
+    def _save_if_possible(self, *, background: bool = False) -> None:
+        """Save; a failure is an event and a warning, and training goes on.
+
+        Args:
+            background: A thread does what does not need the model, while training goes on.
+        """
         if self._config.checkpoint_dir is None or not (self._ranks.writes or self._together):
             return
         if self._search is not None and self._search.running:
             return
         try:
-            self._save()
+            if background:
+                self._saver.save_in_background(
+                    self._progress.global_step, self._progress.finished_epoch, self.state_dict
+                )
+            else:
+                self._save()
         except CheckpointError as error:
-            tell(f"checkpoint not saved, training goes on: {error}", stacklevel=2)
+            not_saved(error)
 
     def _save_last(self) -> None:
         """Save the last state of a run that has a cadence, unless that has been done."""
@@ -1047,7 +1061,15 @@ class R8Scheduler:
             return ""  # the others may be elsewhere, and all have to write it
         halfway = self._desk.in_step or (thrown is not None and self._desk.left_in_step)
         if halfway and self._args.save is not None:
-            return self._saver.broken_off(step)
+            back = self._safety.recall(step, self._saver.saved_at)
+            if back is None:
+                return self._saver.broken_off(step)
+            if back < step:
+                self._desk.outdate()
+                if self._replays:
+                    self._progress.take_back(*self._desk.replay(back))
+            self._save_if_possible()
+            return self._saver.brought_back(step, back)
         self._save_if_possible()
         return self._saver.farewell(step, writes=True)
 

@@ -15,6 +15,10 @@ Losses = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 
+SAMPLES_TOLD = 1000
+"""Sample ids of one batch that an event, a crash bundle or a saved state holds at most: nobody reads a million."""
+
+
 class Verdict(StrEnum):
     """What the detector says of one reported loss."""
 

@@ -4,10 +4,11 @@ from learnit_r8.checkpoint.directory import Entry, new_run
 from learnit_r8.checkpoint.manifest import Manifest
 from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.storage import FileRecord, FileSystem
-from learnit_r8.checkpoint.store import CheckpointStore, LoadedCheckpoint, SavedCheckpoint, resolve
+from learnit_r8.checkpoint.store import CheckpointStore, Draft, LoadedCheckpoint, SavedCheckpoint, resolve
 
 __all__ = [
     "CheckpointStore",
+    "Draft",
     "Entry",
     "FileRecord",
     "FileSystem",

@@ -11,8 +11,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,9 +160,8 @@ class CheckpointDirectory:
                 if exclusive or now - path.lstat().st_mtime > _STALE_SECONDS:
                     remove_tree(self._fs, path)
 
-    @contextmanager
-    def temporary(self, *, exclusive: bool) -> Iterator[Path]:
-        """Make a directory for a new checkpoint, and remove it unless it was renamed.
+    def new_temporary(self, *, exclusive: bool) -> Path:
+        """Make a directory for a new checkpoint: `drop` it, or rename it and `leave` it.
 
         What killed processes left behind is removed first.
         """
@@ -172,13 +171,20 @@ class CheckpointDirectory:
             self._fs.make_directory(path)
             # The file system's own clock, which need not be this machine's.
             self._remove_leftovers(path.stat().st_mtime, exclusive)
-            yield path
         except BaseException:
-            with suppress(OSError):
-                remove_tree(self._fs, path)
+            self.drop(path)
             raise
-        finally:
-            _ACTIVE.discard(path)
+        return path
+
+    def drop(self, path: Path) -> None:
+        """Remove a temporary directory."""
+        with suppress(OSError):
+            remove_tree(self._fs, path)
+        self.leave(path)
+
+    def leave(self, path: Path) -> None:
+        """Take note that a temporary directory is not in use any more."""
+        _ACTIVE.discard(path)
 
     def discard(self, path: Path) -> None:
         """Remove a checkpoint."""

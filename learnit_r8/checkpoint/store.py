@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import operator
+import os
 import re
 import threading
 import time
@@ -35,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from learnit_r8.checkpoint.background import wait_for_all
 from learnit_r8.checkpoint.directory import NAME, CheckpointDirectory, Entry
 from learnit_r8.checkpoint.manifest import (
     ARRAYS,
@@ -48,17 +50,38 @@ from learnit_r8.checkpoint.manifest import (
 from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.checkpoint.storage import (
+    Bytes,
+    FileRecord,
     FileSystem,
     hash_file,
     regular_size,
 )
-from learnit_r8.checkpoint.writing import fill, hashing_threads, write_manifest
+from learnit_r8.checkpoint.writing import Later, call_writer, fill, hashing_threads, write_manifest
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 
 _ADVICE = "give the checkpoint_dir of the run, or one of the step-... folders in it"
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
-_SAVING = threading.RLock()
-"""Locks on files exclude other processes, not other threads of this one."""
+
+
+class _Saving:
+    """Excludes other threads of this process, as locks on files do not; a forked child begins with a free one."""
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+_SAVING = _Saving()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +123,54 @@ class LoadedCheckpoint:
     def holds_model(self) -> bool:
         """Whether `write_model` wrote anything."""
         return self.manifest.holds_model
+
+
+class Draft:
+    """A checkpoint that is begun: the user's function has run, the rest may be done by another thread.
+
+    As a context manager it removes what it has written where the body fails.
+
+    Args:
+        store: Where it becomes a checkpoint.
+        path: Its temporary directory.
+        step: As for `CheckpointStore.save`.
+        tag: As for `CheckpointStore.save`.
+        start: When it was begun.
+        state: What `state_codec.encode` returned.
+        has_writer: A function of the user's was to write the model.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        path: Path,
+        step: int,
+        tag: str,
+        start: float,
+        state: tuple[bytes, list[Bytes]],
+        has_writer: bool,
+    ) -> None:
+        self.path, self.step, self.tag, self.start, self.has_writer = path, step, tag, start, has_writer
+        self.later: Later | None = None
+        self._store = store
+        self._state = state
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self._store._directory.drop(self.path)
+
+    def finish(self) -> SavedCheckpoint:
+        """Write what is missing; when this returns the checkpoint survives a power cut.
+
+        Raises:
+            CheckpointError: As for `CheckpointStore.save`.
+        """
+        store = self._store
+        with self, store._saving(self.step):
+            files = fill(store._fs, self.path, *self._state, self.later)
+            return store._commit(self, files)
 
 
 class CheckpointStore:
@@ -145,6 +216,7 @@ class CheckpointStore:
         self._clock = clock
         self._directory = CheckpointDirectory(self.directory, self._fs)
         self._last_serial: int | None = None
+        self._buffer: Bytes = np.empty(0, np.uint8)
 
     def save(
         self,
@@ -162,7 +234,8 @@ class CheckpointStore:
             step: Global step, for the name.
             state: What `state_codec.encode` takes: nested dicts, lists, scalars and numpy arrays.
             write_model: Called with a path named `model`, at which nothing exists: it writes a file or
-                a directory there, or files beside it (`model.npz`). Returning False means that it failed.
+                a directory there, or files beside it (`model.npz`). Returning False means that it failed; a
+                `functools.partial` that it returns is called, too, and may be called later.
             tag: Letters, digits and underscores, added to the name.
 
         Raises:
@@ -170,26 +243,74 @@ class CheckpointStore:
                 very last sync fails may the new one exist.
             ConfigError: A bad step or tag.
         """
+        return self.draft(step, state, write_model, tag=tag, copied=False).finish()
+
+    def draft(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        write_model: Callable[[Path], object] | None = None,
+        *,
+        tag: str = "",
+        copied: bool = True,
+    ) -> Draft:
+        """Do what `save` has to do at the step boundary; `Draft.finish` does the rest, in any thread, once.
+
+        Args:
+            step: As for `save`.
+            state: As for `save`.
+            write_model: As for `save`.
+            tag: As for `save`.
+            copied: The state's arrays are copied, as they may change before they are written; the memory for that is
+                used again, so a draft has to be finished before the next one.
+
+        Raises:
+            CheckpointError: As for `save`.
+            ConfigError: A bad step or tag.
+        """
         start = self._clock()
         step = _checked(step, tag)
         text, segments = encode(state)
-        with _SAVING, _reported(f"no checkpoint of step {step} was written to {self.directory}; earlier ones are kept"):
-            exclusive = self._directory.open()
-            before = self.entries()
-            serial = self._directory.next_serial(before)
-            strangers = any(entry.manifest is None or entry.manifest.run != self.run for entry in before)
-            with self._directory.temporary(exclusive=exclusive) as temporary:
-                files = fill(self._fs, temporary, text, segments, write_model)
-                manifest = Manifest(step, serial, tag, self.version, files, self.run)
-                write_manifest(self._fs, temporary, manifest)
-                path = self._directory.free_name(step, self.run if strangers else "", tag)
-                self._fs.rename(temporary, path)
-            self._fs.sync_directory(self.directory)
-            problems = self._strangers(serial, before) + self._tidy(path, manifest, before)
-            self._last_serial = serial
-        if write_model is not None and not manifest.holds_model:
+        if copied:
+            segments = [self._copied(segments)]
+        with self._saving(step):
+            path = self._directory.new_temporary(exclusive=self._directory.open())
+        draft = Draft(self, path, step, tag, start, (text, segments), write_model is not None)
+        if write_model is not None:
+            with draft:
+                draft.later = call_writer(write_model, path / MODEL)
+        return draft
+
+    def _copied(self, segments: list[Bytes]) -> Bytes:
+        size = sum(segment.size for segment in segments)
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, np.uint8)
+        if segments:
+            np.concatenate(segments, out=self._buffer[:size])
+        return self._buffer[:size]
+
+    @contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        said = f"no checkpoint of step {step} was written to {self.directory}; earlier ones are kept"
+        with _SAVING, _reported(said):
+            yield
+
+    def _commit(self, draft: Draft, files: dict[str, FileRecord]) -> SavedCheckpoint:
+        """Make a checkpoint of a filled directory, and remove what need not stay."""
+        before = self.entries()
+        serial = self._directory.next_serial(before)
+        strangers = any(entry.manifest is None or entry.manifest.run != self.run for entry in before)
+        manifest = Manifest(draft.step, serial, draft.tag, self.version, files, self.run)
+        write_manifest(self._fs, draft.path, manifest)
+        path = self._directory.free_name(draft.step, self.run if strangers else "", draft.tag)
+        self._fs.rename(draft.path, path)
+        self._directory.leave(draft.path)
+        self._fs.sync_directory(self.directory)
+        problems = self._strangers(serial, before) + self._tidy(path, manifest, before)
+        self._last_serial = serial
+        if draft.has_writer and not manifest.holds_model:
             problems += ("save_callback wrote nothing to the path that it got: the checkpoint holds no model",)
-        return SavedCheckpoint(path, manifest.nbytes, self._clock() - start, problems)
+        return SavedCheckpoint(path, manifest.nbytes, self._clock() - draft.start, problems)
 
     def load(self, path: str | Path) -> LoadedCheckpoint:
         """Read one checkpoint and verify every byte that its manifest names.
@@ -376,6 +497,7 @@ def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | Non
         CheckpointError: It cannot be read, or was written by a newer version.
     """
     path = Path(path)
+    wait_for_all()  # what this process is about to save there counts
     directory = path.parent if path.is_file() else path
     if (directory / MANIFEST).is_file() or NAME.fullmatch(directory.name):
         if not directory.is_dir():

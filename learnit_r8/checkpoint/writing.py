@@ -1,4 +1,7 @@
-"""Writes the files of one checkpoint into its directory: the user's model, the state, at last the manifest."""
+"""Writes the files of one checkpoint into its directory: the user's model, the state, at last the manifest.
+
+The user's function runs where the model stands between two steps. All else may be done by another thread later.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from learnit_r8.checkpoint.manifest import ARRAYS, MANIFEST, MODEL, STATE, Manifest, manifest_bytes
+from learnit_r8.checkpoint.manifest import ARRAYS, MANIFEST, STATE, Manifest, manifest_bytes
 from learnit_r8.checkpoint.storage import (
     Bytes,
     FileRecord,
@@ -27,11 +31,16 @@ from learnit_r8.errors import CheckpointError
 _THREADS = min(4, os.cpu_count() or 1)
 
 
+Later = Callable[[], object]
+"""The rest of a user's function: it writes a copy that was made at the step boundary."""
+
+
 @contextmanager
 def hashing_threads() -> Iterator[Executor]:
     """Give threads for hashing; what has not begun at the end is dropped."""
-    if not threading.main_thread().is_alive():  # the interpreter is shutting down and starts no threads
-        yield _AtOnce()
+    here = threading.current_thread() is threading.main_thread()
+    if not here or not threading.main_thread().is_alive():
+        yield _AtOnce()  # in the background the cores are the training's; a program that ends starts no threads
         return
     from concurrent.futures import ThreadPoolExecutor
 
@@ -54,24 +63,22 @@ class _AtOnce(Executor):
         return done
 
 
-def fill(
-    fs: FileSystem, root: Path, text: bytes, segments: list[Bytes], write_model: Callable[[Path], object] | None
-) -> dict[str, FileRecord]:
+def fill(fs: FileSystem, root: Path, text: bytes, segments: list[Bytes], later: Later | None) -> dict[str, FileRecord]:
     """Write and sync every file but the manifest.
 
     Args:
         fs: Where to write.
-        root: An empty directory.
+        root: A directory with nothing in it but what the user's function has written.
         text: The state's JSON.
         segments: The state's arrays.
-        write_model: The user's function, called with a path below `root`.
+        later: The rest of the user's function.
 
     Raises:
         CheckpointError: The user's function failed, or wrote what does not belong into a checkpoint.
         OSError: A write or sync failed.
     """
-    if write_model is not None:
-        _call_writer(write_model, root / MODEL)
+    if later is not None:
+        call_writer(later)
     with hashing_threads() as pool:
         files = _adopt(fs, root, pool)
         files[ARRAYS] = write_file(fs, root / ARRAYS, segments, pool)
@@ -102,12 +109,18 @@ def write_manifest(fs: FileSystem, root: Path, manifest: Manifest) -> None:
     fs.sync_directory(root)
 
 
-def _call_writer(write_model: Callable[[Path], object], path: Path) -> None:
+def call_writer(write: Callable[..., object], *args: Any) -> Later | None:
+    """Call the user's function, or the rest of it; return what is left to be done.
+
+    Raises:
+        CheckpointError: It raised, or returned False.
+    """
     try:
-        result = write_model(path)
+        result = write(*args)
     except CheckpointError:  # it says what is wrong itself
         raise
     except Exception as error:
         raise CheckpointError(f"the save callback raised {type(error).__name__}: {error}") from error
     if result is False or (isinstance(result, np.bool_) and not result):
         raise CheckpointError("the save callback returned False")
+    return result if isinstance(result, partial) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,54 @@ class SaveCallback:
         if not self._with_state and not accepts(function, 1):
             raise TypeError("save_callback must take (state_dict, filepath) or (filepath)")
 
-    def __call__(self, state: Callable[[], dict[str, Any]], path: Path) -> None:
-        """Save the model at `path`.
+    def __call__(self, state: Callable[[], dict[str, Any]], path: Path) -> Callable[[], object] | None:
+        """Save the model at `path`; return what is left to be done, by any thread.
 
         Raises:
             CheckpointError: The user's function returned False.
         """
+        if isinstance(self._function, BackgroundSave):
+            return self._function.begin(str(path))
         arguments = (state(), str(path)) if self._with_state else (str(path),)
         if self._function(*arguments) is False:
             raise CheckpointError("save_callback returned False")
+        return None
+
+
+class BackgroundSave:
+    """A `save_callback` whose model file is written while training goes on.
+
+        R8Scheduler(..., save_callback=BackgroundSave(lambda: {"model": model.state_dict()}, torch.save))
+
+    Between two steps, what `capture` returns is copied in RAM; the copy is written by another thread. A function of
+    your own reads the model itself, so the step waits until it has returned.
+
+    Args:
+        capture: Returns the model's state: any tree of arrays, tensors, dicts, lists and copyable objects.
+        write: `(copy, filepath)`: writes it. It runs in another thread, and gets tensors on the CPU.
+
+    Raises:
+        TypeError: One of them is no function.
+    """
+
+    def __init__(self, capture: Callable[[], Any], write: Callable[[Any, str], object]) -> None:
+        if not callable(capture) or not callable(write):
+            raise TypeError(f"BackgroundSave needs two functions, capture() and write(copy, filepath), got {capture!r}")
+        self._capture = capture
+        self._write = write
+        self._buffers: Any = None  # of the last copy; one save is under way at most
+
+    def begin(self, filepath: str) -> Callable[[], object]:
+        """Make the copy; return the function that writes it."""
+        from learnit_r8.stability.tree_copy import CopyPlan
+
+        copied = CopyPlan(self._capture(), self._buffers).fill()
+        self._buffers = copied.pool
+        return partial(self._write, copied.tree, filepath)
+
+    def __call__(self, filepath: str) -> object:
+        """Save the model at once."""
+        return self.begin(filepath)()
 
 
 class LoadCallback:

@@ -31,7 +31,7 @@ from learnit_r8.stability.detector import Detector, Reading
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.stability.quarantine import Quarantine, not_finite
 from learnit_r8.stability.recovery import HELD_UNSEEN, Action, Cause, Kind, Phase, RecoveryMachine
-from learnit_r8.types import Indices, Mask, Verdict
+from learnit_r8.types import SAMPLES_TOLD, Indices, Mask, Verdict
 
 LR_RISE = 1.5
 """A learning rate that grows by this factor in a step may well move the loss: the detector is told."""
@@ -382,7 +382,7 @@ class SafetyNet:
         Raises:
             TrainingDiverged: Nothing is left to try.
         """
-        batch = tuple(ids.tolist())
+        batch = tuple(ids[:SAMPLES_TOLD].tolist())
         if judgement.tell:
             verdict = judgement.verdict.value
             self._emit(events.SpikeSeen, step, epoch, verdict, loss, expected, judgement.score, batch, judgement.tell)
@@ -565,6 +565,36 @@ class SafetyNet:
         self._backups.rolled_back(to_step, step)
         self._emit(events.RolledBack, step, to_step, source, 1.0, 0, self._clock.monotonic() - began)
         return to_step
+
+    def recall(self, step: int, after: int) -> int | None:
+        """Bring the model back to the newest backup in RAM, as a step was broken off; return the backup's step.
+
+        It needs no other rank.
+
+        Args:
+            step: Updates that the model had seen before the step that was broken off.
+            after: A backup of this step or an earlier one is of no use.
+
+        Returns:
+            None where there is no such backup, or `load_callback` failed: the model is as it was left.
+        """
+        found = self._backups.ring.latest()
+        if self._load is None or found is None or found.step <= after:
+            return None
+        began = self._clock.monotonic()
+        state, detector = self._backups.restore(found)
+        try:
+            self._load(state, from_ram=True)
+        except Exception as error:
+            self._tell(step, f"load_callback failed: {type(error).__name__}: {error}")
+            return None
+        if found.step < step:
+            self._detector.reset_after_rollback(detector)
+            self._catalog.rewind(found.step)
+        self._emit(
+            events.RolledBack, step, found.step, "ram", self.lr_multiplier(step), 0, self._clock.monotonic() - began
+        )
+        return found.step
 
     # LR search and state --------------------------------------------------------------------
 

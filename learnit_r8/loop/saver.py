@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from learnit_r8.loop.signals import say
 from learnit_r8.sinks import EventBus
 
 if TYPE_CHECKING:  # loaded at the first checkpoint: many runs have none
-    from learnit_r8.checkpoint import CheckpointStore, LoadedCheckpoint
+    from learnit_r8.checkpoint import CheckpointStore, Draft, LoadedCheckpoint, SavedCheckpoint
+    from learnit_r8.checkpoint.background import Background
 
 State = dict[str, Any]
 
@@ -42,6 +43,7 @@ class Saver:
         self._logged: tuple[int, float] | None = None  # step and value of the metric that `keep_best` names
         self._best: float | None = None
         self.best_due = False
+        self._under_way: tuple[int, bool, Background[SavedCheckpoint]] | None = None  # step, for a new best value
 
     @property
     def store(self) -> CheckpointStore:
@@ -82,6 +84,7 @@ class Saver:
 
     def close(self) -> None:
         """Let others have the directory; the next save takes it again."""
+        self.settle()
         if self._store is not None:
             self._store.close()
 
@@ -112,6 +115,7 @@ class Saver:
 
     def owes(self, step: int) -> bool:
         """Whether the state of this step, the last one of a run, is still to be saved."""
+        self.settle()
         config = self._args.config
         wanted = config.checkpoint_every is not None or config.keep_best is not None
         return wanted and step > 0 and step != (self._newest[0] if self._newest else -1)
@@ -122,24 +126,69 @@ class Saver:
         Raises:
             CheckpointError: It could not be written; earlier ones are as they were.
         """
+        draft, was_due = self._draft(step, finished_epoch, state, tag, copied=False)
+        return self._committed(step, was_due, draft.finish)
+
+    def save_in_background(self, step: int, finished_epoch: int | None, state: Callable[[], State]) -> None:
+        """Do what a checkpoint needs of the model now, and let a thread do the rest; `settle` tells how that went.
+
+        One at most is under way: the one before is waited for.
+
+        Raises:
+            CheckpointError: It could not be begun; earlier ones are as they were.
+        """
+        from learnit_r8.checkpoint.background import Background
+
+        draft, was_due = self._draft(step, finished_epoch, state, "", copied=True)
+        self._under_way = step, was_due, Background(draft.finish)
+
+    def _draft(
+        self, step: int, finished_epoch: int | None, state: Callable[[], State], tag: str, *, copied: bool
+    ) -> tuple[Draft, bool]:
+        self.settle()
         save, contents = self._args.save, state()
         write = None if save is None else lambda path: save(lambda: contents, path)
+        # A failing disk is asked again at the next cadence, not at every step.
+        self.note(step, finished_epoch)
+        was_due, self.best_due = self.best_due, False
+        with self._telling(step):
+            return self.store.draft(step, contents, write, tag=tag, copied=copied), was_due
+
+    @contextmanager
+    def _telling(self, step: int) -> Iterator[None]:
         try:
-            saved = self.store.save(step, contents, write, tag=tag)
+            yield
         except CheckpointError as error:
             self._bus.emit(events.CheckpointFailed, step, self._args.config.checkpoint_dir or "", str(error))
             raise
-        finally:
-            # A failing disk is asked again at the next cadence, not at every step.
-            self.note(step, finished_epoch)
-            was_due, self.best_due = self.best_due, False
-        self.note(step, finished_epoch, saved.path)
+
+    def _committed(self, step: int, was_due: bool, outcome: Callable[[], SavedCheckpoint]) -> Path:
+        with self._telling(step):
+            saved = outcome()
+        self._own[saved.path.name] = step
+        self._newest = step, saved.path
         self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
         for problem in saved.problems:
             self.tell(step, problem)
         if self._logged is not None and (was_due or self._logged[0] == step):
             self._attach(saved.path)
         return saved.path
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Take note of what has become of the checkpoint that is under way; a failure is told, and training goes on.
+
+        Args:
+            wait: Until it is there; else only where it is already.
+        """
+        if self._under_way is None or not (wait or self._under_way[2].done):
+            return
+        step, was_due, background = self._under_way
+        background.wait()
+        self._under_way = None
+        try:
+            self._committed(step, was_due, background.result)
+        except CheckpointError as error:
+            not_saved(error)
 
     def note(self, step: int, finished_epoch: int | None, path: Path | None = None) -> None:
         """Let the cadence count from a step, which was saved or loaded, by this rank or another.
@@ -162,7 +211,11 @@ class Saver:
         best = self._args.config.keep_best
         if best is None or name != best[0] or not math.isfinite(value):
             return
+        if self._under_way is not None and self._under_way[0] != step:
+            self.settle()  # whether it is the best so far decides what follows
         self._logged = step, value
+        if self._under_way is not None:
+            return  # `settle` writes it beside the checkpoint
         if self._newest is not None and self._newest[0] == step:
             self._attach(self._newest[1])
             return
@@ -197,6 +250,7 @@ class Saver:
             step: Global step.
             writes: Whether this rank writes checkpoints.
         """
+        self.settle()
         stopped = f"stopped after {step} steps"
         if not writes:
             return f"{stopped}; rank 0 saves the run"
@@ -213,6 +267,7 @@ class Saver:
 
     def broken_off(self, step: int) -> str:
         """Return that a step was broken off, so that the model cannot be saved, and how the run goes on; a sentence."""
+        self.settle()
         why = f"thrown out of step {step}: the model may be trained halfway and is not saved"
         if self._newest is None:
             return f"{why}, nor was anything before: start again"
@@ -221,6 +276,22 @@ class Saver:
             f"{why}, the run was saved last after {saved_step} steps in {path}: go on with "
             f"R8Scheduler.resume_from_checkpoint({str(path)!r}, ...)"
         )
+
+    def brought_back(self, step: int, back: int) -> str:
+        """Return that a step was broken off and the model brought back, and how the run goes on; a sentence.
+
+        Args:
+            step: Global step.
+            back: Step of the state of the model that was saved.
+        """
+        to = "as it was before" if back == step else f"as it was after {back} steps, the newest backup in RAM"
+        return f"thrown out of step {step}, the model was put back {to}; {self.farewell(step, writes=True)}"
+
+    @property
+    def saved_at(self) -> int:
+        """Step of the newest checkpoint that was saved or loaded, -1 without one."""
+        self.settle()
+        return -1 if self._newest is None else self._newest[0]
 
     def find(self, path: str | Path) -> LoadedCheckpoint:
         """Return the checkpoint that a path means, verified.
@@ -231,6 +302,7 @@ class Saver:
         """
         from learnit_r8.checkpoint import resolve
 
+        self.settle()
         return resolve(path, on_corrupt=self.passed_over)
 
     def find_before(self, step: int, passed_over: int) -> tuple[int, Path] | None:
@@ -240,6 +312,7 @@ class Saver:
             step: Checkpoints of this step and later ones do not count.
             passed_over: How many of the newest not to return.
         """
+        self.settle()
         if not self._own or self._args.save is None:
             return None
         found = self.store.older_than(step, names=self._own, skip=passed_over)
@@ -247,6 +320,7 @@ class Saver:
 
     def find_step(self, step: int) -> tuple[int, Path] | None:
         """Return step and model path of a whole checkpoint of a step, which another rank has written."""
+        self.settle()
         found = None if self._args.config.checkpoint_dir is None else self.store.at_step(step)
         return None if found is None else (found.step, found.model_path)
 
@@ -263,6 +337,7 @@ class Saver:
 
     def has_before(self, step: int) -> bool:
         """Whether `find_before` has anything to look at: reading a checkpoint takes far longer than a rollback."""
+        self.settle()
         if self._args.save is None or not any(saved < step for saved in self._own.values()):
             return False
         return any((self.store.directory / name).is_dir() for name, saved in self._own.items() if saved < step)
@@ -280,6 +355,7 @@ class Saver:
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
+        self.settle()
         self.note(loaded.step, finished_epoch)
         self._newest = loaded.step, loaded.path
         self._own = {}
@@ -290,3 +366,8 @@ class Saver:
                 message = f"this run branches off at {loaded.path.name}: later checkpoints there stay as they are"
                 self._bus.emit(events.Notice, loaded.step, message, "info")
         self._bus.emit(events.CheckpointLoaded, loaded.step, str(loaded.path))
+
+
+def not_saved(error: CheckpointError) -> None:
+    """Tell that a checkpoint which was due is not there."""
+    tell(f"checkpoint not saved, training goes on: {error}", stacklevel=3)

@@ -270,6 +270,10 @@ class BackupRing:
         slot = self._find(before_step, unproven=unproven)
         return slot.info if slot else None
 
+    def latest(self) -> BackupInfo | None:
+        """Return the newest backup that nothing speaks against, proved or not: the model is not under suspicion."""
+        return next((s.info for s in reversed(self._slots) if not s.info.moved and self._is_finite(s)), None)
+
     def best(self) -> BackupInfo | None:
         """Return the verified backup whose level was lowest, or None."""
         proved = [slot.info for slot in self._slots if slot.info.status is BackupStatus.VERIFIED]

@@ -24,9 +24,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Any, NamedTuple
 
 from learnit_r8.errors import ProtocolError
+from learnit_r8.types import SAMPLES_TOLD
 
 ACQUITTAL = 8  # calm losses: as many as prove a backup
 HELD = 16
@@ -248,7 +250,7 @@ class RecoveryMachine:
             step: Global step of the loss.
             cause: What it comes to.
             can_restore: There is a way to restore: a callback, and a backup or a checkpoint.
-            batch: Sample ids of the batch.
+            batch: Sample ids of the batch; the first `SAMPLES_TOLD` are remembered.
             finite: The loss is.
             explained: Samples of this batch, or the batch, are the cause: no backup is to blame.
             seen: The weights could be looked at.
@@ -264,7 +266,7 @@ class RecoveryMachine:
         self._calm = 0
         self.nonfinite = 0 if finite else self.nonfinite + 1
         if cause is not Cause.OUTLIER:
-            self.failing_batches = [*self.failing_batches, [int(i) for i in batch]][-3:]
+            self.failing_batches = [*self.failing_batches, [int(i) for i in islice(batch, SAMPLES_TOLD)]][-3:]
         if not finite and self.nonfinite >= _NONFINITE:
             return self._give_up(f"{_NONFINITE} losses in a row are not finite, while the model is: look at the data")
         if cause is Cause.REPORT:

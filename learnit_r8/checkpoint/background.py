@@ -1,0 +1,52 @@
+"""A save that goes on while training does: one thread, whose outcome is asked for later."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """A function that a thread of its own has begun. The interpreter does not end before it has returned.
+
+    Args:
+        do: The function.
+    """
+
+    def __init__(self, do: Callable[[], T]) -> None:
+        self._outcome: Future[T] = Future()
+        _under_way.add(self)
+        threading.Thread(target=self._run, args=(do,), name="r8-save").start()
+
+    def _run(self, do: Callable[[], T]) -> None:
+        try:
+            self._outcome.set_result(do())
+        except BaseException as error:
+            self._outcome.set_exception(error)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has returned, or failed."""
+        return self._outcome.done()
+
+    def wait(self) -> None:
+        """Return when it has returned, or failed."""
+        self._outcome.exception()
+
+    def result(self) -> T:
+        """Wait for what it returns, or raise what it raised."""
+        return self._outcome.result()
+
+
+def wait_for_all() -> None:
+    """Return when nothing is under way in this process; whoever began it hears of failures."""
+    for one in list(_under_way):
+        one.wait()
+
+
+_under_way: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
