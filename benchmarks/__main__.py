@@ -1,9 +1,9 @@
-"""Every benchmark with its rivals, the results as JSON, the pictures of the README.
+"""Every benchmark with its rivals, the results as JSON, the pictures of the documents.
 
     python -m benchmarks                 # all of them: hours; a quiet machine, please
     python -m benchmarks speed replay    # some
     python -m benchmarks --quick         # small sizes and few repeats: minutes, figures for no one to quote
-    python -m benchmarks --pictures      # only draw again what the results say, and write the README's tables
+    python -m benchmarks --pictures      # only draw again what the results say, and write the documents' tables
 
 Figures go to `benchmarks/results/*.json` and pictures to `assets/*.png`; those of `--quick` go to
 `build/benchmarks`. Each benchmark runs in a process of its own, with one thread for linear algebra, so one that
@@ -77,9 +77,10 @@ def main() -> int:
     pictures = asked.out or (results if asked.quick else ROOT / "assets")
     lines += [f"{'picture':14} {drawn.name}" for drawn in draw(results, pictures)]
     if results == RESULTS:
-        readme = ROOT / "README.md"
-        readme.write_text(tables.filled(readme.read_text("utf8"), tables.load(RESULTS)), "utf8")
-        lines.append(f"{'tables':14} README.md")
+        for name in tables.DOCUMENTS:
+            page = ROOT / name
+            page.write_text(tables.filled(page.read_text("utf8"), tables.load(RESULTS)), "utf8")
+            lines.append(f"{'tables':14} {name}")
     print("\n" + "\n".join(lines))
     return 1 if any("FAILED" in line for line in lines) else 0
 

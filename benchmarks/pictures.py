@@ -1,4 +1,4 @@
-"""The README's pictures, drawn from the results and from nothing else.
+"""The documents' pictures, drawn from the results and from nothing else.
 
 Colours are Okabe and Ito's, which the colour-blind can tell apart; markers and labels differ as well.
 

@@ -1,4 +1,4 @@
-"""The README's tables, written from the results, so that its figures are those that were measured.
+"""The documents' tables, written from the results, so that their figures are those that were measured.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`. `python -m benchmarks` writes them anew,
 and a test compares them.
@@ -14,6 +14,7 @@ from typing import Any
 
 Results = dict[str, dict[str, Any]]
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
 STRATEGIES = ("quadrant", "infobatch", "prioritized", "adaptive", "spaced", "curriculum", "reward", "auto")
 
 
@@ -64,6 +65,24 @@ def rivals(results: Results) -> str:
     return markdown(["", *names], rows)
 
 
+def front(results: Results) -> str:
+    """The front page's few rows of `rivals`: the accuracy of the model that is left, and what a step costs."""
+    found, cost = results["rivals"]["results"]["rivals"], results["rivals"]["results"]["step"]
+    names = [name for name in ("plain loop", "Lightning", "HF Trainer", "learnit_r8") if name in found]
+
+    def row(what: str, fault: str) -> list[str]:
+        runs = [found[name][fault] for name in names]
+        return [what, *(f"{run['accuracy']:.1%}" if run["finite"] else "NaN" for run in runs)]
+
+    rows = [
+        row("nothing goes wrong", "clean"),
+        row("one training image holds infinity", "bad pixel"),
+        row("learning rate × 1000 for three steps", "bad rate"),
+        ["CPU time of a step of this tiny training, relative", *(f"{cost[name]['ratio']:.2f}" for name in names)],
+    ]
+    return markdown(["", *names], rows)
+
+
 def costs(results: Results) -> str:
     """What parts of the library cost beside the tool that does only that; below 1 is faster than the rival."""
     rows: list[list[str]] = []
@@ -103,6 +122,7 @@ def learning(results: Results) -> str:
 TABLES: dict[str, tuple[Callable[[Results], str], str]] = {
     # name: (what writes it, the results that it cannot do without)
     "rivals": (rivals, "rivals"),
+    "front": (front, "rivals"),
     "costs": (costs, "speed"),
     "learning": (learning, "learning"),
 }

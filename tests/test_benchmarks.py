@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: it runs, one failure costs nothing else, and the README shows what was measured."""
+"""`python -m benchmarks`: it runs, one failure costs nothing else, and the documents show what was measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import harness, tables
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in tables.DOCUMENTS}
 RESULTS = tables.load(ROOT / "benchmarks" / "results")
 
 
@@ -25,16 +25,18 @@ def strict(file):
     )
 
 
-def test_the_readmes_tables_are_those_of_the_results():
-    assert set(re.findall(r"<!-- results: (\w+) -->", README)) == set(tables.TABLES)
-    assert tables.filled(README, RESULTS) == README, "run `python -m benchmarks --pictures`"
+def test_the_tables_of_the_documents_are_those_of_the_results():
+    shown = [name for page in PAGES.values() for name in re.findall(r"<!-- results: (\w+) -->", page)]
+    assert sorted(shown) == sorted(tables.TABLES)
+    for page in PAGES.values():
+        assert tables.filled(page, RESULTS) == page, "run `python -m benchmarks --pictures`"
 
 
-def test_the_readme_counts_autos_wins_and_losses_rightly():
+def test_the_page_of_benchmarks_counts_autos_wins_and_losses_rightly():
     gains = [found["auto"]["against matched uniform"] for found in RESULTS["learning"]["results"]["tasks"].values()]
     above, below = (sum(sign * gain > half for gain, half in gains) for sign in (1, -1))
     words = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    text = " ".join(README.split())
+    text = " ".join(PAGES["docs/benchmarks.md"].split())
     wins, losses = (str(count) if count > 10 else words[count] for count in (above, below))
     assert f"above uniform beyond the interval on {wins} tasks and below on {losses}" in text
 
@@ -55,7 +57,7 @@ def test_pictures_are_drawn_from_results_and_small(tmp_path):
     sources = {name: source for name, (_, source, _) in pictures.PICTURES.items()}
     assert set(drawn) == {name for name, source in sources.items() if source in RESULTS}
     assert all(1000 < size < 150_000 for size in drawn.values()), drawn
-    for name in re.findall(r"\((assets/[^)]+)\)", README):
+    for name in re.findall(r"\((?:\.\./)?(assets/[^)]+)\)", "".join(PAGES.values())):
         assert (ROOT / name).is_file(), name
         assert (ROOT / name).stat().st_size < 150_000, name
 
