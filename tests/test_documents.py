@@ -230,6 +230,7 @@ def test_every_public_name_is_on_the_site(site):
     modules = {name for path in GUIDES for name in re.findall(r"^::: ([a-z_0-9.]+)$", read(path), re.MULTILINE)}
     integrations = (ROOT / "learnit_r8" / "integrations").glob("[a-z]*")
     modules |= {"learnit_r8", *(f"learnit_r8.integrations.{path.stem}" for path in integrations)}
+    modules |= {f"learnit_r8.{path.stem}" for path in (ROOT / "learnit_r8").glob("[a-z]*.py")}
     wanted = {"learnit_r8.__version__"}
     for module in modules:
         for node in ast.parse(read(source(module))).body:
