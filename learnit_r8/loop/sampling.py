@@ -83,7 +83,7 @@ class Chooser:
                 f"number >= 1, or None for all that are not excluded: got {samples!r}"
             )
         self._left = int(samples)
-        self.batches = self._config.batches(self._left)
+        self.batches = self._planned()
 
     def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
@@ -106,12 +106,17 @@ class Chooser:
     def _plan_longer(self, count: int, asked: int) -> None:
         """Let the epoch go on until all of its samples were drawn."""
         if not self.fixed:
-            self.batches = self.drawn + self._config.batches(self._left)
+            self.batches = self._planned()
         elif not self._trusted:
             raise ProtocolError(
                 f"{type(self._active).__name__}.draw returned {count} ids where {asked} were asked for: under "
                 "ShardedScheduler, whose ranks take steps together, each batch has to be full"
             )
+
+    def _planned(self) -> int:
+        """Return how many batches the epoch has: full ones from here on, unless the strategy knows better."""
+        left = getattr(self._active, "batches_left", None)
+        return self.drawn + (self._config.batches(self._left) if left is None else left)
 
     def _request(
         self, size: int, epoch: int, step: int, progress: float, purpose: Purpose, stable_only: bool = False
@@ -232,7 +237,7 @@ class Chooser:
             start(self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN))
         self.drawn, self._left = int(state["drawn"]), int(state["left"])
         # The batch size may have changed since: count again what is left.
-        self.batches = self.drawn + self._config.batches(self._left) if state["batches"] else 0
+        self.batches = self._planned() if state["batches"] else 0
 
 
 def _read_only(mask: Mask | None) -> Mask | None:

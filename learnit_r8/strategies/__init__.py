@@ -8,16 +8,20 @@ from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make, names
 from learnit_r8.strategies.curriculum import Curriculum, CurriculumStrategy
 from learnit_r8.strategies.curriculum_scheduler import CurriculumScheduler
 from learnit_r8.strategies.infobatch import InfoBatch
+from learnit_r8.strategies.mixture import Balanced, Mixture
 from learnit_r8.strategies.prioritized import Prioritized
 from learnit_r8.strategies.quadrant import Quadrant
 from learnit_r8.strategies.reward import RewardWeighted, RewardWeightedSampler
 from learnit_r8.strategies.spaced import ExponentialMovingStats, SpacedRepetition, SpacedRepetitionSampler
+from learnit_r8.strategies.token_budget import TokenBudget
 from learnit_r8.strategies.uniform import Uniform
+from learnit_r8.strategies.weighted import Weighted
 
 __all__ = [
     "Adaptive",
     "AdaptiveBatchSampler",
     "Auto",
+    "Balanced",
     "BatchRequest",
     "Curriculum",
     "CurriculumScheduler",
@@ -25,6 +29,7 @@ __all__ = [
     "Draw",
     "ExponentialMovingStats",
     "InfoBatch",
+    "Mixture",
     "Prioritized",
     "Quadrant",
     "RewardWeighted",
@@ -32,7 +37,9 @@ __all__ = [
     "SpacedRepetition",
     "SpacedRepetitionSampler",
     "Strategy",
+    "TokenBudget",
     "Uniform",
+    "Weighted",
     "make",
     "names",
     "register",

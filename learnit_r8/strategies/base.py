@@ -21,6 +21,7 @@ Optional methods, used where present:
 * `pop_decisions() -> list`: (decision, reason, figure) of what it decided since the last call, asked for at
   epoch starts; each becomes an event.
 * `catalogs`: class attribute, False when it draws the first epoch, too, in place of the cataloging.
+* `batches_left`: how many batches of the epoch are still to be drawn, where they are not full ones.
 * `covers`: class attribute, True when one epoch draws each sample exactly once. Where it is not, `noise_guard="cap"`
   has every sample drawn alike until it has judged.
 * `replacement`: class attribute, True when one batch may hold a sample twice.

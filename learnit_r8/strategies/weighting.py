@@ -132,12 +132,12 @@ class MixtureSampler(Saved):
         count = len(self._order)
         size = min(size, count)
         if size == count:
-            self._phase = _next_phase(self._phase)
+            self._phase = next_phase(self._phase)
             probabilities = np.full(count, 1 / max(count, 1))
             return Draw(self._order.astype(np.int64), probabilities, self._importance(probabilities, count))
         if not self._ahead or size != self._ahead_size:
             self._draw_ahead(size)
-        self._phase = _next_phase(self._phase)
+        self._phase = next_phase(self._phase)
         return self._ahead.popleft()
 
     def _draw_ahead(self, size: int) -> None:
@@ -148,7 +148,7 @@ class MixtureSampler(Saved):
         """
         phases = [self._phase]
         while len(phases) < self._most_behind - len(self._behind):
-            phases.append(_next_phase(phases[-1]))
+            phases.append(next_phase(phases[-1]))
         slots = self._tree.draw(self._points(size, *phases))
         values = self._tree.view.take(slots)
         if values.max() * size > self._tree.total * _ALMOST_ONE:
@@ -228,7 +228,8 @@ SAMPLER = part(lambda _, saved: MixtureSampler(len(saved["weights"])))
 """How a strategy saves its sampler."""
 
 
-def _next_phase(phase: float) -> float:
+def next_phase(phase: float) -> float:
+    """Return the offset of the next systematic sample."""
     return (phase + _GOLDEN) % 1.0
 
 
