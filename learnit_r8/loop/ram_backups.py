@@ -17,6 +17,8 @@ from learnit_r8.stability.detector import Detector
 Emit = Callable[..., None]
 _EVIDENCE, _BEFORE, _ENOUGH = 4, 8, 16
 """Losses that make evidence against weights that moved far, those they are compared with, and those that acquit."""
+_RISE = 0.5
+"""Least relative rise of the losses: weights at the edge of stability jump, too, and losses by a quarter."""
 _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show"
 
 
@@ -130,7 +132,7 @@ class RamBackups:
     def worse_since_move(self, loss: float, *, calm: bool) -> int | None:
         """Count a finite loss; return the step of a backup whose weights had moved far, if losses are worse since.
 
-        Worse: their median is above the highest of the last 8 before.
+        Worse: their median is above the highest of the last 8 before, and by half above their median.
 
         Args:
             loss: The loss.
@@ -142,7 +144,9 @@ class RamBackups:
             return None
         step, before, after = self._moved
         after.append(loss)
-        worse = len(after) >= _EVIDENCE and sorted(after)[len(after) // 2] > max(before)
+        usual = sorted(before)[len(before) // 2]
+        limit = max(*before, usual + _RISE * abs(usual))
+        worse = len(after) >= _EVIDENCE and sorted(after)[len(after) // 2] > limit
         if worse or len(after) >= _ENOUGH:
             self._moved = None
         return step if worse else None
@@ -196,6 +200,13 @@ class RamBackups:
             if before == lowest + 1:  # an unproved first backup is found whatever is asked for
                 return None
             before = lowest + 1
+
+    def state_of(self, step: int) -> Any:
+        """Return a copy of the state as it was before a step, for the caller to keep; None where there is none."""
+        for info in self.ring.backups:
+            if info.step == step:
+                return self.ring.restore(info=info)[1]
+        return None
 
     def restore(self, found: BackupInfo) -> tuple[Any, dict[str, Any] | None]:
         """Return a copy of a backup's state for the user to keep, and the detector's state of then."""

@@ -184,6 +184,10 @@ class SafetyNet:
         if self._machine.backups_allowed:
             self._backups.keep(state, step, self._detector)
 
+    def state_of(self, step: int) -> Any:
+        """Return a copy of the model's state as it was before a step, if a backup was taken there; else None."""
+        return self._backups.state_of(step)
+
     # Judgement ------------------------------------------------------------------------------
 
     def judge(
@@ -275,14 +279,19 @@ class SafetyNet:
             why = f"the losses of samples {shown(named)} are not finite, those of the rest of the batch are"
         if policy == "rollback" and self._load is not None:
             look = self._backups.look(step + 1, self._detector.first_suspect_step)
-            seen = look is not None
-            if look is not None:
-                self._sound = not look.nonfinite
-            # Where nobody can look, backups by hand are few and near; a checkpoint may be an epoch old.
-            likely = bool(self._backups.ring.backups) or (self._machine.nonfinite >= 1 and not named)
-            damaged = bool(look.nonfinite or look.jumped) if look is not None else likely
+            again = self._machine.nonfinite >= 1 and not named
+            if look is None:
+                # Where nobody can look, backups by hand are few and near; a checkpoint may be an epoch old.
+                damaged = bool(self._backups.ring.backups) or again
+            else:
+                seen, self._sound = True, not look.nonfinite
+                blind = look.since < 0 and bool(self._backups.ring.backups)  # all was zero, or has another layout
+                damaged = bool(look.nonfinite or look.jumped) or (blind and again)
             if damaged:
-                cause, why = Cause.DAMAGE, f"{why}; {look}" if look is not None else f"{why}, again"
+                cause, why = (
+                    Cause.DAMAGE,
+                    f"{why}; {look}" if look and (look.nonfinite or look.jumped) else f"{why}, again",
+                )
         if named:
             self._leave_out(step, named, "not finite, while the rest of its batch was")
         else:

@@ -72,7 +72,7 @@ class Look(NamedTuple):
     Attributes:
         nonfinite: Paths of arrays that hold NaN or infinity and did not always.
         jumped: Paths of arrays that moved beyond their habit, farthest first, since the backup of `since`.
-        since: Step of the backup that the state was compared with; -1 where there is none.
+        since: Step of the backup that the state was compared with; -1 where there is none, or no array can be compared.
     """
 
     nonfinite: tuple[str, ...]
@@ -217,6 +217,8 @@ class BackupRing:
         if bad or slot is None:
             return Look(bad, ())
         changes = relative_changes(copy, slot.copy)
+        if not changes:
+            return Look((), ())
         return Look((), self._beyond_habit(copy, changes, path - slot.info.path), slot.info.step)
 
     def _beyond_habit(
@@ -315,6 +317,8 @@ class BackupRing:
         self._since_restore = 0
         for slot in [slot for slot in self._slots if slot.info.step > step]:
             self._drop(slot)
+        for slot in self._slots:
+            slot.healthy = 0  # the same steps again prove no more than they did
 
     def _find(self, before_step: int | None, *, unproven: bool = False) -> _Slot | None:
         limit = math.inf if before_step is None else before_step

@@ -145,11 +145,8 @@ class Habits:
             path: Sum of the learning rates of the steps.
             unknown: Least change of an array without a habit.
         """
-        return {name: moved for name, moved in changes.items() if moved > self._limit(name, path, unknown)}
-
-    def _limit(self, name: str, path: float, unknown: float) -> float:
-        usual = self._usual.get(name)
-        return unknown if usual is None else min(BEYOND, max(DAMAGE, HABIT * usual * path))
+        limits = {name: min(BEYOND, max(DAMAGE, HABIT * usual * path)) for name, usual in self._usual.items()}
+        return {name: moved for name, moved in changes.items() if moved > limits.get(name, unknown)}
 
 
 def copied(paths: Iterable[str], state: TreeCopy) -> set[str]:

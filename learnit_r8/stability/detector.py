@@ -296,7 +296,10 @@ class Detector:
                 self.whole_batch = False
                 return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples")
         self._shift_flags(soft, hard)
-        told = "" if easy or self._relaxed_until >= 0 else self.level.push(step, loss, self._first_level)
+        told = ""
+        if not easy and self._relaxed_until < 0:
+            explained = max(loss, min(loss - shift, m))  # estimates that are far off must not make up a level
+            told = self.level.push(step, explained, self._first_level)
         if not (soft or (far and self._far_bits == _FAR_MASK)):
             if not easy:
                 self._accept(loss, m)
