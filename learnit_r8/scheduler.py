@@ -299,6 +299,15 @@ class R8Scheduler:
         return self._progress.reported, self._chooser.batches
 
     @property
+    def batches_left(self) -> int | None:
+        """Batches that are left of the budget, as far as one can tell; None when it is seconds."""
+        if self._config.num_epochs is None:
+            return None if self.total_steps is None else max(self.total_steps - self.global_step, 0)
+        reported, planned = self.epoch_batches
+        later = max(self._config.num_epochs - self.current_epoch - 1, 0)
+        return planned - reported + later * self.steps_per_epoch
+
+    @property
     def interrupted(self) -> bool:
         """Whether a signal waits to be acted on: where `host_saves`, the host does and then delivers it."""
         return self._control.interrupted

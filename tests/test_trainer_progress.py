@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -31,6 +32,17 @@ def quiet():
     torch.set_num_threads(threads)
 
 
+class Notices:
+    """Keeps what a run says."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def record(self, event: Any) -> None:
+        if type(event).__name__ == "Notice":
+            self.said.append(event.message)
+
+
 class EveryOtherEpochShort:
     """A strategy whose epochs differ in length."""
 
@@ -47,7 +59,17 @@ class Run:
     """One training; what it reported and where it ended."""
 
     def __init__(
-        self, folder, *, resume=None, accumulation=1, batch=BATCH, model=MODEL, poison=(), args=None, **options
+        self,
+        folder,
+        *,
+        resume=None,
+        accumulation=1,
+        batch=BATCH,
+        model=MODEL,
+        poison=(),
+        args=None,
+        callbacks=(),
+        **options,
     ):
         from learnit_r8.integrations.huggingface import R8Trainer
 
@@ -63,7 +85,9 @@ class Run:
         self.reports = Reports(self.scheduler)
         given = {"save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True} | (args or {})
         training = transformers.TrainingArguments(str(folder), gradient_accumulation_steps=accumulation, **given)
-        self.trainer = R8Trainer(model(), training, train_dataset=classes(), scheduler=self.scheduler)
+        self.trainer = R8Trainer(
+            model(), training, train_dataset=classes(), scheduler=self.scheduler, callbacks=list(callbacks)
+        )
         self._left = set(poison)
         if poison:
             self.trainer.model.register_forward_hook(self._poison)
@@ -133,6 +157,50 @@ def test_another_batch_size_or_accumulation_on_resume_leaves_no_sample_out(tmp_p
     assert resumed.trainer.state.epoch == 3
 
 
+@pytest.mark.parametrize(
+    ("budget", "most", "steps", "told"),
+    [
+        ({"num_epochs": 4}, 7, 7, "num_steps=21"),
+        ({"num_epochs": 4}, 16, 16, None),
+        ({"num_epochs": 4}, 99, 16, "is not reached"),
+        ({"num_epochs": None, "num_steps": 24}, -1, 10, None),
+        ({"num_epochs": None, "num_steps": 24, "strategy": "infobatch"}, -1, None, None),
+        ({"num_epochs": None, "num_steps": 24}, 5, 5, "num_steps=15"),
+        ({"num_epochs": None, "train_duration_seconds": 1e6}, 5, 5, "num_steps=15"),
+    ],
+)
+def test_the_training_ends_at_max_steps_or_with_the_budget(tmp_path, budget, most, steps, told):
+    """Ten batches an epoch, three to a step: an epoch is four steps."""
+    notices: list[str] = []
+    args = {"max_steps": most, "save_steps": 3, "logging_steps": 1}
+    run = Run(tmp_path, accumulation=3, sinks=(Notices(notices),), args=args, **budget)
+    state = run.trainer.state
+    assert state.global_step == state.max_steps == (steps or state.global_step)
+    assert [told in notice for notice in notices if "max_steps" in notice] == ([] if told is None else [True])
+    if "num_steps" in budget and most < 0:
+        assert run.scheduler.global_step == 24
+    saved = str(tmp_path / "checkpoint-3")
+    resumed = Run(tmp_path, resume=saved, accumulation=3, args=args | {"save_strategy": "no"}, **budget)
+    assert resumed.trainer.state.global_step == state.global_step
+    assert torch.equal(resumed.weights, run.weights) or "train_duration_seconds" in budget
+
+
+def test_more_steps_go_on_amid_the_epoch_that_max_steps_ended(tmp_path):
+    Run(tmp_path, args={"max_steps": 13})
+    whole = Run(tmp_path / "whole", args={"max_steps": 25, "save_strategy": "no"})
+    more = Run(tmp_path, resume=str(tmp_path / "checkpoint-13"), args={"max_steps": 25, "save_strategy": "no"})
+    assert torch.equal(more.weights, whole.weights)
+    assert more.reports.batches == whole.reports.batches[13:]
+
+
+def test_shares_of_the_steps_are_shares_of_the_schedulers(tmp_path):
+    args = {"save_steps": 0.5, "logging_steps": 0.25}
+    run = Run(tmp_path, num_epochs=None, num_steps=24, args=args)
+    assert (run.trainer.state.save_steps, run.trainer.state.logging_steps) == (12, 6)
+    with pytest.raises(ConfigError, match="logging_steps, save_steps below 1"):
+        Run(tmp_path, num_epochs=None, train_duration_seconds=5.0, args=args)
+
+
 def test_the_search_for_a_rate_is_no_part_of_an_epoch(tmp_path):
     held: list[Any] = []
     from learnit_r8.integrations.huggingface import R8Trainer
@@ -185,7 +253,6 @@ def test_a_second_training_is_refused_and_a_resumed_one_goes_on(tmp_path):
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
         ({"dataloader_drop_last": True}, "drop_last"),
         ({"data_seed": 3}, "data_seed"),
-        ({"max_steps": 7}, "max_steps"),
         ({"dataloader_in_order": False}, "in_order"),
     ],
 )
@@ -225,34 +292,41 @@ def test_loaders_and_samplers_of_ones_own_and_streams_are_refused(tmp_path):
         make(Above).train()
 
 
-INTERRUPTED = """
-import os, signal, sys, warnings
-warnings.simplefilter("ignore")
-from tests.test_trainer_progress import *
-from learnit_r8.integrations.huggingface import R8Trainer
-transformers.utils.logging.set_verbosity_error()
-class Stop(transformers.TrainerCallback):
+class SignalAt(transformers.TrainerCallback):
+    def __init__(self, step: int, name: str) -> None:
+        self.step, self.name = step, name
+
     def on_step_end(self, args, state, control, **options):
-        if state.global_step == 5:
-            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-transformers.set_seed(0)
-scheduler = R8Scheduler(ROWS, BATCH, num_epochs=4, initial_lr=1e-2, ui="off", backup_every=3)
-args = transformers.TrainingArguments(
-    sys.argv[1], report_to=[], use_cpu=True, disable_tqdm=True, save_steps=1000, save_strategy="steps"
-)
-R8Trainer(MODEL(), args, train_dataset=classes(), scheduler=scheduler, callbacks=[Stop()]).train()
-"""
+        if state.global_step == self.step:
+            os.kill(os.getpid(), getattr(signal, self.name))
+
+
+def in_a_child(work: Callable[[], Any], errors: Any) -> int:
+    """Return how a forked process ends that does the work, as `os.waitpid` says it; its errors go to a file."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+        file.flush()
+        os._exit(1)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_saves_with_the_trainer_and_says_how_it_resumes(tmp_path, name):
-    run = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "out"), name],
-        capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"R8_UI": "off"},
-    )  # fmt: skip
-    assert run.returncode in (1, -signal.SIGINT, -signal.SIGTERM), run.stderr[-2000:]
+    args = {"save_steps": 1000, "save_strategy": "steps"}
+    status = in_a_child(
+        lambda: Run(tmp_path / "out", args=args, callbacks=[SignalAt(5, name)]), errors := tmp_path / "errors"
+    )
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 1
     folder = tmp_path / "out" / "checkpoint-6"
-    assert f"trainer.train(resume_from_checkpoint='{folder}')" in run.stderr.splitlines()[-1]
+    assert f"trainer.train(resume_from_checkpoint='{folder}')" in errors.read_text().splitlines()[-1]
     whole = Run(tmp_path / "whole", args={"save_strategy": "no"})
     resumed = Run(tmp_path / "out", resume=str(folder), args={"save_strategy": "no"})
     assert resumed.reports.batches == whole.reports.batches[6:]

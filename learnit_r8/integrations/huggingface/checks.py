@@ -24,6 +24,12 @@ def default_of(args: Any, name: str) -> Any:
     return None if field is None else field.default
 
 
+def share_of(args: Any, kind: str) -> bool:
+    """Whether logging, evaluation or saving (`kind`) comes at a share of the run's steps."""
+    steps, strategy = getattr(args, f"{kind}_steps"), getattr(args, f"{kind}_strategy")
+    return steps is not None and steps < 1 and str(getattr(strategy, "value", strategy)) == "steps"
+
+
 def host_problems(trainer: Any, mixin: type, sample_loss_func: Any) -> list[str]:
     """Return what a trainer does or was told that does not go with someone else's batches.
 

@@ -1,7 +1,8 @@
 """Watches the loss that a Hugging Face Trainer computes, and finds each sample's share of it.
 
 The host's own `compute_loss` makes the loss that is trained on. What is reported is read off the batch and the model's
-output (`_sample_losses.py`), and only if the parts add up to the host's loss; else it is the mean of the micro-batch.
+output (`_sample_losses.py`), and only if the parts add up to the host's loss, which is looked at for every micro-batch;
+else it is the mean of the micro-batch. All numbers of a micro-batch come to the CPU at once, when it is reported.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from learnit_r8.errors import ProtocolError
@@ -30,62 +33,76 @@ _EXACT, _HALF = 2e-5, 1e-2
 """Relative differences that rounding explains, for losses in float32 and in less."""
 
 
-class Check(NamedTuple):
-    """A host's loss and what a reading's losses come to; one pair is equal if the reading is right.
+class Result(NamedTuple):
+    """What a check found.
 
     Attributes:
-        host: The host's loss.
-        total: Sum of the samples' losses.
-        divisors: What the host may have divided it by.
+        means: Loss of each sample, float32 `[B]`.
+        finite: The host's loss is.
+        gap: Relative distance to it from what the samples' losses come to; 0 where it is not finite.
+        divisor: What their sum is to be divided by for it.
+        fits: They are the host's, but for rounding.
+    """
+
+    means: NDArray[Any]
+    finite: bool
+    gap: float
+    divisor: float
+    fits: bool
+
+
+class Check(NamedTuple):
+    """A host's loss and one loss per sample: do these add up to it?
+
+    Attributes:
+        host: The host's loss, without a graph.
+        found: The samples' losses.
+        items: What the host may have divided by, for the whole optimizer step; a number, a tensor or None.
         extra: What experts add, or None.
-        parts: Shares of `extra` that the host may have added.
-        tolerance: Relative difference that rounding explains.
+        steps: Micro-batches of the optimizer step.
+        world: Processes over which gradients are averaged.
+        given: The losses are the user's: they are reported whatever they add up to.
     """
 
     host: Tensor
-    total: Tensor
-    divisors: list[Any]
+    found: SampleLosses
+    items: Any
     extra: Tensor | None
-    parts: tuple[float, ...]
-    tolerance: float
+    steps: int
+    world: int
+    given: bool
 
-    def gaps(self) -> list[float]:
-        """Return the relative distances to the host's loss, divisor by divisor; all 0 where that is not finite."""
-        tensors = [one for one in (self.host, self.total, self.extra, *self.divisors) if isinstance(one, Tensor)]
-        if self.host.device.type == "cpu":
-            read = iter([one.detach().float().mean().item() if one.dim() else one.item() for one in tensors])
-        else:  # the device is waited for once
-            device = self.host.device
-            read = iter(torch.stack([one.detach().float().mean().to(device) for one in tensors]).tolist())
-        host, total = next(read), next(read)
-        extra = 0.0 if self.extra is None else next(read)
-        sides = [total / max(next(read) if isinstance(one, Tensor) else one, 1e-9) for one in self.divisors]
-        if not math.isfinite(host):
-            return [0.0] * len(sides)
-        gaps = [min(abs(host - side - part * extra) for part in self.parts) / (abs(host) + 1e-3) for side in sides]
-        return [gap if gap == gap else math.inf for gap in gaps]
-
-    def gap(self) -> float:
-        """Return the smallest of them."""
-        return min(self.gaps())
+    def read(self) -> Result:
+        """Compare; this waits for the device."""
+        one = self.found.single and self.steps == self.world == 1  # the items are the samples
+        counts = None if one and self.items is not None and not self.given else self.found.numbers()
+        items = self.items if isinstance(self.items, Tensor) else None
+        host, sums, numbers, divided, added = _on_cpu((self.host, self.found.sums, counts, items, self.extra))
+        loss, extra = float(host.mean()), 0.0 if added is None else float(added.mean())
+        means = sums if self.found.single else sums / np.maximum(numbers, 1)
+        total, divisors = math.fsum(sums.tolist()), [] if self.items is None or self.given else [self.items]
+        if divided is not None and divisors:
+            divisors = [float(divided.mean())]
+        if numbers is not None:
+            divisors.append(max(float(numbers.sum()), 1.0))
+            if self.given and self.steps > 1:
+                divisors.append(divisors[-1] * self.steps)
+        if self.world > 1:  # the host may have multiplied its loss by that
+            divisors += [divisor / self.world for divisor in divisors]
+        if not math.isfinite(loss):
+            return Result(means, finite=False, gap=0.0, divisor=divisors[0], fits=True)
+        shares = {1.0} if added is None else {1.0, 1 / self.steps, float(self.world), self.world / self.steps}
+        sides = [(total / max(divisor, 1e-9) + share * extra, divisor) for divisor in divisors for share in shares]
+        gap, divisor = min((abs(loss - side) / (abs(loss) + 1e-3), divisor) for side, divisor in sides)
+        limit = _EXACT if self.host.dtype in (torch.float32, torch.float64) else _HALF
+        return Result(means, finite=True, gap=gap, divisor=divisor, fits=gap <= limit)  # not where the gap is NaN
 
 
 class Note(NamedTuple):
-    """What there is to report of one micro-batch.
-
-    Attributes:
-        mean: Its mean loss, a number on the device.
-        losses: One loss a sample, `[B]`, where a reading gave them.
-        check: Says whether they are the host's; None where that is settled.
-    """
+    """What there is to report of one micro-batch: its mean loss, a number on the device, and what may be better."""
 
     mean: Tensor
-    losses: Tensor | None = None
     check: Check | None = None
-
-    def agrees(self) -> bool:
-        """Whether the losses are the host's."""
-        return self.check is None or self.check.gap() <= self.check.tolerance
 
 
 class LossWatch:
@@ -126,14 +143,18 @@ class LossWatch:
             loss = train()
         finally:
             self.open = False
-            self._outputs.clear()
-            self._reference.clear()
+            self._forget()
         if self._calls != 1:
             # Nothing is known of what the host did with them: its own number is the loss.
             del self.notes[known:]
             self.notes.append(Note(loss.detach().float()))
             self._host._say("calls", f"compute_loss ran {self._calls} times in a training step: {_ONE_NUMBER}")
         return loss
+
+    def _forget(self) -> None:
+        self._outputs.clear()
+        self._reference.clear()
+        self._given = None
 
     def _attach(self, model: Any) -> None:
         host = self._host
@@ -163,9 +184,9 @@ class LossWatch:
 
     def give(self, losses: Tensor) -> None:
         """Take the losses of this micro-batch from who computes them."""
-        if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != self._host._batch_rows():
+        wanted = self._host._batch_rows()
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != wanted:
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            wanted = self._host._batch_rows()
             raise ProtocolError(f"one loss per sample is a tensor of shape ({wanted},) here, got {got}")
         self._given = losses
 
@@ -175,9 +196,7 @@ class LossWatch:
         if not self.open:
             return self._compute(model, inputs, *args, **kwargs)
         self._calls += 1
-        self._outputs.clear()
-        self._reference.clear()
-        self._given = None
+        self._forget()
         batch = dict(inputs) if hasattr(inputs, "keys") else {}
         items = kwargs.get("num_items_in_batch")
         probe = self._probe(items)
@@ -200,57 +219,50 @@ class LossWatch:
         weights = self._host._weights(loss)
         with torch.set_grad_enabled(weights is not None):
             found = self._read(loss, seen, items)
-        mean = self._mean(loss.detach(), seen, items)
-        weighted = None
-        if found is None:
-            self.notes.append(Note(mean))
-        else:
-            check = self._check(loss, found, seen, items)
-            self.notes.append(Note(mean, found.means, None if found.sums is self._given else check))
-            if weights is not None:
-                weighted = _weighted(loss, found, weights, check)
-        if weights is not None and weighted is None:
+        check = None if found is None else self._check(loss, found, seen, items)
+        self.notes.append(Note(self._mean(loss.detach(), seen, items), check))
+        if weights is None:
+            return loss
+        result = None if check is None else check.read()
+        if found is None or result is None or not result.fits:
             self._host._say("weights", _UNWEIGHTED)
-        return loss if weighted is None else weighted
+            return loss
+        return loss + ((weights - 1) * found.sums).sum() / result.divisor if result.finite else loss
 
     def _read(self, loss: Tensor, seen: Seen, items: Any) -> SampleLosses | None:
         if self._given is not None:
             return one_each(self._given)
-        if self.reading is not None:
-            found = self.reading(seen)
-            if found is not None:
-                return found
-        return self._search(loss, seen, items) if self._tries else None
+        found = None if self.reading is None else self.reading(seen)
+        return found if found is not None or not self._tries else self._search(loss, seen, items)
 
     def _search(self, loss: Tensor, seen: Seen, items: Any) -> SampleLosses | None:
         """Try all readings, and keep the one that is right; this waits for the device."""
-        if not bool(torch.isfinite(loss.detach()).all()):
-            return None
         best: tuple[float, Reading | None, SampleLosses | None] = (math.inf, None, None)
         for reading in READINGS if seen.outputs else ():
             found = reading(seen)
             if found is None:
                 continue
-            check = self._check(loss, found, seen, items)
-            gap = check.gap()
-            if gap <= check.tolerance and gap < best[0]:
-                best = gap, reading, found  # the nearest: before training all classes are alike to most of them
+            result = self._check(loss, found, seen, items).read()
+            if not result.finite:
+                return None
+            if result.fits and result.gap < best[0]:
+                best = result.gap, reading, found  # the nearest: before training all classes are alike to most of them
         _, self.reading, nearest = best
         if nearest is None:
             self._missed()
         return nearest
 
-    def judge(self, note: Note) -> bool:
-        """Return whether a micro-batch's losses are the host's. A reading that was wrong is looked for anew."""
-        if note.losses is None:
-            return False
-        right = note.agrees()
-        if right:
+    def judge(self, note: Note) -> NDArray[Any] | None:
+        """Return one loss per sample, or None where these are not the host's: a reading is looked for anew then."""
+        if note.check is None:
+            return None
+        result = note.check.read()
+        if note.check.given or result.fits:
             self._tries = max(self._tries, _TRIES)
-        else:
-            self.reading = None
-            self._missed()
-        return right
+            return result.means
+        self.reading = None
+        self._missed()
+        return None
 
     def _missed(self) -> None:
         self._tries = max(self._tries - 1, 0)
@@ -264,23 +276,10 @@ class LossWatch:
         return int(getattr(self._host, "current_gradient_accumulation_steps", 1))
 
     def _check(self, loss: Tensor, found: SampleLosses, seen: Seen, items: Any) -> Check:
-        """Return how to tell whether the samples' losses are the host's.
-
-        It may have divided their sum by the items of the whole step, or of the micro-batch, and where gradients are
-        averaged over processes it may have multiplied its loss by their number.
-        """
-        steps, world = self._steps, self._host.accelerator.num_processes
-        divisors: list[Any] = [] if items is None or self._given is not None else [items]
-        if not (divisors and found.single and steps == world == 1):  # there the two are one
-            own = found.numbers().sum().clamp(min=1)
-            divisors.append(own)
-            if self._given is not None and steps > 1:
-                divisors.append(own * steps)
+        """Return how to tell whether the samples' losses are the host's."""
         extra = auxiliary(seen.outputs[-1] if seen.outputs else None, getattr(self._host.model, "config", None))
-        parts = {1.0} if extra is None else {1.0, 1 / steps, float(world), world / steps}
-        if world > 1:
-            divisors += [divisor / world for divisor in divisors]
-        return Check(loss, found.sums.detach().sum(), divisors, extra, tuple(sorted(parts)), _tolerance(loss))
+        given, world = self._given is not None, self._host.accelerator.num_processes
+        return Check(loss.detach(), found, items, extra, self._steps, world, given)
 
     def _scale(self, loss: Tensor, seen: Seen, items: Any) -> float:
         """Return by how much the host multiplied its loss, because gradients are averaged over processes."""
@@ -320,18 +319,16 @@ class LossWatch:
         return mean
 
 
-def _weighted(loss: Tensor, found: SampleLosses, weights: Tensor, check: Check) -> Tensor | None:
-    """Return the loss with its samples' shares weighted, or None where they do not add up to it."""
-    gaps = check.gaps()
-    nearest = min(range(len(gaps)), key=gaps.__getitem__)
-    if gaps[nearest] > check.tolerance or not bool(torch.isfinite(loss.detach()).all()):
-        return None
-    weighted: Tensor = loss + ((weights - 1) * found.sums).sum() / check.divisors[nearest]
-    return weighted
-
-
-def _tolerance(loss: Tensor) -> float:
-    return _EXACT if loss.dtype in (torch.float32, torch.float64) else _HALF
+def _on_cpu(parts: tuple[Tensor | None, ...]) -> list[Any]:
+    """Return tensors as flat float32 arrays, None as it is; several on a device come at once."""
+    flat = [None if part is None else part.detach().reshape(-1).float() for part in parts]
+    if all(part is None or part.device.type == "cpu" for part in flat):
+        return [None if part is None else part.numpy() for part in flat]
+    device = next(part.device for part in flat if part is not None and part.device.type != "cpu")
+    sizes = [len(part) for part in flat if part is not None]
+    whole = torch.cat([part.to(device) for part in flat if part is not None]).cpu()
+    read = iter(torch.split(whole, sizes))
+    return [None if part is None else next(read).numpy() for part in flat]
 
 
 def _raw_loss(outputs: list[Any]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.integrations.huggingface.checks import data_problems, host_problems, is_grouped
@@ -19,7 +20,7 @@ from learnit_r8.integrations.huggingface.loader import EpochLength, Repeated, ma
 from learnit_r8.integrations.huggingface.losses import LossWatch
 
 ENDLESS = 1 << 40
-"""Steps an epoch that the Trainer reckons with: where an epoch ends is seen when the batches do."""
+"""Epochs, and steps in each, that the Trainer reckons with: where they end is seen when the batches do."""
 
 
 class SampleLossMixin:
@@ -69,7 +70,7 @@ class SampleLossMixin:
     def _batch_sampler(self) -> Sampler[list[int]]:
         raise NotImplementedError
 
-    def _report(self, losses: Tensor, *, skipped: bool) -> None:
+    def _report(self, losses: Any, *, skipped: bool) -> None:
         raise NotImplementedError
 
     def _weights(self, loss: Tensor) -> Tensor | None:
@@ -92,9 +93,16 @@ class SampleLossMixin:
         """Return whether the epoch has batches that are still to be drawn, though its iterator has ended."""
         return False
 
-    def _place(self, state: Any) -> tuple[float, int]:
-        """Return the epoch, with its fraction, and the Trainer's steps in the whole run."""
+    def _place(self) -> tuple[float, int]:
+        """Return the epoch, with its fraction, and how many optimizer steps are left."""
         raise NotImplementedError
+
+    def _follow(self, state: Any) -> None:
+        """Write down in the Trainer's state where the training stands, and the step that will end it."""
+        trainer: Any = self
+        state.epoch, left = self._place()
+        most = int(trainer.args.max_steps)
+        state.max_steps = state.global_step + left if most <= 0 else min(state.global_step + left, most)
 
     def _on_train_begin(self, control: Any) -> None:
         pass
@@ -176,7 +184,10 @@ class SampleLossMixin:
         if len(values) != 7 or values[5] != len(dataloader):
             raise ConfigError([_VERSION])
         self._length = EpochLength(values[5])
-        values[1], values[5] = ENDLESS, self._length
+        values[0], values[1], values[5] = ENDLESS, ENDLESS, self._length
+        start = TrainerState()
+        self._follow(start)
+        values[6] = max(start.max_steps, 1)  # logging_steps=0.1 and the like are shares of it
         return tuple(values)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -191,9 +202,7 @@ class SampleLossMixin:
             samples, items = super().get_batch_samples(self._iterator, aligned, device)  # type: ignore[misc]
         self._micro += len(samples)
         self._length.end = self._micro
-        if samples:
-            _, trainer.state.max_steps = self._place(trainer.state)
-        else:
+        if not samples:
             trainer.control.should_epoch_stop = True
         return samples, items
 
@@ -250,12 +259,13 @@ class SampleLossMixin:
         skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
         notes = list(self._watch.notes)
         self._watch.notes.clear()
-        agree = [self._watch.judge(note) for note in notes]
+        found = [self._watch.judge(note) for note in notes]
         if trainer.args.world_size > 1:  # a report is one loss per sample on all ranks or on none
-            flags = torch.tensor(agree, dtype=torch.int32, device=trainer.accelerator.device)
+            flags = torch.tensor([one is not None for one in found], device=trainer.accelerator.device).int()
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
-            agree = [bool(flag) for flag in flags.tolist()]
-        self._hand_over([n.losses if right else n.mean for n, right in zip(notes, agree, strict=True)], skipped)
+            found = [one if flag else None for one, flag in zip(found, flags.tolist(), strict=True)]
+        means = (note.mean for note in notes)
+        self._hand_over([mean if one is None else one for one, mean in zip(found, means, strict=True)], skipped)
 
     def _hand_over(self, reports: list[Any], skipped: bool) -> None:
         for losses in reports:
@@ -270,7 +280,8 @@ class _Callback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._on_train_begin(control)
-        _, state.max_steps = self._trainer._place(state)
+        state.num_train_epochs = math.ceil(args.num_train_epochs)
+        self._trainer._follow(state)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._micro = 0
@@ -278,13 +289,12 @@ class _Callback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._report_notes()
         self._trainer._resumed = False
-        state.epoch, state.max_steps = self._trainer._place(state)
+        self._trainer._follow(state)
         self._trainer._on_step_end(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._watch.notes.clear()  # of an accumulation that was left: no optimizer step came
-        if not control.should_training_stop or state.global_step >= state.max_steps:
-            self._trainer._on_epoch_end(control)
+        self._trainer._on_epoch_end(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._on_save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))

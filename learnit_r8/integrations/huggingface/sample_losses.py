@@ -31,12 +31,6 @@ class SampleLosses(NamedTuple):
     numbers: Callable[[], Tensor]
     single: bool = False
 
-    @property
-    def means(self) -> Tensor:
-        """Mean loss of each sample, `[B]`, without grad; 0 where all labels are masked."""
-        sums = self.sums.detach()
-        return sums if self.single else sums / self.numbers().clamp(min=1)
-
 
 class Seen(NamedTuple):
     """What one call of a host's `compute_loss` showed.

@@ -25,7 +25,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from learnit_r8.integrations.huggingface.backups import TrainedState
-from learnit_r8.integrations.huggingface.checks import default_of, is_grouped
+from learnit_r8.integrations.huggingface.checks import default_of, is_grouped, share_of
 from learnit_r8.integrations.huggingface.mixin import SampleLossMixin
 from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr, scales, unwrapped
 from learnit_r8.integrations.torch.sampler import R8BatchSampler
@@ -123,8 +123,12 @@ class R8Mixin(SampleLossMixin):
         size = scheduler.catalog.num_samples
         if hasattr(dataset, "__len__") and len(dataset) != size:
             problems.append(f"train_dataset has {len(dataset)} samples, the scheduler num_samples={size}")
-        if trainer.args.max_steps > 0:
-            problems.append(f"max_steps={trainer.args.max_steps}: the scheduler's num_epochs says how long to train")
+        shares = [f"{kind}_steps" for kind in ("logging", "eval", "save") if share_of(trainer.args, kind)]
+        if shares and scheduler.total_steps is None:
+            problems.append(
+                f"{', '.join(shares)} below 1: a share of the run's steps, and nobody knows how many fit into "
+                "train_duration_seconds; give a number of steps"
+            )
         if trainer.lr_scheduler is not None:
             problems.append("optimizers=(optimizer, lr_scheduler): the scheduler sets the learning rate, give None")
         if trainer.args.dataloader_drop_last and not scheduler.drop_last:
@@ -168,6 +172,14 @@ class R8Mixin(SampleLossMixin):
         ]
         if given:
             self.scheduler.tell(f"{', '.join(given)} of the Trainer: R8Scheduler's own values count in place of it")
+        most, own, each = args.max_steps, self._place()[1], args.gradient_accumulation_steps * self._repeats()[1]
+        if 0 < most < own:
+            self.scheduler.tell(
+                f"max_steps={most} ends the training before R8Scheduler's budget does, so the schedule of the learning "
+                f"rate does not come to its end: as a budget that is R8Scheduler(num_steps={most * each}), in batches"
+            )
+        elif most > own:
+            self.scheduler.tell(f"max_steps={most} is not reached: R8Scheduler's budget is spent after {own} steps")
 
     def _take_over(self) -> None:
         trainer: Any = self
@@ -196,7 +208,7 @@ class R8Mixin(SampleLossMixin):
         weights = self.scheduler.importance_weights(self._position())
         return None if weights is None else torch.from_numpy(weights).to(loss.device)
 
-    def _report(self, losses: Tensor, *, skipped: bool) -> None:
+    def _report(self, losses: Any, *, skipped: bool) -> None:
         self.scheduler.update_with_loss(losses, skipped=skipped)
 
     def _hand_over(self, reports: list[Any], skipped: bool) -> None:
@@ -205,7 +217,7 @@ class R8Mixin(SampleLossMixin):
             super()._hand_over(reports, skipped)
             return
         for loss in reports:
-            self._parts.append(loss.detach().float())
+            self._parts.append(torch.as_tensor(loss).float().mean())
             if len(self._parts) == times:
                 mean, self._parts = torch.stack(self._parts).mean(), []
                 rewards = self._rewards.pop(0) if self._rewards else None
@@ -234,14 +246,20 @@ class R8Mixin(SampleLossMixin):
         reported, planned = self.scheduler.epoch_batches
         return reported < planned
 
-    def _place(self, state: Any) -> tuple[float, int]:
-        scheduler, times, group = self.scheduler, self._repeats()[1], self.args.gradient_accumulation_steps
+    def _place(self) -> tuple[float, int]:
+        scheduler = self.scheduler
         reported, planned = scheduler.epoch_batches
-        epoch = scheduler.current_epoch + reported / max(planned, 1)
-        per_epoch = -(-scheduler.steps_per_epoch * times // group)
-        left = -(-((planned - reported) * times - len(self._parts)) // group)
-        later = max(int(self.args.num_train_epochs) - scheduler.current_epoch - 1, 0)
-        return epoch, state.global_step + max(left, 0) + later * per_epoch
+        left = scheduler.batches_left
+        if left is None:
+            left = MANY * scheduler.steps_per_epoch
+        here = min(planned - reported, left)
+        whole, rest = divmod(left - here, scheduler.steps_per_epoch)
+        steps = self._steps(here, len(self._parts)) + whole * self._steps(scheduler.steps_per_epoch) + self._steps(rest)
+        return scheduler.current_epoch + reported / max(planned, 1), steps
+
+    def _steps(self, batches: int, parts: int = 0) -> int:
+        """Return how many optimizer steps so many batches of one epoch make, `parts` of the first being done."""
+        return max(-(-(batches * self._repeats()[1] - parts) // int(self.args.gradient_accumulation_steps)), 0)
 
     def _on_train_begin(self, control: Any) -> None:
         if self._resumed and not (self._rates is not None and self._rates.loaded):
@@ -253,7 +271,6 @@ class R8Mixin(SampleLossMixin):
         if self._backups is not None:
             self._backups.watch()
         self._parts.clear()
-        self._rewards.clear()
         self._epochs = self.scheduler.epoch_iterator()
         self._on_epoch_end(control)
 
@@ -277,6 +294,8 @@ class R8Mixin(SampleLossMixin):
 
     def _on_epoch_end(self, control: Any) -> None:
         self._rewards.clear()
+        if control.should_training_stop and self.scheduler.batches_left != 0:
+            return  # by max_steps or a callback: a resume goes on in this epoch
         if next(self._epochs, None) is None:
             control.should_training_stop = True
 
@@ -363,11 +382,11 @@ class SRSTrainer(SampleLossMixin, Trainer):
     def _goes_on(self) -> bool:
         return self._resumed and self.state.global_step % self._updates() > 0
 
-    def _place(self, state: Any) -> tuple[float, int]:
-        updates = self._updates()
-        return state.global_step / updates, math.ceil(self.args.num_train_epochs * updates)
+    def _place(self) -> tuple[float, int]:
+        done, updates, most = self.state.global_step, self._updates(), self.args.max_steps
+        return done / updates, (most if most > 0 else math.ceil(self.args.num_train_epochs * updates)) - done
 
-    def _report(self, losses: Tensor, *, skipped: bool) -> None:
+    def _report(self, losses: Any, *, skipped: bool) -> None:
         self.train_sampler.update_difficulties(losses)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
