@@ -173,13 +173,22 @@ class PromptScheduler(Saved):
         if not self._keys:
             problems.append("there is no prompt to draw: add(keys) first")
         problems.raise_if_any()
+        return self.draw_among(len(self), n)
+
+    def draw_among(self, slots: int | NDArray[np.int64], n: int) -> list[Hashable]:
+        """As `draw`, from a part of the prompts.
+
+        Args:
+            slots: Their places in the order in which they were added, distinct, `[m]`; or how many there are, for all.
+            n: How many, at least 1.
+        """
         rng = self._streams.at(Purpose.BATCH, 0, self._draws)
         self._draws += 1
         for waits in (self._waits, self._gone):
             for key in [key for key, since in waits.items() if self._draws - since > _PATIENCE]:
                 del waits[key]
-        size = min(len(self), _POOL * n + len(self._waits))
-        pool = rng.choice(len(self), size, replace=False)
+        there = slots if isinstance(slots, int) else len(slots)
+        pool = rng.choice(slots, min(there, _POOL * n + len(self._waits)), replace=False)
         busy = np.isin(pool, [self._slots[key] for key in self._waits])
         pool = np.concatenate([pool[~busy][: _POOL * n], pool[busy]])  # these last, for want of others
         free = min(len(pool) - int(busy.sum()), _POOL * n)
@@ -226,18 +235,27 @@ class PromptScheduler(Saved):
         if not count:
             return
         gains = (values - low) / (high - low)
-        mean = float(gains.mean())
+        self.learn(slot, count, float(gains.mean()), float(gains.var()))
+
+    def learn(self, slot: int, count: int, mean: float, variance: float | None = None) -> None:
+        """Take in a group of which only this is known.
+
+        Args:
+            slot: The prompt's place.
+            count: Completions.
+            mean: Of their rewards, 0 (the lowest) to 1 (the highest).
+            variance: Likewise; None: the most that the mean allows, as where rewards are 0 or 1.
+        """
+        most = mean * (1.0 - mean)
+        shown = most if variance is None else variance
         left = self._left(slot) * _CARRY ** (count / self.group_size)
-        for evidence, new in (
-            (self._wins, mean),
-            (self._losses, 1.0 - mean),
-            (self._shown, float(gains.var())),
-            (self._possible, mean * (1.0 - mean)),
-        ):
+        parts = ((self._wins, mean), (self._losses, 1.0 - mean), (self._shown, shown), (self._possible, most))
+        for evidence, new in parts:
             evidence[slot] = left * evidence[slot] + count * new
+        self._waits.pop(self._keys[slot], None)
         self._at[slot] = self._draws
         self._groups += 1
-        self._mixed += bool(values.min() < values.max())
+        self._mixed += shown > 0.0
 
     def pass_rate(self, key: Hashable) -> float:
         """Return the mean of the belief about a prompt's reward, 0 (the lowest) to 1 (the highest); .5 if unseen.

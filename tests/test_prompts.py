@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError, StateError
 from learnit_r8.prompts import PromptScheduler
+from learnit_r8.strategies import Prompts
 
 RATES = np.repeat([0.0, 0.5, 1.0], [40, 20, 40])  # never, sometimes, always
 
@@ -156,3 +158,40 @@ def test_the_numbers_for_a_log_add_up():
     assert numbers["groups"] == 1000
     assert 0 < numbers["mixed_groups"] < 1000
     assert abs(numbers["frontier"] - 20) <= 12
+
+
+def loop(strategy, stop=None, state=None, **options):
+    """Train prompts of known rates inside the scheduler; return the batches and the state at `stop`."""
+    scheduler = R8Scheduler(
+        100, 10, num_epochs=6, strategy=strategy, ui="off", checkpoint_dir=None, recovery="report", **options
+    )
+    if state is not None:
+        scheduler.load_state_dict(state)
+    batches = []
+    for _ in scheduler.epoch_iterator():
+        for batch in scheduler.batch_iterator():
+            batches.append(batch.indices.tolist())
+            rng = np.random.default_rng(scheduler.global_step)
+            scheduler.update_with_loss(-rng.binomial(8, RATES[batch.indices]) / 8)
+            if scheduler.global_step == stop:
+                return batches, scheduler.state_dict()
+    return batches, None
+
+
+def test_as_a_strategy_it_draws_the_mixed_prompts_and_resumes_to_the_bit():
+    strategy = Prompts()
+    batches, _ = loop(strategy)
+    assert len(batches) == 60
+    late = np.concatenate(batches[30:])
+    assert np.isin(late, np.arange(40, 60)).mean() > 2 * 0.2
+    assert strategy.prompts.pass_rate(99) > 0.8
+    assert strategy.prompts.metrics_dict()["groups"] == 600
+    _, state = loop(Prompts(), stop=23)
+    rest, _ = loop(Prompts(), state=state)
+    assert rest == batches[23:]
+
+
+def test_as_a_strategy_it_names_rewards_that_are_out_of_range():
+    with pytest.raises(ConfigError, match=r"reward_range=\(0.0, 0.1\)"):
+        loop(Prompts(reward_range=(0.0, 0.1)))
+    assert len(loop(Prompts(4, reward_range=(-1.0, 3.0)))[0]) == 60

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
+from learnit_r8.strategies import Prompts
 from tests.trainer_cases import BATCH, CASES, ROWS, TRL_LLAMA, texts, tokenizer, transformers
 from tests.trainer_equality import Reports
 
@@ -35,14 +36,14 @@ class Groups:
     """One run of GRPO or RLOO; the reward of a prompt is its number."""
 
     def __init__(
-        self, folder: Any, name: str = "GRPO", scheduler: Any = None, resume: Any = None, **options: Any
+        self, folder: Any, name: str = "GRPO", strategy: Any = "uniform", resume: Any = None, **options: Any
     ) -> None:
         import trl
 
         from learnit_r8.integrations.huggingface import R8Mixin
 
         self.scheduler = R8Scheduler(
-            ROWS, BATCH, num_epochs=1, initial_lr=1e-3, strategy="uniform", ui="off", checkpoint_dir=None
+            ROWS, BATCH, num_epochs=1, initial_lr=1e-3, strategy=strategy, ui="off", checkpoint_dir=None
         )
         self.reports = Reports(self.scheduler)
         self.generated: list[list[int]] = []
@@ -86,6 +87,16 @@ def test_groups_are_completions_of_one_prompt_and_rewards_reach_the_catalog(tmp_
     assert run.scheduler.global_step == ROWS // BATCH
     assert run.trainer.state.epoch == 1
     assert run.trainer.state.global_step == run.trainer.state.max_steps
+
+
+def test_prompts_are_drawn_by_what_their_groups_have_shown(tmp_path):
+    strategy = Prompts(2, reward_range=(0.0, ROWS))
+    run = Groups(tmp_path, strategy=strategy, save_strategy="no")
+    groups = [drawn[i : i + 2] for drawn in run.generated for i in range(0, len(drawn), 2)]
+    assert all(len(set(group)) == 1 for group in groups)
+    seen = {group[0] for group in groups}
+    assert strategy.prompts.metrics_dict()["groups"] == len(groups) == ROWS
+    assert all(strategy.prompts.pass_rate(i) != 0.5 or i == ROWS / 2 for i in seen)
 
 
 def test_a_resumed_run_of_groups_draws_the_prompts_that_are_left(tmp_path):

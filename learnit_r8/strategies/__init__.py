@@ -10,6 +10,7 @@ from learnit_r8.strategies.curriculum_scheduler import CurriculumScheduler
 from learnit_r8.strategies.infobatch import InfoBatch
 from learnit_r8.strategies.mixture import Balanced, Mixture
 from learnit_r8.strategies.prioritized import Prioritized
+from learnit_r8.strategies.prompts import Prompts
 from learnit_r8.strategies.quadrant import Quadrant
 from learnit_r8.strategies.reward import RewardWeighted, RewardWeightedSampler
 from learnit_r8.strategies.spaced import ExponentialMovingStats, SpacedRepetition, SpacedRepetitionSampler
@@ -31,6 +32,7 @@ __all__ = [
     "InfoBatch",
     "Mixture",
     "Prioritized",
+    "Prompts",
     "Quadrant",
     "RewardWeighted",
     "RewardWeightedSampler",

@@ -135,7 +135,9 @@ class Mixture(Saved):
         edges = np.floor(np.cumsum(shares) / shares.sum() * request.size + self._phase)
         edges[-1] = request.size  # the sum's last bits
         counts = np.diff(np.minimum(edges, request.size), prepend=0.0).astype(int)
-        parts = [self._take(source, int(counts[source]), request.excluded, rng) for source in np.flatnonzero(counts).tolist()]
+        parts = [
+            self._take(source, int(counts[source]), request.excluded, rng) for source in np.flatnonzero(counts).tolist()
+        ]
         return Draw(np.concatenate(parts).astype(np.int64))
 
     def _take(self, source: int, count: int, excluded: Mask | None, rng: np.random.Generator) -> Indices:
