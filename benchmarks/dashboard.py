@@ -196,7 +196,19 @@ def _drain(master: int, tail: bytearray) -> None:
 
 def record_cost() -> dict[str, float]:
     """Nanoseconds to hand one event over."""
-    event = LossReported(0.0, 1, 0, 1.0, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4)
+    event = LossReported(
+        time=0.0,
+        step=1,
+        epoch=0,
+        loss=1.0,
+        expected_loss=1.0,
+        lr=1e-3,
+        verdict="calm",
+        score=0.0,
+        size=32,
+        step_seconds=2e-3,
+        r8_seconds=1e-4,
+    )
     ring: deque[LossReported] = deque(maxlen=65536)
     line: queue.Queue[LossReported] = queue.Queue()
     record, put = ring.append, line.put
@@ -255,8 +267,22 @@ def memory(events: int) -> dict[str, float]:
     model = DashboardModel()
     sizes = []
     for step in range(events):
-        model.consume(BatchIssued(step * 0.002, step, step // 5000, 32, 1e-3, 1e-4))
-        model.consume(LossReported(step * 0.002, step, step // 5000, 1.0, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4))
+        model.consume(BatchIssued(time=step * 0.002, step=step, epoch=step // 5000, size=32, lr=1e-3, seconds=1e-4))
+        model.consume(
+            LossReported(
+                time=step * 0.002,
+                step=step,
+                epoch=step // 5000,
+                loss=1.0,
+                expected_loss=1.0,
+                lr=1e-3,
+                verdict="calm",
+                score=0.0,
+                size=32,
+                step_seconds=2e-3,
+                r8_seconds=1e-4,
+            )
+        )
         if step + 1 in {events // 10, events}:
             sizes.append(_resident())
     return {"steps": events, "a tenth_MB": sizes[0] / 1e6, "end_MB": sizes[1] / 1e6}

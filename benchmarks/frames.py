@@ -36,22 +36,58 @@ def losses(first: int, count: int, rng: random.Random) -> Iterator[e.LossReporte
     for step in range(first, first + count):
         level = 2 * math.exp(-step / 1e5) + 0.1
         value = level * (1 + 0.1 * rng.gauss(0, 1)) if rng.random() > 1e-4 else 50.0
-        yield e.LossReported(0.1 * step, step, step // PER_EPOCH, value, level, 0.01, "calm", 0.5, 32, 0.09, 1e-4)
+        yield e.LossReported(
+            time=0.1 * step,
+            step=step,
+            epoch=step // PER_EPOCH,
+            loss=value,
+            expected_loss=level,
+            lr=0.01,
+            verdict="calm",
+            score=0.5,
+            size=32,
+            step_seconds=0.09,
+            r8_seconds=1e-4,
+        )
 
 
 def long_run() -> DashboardModel:
     rng, model = random.Random(0), DashboardModel()
     config = {"num_epochs": STEPS // PER_EPOCH}
-    model.consume(e.RunStarted(0.0, 0, "run", config, PER_EPOCH, STEPS, False, "", 1, 0.0))
+    model.consume(
+        e.RunStarted(
+            time=0.0,
+            step=0,
+            run="run",
+            config=config,
+            steps_per_epoch=PER_EPOCH,
+            total_steps=STEPS,
+            resumed=False,
+            version="",
+            pid=1,
+            elapsed=0.0,
+        )
+    )
     for epoch in range(STEPS // PER_EPOCH):
         time, step = 0.1 * epoch * PER_EPOCH, epoch * PER_EPOCH
-        model.consume(e.EpochStarted(time, step, epoch, "quadrant", PER_EPOCH))
+        model.consume(e.EpochStarted(time=time, step=step, epoch=epoch, phase="quadrant", batches=PER_EPOCH))
         quarters = (0.1, 0.2, 0.3, 0.4)
         model.consume(
-            e.QuadrantsRefreshed(time, step, epoch, (0.0, *quarters), (9,) * 4, quarters, quarters, quarters, 0, 1)
+            e.QuadrantsRefreshed(
+                time=time,
+                step=step,
+                epoch=epoch,
+                edges=(0.0, *quarters),
+                counts=(9,) * 4,
+                losses=quarters,
+                uses=quarters,
+                easier=quarters,
+                unseen=0,
+                stuck=1,
+            )
         )
-        model.consume(e.MetricLogged(time, step, "val_loss", 0.5))
-        model.consume(e.CheckpointSaved(time, step, f"ckpt/{epoch}", 10**8, 1.0))
+        model.consume(e.MetricLogged(time=time, step=step, name="val_loss", value=0.5))
+        model.consume(e.CheckpointSaved(time=time, step=step, path=f"ckpt/{epoch}", bytes=10**8, seconds=1.0))
         model.consume_all(losses(step, PER_EPOCH, rng))
     return model
 

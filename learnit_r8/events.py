@@ -7,20 +7,21 @@ for everything but non-finite floats, which strict JSON lacks: they travel as st
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A fact. `time` is seconds since the Unix epoch, `step` the global step."""
+    """A fact. `time` is seconds since the Unix epoch, put in when it is told; `step` the global step."""
 
-    time: float
+    time: float = math.nan
     step: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(Event):
     """The first batch is about to be drawn (again after a resume)."""
 
@@ -36,7 +37,7 @@ class RunStarted(Event):
     """Training seconds already spent before this process, on resume."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EpochStarted(Event):
     """An epoch's plan is made."""
 
@@ -46,7 +47,7 @@ class EpochStarted(Event):
     batches: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BatchIssued(Event):
     """A batch was handed to the user."""
 
@@ -57,7 +58,7 @@ class BatchIssued(Event):
     """Time that choosing the samples took."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LossReported(Event):
     """A loss came back."""
 
@@ -75,7 +76,7 @@ class LossReported(Event):
     """The scheduler's own share of this step: draw and update."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QuadrantsRefreshed(Event):
     """New quartile edges at the start of an epoch, and how samples moved in the last one.
 
@@ -97,7 +98,7 @@ class QuadrantsRefreshed(Event):
     """Samples that have stayed in Q4 for more than five epochs."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EpochEnded(Event):
     """The epoch's last batch was reported, or its loop was left early."""
 
@@ -108,7 +109,7 @@ class EpochEnded(Event):
     completed: bool
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseChanged(Event):
     """LR search, cataloging, balanced, probation, ... and why."""
 
@@ -116,7 +117,7 @@ class PhaseChanged(Event):
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeSeen(Event):
     """A loss, or several, that are not as usual."""
 
@@ -131,7 +132,7 @@ class SpikeSeen(Event):
     """The evidence in words."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RolledBack(Event):
     """The model was restored."""
 
@@ -143,14 +144,14 @@ class RolledBack(Event):
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackFailed(Event):
     """No restore was possible, or the callback failed; the update was not counted."""
 
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BackupTaken(Event):
     """The model's state was copied to RAM."""
 
@@ -158,14 +159,14 @@ class BackupTaken(Event):
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BackupVerified(Event):
     """Later losses proved the backup of `of_step` healthy."""
 
     of_step: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleQuarantined(Event):
     """Samples are kept out of batches from now on."""
 
@@ -173,7 +174,7 @@ class SampleQuarantined(Event):
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SuspectsNamed(Event):
     """The samples most likely to be wrong rather than hard, most suspicious first."""
 
@@ -183,7 +184,7 @@ class SuspectsNamed(Event):
     """How many were flagged; `indices` holds the first of them."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyDecided(Event):
     """A strategy changed its mind, with the figure that made it."""
 
@@ -192,7 +193,7 @@ class StrategyDecided(Event):
     figure: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved(Event):
     """A checkpoint is durable on disk."""
 
@@ -201,7 +202,7 @@ class CheckpointSaved(Event):
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFailed(Event):
     """Saving or reading a checkpoint failed; the previous one stays."""
 
@@ -209,14 +210,14 @@ class CheckpointFailed(Event):
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointLoaded(Event):
     """State was restored from disk."""
 
     path: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LrFound(Event):
     """LR discovery ended; `lr` is the new peak (the configured one when ambiguous)."""
 
@@ -225,7 +226,7 @@ class LrFound(Event):
     steps: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MetricLogged(Event):
     """A number of the user's own: validation loss, gradient norm, accuracy, ..."""
 
@@ -233,14 +234,14 @@ class MetricLogged(Event):
     value: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(Event):
     """The loop waits (`paused` true) or goes on."""
 
     paused: bool
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Notice(Event):
     """Something that the user should know."""
 
@@ -249,7 +250,7 @@ class Notice(Event):
     """"info" or "warning"."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SinkFailed(Event):
     """A sink raised and was dropped."""
 
@@ -257,7 +258,7 @@ class SinkFailed(Event):
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded(Event):
     """The budget is spent, or the scheduler was closed earlier."""
 
@@ -277,12 +278,6 @@ class RunEnded(Event):
 
 EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}
 
-_FIELDS = {
-    kind: [(field.name, str(field.type), field.type in ("int", "str", "bool")) for field in dataclasses.fields(kind)]
-    for kind in EVENT_TYPES.values()
-}
-"""Name and type of each event's fields, and whether they stand in JSON as they are."""
-
 
 def to_json(event: Event) -> dict[str, Any]:
     """Return the event as strict-JSON data, its class under "event"."""
@@ -298,20 +293,27 @@ def from_json(data: Mapping[str, Any]) -> Event:
     Unknown fields are ignored, so that an older reader follows a newer writer.
 
     Raises:
-        ValueError: The event's class is unknown or a field is missing.
+        ValueError: The event's class is unknown, or a field is missing or of another type.
     """
-    kind = EVENT_TYPES.get(data.get("event", ""))
-    if kind is None:
-        raise ValueError(f"unknown event {data.get('event')!r}")
-    values = {}
-    for name, annotation, simple in _FIELDS[kind]:
-        if name in data:
-            value = data[name]
-            values[name] = value if simple or type(value) is float else _revive(value, annotation)
+    name = str(data.get("event"))
+    if name not in EVENT_TYPES:
+        raise ValueError(f"unknown event {name}")
+    event = object.__new__(EVENT_TYPES[name])  # its fields are set as its `__init__` would, in half the time
     try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"incomplete {kind.__name__}: {error}") from error
+        for field, put, convert, default in _FIELDS[name]:
+            value = data.get(field, default)
+            put(event, value if convert is None or type(value) is float else convert(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"incomplete {name}: {field} is {value!r}") from error
+    return event
+
+
+def parse_line(line: bytes | str) -> Event | None:
+    """Return the event of one line of a log; None where it holds none that this version knows, or broke in a crash."""
+    try:
+        return from_json(json.loads(line))
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
 
 def plain(value: Any) -> Any:
@@ -325,14 +327,39 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _revive(value: Any, annotation: str) -> Any:
-    if "float" in annotation:
-        if isinstance(value, str):
-            return float(value)
-        if isinstance(value, int) and annotation == "float":
-            return float(value)
+def _floats(value: Any) -> Any:
+    """Take back what `plain` made of non-finite floats, in any depth, and of tuples."""
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_revive(item, annotation) for item in value)
-    if isinstance(value, dict) and "float" in annotation:
-        return {key: _revive(item, annotation) for key, item in value.items()}
+        return tuple(map(_floats, value))
+    _present(value)
+    return float(value) if isinstance(value, str) else value
+
+
+def _converter(annotation: str, needed: bool) -> Callable[[Any], Any] | None:
+    """Return what makes a field of its JSON; None: nothing has to be done."""
+    if annotation == "float":
+        return float
+    if "float" in annotation:
+        return _floats
+    if annotation.startswith("tuple"):
+        return tuple
+    return _present if needed else None
+
+
+def _present(value: Any) -> Any:
+    if value is _MISSING:
+        raise ValueError
     return value
+
+
+_MISSING = dataclasses.MISSING
+_FIELDS = {
+    name: [
+        (f.name, getattr(kind, f.name).__set__, _converter(str(f.type), f.default is _MISSING), f.default)
+        for f in dataclasses.fields(kind)
+    ]
+    for name, kind in EVENT_TYPES.items()
+}
+"""Each event's fields: name, what puts it into its slot, how it is read, and what it is where a log does not say."""

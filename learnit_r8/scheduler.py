@@ -24,7 +24,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -363,7 +363,7 @@ class R8Scheduler:
         """
         self._budget.scale(factor)
         message = f"{who} multiplied the learning rate by {factor:.3g}: the schedule's peak is {self._budget.peak:.3g}"
-        self._bus.emit(events.Notice, self._progress.global_step, message)
+        self._bus.emit(events.Notice(step=self._progress.global_step, message=message))
 
     @property
     def running(self) -> bool:
@@ -593,17 +593,18 @@ class R8Scheduler:
         progress.reported += 1
         if self._bus:
             self._bus.emit(
-                events.LossReported,
-                step,
-                epoch,
-                reported.mean,
-                rows.expected,
-                ticket.batch.lr,
-                judgement.verdict.value,
-                judgement.score,
-                len(ticket.indices),
-                started - ticket.issued_at,
-                self._clock.monotonic() - started + ticket.draw_seconds,
+                events.LossReported(
+                    step=step,
+                    epoch=epoch,
+                    loss=reported.mean,
+                    expected_loss=rows.expected,
+                    lr=ticket.batch.lr,
+                    verdict=judgement.verdict.value,
+                    score=judgement.score,
+                    size=len(ticket.indices),
+                    step_seconds=started - ticket.issued_at,
+                    r8_seconds=self._clock.monotonic() - started + ticket.draw_seconds,
+                )
             )
         try:
             rolled_back = judgement.alarming and self._safety.react(
@@ -636,7 +637,7 @@ class R8Scheduler:
             ".mean(), in a loop over a loader learnit_r8.integrations.torch.weighted(scheduler, losses).mean() (of "
             "integrations.lightning: weighted(self, losses)), and report them without"
         )
-        self._bus.emit(events.Notice, self._progress.global_step, message, "warning")
+        self._bus.emit(events.Notice(step=self._progress.global_step, message=message, level="warning"))
         tell(message, stacklevel=3)
 
     def _gather(self, reported: Reported, ticket: Ticket) -> Reported:
@@ -655,7 +656,7 @@ class R8Scheduler:
         """
         numbers = {name: read_number(name, value) for name, value in metrics.items()}
         for name, number in numbers.items():
-            self._bus.emit(events.MetricLogged, self._progress.global_step, name, number)
+            self._bus.emit(events.MetricLogged(step=self._progress.global_step, name=name, value=number))
             if self._ranks.writes:
                 self._saver.logged(self._progress.global_step, name, number)
                 self._ranks.save |= self._saver.best_due and self._together is not None
@@ -670,15 +671,17 @@ class R8Scheduler:
         excluded = either(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
         table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, epoch, 1), excluded)
         if table is not None:
-            self._bus.emit(events.QuadrantsRefreshed, step, epoch, *table.figures())
+            self._bus.emit(events.QuadrantsRefreshed(step=step, epoch=epoch, **asdict(table)))
         alike = self._guard.undecided(done / total)
         self._chooser.start_epoch(epoch, step, done / total, excluded, alike=alike)
         for decision, reason, figure in self._chooser.pop_decisions():
-            self._bus.emit(events.StrategyDecided, step, decision, reason, figure)
+            self._bus.emit(events.StrategyDecided(step=step, decision=decision, reason=reason, figure=figure))
             self._safety.announce(step, decision)
         self._progress.start_epoch()
         self._epoch_started = self._clock.monotonic()
-        self._bus.emit(events.EpochStarted, step, epoch, self._chooser.phase, self._chooser.batches)
+        self._bus.emit(
+            events.EpochStarted(step=step, epoch=epoch, phase=self._chooser.phase, batches=self._chooser.batches)
+        )
 
     def _end_epoch(self, *, completed: bool) -> None:
         for ticket in self._desk.drop_all():
@@ -689,7 +692,14 @@ class R8Scheduler:
             self._catalog.end_epoch()
         seconds = self._clock.monotonic() - self._epoch_started
         self._bus.emit(
-            events.EpochEnded, ended.global_step, ended.epoch, ended.mean_loss, seconds, ended.reported, completed
+            events.EpochEnded(
+                step=ended.global_step,
+                epoch=ended.epoch,
+                mean_loss=ended.mean_loss,
+                seconds=seconds,
+                batches=ended.reported,
+                completed=completed,
+            )
         )
         self._guard_epoch()
         self._presence.log_catalog(ended.global_step)
@@ -706,9 +716,11 @@ class R8Scheduler:
         step = self._progress.global_step
         if found.changed:
             indices, losses = tuple(found.indices.tolist()), tuple(found.losses.tolist())
-            self._bus.emit(events.SuspectsNamed, step, indices, losses, found.count)
+            self._bus.emit(events.SuspectsNamed(step=step, indices=indices, losses=losses, count=found.count))
         if found.decision:
-            self._bus.emit(events.StrategyDecided, step, found.decision, found.reason, found.figure)
+            self._bus.emit(
+                events.StrategyDecided(step=step, decision=found.decision, reason=found.reason, figure=found.figure)
+            )
 
     # One step -----------------------------------------------------------------------------
 
@@ -752,7 +764,11 @@ class R8Scheduler:
         shown = (self._ones[: len(mine)] if weights is None else weights[part]).copy()
         now = self._clock.monotonic()
         if self._bus and self._bus.wants_batches:
-            self._bus.emit(events.BatchIssued, step, self._progress.epoch, len(indices), self._lr, now - started)
+            self._bus.emit(
+                events.BatchIssued(
+                    step=step, epoch=self._progress.epoch, size=len(indices), lr=self._lr, seconds=now - started
+                )
+            )
         kind = Batch if weights is None else WeighedBatch
         batch = kind(mine, self._lr, shown, number, step, self._progress.epoch)
         return Ticket(batch, indices, weights, cursor, batches, now, now - started, order)
@@ -797,7 +813,9 @@ class R8Scheduler:
         """Yield the batches of the search; afterwards model, optimizer and cursor are as before."""
         search.restart()
         self._bus.emit(
-            events.PhaseChanged, self._progress.global_step, "LR search", f"{search.steps} steps at rising rates"
+            events.PhaseChanged(
+                step=self._progress.global_step, phase="LR search", reason=f"{search.steps} steps at rising rates"
+            )
         )
         with self._safety.parked(self._args.save, self.state_dict):
             try:
@@ -822,10 +840,14 @@ class R8Scheduler:
         self._progress.optimal_lr = found.lr
         self._budget.restart_schedule(found.lr or self._config.initial_lr)
         suggestions = {"valley": found.valley, "steep": found.steep, "minimum": found.minimum}
-        self._bus.emit(events.LrFound, self._progress.global_step, self._budget.peak, suggestions, len(found.lrs))
+        self._bus.emit(
+            events.LrFound(
+                step=self._progress.global_step, lr=self._budget.peak, suggestions=suggestions, steps=len(found.lrs)
+            )
+        )
         if found.reason:
             message = f"LR search: {found.reason}; keeping initial_lr={self._budget.peak:g}"
-            self._bus.emit(events.Notice, self._progress.global_step, message, "warning")
+            self._bus.emit(events.Notice(step=self._progress.global_step, message=message, level="warning"))
 
     # State --------------------------------------------------------------------------------
 
@@ -908,7 +930,7 @@ class R8Scheduler:
             self._args.load(str(loaded.model_path), from_ram=False)
         elif loaded.holds_model:
             message = f"there is no load_callback: the model in {loaded.path} was not loaded"
-            self._bus.emit(events.Notice, loaded.step, message, "warning")
+            self._bus.emit(events.Notice(step=loaded.step, message=message, level="warning"))
         self.load_state_dict(loaded.state)
         self._saver.restored(loaded, self._progress.finished_epoch)
 
@@ -1103,7 +1125,7 @@ class R8Scheduler:
                 f"each epoch leaves out {out} samples, others each time: its last batch gives all "
                 f"{self._config.world_size} ranks equally many"
             )
-            self._bus.emit(events.Notice, self._progress.global_step, message)
+            self._bus.emit(events.Notice(step=self._progress.global_step, message=message))
         self._budget.begin()
 
     def _end(self, reason: str) -> None:

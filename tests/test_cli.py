@@ -107,9 +107,36 @@ def test_slow_steps_are_not_mistaken_for_a_stale_run(tmp_path):
 
 def test_a_run_of_slow_steps_is_seen_step_by_step(tmp_path):
     sink, run = JsonlSink(tmp_path / "events.jsonl"), WatchedRun(tmp_path)
-    sink.record(RunStarted(995.0, 0, "slow", {}, 10, 100, False, "0", 1, 0.0))
+    sink.record(
+        RunStarted(
+            time=995.0,
+            step=0,
+            run="slow",
+            config={},
+            steps_per_epoch=10,
+            total_steps=100,
+            resumed=False,
+            version="0",
+            pid=1,
+            elapsed=0.0,
+        )
+    )
     for step in range(3):
-        sink.record(LossReported(1000.0 + 5 * step, step, 0, 0.25, 0.2, 0.01, "calm", 0.1, 32, 5.0, 0.001))
+        sink.record(
+            LossReported(
+                time=1000.0 + 5 * step,
+                step=step,
+                epoch=0,
+                loss=0.25,
+                expected_loss=0.2,
+                lr=0.01,
+                verdict="calm",
+                score=0.1,
+                size=32,
+                step_seconds=5.0,
+                r8_seconds=0.001,
+            )
+        )
         run.read_all()
         assert run.model.step == step + 1
     sink.close()
@@ -117,7 +144,7 @@ def test_a_run_of_slow_steps_is_seen_step_by_step(tmp_path):
 
 def test_a_partial_last_line_is_held_back_until_it_is_complete(tmp_path):
     path = tmp_path / "events.jsonl"
-    line = json.dumps(to_json(RunEnded(5.0, 7, "finished", 4.0)))
+    line = json.dumps(to_json(RunEnded(time=5.0, step=7, reason="finished", seconds=4.0)))
     tail = EventTail(path)
     assert tail.poll() == []
     for cut in range(len(line)):
@@ -127,7 +154,7 @@ def test_a_partial_last_line_is_held_back_until_it_is_complete(tmp_path):
     assert tail.poll() == []
     with path.open("a") as file:
         file.write(line[10:] + "\n" + line[:3])
-    assert tail.poll() == [RunEnded(5.0, 7, "finished", 4.0)]
+    assert tail.poll() == [RunEnded(time=5.0, step=7, reason="finished", seconds=4.0)]
     assert tail.poll() == []
 
 
@@ -185,8 +212,22 @@ def test_the_screen_follows_a_growing_log_and_q_gives_the_terminal_back(tmp_path
         with (folder / "console.log").open("a") as file:
             file.write("printed later\n")
         sink = JsonlSink(folder / "events.jsonl")
-        sink.record(LossReported(time.time(), 1999, 4, 0.25, 0.2, 0.01, "calm", 0.1, 32, 0.1, 0.001))
-        sink.record(RunEnded(time.time(), 2000, "finished", 100.0))
+        sink.record(
+            LossReported(
+                time=time.time(),
+                step=1999,
+                epoch=4,
+                loss=0.25,
+                expected_loss=0.2,
+                lr=0.01,
+                verdict="calm",
+                score=0.1,
+                size=32,
+                step_seconds=0.1,
+                r8_seconds=0.001,
+            )
+        )
+        sink.record(RunEnded(time=time.time(), step=2000, reason="finished", seconds=100.0))
         sink.close()
         terminal.until("printed later")
         terminal.until("DONE")
@@ -383,6 +424,19 @@ def test_a_run_that_only_just_started_can_be_watched(tmp_path):
     (tmp_path / "events.jsonl").write_text("")
     assert ": waiting: no event yet" in r8("watch", tmp_path, "--once").stdout
     sink = JsonlSink(tmp_path / "events.jsonl")
-    sink.record(RunStarted(time.time(), 0, "young", {}, 10, 100, False, "0", 1, 0.0))
+    sink.record(
+        RunStarted(
+            time=time.time(),
+            step=0,
+            run="young",
+            config={},
+            steps_per_epoch=10,
+            total_steps=100,
+            resumed=False,
+            version="0",
+            pid=1,
+            elapsed=0.0,
+        )
+    )
     sink.close()
     assert "young: live" in r8("watch", tmp_path, "--once").stdout

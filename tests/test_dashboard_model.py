@@ -20,11 +20,34 @@ T0 = 1_700_000_000.0
 
 
 def loss(time, step, value=1.0, *, epoch=0, seconds=0.1, expected=1.0, lr=0.1, verdict="calm"):
-    return e.LossReported(time, step, epoch, value, expected, lr, verdict, 0.5, 32, seconds, 0.001)
+    return e.LossReported(
+        time=time,
+        step=step,
+        epoch=epoch,
+        loss=value,
+        expected_loss=expected,
+        lr=lr,
+        verdict=verdict,
+        score=0.5,
+        size=32,
+        step_seconds=seconds,
+        r8_seconds=0.001,
+    )
 
 
 def started(total=1000, per_epoch=100, time=T0, step=0, resumed=False, **config):
-    return e.RunStarted(time, step, "run", config, per_epoch, total, resumed, "0.1.0", 1, 0.0)
+    return e.RunStarted(
+        time=time,
+        step=step,
+        run="run",
+        config=config,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        resumed=resumed,
+        version="0.1.0",
+        pid=1,
+        elapsed=0.0,
+    )
 
 
 def fed(*events):
@@ -40,16 +63,32 @@ def training(epochs, per_epoch=100, all_epochs=10, seconds=0.5, validation=20.0,
     time = T0
     yield started(per_epoch * all_epochs, per_epoch, num_epochs=all_epochs, **config)
     for epoch in range(epochs):
-        yield e.EpochStarted(time, epoch * per_epoch, epoch, "cataloging" if epoch == 0 else "quadrant", per_epoch)
+        yield e.EpochStarted(
+            time=time,
+            step=epoch * per_epoch,
+            epoch=epoch,
+            phase="cataloging" if epoch == 0 else "quadrant",
+            batches=per_epoch,
+        )
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             duration = seconds * (1 + jitter * rng.uniform(-1, 1))
             time += duration
             yield loss(time, step, epoch=epoch, seconds=duration - 0.001)
-        yield e.EpochEnded(time, (epoch + 1) * per_epoch, epoch, 1.0, per_epoch * seconds, per_epoch, True)
+        yield e.EpochEnded(
+            time=time,
+            step=(epoch + 1) * per_epoch,
+            epoch=epoch,
+            mean_loss=1.0,
+            seconds=per_epoch * seconds,
+            batches=per_epoch,
+            completed=True,
+        )
         time += validation
         if checkpoint:
             time += checkpoint
-            yield e.CheckpointSaved(time, (epoch + 1) * per_epoch, "ckpt/x", 100, checkpoint)
+            yield e.CheckpointSaved(
+                time=time, step=(epoch + 1) * per_epoch, path="ckpt/x", bytes=100, seconds=checkpoint
+            )
 
 
 def any_event(kind):
@@ -146,10 +185,10 @@ def test_cataloging_steps_have_their_own_rate():
     fast = [loss(T0 + 300 + 0.1 * i, 100 + i, epoch=1, seconds=0.099) for i in range(100)]
     model = fed(
         started(num_epochs=10),
-        e.EpochStarted(T0, 0, 0, "cataloging", 100),
+        e.EpochStarted(time=T0, step=0, epoch=0, phase="cataloging", batches=100),
         *slow,
-        e.EpochEnded(T0 + 300, 100, 0, 1.0, 300.0, 100, True),
-        e.EpochStarted(T0 + 300, 100, 1, "quadrant", 100),
+        e.EpochEnded(time=T0 + 300, step=100, epoch=0, mean_loss=1.0, seconds=300.0, batches=100, completed=True),
+        e.EpochStarted(time=T0 + 300, step=100, epoch=1, phase="quadrant", batches=100),
         *fast,
     )
     assert model.eta(model.last_time)[0] == pytest.approx(80, rel=0.05)
@@ -173,7 +212,7 @@ def test_a_time_budget_is_counted_down():
 
 def test_a_pause_is_no_step():
     steps = [loss(T0 + 0.5 * i, i, seconds=0.4) for i in range(50)]
-    pause = [e.Paused(T0 + 25, 50, True), e.Paused(T0 + 1025, 50, False)]
+    pause = [e.Paused(time=T0 + 25, step=50, paused=True), e.Paused(time=T0 + 1025, step=50, paused=False)]
     more = [loss(T0 + 1025 + 0.5 * i, 50 + i, seconds=0.4) for i in range(1, 50)]
     model = fed(started(), *steps, *pause, *more)
     assert model.pace.step_seconds == pytest.approx(0.5, rel=0.05)
@@ -190,31 +229,61 @@ def test_steps_that_overlap_are_not_counted_twice():
 
 def test_a_search_that_found_nothing_and_a_first_nan_say_no_more_than_is_known():
     assert (
-        entry(e.LrFound(T0, 0, 0.01, {"valley": None}, 100)).text
+        entry(e.LrFound(time=T0, step=0, lr=0.01, suggestions={"valley": None}, steps=100)).text
         == "none in 100 steps of search · peak lr stays 1.00e-02"
     )
-    assert entry(e.LrFound(T0, 0, 0.02, {"valley": 0.02}, 100)).text == "peak lr 2.00e-02 after 100 steps of search"
-    assert entry(e.SpikeSeen(T0, 3, 0, "nonfinite", math.nan, math.nan, math.nan, (1,))).text == "loss nan"
+    assert (
+        entry(e.LrFound(time=T0, step=0, lr=0.02, suggestions={"valley": 0.02}, steps=100)).text
+        == "peak lr 2.00e-02 after 100 steps of search"
+    )
+    assert (
+        entry(
+            e.SpikeSeen(
+                time=T0,
+                step=3,
+                epoch=0,
+                verdict="nonfinite",
+                loss=math.nan,
+                expected_loss=math.nan,
+                score=math.nan,
+                indices=(1,),
+            )
+        ).text
+        == "loss nan"
+    )
 
 
 def test_a_resumed_run_is_never_past_its_last_epoch():
-    run = e.RunStarted(T0, 36, "run", {"num_epochs": 4}, 8, 32, True, "", 1, 0.0)
+    run = e.RunStarted(
+        time=T0,
+        step=36,
+        run="run",
+        config={"num_epochs": 4},
+        steps_per_epoch=8,
+        total_steps=32,
+        resumed=True,
+        version="",
+        pid=1,
+        elapsed=0.0,
+    )
     assert fed(run).epoch == 3
 
 
 def test_time_spent_adds_up():
-    model = fed(*training(epochs=4, checkpoint=5.0), e.RunEnded(T0 + 300, 400, "finished", 300.0))
+    model = fed(
+        *training(epochs=4, checkpoint=5.0), e.RunEnded(time=T0 + 300, step=400, reason="finished", seconds=300.0)
+    )
     assert sum(model.pace.spent.values()) == pytest.approx(4 * (50 + 20 + 5), rel=0.03)
     assert model.pace.spent["between epochs"] == pytest.approx(80, rel=0.02)
 
 
 def test_validation_metrics_of_one_step_share_a_line():
     model = fed(
-        e.MetricLogged(T0, 10, "val_loss", 0.5),
-        e.MetricLogged(T0, 10, "val_acc", 0.9),
-        e.MetricLogged(T0, 10, "grad_norm", 1.0),
-        e.MetricLogged(T0 + 9, 20, "val_loss", 0.6),
-        e.MetricLogged(T0 + 9, 20, "val_acc", 0.95),
+        e.MetricLogged(time=T0, step=10, name="val_loss", value=0.5),
+        e.MetricLogged(time=T0, step=10, name="val_acc", value=0.9),
+        e.MetricLogged(time=T0, step=10, name="grad_norm", value=1.0),
+        e.MetricLogged(time=T0 + 9, step=20, name="val_loss", value=0.6),
+        e.MetricLogged(time=T0 + 9, step=20, name="val_acc", value=0.95),
     )
     assert [line.text for line in model.entries] == [
         "val_loss 0.5 (best)  val_acc 0.9 (best)",
@@ -225,17 +294,22 @@ def test_validation_metrics_of_one_step_share_a_line():
 
 
 def test_alarms_go_when_what_failed_works_again():
-    failed = e.CheckpointFailed(T0, 5, "ckpt/x", "disk full")
+    failed = e.CheckpointFailed(time=T0, step=5, path="ckpt/x", reason="disk full")
     assert list(fed(failed).alarms) == ["no ckpt"]
-    assert not fed(failed, e.CheckpointSaved(T0 + 1, 6, "ckpt/y", 10, 0.1)).alarms
-    assert list(fed(e.Notice(T0, 1, "odd", "warning"), e.Notice(T0, 1, "fine")).alarms) == ["warning"]
+    assert not fed(failed, e.CheckpointSaved(time=T0 + 1, step=6, path="ckpt/y", bytes=10, seconds=0.1)).alarms
+    assert list(
+        fed(e.Notice(time=T0, step=1, message="odd", level="warning"), e.Notice(time=T0, step=1, message="fine")).alarms
+    ) == ["warning"]
 
 
 def test_lr_search_ends_and_the_epochs_phase_comes_back():
-    phase = [e.EpochStarted(T0, 0, 0, "cataloging", 10), e.PhaseChanged(T0, 0, "LR search", "")]
+    phase = [
+        e.EpochStarted(time=T0, step=0, epoch=0, phase="cataloging", batches=10),
+        e.PhaseChanged(time=T0, step=0, phase="LR search", reason=""),
+    ]
     model = fed(started(), *phase)
     assert (model.searching, model.phase) == (True, "LR search")
-    model.consume(e.LrFound(T0, 0, 0.1, {}, 50))
+    model.consume(e.LrFound(time=T0, step=0, lr=0.1, suggestions={}, steps=50))
     assert (model.searching, model.phase) == (False, "cataloging")
 
 
@@ -256,7 +330,7 @@ def test_events_in_blocks_are_the_same_as_events_one_by_one(rough, seed):
     if rough:
         events = [rough_loss(rng, i) if isinstance(old, e.LossReported) else old for i, old in enumerate(events)]
         events.insert(rng.randrange(len(events)), loss(1e15, 7))
-    events.insert(rng.randrange(len(events)), e.PhaseChanged(T0, 0, "LR search", ""))
+    events.insert(rng.randrange(len(events)), e.PhaseChanged(time=T0, step=0, phase="LR search", reason=""))
     single, block = fed(*events), DashboardModel()
     while events:
         some = rng.choice([1, 30, 1000])
@@ -280,7 +354,10 @@ def test_a_copy_stays_as_it_is():
     model = fed(*training(epochs=2))
     twin = model.copy()
     before = json.dumps(twin.to_json())
-    for event in [*training(epochs=4), e.SpikeSeen(T0, 1, 0, "spike", 9.0, 1.0, 40.0, (1,))]:
+    for event in [
+        *training(epochs=4),
+        e.SpikeSeen(time=T0, step=1, epoch=0, verdict="spike", loss=9.0, expected_loss=1.0, score=40.0, indices=(1,)),
+    ]:
         model.consume(event)
     assert json.dumps(twin.to_json()) == before
     assert len(twin.entries) < len(model.entries)
@@ -291,9 +368,13 @@ def test_a_copy_stays_as_it_is():
 def test_memory_has_a_bound_whatever_is_sent():
     model = DashboardModel()
     for i in range(5000):
-        model.consume(e.SpikeSeen(T0 + i, i, 0, "spike", 9.0, 1.0, 40.0, (1, 2)))
-        model.consume(e.EpochStarted(T0 + i, i, i, "quadrant", 1))
-        model.consume(e.MetricLogged(T0 + i, i, f"metric {i}", 1.0))
+        model.consume(
+            e.SpikeSeen(
+                time=T0 + i, step=i, epoch=0, verdict="spike", loss=9.0, expected_loss=1.0, score=40.0, indices=(1, 2)
+            )
+        )
+        model.consume(e.EpochStarted(time=T0 + i, step=i, epoch=i, phase="quadrant", batches=1))
+        model.consume(e.MetricLogged(time=T0 + i, step=i, name=f"metric {i}", value=1.0))
     assert len(model.entries) == ENTRIES_KEPT
     assert len(model.metrics) == METRICS_KEPT
     assert sum(map(len, model.marks.values())) < 2000

@@ -46,26 +46,58 @@ def events_of_a_run(steps=3300, per_epoch=1000, epochs=10, seed=1):
     time = T0
     config = {"num_epochs": epochs, "scheduler_mode": "cosine", "world_size": 8, "rank": 0}
     total = per_epoch * epochs
-    yield e.RunStarted(time, 0, "resnet18-cifar", config, per_epoch, total, False, "0.1.0", 4242, 0.0)
-    yield e.EpochStarted(time, 0, 0, "cataloging", per_epoch)
-    yield e.PhaseChanged(time, 0, "LR search", "100 steps at rising rates")
+    yield e.RunStarted(
+        time=time,
+        step=0,
+        run="resnet18-cifar",
+        config=config,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        resumed=False,
+        version="0.1.0",
+        pid=4242,
+        elapsed=0.0,
+    )
+    yield e.EpochStarted(time=time, step=0, epoch=0, phase="cataloging", batches=per_epoch)
+    yield e.PhaseChanged(time=time, step=0, phase="LR search", reason="100 steps at rising rates")
     time += 40
-    yield e.LrFound(time, 0, 1e-2, {}, 100)
+    yield e.LrFound(time=time, step=0, lr=1e-2, suggestions={}, steps=100)
     for step in range(steps):
         epoch = step // per_epoch
         if step and step % per_epoch == 0:
-            yield e.EpochEnded(time, step, epoch - 1, 0.3, 360.0, per_epoch, True)
+            yield e.EpochEnded(
+                time=time, step=step, epoch=epoch - 1, mean_loss=0.3, seconds=360.0, batches=per_epoch, completed=True
+            )
             time += 38
-            yield e.MetricLogged(time, step, "val_loss", 2.2 * math.exp(-step / 900) + 0.12)
-            yield e.MetricLogged(time, step, "val_acc", 0.95 - 0.9 * math.exp(-step / 900))
-            yield e.CheckpointSaved(time, step, f"ckpt/ep{epoch}-s{step}", 412_000_000, 1.8)
+            yield e.MetricLogged(time=time, step=step, name="val_loss", value=2.2 * math.exp(-step / 900) + 0.12)
+            yield e.MetricLogged(time=time, step=step, name="val_acc", value=0.95 - 0.9 * math.exp(-step / 900))
+            yield e.CheckpointSaved(
+                time=time, step=step, path=f"ckpt/ep{epoch}-s{step}", bytes=412_000_000, seconds=1.8
+            )
             fade = math.exp(-epoch / 4)
             edges = (0.002, 0.031 * fade, 0.074 * fade, 0.152 * fade, 4.81)
             means = (0.01 * fade, 0.05 * fade, 0.11 * fade, 0.4 * fade)
             uses, easier = (4.1, 4.0, 3.9, 4.2), (0.0, 0.31, 0.27, 0.12)
-            yield e.QuadrantsRefreshed(time, step, epoch, edges, (12500,) * 4, means, uses, easier, 0, 214)
-            yield e.SuspectsNamed(time, step, tuple(range(1000, 1040)), tuple(5 - i / 20 for i in range(40)), 214)
-            yield e.EpochStarted(time, step, epoch, "quadrant", per_epoch)
+            yield e.QuadrantsRefreshed(
+                time=time,
+                step=step,
+                epoch=epoch,
+                edges=edges,
+                counts=(12500,) * 4,
+                losses=means,
+                uses=uses,
+                easier=easier,
+                unseen=0,
+                stuck=214,
+            )
+            yield e.SuspectsNamed(
+                time=time,
+                step=step,
+                indices=tuple(range(1000, 1040)),
+                losses=tuple(5 - i / 20 for i in range(40)),
+                count=214,
+            )
+            yield e.EpochStarted(time=time, step=step, epoch=epoch, phase="quadrant", batches=per_epoch)
         expected = 2.2 * math.exp(-step / 900) + 0.09
         value = {1412: 12.4, 2700: math.nan}.get(step, expected * (1 + rng.gauss(0, 0.12)))
         verdict = "nonfinite" if math.isnan(value) else "spike" if value > 5 else "calm"
@@ -73,14 +105,39 @@ def events_of_a_run(steps=3300, per_epoch=1000, epochs=10, seed=1):
         lr = 1e-2 * min(1, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * step / total))
         seconds = 0.36 * (1 + abs(rng.gauss(0, 0.05)))
         time += seconds + 0.009
-        yield e.LossReported(time, step, epoch, value, expected, lr, verdict, score, 32, seconds, 0.0002)
+        yield e.LossReported(
+            time=time,
+            step=step,
+            epoch=epoch,
+            loss=value,
+            expected_loss=expected,
+            lr=lr,
+            verdict=verdict,
+            score=score,
+            size=32,
+            step_seconds=seconds,
+            r8_seconds=0.0002,
+        )
         if step % 10 == 0:
-            yield e.MetricLogged(time, step, "grad_norm", abs(rng.gauss(0.8, 0.1)) * (1 + 2 * math.exp(-step / 400)))
+            yield e.MetricLogged(
+                time=time, step=step, name="grad_norm", value=abs(rng.gauss(0.8, 0.1)) * (1 + 2 * math.exp(-step / 400))
+            )
         if step % 50 == 0:
-            yield e.BackupTaken(time, step, 45_000_000, 0.02)
+            yield e.BackupTaken(time=time, step=step, bytes=45_000_000, seconds=0.02)
         if verdict != "calm":
-            yield e.SpikeSeen(time, step, epoch, verdict, value, expected, score, (1, 2, 3))
-            yield e.RolledBack(time, step, step - 62, "ram", 0.5, 200, 0.3)
+            yield e.SpikeSeen(
+                time=time,
+                step=step,
+                epoch=epoch,
+                verdict=verdict,
+                loss=value,
+                expected_loss=expected,
+                score=score,
+                indices=(1, 2, 3),
+            )
+            yield e.RolledBack(
+                time=time, step=step, to_step=step - 62, source="ram", lr_multiplier=0.5, hold_steps=200, seconds=0.3
+            )
 
 
 @cache
@@ -529,9 +586,11 @@ def compare(name, text):
 
 def test_routine_events_push_no_fault_out_of_view():
     model = DashboardModel()
-    model.consume(e.SpikeSeen(1.0, 10, 0, "spike", 9.0, 1.0, 8.0, (1,)))
+    model.consume(
+        e.SpikeSeen(time=1.0, step=10, epoch=0, verdict="spike", loss=9.0, expected_loss=1.0, score=8.0, indices=(1,))
+    )
     for n in range(40):
-        model.consume(e.CheckpointSaved(2.0 + n, 20 + n, f"ckpt/{n}", 10, 0.1))
+        model.consume(e.CheckpointSaved(time=2.0 + n, step=20 + n, path=f"ckpt/{n}", bytes=10, seconds=0.1))
     text = "\n".join(render(model, ViewState(), 120, 35, 50.0).rows())
     assert "! spike" in text
     assert "ckpt/39" in text
@@ -541,11 +600,36 @@ def test_routine_events_push_no_fault_out_of_view():
 def test_marks_of_routine_leave_room_and_those_of_faults_always_stand():
     model = DashboardModel()
     for n in range(400):
-        model.consume(e.LossReported(float(n), n, 0, 1.0 / (n + 1), 1.0, 0.1, "ok", 0.0, 8, 0.1, 0.0))
+        model.consume(
+            e.LossReported(
+                time=float(n),
+                step=n,
+                epoch=0,
+                loss=1.0 / (n + 1),
+                expected_loss=1.0,
+                lr=0.1,
+                verdict="ok",
+                score=0.0,
+                size=8,
+                step_seconds=0.1,
+                r8_seconds=0.0,
+            )
+        )
         if n % 4 == 0:
-            model.consume(e.CheckpointSaved(float(n), n, "ckpt", 10, 0.1))
+            model.consume(e.CheckpointSaved(time=float(n), step=n, path="ckpt", bytes=10, seconds=0.1))
         if n in (101, 250):
-            model.consume(e.SpikeSeen(float(n), n, 0, "spike", 9.0, 1.0, 8.0, (1,)))
+            model.consume(
+                e.SpikeSeen(
+                    time=float(n),
+                    step=n,
+                    epoch=0,
+                    verdict="spike",
+                    loss=9.0,
+                    expected_loss=1.0,
+                    score=8.0,
+                    indices=(1,),
+                )
+            )
     axis = next(row for row in render(model, ViewState(), 120, 35, 400.0).rows() if "└" in row and "C" in row)
     chart = axis.partition("│ ")[2][:70]
     assert chart.count("!") == 2
@@ -555,9 +639,23 @@ def test_marks_of_routine_leave_room_and_those_of_faults_always_stand():
 
 def test_names_of_a_family_stay_apart_and_what_has_no_room_is_counted():
     model = DashboardModel()
-    model.consume(e.LossReported(1.0, 1, 0, 1.0, 1.0, 0.1, "ok", 0.0, 8, 0.1, 0.0))
+    model.consume(
+        e.LossReported(
+            time=1.0,
+            step=1,
+            epoch=0,
+            loss=1.0,
+            expected_loss=1.0,
+            lr=0.1,
+            verdict="ok",
+            score=0.0,
+            size=8,
+            step_seconds=0.1,
+            r8_seconds=0.0,
+        )
+    )
     for name in ("train/loss_cls", "train/loss_box", "train/loss_obj", *(f"m{n}" for n in range(20))):
-        model.consume(e.MetricLogged(1.0, 1, name, 0.5))
+        model.consume(e.MetricLogged(time=1.0, step=1, name=name, value=0.5))
     text = "\n".join(render(model, ViewState(), 120, 35, 2.0).rows())
     assert {"ss_cls", "ss_box", "ss_obj"} <= {word[-6:] for word in text.split()}
     assert "+" in text
@@ -588,6 +686,20 @@ def test_the_help_explains_every_word_and_sign_within_the_smallest_screen(size):
 def test_a_short_run_is_smoothed_over_a_small_part_of_it():
     model = DashboardModel()
     for n in range(400):
-        model.consume(e.LossReported(float(n), n, 0, 10 * 0.98**n, 1.0, 0.1, "ok", 0.0, 8, 0.1, 0.0))
+        model.consume(
+            e.LossReported(
+                time=float(n),
+                step=n,
+                epoch=0,
+                loss=10 * 0.98**n,
+                expected_loss=1.0,
+                lr=0.1,
+                verdict="ok",
+                score=0.0,
+                size=8,
+                step_seconds=0.1,
+                r8_seconds=0.0,
+            )
+        )
     for smoothing, word in ((-1.0, "ema.9 "), (0.98, "ema.98"), (0.0, "value")):
         assert word in "\n".join(render(model, ViewState(smoothing=smoothing), 120, 35, 400.0).rows())

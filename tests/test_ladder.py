@@ -127,7 +127,19 @@ def test_the_log_beats_every_30_seconds_while_steps_happen():
     model = DashboardModel()
     face = LogLines(Outlet(out), 0.0)
     for second in range(125):
-        event = LossReported(float(second), second, 0, 1.0, 1.0, 1e-3, "calm", 0.0, 8, 1.0, 1e-4)
+        event = LossReported(
+            time=float(second),
+            step=second,
+            epoch=0,
+            loss=1.0,
+            expected_loss=1.0,
+            lr=1e-3,
+            verdict="calm",
+            score=0.0,
+            size=8,
+            step_seconds=1.0,
+            r8_seconds=1e-4,
+        )
         model.consume(event)
         face.tick(model, [event], float(second))
     assert len(out.getvalue().splitlines()) == 4
@@ -139,9 +151,16 @@ def test_the_log_beats_every_30_seconds_while_steps_happen():
 def test_a_flood_of_spikes_is_counted_instead_of_printed():
     out = io.StringIO()
     face, model = LogLines(Outlet(out), 0.0), DashboardModel()
-    spikes = [SpikeSeen(1.0, n, 0, "spike", 9.0, 1.0, 8.0, (1,)) for n in range(1000)]
-    play(face, model, [*spikes, EpochEnded(1.5, 1000, 0, 1.0, 1.0, 10, True)])
-    face.tick(model, [RunEnded(40.0, 1000, "finished", 40.0)], 40.0)
+    spikes = [
+        SpikeSeen(time=1.0, step=n, epoch=0, verdict="spike", loss=9.0, expected_loss=1.0, score=8.0, indices=(1,))
+        for n in range(1000)
+    ]
+    play(
+        face,
+        model,
+        [*spikes, EpochEnded(time=1.5, step=1000, epoch=0, mean_loss=1.0, seconds=1.0, batches=10, completed=True)],
+    )
+    face.tick(model, [RunEnded(time=40.0, step=1000, reason="finished", seconds=40.0)], 40.0)
     lines = out.getvalue().splitlines()
     assert len(lines) <= BURST + 4
     assert any("and more events: 980 spike" in line for line in lines)
@@ -150,7 +169,11 @@ def test_a_flood_of_spikes_is_counted_instead_of_printed():
 
 def test_a_message_cannot_smuggle_control_characters_into_the_log():
     out = io.StringIO()
-    play(LogLines(Outlet(out), 0.0), DashboardModel(), [Notice(1.0, 0, "a\x1b[2Jb\rc\nd\x9be", "warning")])
+    play(
+        LogLines(Outlet(out), 0.0),
+        DashboardModel(),
+        [Notice(time=1.0, step=0, message="a\x1b[2Jb\rc\nd\x9be", level="warning")],
+    )
     assert out.getvalue().count("\n") == 1
     assert not set("\x1b\r\x9b") & set(out.getvalue())
 

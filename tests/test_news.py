@@ -88,7 +88,11 @@ def test_a_flood_is_one_message_and_counted():
     with server() as (address, heard):
         sink = NewsSink(f"json://{address}/", seconds=0.2)
         for n in range(500):
-            sink.record(e.RolledBack(float(n), n, n - 1, "ram", 0.5, 10, 0.1))
+            sink.record(
+                e.RolledBack(
+                    time=float(n), step=n, to_step=n - 1, source="ram", lr_multiplier=0.5, hold_steps=10, seconds=0.1
+                )
+            )
         sink.close()
     assert 1 <= len(heard) <= 2
     assert sum(message["message"].count("\n") for message in heard) < 45
@@ -111,12 +115,12 @@ def test_other_ranks_say_nothing():
 def test_a_server_that_refuses_ends_the_sink_not_the_run():
     with server(status=500) as (address, heard):
         sink = NewsSink(f"json://{address}/", interval=0.0, seconds=0.0)
-        sink.record(e.RunEnded(1.0, 20, "finished", 1.0))
+        sink.record(e.RunEnded(time=1.0, step=20, reason="finished", seconds=1.0))
         deadline = time.monotonic() + 20
         while sink._error is None and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(ConnectionError, match="not delivered"):
-            sink.record(e.RunEnded(1.0, 20, "finished", 1.0))
+            sink.record(e.RunEnded(time=1.0, step=20, reason="finished", seconds=1.0))
         train(sink)
     assert len(heard) == TRIES
 

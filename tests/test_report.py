@@ -98,7 +98,18 @@ def test_blocks_may_end_anywhere(tmp_path, monkeypatch):
 
 
 def started(step, time, resumed):
-    return e.RunStarted(time, step, "run", {}, 10, 100, resumed, "0", 1, 0.0)
+    return e.RunStarted(
+        time=time,
+        step=step,
+        run="run",
+        config={},
+        steps_per_epoch=10,
+        total_steps=100,
+        resumed=resumed,
+        version="0",
+        pid=1,
+        elapsed=0.0,
+    )
 
 
 def test_steps_that_a_resume_took_back_are_left_out(tmp_path):
@@ -194,13 +205,24 @@ def test_a_report_is_one_file_without_any_address(tmp_path):
 def test_names_from_the_run_cannot_become_part_of_the_page(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     events = [
-        e.RunStarted(1.0, 0, evil, {evil: evil}, 10, 100, False, "0", 1, 0.0),
+        e.RunStarted(
+            time=1.0,
+            step=0,
+            run=evil,
+            config={evil: evil},
+            steps_per_epoch=10,
+            total_steps=100,
+            resumed=False,
+            version="0",
+            pid=1,
+            elapsed=0.0,
+        ),
         report(0),
-        e.MetricLogged(2.0, 1, evil, 0.5),
-        e.PhaseChanged(3.0, 1, evil, evil),
-        e.SpikeSeen(4.0, 1, 0, evil, 9.0, 0.5, 8.0, (1, 2)),
-        e.RolledBack(5.0, 1, 0, evil, 0.5, 10, 0.1),
-        e.Notice(6.0, 1, evil),
+        e.MetricLogged(time=2.0, step=1, name=evil, value=0.5),
+        e.PhaseChanged(time=3.0, step=1, phase=evil, reason=evil),
+        e.SpikeSeen(time=4.0, step=1, epoch=0, verdict=evil, loss=9.0, expected_loss=0.5, score=8.0, indices=(1, 2)),
+        e.RolledBack(time=5.0, step=1, to_step=0, source=evil, lr_multiplier=0.5, hold_steps=10, seconds=0.1),
+        e.Notice(time=6.0, step=1, message=evil),
     ]
     write(tmp_path / "run", events)
     (tmp_path / "run" / "console.log").write_text(evil)

@@ -22,12 +22,39 @@ def write(folder, steps, started=False, **more):
     """Append steps to a run's log."""
     sink = JsonlSink(folder / "events.jsonl")
     if started:
-        sink.record(e.RunStarted(0.0, 0, folder.name, {"num_epochs": 3}, 1000, 3000, False, "1", 1, 0.0))
+        sink.record(
+            e.RunStarted(
+                time=0.0,
+                step=0,
+                run=folder.name,
+                config={"num_epochs": 3},
+                steps_per_epoch=1000,
+                total_steps=3000,
+                resumed=False,
+                version="1",
+                pid=1,
+                elapsed=0.0,
+            )
+        )
     for step in steps:
         loss = float("nan") if step == 7 else 2.0 / (1 + step / 50)
-        sink.record(e.LossReported(1.0 + step / 10, step, step // 1000, loss, 1.0, 0.1, "ok", 0.0, 8, 0.1, 0.001))
+        sink.record(
+            e.LossReported(
+                time=1.0 + step / 10,
+                step=step,
+                epoch=step // 1000,
+                loss=loss,
+                expected_loss=1.0,
+                lr=0.1,
+                verdict="ok",
+                score=0.0,
+                size=8,
+                step_seconds=0.1,
+                r8_seconds=0.001,
+            )
+        )
     for name, value in more.items():
-        sink.record(e.MetricLogged(2.0 + max(steps), max(steps), name, value))
+        sink.record(e.MetricLogged(time=2.0 + max(steps), step=max(steps), name=name, value=value))
     sink.close()
 
 

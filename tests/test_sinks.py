@@ -342,11 +342,11 @@ def test_a_run_that_starts_anew_sets_the_log_of_an_earlier_one_aside(tmp_path):
 def test_lines_broken_by_a_crash_are_passed_over(tmp_path, junk):
     path = tmp_path / "events.jsonl"
     sink = JsonlSink(path)
-    sink.record(events.Notice(1.0, 0, "one"))
+    sink.record(events.Notice(time=1.0, step=0, message="one"))
     sink.close()
     with path.open("ab") as file:
         file.write(junk)
-    sink.record(events.Notice(2.0, 1, "two"))
+    sink.record(events.Notice(time=2.0, step=1, message="two"))
     sink.close()
     with path.open("ab") as file:
         file.write(b'{"event": "Notice", "time": 3.0')  # still being written
@@ -356,10 +356,22 @@ def test_lines_broken_by_a_crash_are_passed_over(tmp_path, junk):
 def test_everything_but_losses_reaches_the_disk_at_once(tmp_path):
     path = tmp_path / "a" / "b" / "events.jsonl"
     sink = JsonlSink(path, flush_every=3)
-    loss = events.LossReported(0.0, 0, 0, 1.0, 1.0, 0.1, "calm", 0.0, 4, 0.0, 0.0)
+    loss = events.LossReported(
+        time=0.0,
+        step=0,
+        epoch=0,
+        loss=1.0,
+        expected_loss=1.0,
+        lr=0.1,
+        verdict="calm",
+        score=0.0,
+        size=4,
+        step_seconds=0.0,
+        r8_seconds=0.0,
+    )
     sink.record(loss)
     assert list(read_events(path)) == []
-    sink.record(events.Notice(1.0, 0, "now"))
+    sink.record(events.Notice(time=1.0, step=0, message="now"))
     assert len(list(read_events(path))) == 2
     for _ in range(3):
         sink.record(loss)
@@ -370,7 +382,7 @@ def test_everything_but_losses_reaches_the_disk_at_once(tmp_path):
 
 def test_a_bus_without_sinks_is_false():
     bus = EventBus([], FakeClock())
-    bus.emit(events.Notice, 0, "to nobody")
+    bus.emit(events.Notice(step=0, message="to nobody"))
     assert not bus
     assert not bus.commanding
     bus.add(Ear())

@@ -96,7 +96,7 @@ def test_names_are_mapped_and_none_leaves_a_curve_out():
     ],
 )
 def test_a_users_metric_is_an_evaluation_or_a_training_number(given, name):
-    assert Points().of(MetricLogged(0.0, 3, given, 1.5)) == [Point(name, 1.5, 3, 0.0)]
+    assert Points().of(MetricLogged(time=0.0, step=3, name=given, value=1.5)) == [Point(name, 1.5, 3, 0.0)]
 
 
 def test_the_lag_is_how_far_batches_run_ahead_of_their_losses():
@@ -152,10 +152,23 @@ def test_a_run_that_goes_on_has_each_step_once():
             return 4 if name == "eval/loss" else -1
 
     sink = Remembering()
-    sink.record(RunStarted(0.0, 3, "run", {}, 5, 20, True, "1", 1, 0.0))
+    sink.record(
+        RunStarted(
+            time=0.0,
+            step=3,
+            run="run",
+            config={},
+            steps_per_epoch=5,
+            total_steps=20,
+            resumed=True,
+            version="1",
+            pid=1,
+            elapsed=0.0,
+        )
+    )
     for step in (3, 4, 5):
-        sink.record(MetricLogged(1.0, step, "val_loss", 0.5))
-        sink.record(MetricLogged(1.0, step, "lr", 0.5))
+        sink.record(MetricLogged(time=1.0, step=step, name="val_loss", value=0.5))
+        sink.record(MetricLogged(time=1.0, step=step, name="lr", value=0.5))
     sink.close()
     assert [step for step, _ in curve(sink.points, "eval/loss")] == [5]
     assert [step for step, _ in curve(sink.points, "train/lr")] == [3, 4, 5]
@@ -168,9 +181,24 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path):
 
     for resumed, steps in ((False, range(10)), (True, range(6, 12))):
         sink = TensorBoardSink(tmp_path)
-        sink.record(RunStarted(1e9 + steps[0], steps[0], "run", {}, 5, 20, resumed, "1", 1, 0.0))
+        sink.record(
+            RunStarted(
+                time=1e9 + steps[0],
+                step=steps[0],
+                run="run",
+                config={},
+                steps_per_epoch=5,
+                total_steps=20,
+                resumed=resumed,
+                version="1",
+                pid=1,
+                elapsed=0.0,
+            )
+        )
         for step in steps:
-            sink.record(MetricLogged(1e9 + 100 * resumed + step, step, "acc", step + 100.0 * resumed))
+            sink.record(
+                MetricLogged(time=1e9 + 100 * resumed + step, step=step, name="acc", value=step + 100.0 * resumed)
+            )
         sink.close()
     found = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
     found.Reload()
@@ -184,19 +212,45 @@ def test_mlflow_loses_no_point_to_a_refused_name_and_tells_crashes_and_resumes_a
     pytest.importorskip("sqlalchemy")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     first = MlflowSink(uri)
-    first.record(RunStarted(0.0, 0, "run", {}, 5, 20, False, "1", 1, 0.0))
+    first.record(
+        RunStarted(
+            time=0.0,
+            step=0,
+            run="run",
+            config={},
+            steps_per_epoch=5,
+            total_steps=20,
+            resumed=False,
+            version="1",
+            pid=1,
+            elapsed=0.0,
+        )
+    )
     for step in range(5):
         for name in ("a/b", "loss@top(1)", "/refused", "x" * 600):
-            first.record(MetricLogged(1.0 + step, step, name, float(step)))
-    first.record(RunEnded(9.0, 5, "error", 9.0))
+            first.record(MetricLogged(time=1.0 + step, step=step, name=name, value=float(step)))
+    first.record(RunEnded(time=9.0, step=5, reason="error", seconds=9.0))
     first.close()
     client = tracking.MlflowClient(uri)
     assert client.get_run(first.run_id).info.status == "FAILED"
     assert [m.step for m in client.get_metric_history(first.run_id, "a/b")] == list(range(5))
     second = MlflowSink(uri, run_id=first.run_id)
-    second.record(RunStarted(10.0, 3, "run", {}, 5, 20, True, "1", 1, 0.0))
+    second.record(
+        RunStarted(
+            time=10.0,
+            step=3,
+            run="run",
+            config={},
+            steps_per_epoch=5,
+            total_steps=20,
+            resumed=True,
+            version="1",
+            pid=1,
+            elapsed=0.0,
+        )
+    )
     for step in range(3, 8):
-        second.record(MetricLogged(11.0, step, "a/b", float(step)))
+        second.record(MetricLogged(time=11.0, step=step, name="a/b", value=float(step)))
     second.close()
     assert [m.step for m in client.get_metric_history(first.run_id, "a/b")] == list(range(8))
     names = set(client.get_run(first.run_id).data.metrics)
@@ -209,7 +263,9 @@ def test_a_bad_interval_is_refused():
 
 
 def test_a_rollback_tells_its_learning_rate():
-    points = Points().of(RolledBack(1.0, 7, 3, "ram", 0.5, 32, 0.1))
+    points = Points().of(
+        RolledBack(time=1.0, step=7, to_step=3, source="ram", lr_multiplier=0.5, hold_steps=32, seconds=0.1)
+    )
     assert [(point.name, point.value) for point in points] == [("r8/rollbacks", 1.0), ("r8/lr_multiplier", 0.5)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -51,14 +52,28 @@ class DemoRun:
 
     def __iter__(self) -> Iterator[tuple[float, Event]]:
         config = {"num_samples": self.batches * self.batch_size, "batch_size": self.batch_size, "strategy": "quadrant"}
-        yield self._at(ev.RunStarted, "demo", config, self.batches, self.total, False, _VERSION, 0, 0.0)
-        yield self._at(ev.LrFound, 1e-2, {"steepest": 8.1e-3, "valley": 1e-2}, 100)
+        yield self._at(
+            ev.RunStarted(
+                step=self._step,
+                run="demo",
+                config=config,
+                steps_per_epoch=self.batches,
+                total_steps=self.total,
+                resumed=False,
+                version=_VERSION,
+                pid=0,
+                elapsed=0.0,
+            )
+        )
+        yield self._at(
+            ev.LrFound(step=self._step, lr=1e-2, suggestions={"steepest": 8.1e-3, "valley": 1e-2}, steps=100)
+        )
         for epoch in range(self.epochs):
             yield from self._epoch(epoch)
-        yield self._at(ev.RunEnded, "finished", self._now)
+        yield self._at(ev.RunEnded(step=self._step, reason="finished", seconds=self._now))
 
-    def _at(self, kind: type[Event], *values: object) -> tuple[float, Event]:
-        return self._now, kind(self.start + self._now, self._step, *values)
+    def _at(self, event: Event) -> tuple[float, Event]:
+        return self._now, replace(event, time=self.start + self._now)
 
     def _lr(self) -> float:
         warm = max(1, self.total // 10)
@@ -72,9 +87,13 @@ class DemoRun:
 
     def _epoch(self, epoch: int) -> Iterator[tuple[float, Event]]:
         phase = "cataloging" if epoch == 0 else "quadrant"
-        yield self._at(ev.EpochStarted, epoch, phase, self.batches)
+        yield self._at(ev.EpochStarted(step=self._step, epoch=epoch, phase=phase, batches=self.batches))
         if epoch < 2:
-            yield self._at(ev.PhaseChanged, "cataloging" if epoch == 0 else "balanced", f"epoch {epoch} begins")
+            yield self._at(
+                ev.PhaseChanged(
+                    step=self._step, phase="cataloging" if epoch == 0 else "balanced", reason=f"epoch {epoch} begins"
+                )
+            )
         if epoch:
             yield self._quadrants(epoch)
         began, losses = self._now, []
@@ -85,13 +104,26 @@ class DemoRun:
                 yield item
         yield from self._validate(epoch)
         mean = float(np.mean(losses)) if losses else math.nan
-        yield self._at(ev.EpochEnded, epoch, mean, self._now - began, self.batches, True)
+        yield self._at(
+            ev.EpochEnded(
+                step=self._step,
+                epoch=epoch,
+                mean_loss=mean,
+                seconds=self._now - began,
+                batches=self.batches,
+                completed=True,
+            )
+        )
         self._now += 0.4
-        yield self._at(ev.CheckpointSaved, f"checkpoints/ep{epoch}-s{self._step}", 412_000_000, 0.4)
+        yield self._at(
+            ev.CheckpointSaved(
+                step=self._step, path=f"checkpoints/ep{epoch}-s{self._step}", bytes=412_000_000, seconds=0.4
+            )
+        )
 
     def _train_step(self, epoch: int) -> Iterator[tuple[float, Event]]:
         rng, lr = self._rng, self._lr()
-        yield self._at(ev.BatchIssued, epoch, self.batch_size, lr, 1.2e-4)
+        yield self._at(ev.BatchIssued(step=self._step, epoch=epoch, size=self.batch_size, lr=lr, seconds=1.2e-4))
         seconds = self.step_seconds * float(rng.lognormal(0.0, 0.08))
         self._now += seconds
         level = self._level()
@@ -102,25 +134,31 @@ class DemoRun:
         verdict = "calm" if not spike else "nonfinite" if math.isnan(loss) else "spike"
         score = (loss - level) / (0.12 * level)
         yield self._at(
-            ev.LossReported,
-            epoch,
-            loss,
-            level,
-            lr,
-            verdict,
-            score,
-            self.batch_size,
-            seconds,
-            2.3e-4 + 1e-4 * rng.random(),
+            ev.LossReported(
+                step=self._step,
+                epoch=epoch,
+                loss=loss,
+                expected_loss=level,
+                lr=lr,
+                verdict=verdict,
+                score=score,
+                size=self.batch_size,
+                step_seconds=seconds,
+                r8_seconds=2.3e-4 + 1e-4 * rng.random(),
+            )
         )
         if self._step % 10 == 0:
-            yield self._at(ev.MetricLogged, "grad_norm", float(rng.lognormal(-0.2, 0.3)) * (12 if spike else 1))
+            yield self._at(
+                ev.MetricLogged(
+                    step=self._step, name="grad_norm", value=float(rng.lognormal(-0.2, 0.3)) * (12 if spike else 1)
+                )
+            )
         if spike:
             yield from self._recover(epoch, loss, level, score, verdict)
         elif self._step % 50 == 0:
-            yield self._at(ev.BackupTaken, 380_000_000, 0.12)
+            yield self._at(ev.BackupTaken(step=self._step, bytes=380_000_000, seconds=0.12))
             if self._step:
-                yield self._at(ev.BackupVerified, self._backup)
+                yield self._at(ev.BackupVerified(step=self._step, of_step=self._backup))
             self._backup = self._step
         self._step += 1
 
@@ -128,16 +166,34 @@ class DemoRun:
         self, epoch: int, loss: float, level: float, score: float, verdict: str
     ) -> Iterator[tuple[float, Event]]:
         indices = tuple(int(i) for i in self._rng.integers(0, self.batches * self.batch_size, self.batch_size))
-        yield self._at(ev.SpikeSeen, epoch, verdict, loss, level, score, indices)
-        yield self._at(ev.RolledBack, self._backup, "ram", 0.5, 200, 0.2)
-        yield self._at(ev.PhaseChanged, "probation", "a rollback: half the learning rate for 200 steps")
+        yield self._at(
+            ev.SpikeSeen(
+                step=self._step,
+                epoch=epoch,
+                verdict=verdict,
+                loss=loss,
+                expected_loss=level,
+                score=score,
+                indices=indices,
+            )
+        )
+        yield self._at(
+            ev.RolledBack(
+                step=self._step, to_step=self._backup, source="ram", lr_multiplier=0.5, hold_steps=200, seconds=0.2
+            )
+        )
+        yield self._at(
+            ev.PhaseChanged(
+                step=self._step, phase="probation", reason="a rollback: half the learning rate for 200 steps"
+            )
+        )
         self._cold_until = self._step + 200
 
     def _validate(self, epoch: int) -> Iterator[tuple[float, Event]]:
         self._now += self.step_seconds * self.batches * 0.1
         value = self._level() * 1.15 * float(self._rng.lognormal(0.0, 0.03))
-        yield self._at(ev.MetricLogged, "val_loss", value)
-        yield self._at(ev.MetricLogged, "accuracy", 1 - 0.35 * min(1.0, value) ** 0.8)
+        yield self._at(ev.MetricLogged(step=self._step, name="val_loss", value=value))
+        yield self._at(ev.MetricLogged(step=self._step, name="accuracy", value=1 - 0.35 * min(1.0, value) ** 0.8))
         if value < self._best:
             self._best = value
 
@@ -148,5 +204,15 @@ class DemoRun:
         uses = tuple(epoch + drift for drift in (0.1, 0.0, -0.1, 0.2))
         stuck = max(0, epoch - 5) * quarter // 300
         return self._at(
-            ev.QuadrantsRefreshed, epoch, edges, (quarter,) * 4, means, uses, (0.0, 0.31, 0.27, 0.12), 0, stuck
+            ev.QuadrantsRefreshed(
+                step=self._step,
+                epoch=epoch,
+                edges=edges,
+                counts=(quarter,) * 4,
+                losses=means,
+                uses=uses,
+                easier=(0.0, 0.31, 0.27, 0.12),
+                unseen=0,
+                stuck=stuck,
+            )
         )

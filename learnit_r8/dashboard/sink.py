@@ -298,7 +298,7 @@ class Dashboard:
         return screen
 
     def _notice(self, message: str, level: str) -> None:
-        self._queue.append(Notice(self._clock(), self.model.step, message, level))
+        self._queue.append(Notice(time=self._clock(), step=self.model.step, message=message, level=level))
 
     def _say(self, lines: Sequence[str]) -> None:
         out = Outlet()

@@ -73,7 +73,7 @@ class Control:
             raise KeyboardInterrupt
         if not self._paused:
             return
-        self._bus.emit(events.Paused, step, True)
+        self._bus.emit(events.Paused(step=step, paused=True))
         ends = (Command.RESUME, Command.STOP_NOW, Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH)
         while self._paused:
             asked = [command for command in self._bus.commands(step) if command in ends]
@@ -86,7 +86,7 @@ class Control:
                 self._at_once = command is Command.STOP_NOW
             else:
                 self._clock.sleep(0.05)
-        self._bus.emit(events.Paused, step, False)
+        self._bus.emit(events.Paused(step=step, paused=False))
         self.act_together(step)
 
     def obey(self, step: int, save: Callable[[], None]) -> None:
@@ -110,7 +110,7 @@ class Control:
                     self._ranks.asked = command
                 elif command in (Command.PAUSE, Command.RESUME):
                     paused = command is Command.PAUSE
-                    self._bus.emit(events.Paused, step, paused)
+                    self._bus.emit(events.Paused(step=step, paused=paused))
                 elif command is Command.STOP_NOW:
                     raise KeyboardInterrupt
                 else:

@@ -64,26 +64,27 @@ class Presence:
             self._log = JsonlSink(Path(config.log_dir or ".") / EVENTS_FILE)
             self._bus.add(self._log)
         self._bus.emit(
-            events.RunStarted,
-            step,
-            Path(config.log_dir or ".").resolve().name,
-            config.to_json(),
-            config.steps_per_epoch,
-            config.total_steps,
-            resumed,
-            __version__,
-            os.getpid(),
-            elapsed,
+            events.RunStarted(
+                step=step,
+                run=Path(config.log_dir or ".").resolve().name,
+                config=config.to_json(),
+                steps_per_epoch=config.steps_per_epoch,
+                total_steps=config.total_steps,
+                resumed=resumed,
+                version=__version__,
+                pid=os.getpid(),
+                elapsed=elapsed,
+            )
         )
         if config.batch_size > config.num_samples:
             message = (
                 f"batch_size={config.batch_size} is larger than num_samples={config.num_samples}, so every batch is "
                 "the whole data set: give a smaller batch_size"
             )
-            self._bus.emit(events.Notice, step, message, "warning")
+            self._bus.emit(events.Notice(step=step, message=message, level="warning"))
         if config.checkpoint_every is not None and self._args.save is None and self._rank == 0:
             message = "there is no save_callback: the checkpoints hold the run's state, not the model"
-            self._bus.emit(events.Notice, step, message, "warning")
+            self._bus.emit(events.Notice(step=step, message=message, level="warning"))
         for sink in filter(None, (self._display, self._log)):
             for event in missed:  # what a resume loaded, and which checkpoint it passed over
                 with suppress(Exception):  # the bus drops a sink that fails, at the next event
@@ -117,7 +118,7 @@ class Presence:
             CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, step, flagged)
         except Exception as error:
             message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
-            self._bus.emit(events.Notice, step, message, "warning")
+            self._bus.emit(events.Notice(step=step, message=message, level="warning"))
 
     def end(
         self,
@@ -139,11 +140,22 @@ class Presence:
         self.log_catalog(step)
         left_out = tuple(self._catalog.left_out.tolist())
         if warning:
-            self._bus.emit(events.Notice, step, warning, "warning")
+            self._bus.emit(events.Notice(step=step, message=warning, level="warning"))
         if left_out:
             message = f"samples left out since faults named them: {shown(left_out)} (catalog.left_out has all)"
-            self._bus.emit(events.Notice, step, message, "warning")
-        self._bus.emit(events.RunEnded, step, reason, elapsed, *levels, left_out)
+            self._bus.emit(events.Notice(step=step, message=message, level="warning"))
+        final, best, at = levels
+        self._bus.emit(
+            events.RunEnded(
+                step=step,
+                reason=reason,
+                seconds=elapsed,
+                final_level=final,
+                best_level=best,
+                best_step=at,
+                left_out=left_out,
+            )
+        )
         self._close_display()
 
 

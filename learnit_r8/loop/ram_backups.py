@@ -14,7 +14,7 @@ from learnit_r8.loop.ranks import Ranks
 from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, Look, chosen_interval, names
 from learnit_r8.stability.detector import Detector
 
-Emit = Callable[..., None]
+Emit = Callable[[events.Event], None]
 _EVIDENCE, _BEFORE, _ENOUGH = 4, 8, 16
 """Losses that make evidence against weights that moved far, those they are compared with, and those that acquit."""
 _RISE = 0.5
@@ -28,7 +28,7 @@ class RamBackups:
     Args:
         capture: Returns the user's model state, or None: then there are no automatic backups.
         every: Steps between automatic backups; "auto": chosen by the size of the first one.
-        emit: `(event class, step, *fields)`.
+        emit: Lets the sinks hear an event.
         clock: Measures what a copy took, for the events; nothing depends on it.
         ranks: They must take the same backups, or each would go back to another step.
 
@@ -80,7 +80,7 @@ class RamBackups:
                 f"a backup in RAM every {self._every} steps: a copy takes {_size(nbytes)}, there are three, and a "
                 "fourth once one was needed (backup_every=n chooses the steps)"
             )
-            self._emit(events.Notice, step, message)
+            self._emit(events.Notice(step=step, message=message))
         self._next = step + (self._every or 1)
 
     def _try_keep(self, step: int, detector: Detector) -> BackupInfo | None:
@@ -99,7 +99,7 @@ class RamBackups:
             message = f"no backup was taken, training goes on with the older ones: state_callback failed ({failure})"
             if failure not in self._warned:  # once: it mostly is the same every time
                 self._warned.add(failure)
-                self._emit(events.Notice, step, message, "warning")
+                self._emit(events.Notice(step=step, message=message, level="warning"))
                 tell(message, stacklevel=2)
             self.ring.discard_after(step - 1)  # no rank keeps what another one lacks
             return None
@@ -116,18 +116,18 @@ class RamBackups:
         held = {backup.id for backup in self.ring.backups}
         self._detectors = {key: value for key, value in self._detectors.items() if key in held}
         self._detectors[info.id] = detector.state_dict(), list(self._losses)
-        self._emit(events.BackupTaken, step, info.nbytes, info.seconds)
+        self._emit(events.BackupTaken(step=step, bytes=info.nbytes, seconds=info.seconds))
         return info
 
     def calm(self, step: int, level: float) -> None:
         """Count a calm loss in favour of the backups before it; one that is found damaged says that the model is."""
         for info in self.ring.healthy(step, level):
             if info.status is BackupStatus.VERIFIED:
-                self._emit(events.BackupVerified, step, info.step)
+                self._emit(events.BackupVerified(step=step, of_step=info.step))
             elif info.damaged and self._ranks.damaged_since is None:
                 self._ranks.damaged_since = info.step
                 self.damage = f"{_DAMAGE}: {names(info.damaged)}, in the backup of step {info.step}"
-                self._emit(events.Notice, step, self.damage, "warning")
+                self._emit(events.Notice(step=step, message=self.damage, level="warning"))
 
     def worse_since_move(self, loss: float, *, calm: bool) -> int | None:
         """Count a finite loss; return the step of a backup whose weights had moved far, if losses are worse since.
@@ -177,7 +177,9 @@ class RamBackups:
         try:
             mine = self.ring.look(self.capture(), self.path, before, calm=calm)
         except Exception as error:
-            self._emit(events.Notice, step, f"the model's state could not be looked at: {error}", "warning")
+            self._emit(
+                events.Notice(step=step, message=f"the model's state could not be looked at: {error}", level="warning")
+            )
             mine = None
         code = math.nan if mine is None else 2.0 * bool(mine.nonfinite) + bool(mine.jumped)
         codes = self._ranks.everyone(code)

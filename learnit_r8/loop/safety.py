@@ -86,7 +86,7 @@ class SafetyNet:
         total_steps: Steps of the whole budget, or None.
         saver: Finds a checkpoint to go back to when RAM has nothing.
         catalog: Rewound on a rollback; knows the samples that are left out.
-        emit: `(event class, step, *fields)`.
+        emit: Lets the sinks hear an event.
         clock: Measures backups and restores, for the events.
         crash: Writes down what is known when training has diverged.
         ranks: They must take the same backups and go back to the same step, or each would go on with
@@ -373,7 +373,7 @@ class SafetyNet:
     def _leave_out(self, step: int, ids: tuple[int, ...], reason: str) -> None:
         new = self._catalog.leave_out(ids)
         if new:
-            self._emit(events.SampleQuarantined, step, new, reason)
+            self._emit(events.SampleQuarantined(step=step, indices=new, reason=reason))
 
     def _can_restore(self, step: int) -> bool:
         if self._load is None:
@@ -394,7 +394,18 @@ class SafetyNet:
         batch = tuple(ids[:SAMPLES_TOLD].tolist())
         if judgement.tell:
             verdict = judgement.verdict.value
-            self._emit(events.SpikeSeen, step, epoch, verdict, loss, expected, judgement.score, batch, judgement.tell)
+            self._emit(
+                events.SpikeSeen(
+                    step=step,
+                    epoch=epoch,
+                    verdict=verdict,
+                    loss=loss,
+                    expected_loss=expected,
+                    score=judgement.score,
+                    indices=batch,
+                    reason=judgement.tell,
+                )
+            )
         action, self._load_error = judgement.action, None
         if action.kind is Kind.RESTORE and not self._detector.ordinary(loss):
             self._leave_out(step, self._quarantine.trigger(), "in the batches of several faults")
@@ -417,7 +428,7 @@ class SafetyNet:
                 self._tell(step, f"a new level of the loss is accepted, the model was left alone: {action.reason}")
         elif judgement.action.kind is Kind.RESTORE or action.reason.startswith("nothing to restore"):
             why = "there is no load_callback" if self._load is None else "there is no backup to go back to"
-            self._emit(events.RollbackFailed, step, f"{action.reason} ({why})")
+            self._emit(events.RollbackFailed(step=step, reason=f"{action.reason} ({why})"))
         return False
 
     def finish(self, step: int) -> None:
@@ -442,14 +453,14 @@ class SafetyNet:
         self.react(step, 0, judgement, last, math.nan, np.empty(0, np.int64))
 
     def _tell(self, step: int, message: str) -> None:
-        self._emit(events.Notice, step, message, "warning")
+        self._emit(events.Notice(step=step, message=message, level="warning"))
 
     def _diverged(self, step: int, reason: str) -> None:
         if self._machine.lacks or self._told_lack:
             reason = f"{reason}; {_LACKING}"
         best = self._where_the_best_is(step)
         reason = f"{reason}; {best}" if best else reason
-        self._emit(events.RollbackFailed, step, reason)
+        self._emit(events.RollbackFailed(step=step, reason=reason))
         self._crash.diverged(step, reason, self._machine.failing_batches, self._load_error)
 
     def _from_ram(self, step: int, action: Action) -> Action | None:
@@ -513,7 +524,11 @@ class SafetyNet:
         seconds = self._clock.monotonic() - began
         multiplier = self._machine.lr_multiplier(step + 1)
         hold = self._machine.hold if multiplier < 1.0 else 0
-        self._emit(events.RolledBack, step, to_step, source, multiplier, hold, seconds)
+        self._emit(
+            events.RolledBack(
+                step=step, to_step=to_step, source=source, lr_multiplier=multiplier, hold_steps=hold, seconds=seconds
+            )
+        )
         if self._machine.lacks and not self._told_lack:
             self._told_lack = True
             self._tell(step, _LACKING)
@@ -572,7 +587,16 @@ class SafetyNet:
         self.restored_step = to_step
         self._detector.reset_after_rollback(detector)
         self._backups.rolled_back(to_step, step)
-        self._emit(events.RolledBack, step, to_step, source, 1.0, 0, self._clock.monotonic() - began)
+        self._emit(
+            events.RolledBack(
+                step=step,
+                to_step=to_step,
+                source=source,
+                lr_multiplier=1.0,
+                hold_steps=0,
+                seconds=self._clock.monotonic() - began,
+            )
+        )
         return to_step
 
     def recall(self, step: int, after: int) -> int | None:
@@ -601,7 +625,14 @@ class SafetyNet:
             self._detector.reset_after_rollback(detector)
             self._catalog.rewind(found.step)
         self._emit(
-            events.RolledBack, step, found.step, "ram", self.lr_multiplier(step), 0, self._clock.monotonic() - began
+            events.RolledBack(
+                step=step,
+                to_step=found.step,
+                source="ram",
+                lr_multiplier=self.lr_multiplier(step),
+                hold_steps=0,
+                seconds=self._clock.monotonic() - began,
+            )
         )
         return found.step
 

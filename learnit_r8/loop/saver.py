@@ -92,13 +92,13 @@ class Saver:
         """Say what the user would not expect, once: it mostly is the same at every save."""
         if message not in self._told:
             self._told.add(message)
-            self._bus.emit(events.Notice, step, message, "warning")
+            self._bus.emit(events.Notice(step=step, message=message, level="warning"))
             if self._args.ui == "off":  # no display shows it
                 say(f"[r8] {message}")
 
     def passed_over(self, path: Path, reason: str) -> None:
         """Tell that a damaged checkpoint is not used."""
-        self._bus.emit(events.CheckpointFailed, self._attempted, str(path), reason)
+        self._bus.emit(events.CheckpointFailed(step=self._attempted, path=str(path), reason=reason))
         tell(f"a checkpoint is passed over: {reason}", stacklevel=2)
 
     def due(self, step: int, finished_epoch: int | None) -> bool:
@@ -159,7 +159,9 @@ class Saver:
         try:
             yield
         except CheckpointError as error:
-            self._bus.emit(events.CheckpointFailed, step, self._args.config.checkpoint_dir or "", str(error))
+            self._bus.emit(
+                events.CheckpointFailed(step=step, path=self._args.config.checkpoint_dir or "", reason=str(error))
+            )
             raise
 
     def _committed(self, step: int, was_due: bool, outcome: Callable[[], SavedCheckpoint]) -> Path:
@@ -167,7 +169,9 @@ class Saver:
             saved = outcome()
         self._own[saved.path.name] = step
         self._newest = step, saved.path
-        self._bus.emit(events.CheckpointSaved, step, str(saved.path), saved.nbytes, saved.seconds)
+        self._bus.emit(
+            events.CheckpointSaved(step=step, path=str(saved.path), bytes=saved.nbytes, seconds=saved.seconds)
+        )
         for problem in saved.problems:
             self.tell(step, problem)
         if self._logged is not None and (was_due or self._logged[0] == step):
@@ -351,7 +355,11 @@ class Saver:
         directory = self._args.config.checkpoint_dir
         if directory and saved and os.path.realpath(directory) != os.path.realpath(saved):
             message = f"new checkpoints go to {os.path.abspath(directory)}, where this one lies, not to {saved}"
-            self._bus.emit(events.Notice, self._attempted, f"{message}: give checkpoint_dir to change that", "warning")
+            self._bus.emit(
+                events.Notice(
+                    step=self._attempted, message=f"{message}: give checkpoint_dir to change that", level="warning"
+                )
+            )
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
@@ -364,8 +372,8 @@ class Saver:
                 self._own = self.store.own()
             elif loaded.path.parent.resolve() == self.store.directory.resolve():
                 message = f"this run branches off at {loaded.path.name}: later checkpoints there stay as they are"
-                self._bus.emit(events.Notice, loaded.step, message, "info")
-        self._bus.emit(events.CheckpointLoaded, loaded.step, str(loaded.path))
+                self._bus.emit(events.Notice(step=loaded.step, message=message, level="info"))
+        self._bus.emit(events.CheckpointLoaded(step=loaded.step, path=str(loaded.path)))
 
 
 def not_saved(error: CheckpointError) -> None:

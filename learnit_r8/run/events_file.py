@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from learnit_r8.errors import tell
-from learnit_r8.events import BatchIssued, Event, LossReported, from_json, to_json
+from learnit_r8.events import BatchIssued, Event, LossReported, parse_line, to_json
 
 
 class JsonlSink:
@@ -72,12 +72,7 @@ def read_events(path: str | Path) -> Iterator[Event]:
 
     Unknown events (of a newer version) and lines broken by a crash are passed over.
     """
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
+    with Path(path).open("rb") as file:
         for line in file:
-            if not line.endswith("\n"):
-                return
-            try:
-                event = from_json(json.loads(line))
-            except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or no event of ours
-                continue
-            yield event
+            if line.endswith(b"\n") and (event := parse_line(line)) is not None:
+                yield event

@@ -10,26 +10,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.events import Event, LossReported, RunStarted
-from learnit_r8.run.tail import parse_line
+from learnit_r8.events import Event, LossReported, RunStarted, parse_line
 
 _BLOCK = 8 << 20
 _COLUMNS = ("time", "step", "loss", "lr", "size", "step_seconds", "r8_seconds")
 _MARK = b'{"event":"LossReported",'
 _RUN_MARK = b'\n{"event":"RunStarted",'
-_LINE = re.compile(
-    b'^{"event":"LossReported","time":N,"step":N,"epoch":_,"loss":N,"expected_loss":_,"lr":N,"verdict":_,"score":_,'
-    b'"size":N,"step_seconds":N,"r8_seconds":N}$'.replace(b"N", b'"?([^,"}]+)"?').replace(b"_,", b"[^,]+,"),
-    re.MULTILINE,
-)
-"""`"?`: numbers that are not finite travel as strings."""
+_FIELDS = (f'"{f.name}":' + ('"?([^,"}]+)"?' if f.name in _COLUMNS else "[^,}]+") for f in fields(LossReported))
+_LINE = re.compile(f'^{{"event":"LossReported",{",".join(_FIELDS)}}}$'.encode(), re.MULTILINE)
+"""A line as `to_json` writes it, with a group for each column; `"?`: numbers that are not finite travel as strings."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

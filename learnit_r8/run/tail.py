@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from learnit_r8.events import Event, LossReported, from_json
+from learnit_r8.events import Event, parse_line
 
 EVENTS_FILE = "events.jsonl"
 CONSOLE_FILE = "console.log"
@@ -58,30 +55,3 @@ class EventTail:
         self.behind = self._offset < size
         *lines, self._partial = (self._partial + data).split(b"\n")
         return [event for event in map(parse_line, lines) if event is not None]
-
-
-def parse_line(line: bytes) -> Event | None:
-    """Return the event of one line, None where it holds none that this version knows."""
-    try:
-        data = json.loads(line)
-        if data["event"] == "LossReported":  # nearly every line: spelled out it costs half
-            return _loss_reported(data)
-        return from_json(data)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        return None
-
-
-def _loss_reported(data: Mapping[str, Any]) -> LossReported:
-    return LossReported(
-        float(data["time"]),
-        data["step"],
-        data["epoch"],
-        float(data["loss"]),
-        float(data["expected_loss"]),
-        float(data["lr"]),
-        data["verdict"],
-        float(data["score"]),
-        data["size"],
-        float(data["step_seconds"]),
-        float(data["r8_seconds"]),
-    )

@@ -28,7 +28,7 @@ _FIGURE_SAMPLES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class QuadrantTable:
-    """Figures of the four quadrants, Q1 (lowest loss) first."""
+    """Figures of the four quadrants, Q1 (lowest loss) first: fields of `events.QuadrantsRefreshed`."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -37,10 +37,6 @@ class QuadrantTable:
     easier: tuple[float, ...]
     unseen: int
     stuck: int
-
-    def figures(self) -> tuple[tuple[float, ...] | tuple[int, ...] | int, ...]:
-        """Return the fields in the order of `events.QuadrantsRefreshed`."""
-        return self.edges, self.counts, self.losses, self.uses, self.easier, self.unseen, self.stuck
 
 
 class Quadrants:

@@ -46,16 +46,16 @@ class EventBus:
         """Whether any sink has a use for `BatchIssued`; without one it need not even be built."""
         return not all(getattr(sink, "ignores_batches", False) for sink in self._sinks)
 
-    def emit(self, kind: type[Event], step: int, *fields: Any, **more: Any) -> None:
-        """Build an event of that kind and let every sink hear it."""
-        event = kind(self._clock.wall(), step, *fields, **more)
-        if kind not in _EVERY_STEP:
+    def emit(self, event: Event) -> None:
+        """Put the time into a new event and let every sink hear it."""
+        object.__setattr__(event, "time", self._clock.wall())
+        if type(event) not in _EVERY_STEP:
             self.recent.append(event)
         for record in tuple(self._record):
             try:
                 record(event)
             except Exception as error:
-                self._drop(record, step, error)
+                self._drop(record, event.step, error)
 
     def _drop(self, record: Any, step: int, error: Exception) -> None:
         if record not in self._record:  # it failed again at the news of another sink's failure
@@ -64,7 +64,7 @@ class EventBus:
         sink = self._sinks.pop(place)
         del self._record[place]
         _close(sink)
-        self.emit(SinkFailed, step, type(sink).__name__, f"{type(error).__name__}: {error}")
+        self.emit(SinkFailed(step=step, sink=type(sink).__name__, reason=f"{type(error).__name__}: {error}"))
 
     def remove(self, sink: Sink) -> None:
         """Close one sink and let it hear no more."""
@@ -94,7 +94,7 @@ class EventBus:
                 else:
                     known = ", ".join(_COMMANDS)
                     message = f"{type(sink).__name__} asked for {asked!r}, which is no command: use {known}"
-                    self.emit(Notice, step, message, "warning")
+                    self.emit(Notice(step=step, message=message, level="warning"))
 
     def close(self) -> None:
         """Close every sink."""

@@ -89,7 +89,11 @@ def play(
             pass
         finally:
             if last is not None and not isinstance(last, e.RunEnded):
-                _record(dashboard, log, e.RunEnded(last.time, last.step, "stopped", last.time - clock.started))
+                _record(
+                    dashboard,
+                    log,
+                    e.RunEnded(time=last.time, step=last.step, reason="stopped", seconds=last.time - clock.started),
+                )
             if log is not None:
                 log.close()
 
@@ -111,8 +115,14 @@ def _stopped(dashboard: Dashboard, log: JsonlSink | None, clock: DemoClock, even
         if command in _STOPS:
             return True
         if command is Command.CHECKPOINT:
-            _record(dashboard, log, e.CheckpointSaved(event.time, event.step, "checkpoints/by-hand", 412_000_000, 0.4))
+            _record(
+                dashboard,
+                log,
+                e.CheckpointSaved(
+                    time=event.time, step=event.step, path="checkpoints/by-hand", bytes=412_000_000, seconds=0.4
+                ),
+            )
         else:
             paused = command is Command.PAUSE
-            _record(dashboard, log, e.Paused(event.time, event.step, paused))
+            _record(dashboard, log, e.Paused(time=event.time, step=event.step, paused=paused))
     return False
