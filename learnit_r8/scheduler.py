@@ -50,7 +50,7 @@ from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.output import Presence
 from learnit_r8.loop.ranks import Ranks
-from learnit_r8.loop.safety import SafetyNet
+from learnit_r8.loop.safety import Judgement, SafetyNet
 from learnit_r8.loop.sampling import Chooser
 from learnit_r8.loop.saver import Saver, State, not_saved
 from learnit_r8.loop.signals import say
@@ -60,7 +60,7 @@ from learnit_r8.samples.catalog import LossCatalog, Rows
 from learnit_r8.sinks import EventBus
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.strategies.base import Strategy
-from learnit_r8.types import Batch, Command, LossReport, Sink, StepResult, Verdict, WeighedBatch
+from learnit_r8.types import Batch, Command, Indices, LossReport, Sink, StepResult, Verdict, WeighedBatch
 
 if TYPE_CHECKING:
     from learnit_r8.checkpoint import LoadedCheckpoint
@@ -566,25 +566,27 @@ class R8Scheduler:
         """
         self._check_open()
         ticket = self._desk.find(batch)
-        if batch_loss is not None and loss is not None:
-            raise TypeError("update_with_loss got loss and batch_loss, two names for one thing: give one")
-        reported = read_losses(loss if batch_loss is None else batch_loss, len(ticket.batch.indices))
-        if not self._weighs:
+        if batch_loss is not None:
+            if loss is not None:
+                raise TypeError("update_with_loss got loss and batch_loss, two names for one thing: give one")
+            loss = batch_loss
+        reported = read_losses(loss, len(ticket.batch.indices))
+        if not self._weighs and isinstance(ticket.batch, WeighedBatch):
             self._ask_for_weights(ticket.batch)
         self._reporter = threading.get_ident()
-        started = self._clock.monotonic()
+        started = self._clock.monotonic() if self._bus else 0.0
         if self._ranks.exchanges:
             reported = self._gather(reported, ticket)
         outdated = self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
         progress = self._progress
-        step, epoch = progress.global_step, progress.epoch
-        with np.errstate(all="ignore"):
-            rows = self._catalog.look_up(ticket.indices)
-            judgement = self._safety.judge(
-                step, reported, rows.expected, ticket.indices, skipped=bool(skipped), outdated=outdated
-            )
+        step = progress.global_step
+        rows = self._catalog.look_up(ticket.indices)
+        expected = rows.expected
+        judgement = self._safety.judge(
+            step, reported, expected, ticket.indices, skipped=bool(skipped), outdated=outdated
+        )
         if judgement.accepted:
             self._record(ticket, rows, reported)
             if self._replays and judgement.verdict is Verdict.CALM:
@@ -592,42 +594,44 @@ class R8Scheduler:
         progress.global_step += 1
         progress.reported += 1
         if self._bus:
-            self._bus.emit(
-                events.LossReported(
-                    step=step,
-                    epoch=epoch,
-                    loss=reported.mean,
-                    expected_loss=rows.expected,
-                    lr=ticket.batch.lr,
-                    verdict=judgement.verdict.value,
-                    score=judgement.score,
-                    size=len(ticket.indices),
-                    step_seconds=started - ticket.issued_at,
-                    r8_seconds=self._clock.monotonic() - started + ticket.draw_seconds,
-                )
+            self._emit_loss(ticket, reported.mean, expected, judgement, started)
+        rolled_back = judgement.alarming and self._react(step, judgement, reported.mean, expected, ticket.indices)
+        if progress.reported == self._chooser.batches:
+            self._end_epoch(completed=True)
+        surprise = reported.mean - expected
+        return StepResult(judgement.accepted, rolled_back, judgement.verdict, reported.mean, expected, surprise, step)
+
+    def _emit_loss(self, ticket: Ticket, loss: float, expected: float, judgement: Judgement, started: float) -> None:
+        self._bus.emit(
+            events.LossReported(
+                step=self._progress.global_step - 1,
+                epoch=self._progress.epoch,
+                loss=loss,
+                expected_loss=expected,
+                lr=ticket.batch.lr,
+                verdict=judgement.verdict.value,
+                score=judgement.score,
+                size=len(ticket.indices),
+                step_seconds=started - (ticket.issued_at or started),
+                r8_seconds=self._clock.monotonic() - started + ticket.draw_seconds,
             )
+        )
+
+    def _react(self, step: int, judgement: Judgement, loss: float, expected: float, indices: Indices) -> bool:
+        """Do what an alarming report calls for; return whether the model was restored."""
         try:
-            rolled_back = judgement.alarming and self._safety.react(
-                step, epoch, judgement, reported.mean, rows.expected, ticket.indices
-            )
+            rolled_back = self._safety.react(step, self._progress.epoch, judgement, loss, expected, indices)
         except TrainingDiverged:
             self._diverged = True  # not to be saved as the newest state
             raise
         if rolled_back:
             self._desk.outdate()
             if self._replays:
-                progress.take_back(*self._desk.replay(self._safety.restored_step))
-        if progress.reported == self._chooser.batches:
-            self._end_epoch(completed=True)
-        surprise = reported.mean - rows.expected
-        return StepResult(
-            judgement.accepted, rolled_back, judgement.verdict, reported.mean, rows.expected, surprise, step
-        )
+                self._progress.take_back(*self._desk.replay(self._safety.restored_step))
+        return rolled_back
 
-    def _ask_for_weights(self, batch: Batch) -> None:
+    def _ask_for_weights(self, batch: WeighedBatch) -> None:
         """Say once that nobody looked at the importance weights of the first batch that had any."""
-        if not isinstance(batch, WeighedBatch):
-            return
         self._weighs = True
         if batch.asked:
             return
@@ -724,14 +728,12 @@ class R8Scheduler:
 
     # One step -----------------------------------------------------------------------------
 
-    @_QUIETLY
     def _next_ticket(self) -> Ticket | None:
         """Draw the next batch; None when the epoch's plan, or the budget, is used up."""
         epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
-        spent = self._budget.time_up or self._budget.steps_up(step)
-        if self._progress.stage is not Stage.RUNNING or spent or self._control.stops_now:
+        if self._progress.stage is not Stage.RUNNING or self._budget.used_up(step) or self._control.stops_now:
             return None
-        started = self._clock.monotonic()
+        started = self._clock.monotonic() if self._bus else 0.0
         waiting = self._desk.reissue()
         cursor = self._chooser.drawn if waiting is None else waiting.cursor
         batches = self._chooser.batches if waiting is None else waiting.batches
@@ -758,29 +760,29 @@ class R8Scheduler:
         started: float,
     ) -> Ticket:
         cursor, batches = place
-        order = self._ranks.order(len(indices), self._streams, self._progress.epoch, cursor)
-        part = slice(None) if order is None else order[self._ranks.cut(len(indices))]
-        mine = indices[part].copy()
-        shown = (self._ones[: len(mine)] if weights is None else weights[part]).copy()
-        now = self._clock.monotonic()
-        if self._bus and self._bus.wants_batches:
-            self._bus.emit(
-                events.BatchIssued(
-                    step=step, epoch=self._progress.epoch, size=len(indices), lr=self._lr, seconds=now - started
-                )
-            )
+        epoch, size = self._progress.epoch, len(indices)
+        order, mine = None, indices
+        if self._ranks.slices > 1 and (order := self._ranks.order(size, self._streams, epoch, cursor)) is not None:
+            order_here = order[self._ranks.cut(size)]
+            mine, weights_here = indices[order_here], None if weights is None else weights[order_here]
+        else:
+            mine, weights_here = indices.copy(), weights
         kind = Batch if weights is None else WeighedBatch
-        batch = kind(mine, self._lr, shown, number, step, self._progress.epoch)
+        shown = self._ones[: len(mine)] if weights_here is None else weights_here
+        batch = kind(mine, self._lr, shown.copy(), number, step, epoch)
+        now = self._clock.monotonic() if self._bus else 0.0
+        if self._bus and self._bus.wants_batches:
+            self._bus.emit(events.BatchIssued(step=step, epoch=epoch, size=size, lr=self._lr, seconds=now - started))
         return Ticket(batch, indices, weights, cursor, batches, now, now - started, order)
 
-    @_QUIETLY
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
         """Let an accepted loss enter the catalog, and the strategy hear of it."""
         step = self._progress.global_step
         if reported.values is None:
             losses = self._catalog.record_batch(rows, reported.mean, step)
         else:
-            losses = self._catalog.record(rows, reported.values, step, reported.mean)
+            once = self._chooser.each_once
+            losses = self._catalog.record(rows, reported.values, step, reported.mean, once=once)
         self._progress.accept(reported.mean)
         if self._chooser.listens:
             per_sample = reported.values is not None

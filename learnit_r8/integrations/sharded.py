@@ -79,7 +79,7 @@ class ShardedCatalog(LossCatalog):
         """Return the rows of this rank's batch, and the expected loss of the global one."""
         return super().look_up(indices)._replace(expected=self._expected)
 
-    def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None) -> Losses:
+    def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
         """Take this rank's losses; `mean`, which is that of all ranks, is no help here."""
         return super().record(rows, losses, step)
 

@@ -62,6 +62,10 @@ class Budget:
         """Whether the budget of steps is spent; never when the budget is another one."""
         return self._config.num_steps is not None and step >= self._config.num_steps
 
+    def used_up(self, step: int) -> bool:
+        """Whether no batch of this step may be drawn."""
+        return (self._seconds is not None and self.time_up) or self.steps_up(step)
+
     @property
     def time_up(self) -> bool:
         """Whether the wall-clock budget is spent; never when the budget is epochs."""

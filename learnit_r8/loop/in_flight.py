@@ -165,6 +165,8 @@ class TicketDesk:
 
     def check_room(self) -> None:
         """Raise unless one more batch may be handed out."""
+        if not self._open and not self._stale:
+            return
         if self._stale:
             raise ProtocolError(
                 "the state was restored while a loader held batches of the run before: leave the loop, and begin a "
@@ -205,6 +207,8 @@ class TicketDesk:
         self._waiting.extendleft(reversed(self._open.values()))
         self._open.clear()
         self._loader, self._issued, self._stale = loader, 0, False
+        if loader is not None:
+            loader.delivered()  # counts from here
         self.leave()
 
     def issue(self, ticket: Ticket) -> Batch:
@@ -240,7 +244,9 @@ class TicketDesk:
                     "no batch is open: call update_with_loss once for each batch of batch_iterator(), inside its loop"
                 )
             first = next(iter(self._open.values()))
-            if (held := self.held) > self._patience:  # near an epoch's end: the loader asks for no further batch
+            if (
+                len(self._open) > self._lookahead and (held := self.held) > self._patience
+            ):  # near an epoch's end: the loader asks for no further batch
                 raise ProtocolError(
                     f"{held} batches came to the loop since step {first.batch.step} (epoch {first.batch.epoch}, batch "
                     f"id {first.batch.id}), whose loss has not been reported: this one would reach its samples; "

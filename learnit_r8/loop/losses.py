@@ -34,7 +34,6 @@ class Reported(NamedTuple):
     finite: bool
 
 
-@np.errstate(all="ignore")
 def read_losses(loss: Any, size: int) -> Reported:
     """Read a report for a batch of `size` samples.
 
@@ -73,9 +72,14 @@ def _one(value: float) -> Reported:
 
 def _many(array: NDArray[Any]) -> Reported:
     if len(array) <= _FEW and array.dtype == np.float32:  # each call of numpy costs several us amid a training step
-        values = array.copy()
-        if float(values.dot(values)) <= _SAFE_SQUARES:
-            return Reported(values, math.fsum(values.tolist()) / len(values), finite=True)
+        each = array.tolist()
+        if min(each) >= -LIMIT and max(each) <= LIMIT and (total := math.fsum(each)) == total:  # NaN hides from min
+            return Reported(array.copy(), total / len(each), finite=True)
+    return _measured(array)
+
+
+@np.errstate(all="ignore")
+def _measured(array: NDArray[Any]) -> Reported:
     # The sum of squares is small only if every loss is finite and small: one pass in place of three.
     values = array.astype(np.float32)
     finite = float(values.dot(values)) <= _SAFE_SQUARES or bool(np.all(np.abs(values) <= LIMIT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,12 @@ class Chooser:
         chain = strategy, getattr(strategy, "wrapped", strategy)  # FromRank0 passes on what another one chose
         self._trusted = all(type(one).__module__.startswith("learnit_r8.") for one in chain)
         self._warned = False
+        self._fast: Callable[[int], Indices | None] | None = None  # a plan's next batch, without a request
+
+    @property
+    def each_once(self) -> bool:
+        """Whether it is certain that this epoch draws no sample twice."""
+        return self._cataloging or (self._trusted and bool(getattr(self.strategy, "covers", False)))
 
     @property
     def phase(self) -> str:
@@ -55,6 +62,9 @@ class Chooser:
     @property
     def _active(self) -> Strategy:
         return self._cataloger if self._cataloging else self.strategy
+
+    def _find_fast(self) -> Callable[[int], Indices | None] | None:
+        return getattr(self._active, "next_planned", None) if self._trusted or self._cataloging else None
 
     def start_epoch(
         self, epoch: int, step: int, progress: float, excluded: Mask | None, *, alike: bool = False
@@ -83,25 +93,38 @@ class Chooser:
                 f"number >= 1, or None for all that are not excluded: got {samples!r}"
             )
         self._left = int(samples)
+        self._fast = self._find_fast()
         self.batches = self._planned()
 
     def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
         size = self._config.next_size(self._left)
-        request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)
+        indices = None if stable_only or self._fast is None else self._fast(size)
+        weights: Losses | None = None
+        if indices is not None:
+            count = len(indices)
+        else:
+            request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)
+            indices, weights, count = self._ask(request)
+        self.drawn += 1
+        self._left -= count
+        if count < size:
+            if (self._trusted or self._cataloging) and count % self._config.world_size:  # the ranks get equally many
+                whole = count - count % self._config.world_size
+                indices, weights = indices[:whole], None if weights is None else weights[:whole]
+            self._plan_longer(count, size)
+        return indices, weights
+
+    @np.errstate(all="ignore")
+    def _ask(self, request: BatchRequest) -> tuple[Indices, Losses | None, int]:
+        """Return ids and weights that the strategy draws, and how many it drew: a stranger's may be fewer now."""
         chosen = self._active.draw(request)
         draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
-        if self._trusted:
-            count = len(draw.indices) - len(draw.indices) % self._config.world_size  # fewer where few may be drawn
-            indices, weights = draw.indices[:count].astype(np.int64), draw.importance(self._config.num_samples)
-            weights = None if weights is None else weights[:count]
+        if self._trusted or self._cataloging:
+            indices, weights = draw.indices.astype(np.int64), draw.importance(self._config.num_samples)
         else:
             indices, weights = self._checked(draw, request)
-        self.drawn += 1
-        self._left -= len(draw.indices)
-        if len(draw.indices) < request.size:
-            self._plan_longer(len(draw.indices), request.size)
-        return indices, weights
+        return indices, weights, len(draw.indices)
 
     def _plan_longer(self, count: int, asked: int) -> None:
         """Let the epoch go on until all of its samples were drawn."""
@@ -193,6 +216,7 @@ class Chooser:
         """Whether the strategy wants to hear reports."""
         return self._observe is not None
 
+    @np.errstate(all="ignore")
     def observe(self, report: LossReport) -> None:
         """Let the strategy hear an accepted report."""
         if self._observe is not None:
@@ -228,6 +252,7 @@ class Chooser:
         count = self._config.num_samples
         self._excluded = None if packed is None else _read_only(np.unpackbits(packed, count=count).astype(bool))
         self._cataloger.load_state_dict(state["cataloger"])
+        self._fast = self._find_fast()
         load = getattr(self.strategy, "load_state_dict", None)
         start = getattr(self.strategy, "start_epoch", None)
         if load is not None:

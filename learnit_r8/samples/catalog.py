@@ -79,9 +79,11 @@ class LossCatalog:
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
-        self._rows = np.zeros(num_samples, _ROW)
-        self._quadrants = Quadrants(self._rows)
-        self._opaque = self._rows.view(_OPAQUE)
+        self._table = np.zeros(num_samples, _ROW)
+        self._quadrants = Quadrants(self._table)
+        self._opaque = self._table.view(_OPAQUE)
+        # Reports that are not in the rows yet; sums and counts hold them already.
+        self._waiting: deque[tuple[Rows, Losses, int]] = deque()
         self._attribution: BatchAttribution | None = None
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
@@ -92,11 +94,18 @@ class LossCatalog:
         self._left_out: Indices = np.empty(0, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {name: value for name, value in vars(self).items() if name != "_opaque"}  # a view of the rows
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._opaque = self._rows.view(_OPAQUE)
+        self._opaque = self._table.view(_OPAQUE)
+
+    @property
+    def _rows(self) -> NDArray[Any]:
+        """The rows, every report in them."""
+        self._settle()
+        return self._table
 
     # What users read ----------------------------------------------------------------------
 
@@ -207,6 +216,7 @@ class LossCatalog:
 
         Edges are those of the last epoch start; a sample moves when its loss is reported.
         """
+        self._settle()
         return self._quadrants.codes()
 
     def suspects(self, k: int) -> Indices:
@@ -257,15 +267,55 @@ class LossCatalog:
             total += unseen * self._sum / self._num_seen
         return Rows(indices, block, total / size, unseen)
 
-    def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None) -> Losses:
+    def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
         """Take one finite loss per sample of a batch; return them.
 
         Args:
             rows: What `look_up` returned for the batch.
-            losses: float32 `[n]`.
+            losses: float32 `[n]`, the catalog's to keep.
             step: Global step.
             mean: Mean of `losses`, where it is known: it saves adding up.
+            once: None of the samples is reported again before the rows are read: then reports of many steps are
+                written together, which costs a fraction.
         """
+        if once and mean is not None and self._attribution is None and rows.unseen in (0, len(losses)):
+            # What `change` below adds up to.
+            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING if not rows.unseen else _total(losses)
+            self._num_seen += rows.unseen
+            self._waiting.append((rows, losses, step))
+            if len(self._waiting) >= _TOGETHER:
+                self._settle()
+            return losses
+        self._settle()
+        with np.errstate(all="ignore"):
+            change = self._write(rows, losses, step)
+        if mean is None or rows.unseen or self._attribution is not None:
+            self._sum += _total(change)
+        else:
+            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING
+        self._num_seen += rows.unseen
+        self._remember(step, rows)
+        return losses
+
+    def _settle(self) -> None:
+        """Write the reports that wait. Another thread may read the catalog: each report is taken off once."""
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not waiting:
+            return
+        reports, losses, steps = zip(*waiting, strict=True)
+        for rows, step in zip(reports, steps, strict=True):
+            self._remember(step, rows)
+        together = Rows(
+            np.concatenate([rows.indices for rows in reports]),
+            np.concatenate([rows.block for rows in reports]),
+            math.nan,
+            sum(rows.unseen for rows in reports),
+        )
+        with np.errstate(all="ignore"):
+            self._write(together, np.concatenate(losses), np.repeat(steps, [len(each) for each in losses]))
+
+    def _write(self, rows: Rows, losses: Losses, step: int | NDArray[Any]) -> NDArray[Any]:
+        """Bring the rows of samples up to their losses; return what changed in the estimates."""
         block = rows.block.copy()
         floats, words = block.view(np.float32), block.view(np.uint32)
         estimate, variance = floats[_ESTIMATE], floats[_VARIANCE]
@@ -283,13 +333,10 @@ class LossCatalog:
         # variance", eq. 143) for a weight of one half: (1 - a) (v + a s^2) with a s = `spread`.
         variance *= _HALF
         variance += spread * spread
-        if mean is None or rows.unseen or self._attribution is not None:
-            self._sum += float(np.add.reduce(change))
-        else:
-            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING
-        self._commit(rows, block, floats, words, losses, step)
-        return losses
+        self._commit(rows.indices, block, losses, step)
+        return change
 
+    @np.errstate(all="ignore")
     def record_batch(self, rows: Rows, loss: float, step: int) -> Losses:
         """Take one finite mean loss for a whole batch; return the new estimates of its samples."""
         if self._attribution is None:
@@ -303,24 +350,20 @@ class LossCatalog:
         floats = block.view(np.float32)
         after, before = floats[_ESTIMATE], rows.block.view(np.float32)[_ESTIMATE]
         if units == (attribution.additive, attribution.additive and attribution.scale):
-            self._sum += float(np.add.reduce(after - before))
+            self._sum += _total(after - before)
         else:  # all estimates were converted to other units
             self._resum()
             self._forget_journal()
         losses = attribution.to_loss(after)
-        self._commit(rows, block, floats, block.view(np.uint32), losses, step)
+        self._commit(rows.indices, block, losses, step)
+        self._num_seen += rows.unseen
+        self._remember(step, rows)
         return losses
 
-    def _commit(
-        self,
-        rows: Rows,
-        block: NDArray[Any],
-        floats: NDArray[Any],
-        words: NDArray[Any],
-        losses: Losses,
-        step: int,
-    ) -> None:
+    def _commit(self, indices: Indices, block: NDArray[Any], losses: Losses, step: int | NDArray[Any]) -> None:
         """Update the statistics that both kinds of report share, and write the rows back."""
+        floats: NDArray[Any] = block.view(np.float32)
+        words: NDArray[Any] = block.view(np.uint32)
         uses, mean, m2, correct = words[_USES], floats[_MEAN], floats[_M2], words[_CORRECT]
         uses += _ONE
         off = losses - mean
@@ -330,9 +373,7 @@ class LossCatalog:
         correct += (losses < _LIKELY).astype(np.uint32)
         words[_LAST_SEEN] = step
         block.view(np.uint8)[_REPORTED] = 1
-        self._num_seen += rows.unseen
-        self._remember(step, rows)
-        self._opaque[rows.indices] = block
+        self._opaque[indices] = block
 
     def _start_attribution(self, rows: Rows) -> Rows:
         """From here on estimates are relative to the tracked mean loss; return the rows anew."""
@@ -378,6 +419,7 @@ class LossCatalog:
                 no edge and get the quadrant that the edges give them.
             edges: The three quartile edges, where they are known from elsewhere; ties stay together.
         """
+        self._settle()
         moved = self._quadrants.refresh(rng, excluded, edges)
         if moved is None:
             return None
@@ -405,6 +447,7 @@ class LossCatalog:
 
         With one loss a batch it reaches back to the last epoch start at most: there all estimates changed.
         """
+        self._settle()
         undone = 0
         while self._journal and self._journal[-1][0] >= step:
             _, edges, rows, mark = self._journal.pop()
@@ -449,6 +492,7 @@ class LossCatalog:
         if rows.nbytes != self._rows.nbytes:
             saved = rows.nbytes // _ROW.itemsize
             raise ValueError(f"the state has {saved} samples, this run has num_samples={self.num_samples}")
+        self._waiting.clear()
         self._rows.view(np.uint8)[:] = rows
         self._quadrants.edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
         self._sum = float(state["sum"])
@@ -466,6 +510,14 @@ _JOURNAL_BYTES = 8 << 20
 and memory that is touched for the first time costs more than all the rest of a step."""
 _ENTRY_BYTES = 600
 """What Python's objects of one entry take beside the arrays' contents."""
+
+
+_TOGETHER = 32
+"""Reports that are written to the rows together."""
+
+
+def _total(values: NDArray[Any]) -> float:
+    return float(np.add.reduce(values))
 
 
 def _size(rows: Rows) -> int:

@@ -14,6 +14,8 @@ from learnit_r8.types import Indices
 
 _LOOK_AHEAD = 128  # samples of a queue that may be swapped in
 _SWAPS = 4  # a queue, at most
+_AHEAD, _AHEAD_SAMPLES = 32, 1 << 16
+"""Batches, and samples in them, that are cut together at most."""
 
 
 class EpochPlan:
@@ -29,18 +31,40 @@ class EpochPlan:
     def __init__(self, queues: Sequence[NDArray[np.uint32]]) -> None:
         self._queues = list(queues)
         self._taken = [0] * len(self._queues)
-        self._left = [len(queue) for queue in self._queues]
+        self._size = 0
+        # Batches of this size that are cut ahead, the next one last, each with what is taken after it.
+        self._ahead: list[tuple[Indices, list[int]]] = []
 
     @property
     def remaining(self) -> int:
         """Samples that are still to be drawn."""
-        return sum(self._left)
+        return sum(map(len, self._queues)) - sum(self._taken)
 
     def take(self, size: int) -> Indices:
         """Return the next batch, int64; fewer ids than asked when fewer are left."""
-        if len(self._queues) == 1:
-            return self._cut(0, size).astype(np.int64)
-        return np.concatenate([*map(self._cut, range(len(self._queues)), self._shares(size))], dtype=np.int64)
+        if size != self._size or not self._ahead:
+            self._cut_ahead(size, max(1, min(_AHEAD, _AHEAD_SAMPLES // size)))
+        batch, self._taken = self._ahead.pop()
+        return batch
+
+    def _cut_ahead(self, size: int, count: int) -> None:
+        """Cut the next batches together: a handful of calls of numpy serve them all."""
+        taken, parts = self._taken, []
+        cut: list[tuple[int, list[int]]] = []
+        for _ in range(count):
+            shares = self._shares(size, taken)
+            if cut and not any(shares):
+                break
+            after = [start + share for start, share in zip(taken, shares, strict=True)]
+            parts += [queue[start:end] for queue, start, end in zip(self._queues, taken, after, strict=True)]
+            taken = after
+            cut.append((sum(shares), after))
+        ids, end = np.concatenate(parts, dtype=np.int64), 0
+        self._size, self._ahead = size, []
+        for length, after in cut:
+            self._ahead.append((ids[end : end + length], after))
+            end += length
+        self._ahead.reverse()
 
     def steer(self, size: int, losses: Callable[[Indices], NDArray[Any]], target: float, tolerance: float) -> None:
         """Bring the next batch's mean loss near a target by swapping samples with later ones of their queue.
@@ -53,7 +77,7 @@ class EpochPlan:
             target: Mean loss wanted.
             tolerance: Distance from it that is near enough.
         """
-        shares = self._shares(size)
+        shares = self._shares(size, self._taken)
         chosen = [queue[at : at + n] for queue, at, n in zip(self._queues, self._taken, shares, strict=True)]
         missing = target * sum(shares) - float(losses(np.concatenate(chosen, dtype=np.int64)).sum(dtype=np.float64))
         for queue in reversed(range(len(shares))):
@@ -70,28 +94,24 @@ class EpochPlan:
                     break
                 missing -= float(gains[here, there])
                 mine[here], later[there] = later[there], mine[here]
+        self._cut_ahead(size, 1)
 
     def take_first(self, size: int) -> Indices:
         """Return the next batch from the first queue that still has samples, then the next."""
-        parts = []
-        for queue in range(len(self._queues)):
-            parts.append(self._cut(queue, size))
+        parts, taken = [], []
+        for queue, start in zip(self._queues, self._taken, strict=True):
+            parts.append(queue[start : start + size])
+            taken.append(start + len(parts[-1]))
             size -= len(parts[-1])
+        self._taken, self._ahead = taken, []
         return np.concatenate(parts, dtype=np.int64)
 
-    def _cut(self, queue: int, size: int) -> NDArray[np.uint32]:
-        start = self._taken[queue]
-        part = self._queues[queue][start : start + size]
-        self._taken[queue] += len(part)
-        self._left[queue] -= len(part)
-        return part
-
-    def _shares(self, size: int) -> list[int]:
+    def _shares(self, size: int, taken: list[int]) -> list[int]:
         """Split a batch over the queues by what is left in each; the largest remainders round up."""
-        left = self._left
+        left = [len(queue) - start for queue, start in zip(self._queues, taken, strict=True)]
         total = sum(left)
         if size >= total:
-            return left.copy()
+            return left
         shares = [size * count // total for count in left]
         missing = size - sum(shares)
         if missing:
@@ -138,6 +158,10 @@ class PlannedStrategy(Saved):
             self.start_epoch(request)
         assert self._plan is not None
         return self._plan.take_first(request.size) if request.stable_only else self._plan.take(request.size)
+
+    def next_planned(self, size: int) -> Indices | None:
+        """Return the plan's next batch where that depends on nothing else, else None: ask `draw`."""
+        return None if self._plan is None else self._plan.take(size)
 
 
 def shuffled(request: Any) -> NDArray[np.uint32]:

@@ -36,6 +36,10 @@ class Quadrant(PlannedStrategy):
                 self._plan.steer(request.size, request.catalog.expected_of, mean, 0.1 * abs(mean))
         return super().draw(request)
 
+    def next_planned(self, size: int) -> Indices | None:
+        """Return the plan's next batch, None where it is steered."""
+        return None if self._target_loss else super().next_planned(size)
+
     def queues(self, request: BatchRequest) -> list[NDArray[np.uint32]]:
         """Return four queues, Q1 (lowest loss) first."""
         order = _least_used_first(shuffled(request), request.catalog.uses)
