@@ -194,7 +194,7 @@ class R8Scheduler:
             self._catalog,
             self._bus.emit,
             args.clock,
-            CrashRecorder(Path(evidence) if evidence else None, config.to_json(), recent),
+            CrashRecorder(evidence, config.to_json(), recent),
             self._ranks,
         )
         saves = config.checkpoint_dir is not None
@@ -965,12 +965,12 @@ class R8Scheduler:
             CheckpointError: It cannot be used.
             ConfigError: Bad arguments.
         """
-        from learnit_r8.checkpoint import resolve
+        from learnit_r8.checkpoint import resolve, shown
 
         damaged: list[tuple[Path, str]] = []
         found = one_of("resume_from_checkpoint", checkpoint_path=checkpoint_path, path=path)
         loaded = resolve(found, on_corrupt=lambda bad, reason: damaged.append((bad, reason)))
-        arguments = resumed_arguments(loaded.state, new_goals, str(loaded.path.parent))
+        arguments = resumed_arguments(loaded.state, new_goals, str(shown(loaded.path).parent))
         scheduler = cls(**arguments, save_callback=save_callback, load_callback=load_callback)
         for bad, reason in damaged:
             scheduler._saver.passed_over(bad, reason)

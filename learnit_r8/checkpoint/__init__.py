@@ -1,10 +1,13 @@
 """Durable state on disk: manifest, hashes, retention, fallback."""
 
 from learnit_r8.checkpoint.directory import Entry, new_run
+from learnit_r8.checkpoint.finding import resolve
 from learnit_r8.checkpoint.manifest import Manifest
+from learnit_r8.checkpoint.remote import shown
+from learnit_r8.checkpoint.remote_store import open_store
 from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.storage import FileRecord, FileSystem
-from learnit_r8.checkpoint.store import CheckpointStore, Draft, LoadedCheckpoint, SavedCheckpoint, resolve
+from learnit_r8.checkpoint.store import CheckpointStore, Draft, LoadedCheckpoint, SavedCheckpoint
 
 __all__ = [
     "CheckpointStore",
@@ -17,5 +20,7 @@ __all__ = [
     "Retention",
     "SavedCheckpoint",
     "new_run",
+    "open_store",
     "resolve",
+    "shown",
 ]

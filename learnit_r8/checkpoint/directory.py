@@ -24,7 +24,8 @@ from learnit_r8.errors import CheckpointError
 NAME = re.compile(r"step-(\d{9,})(\.\d+)?(-(?P<run>r[0-9a-f]{8}))?(-\w+)?", re.ASCII)
 METRICS = "metrics.json"
 """What the user logged at a checkpoint's step; written beside its files, since it often comes after them."""
-_RUN = ".run"
+RUN = ".run"
+"""Says which run began in the directory last."""
 _TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}", re.ASCII)
 _STALE_SECONDS = 24 * 3600
 """Where there are no locks, temporary files as old as this are nobody's."""
@@ -93,7 +94,7 @@ class CheckpointDirectory:
     def _begun(self) -> tuple[str, int]:
         """Return the run that began here last and the serial that its first checkpoint may have; ("", 0) if unknown."""
         with suppress(OSError, ValueError, LookupError, TypeError):
-            said = json.loads((self.path / _RUN).read_text())
+            said = json.loads((self.path / RUN).read_text())
             return str(said["run"]), int(said["serial"])
         return "", 0
 
@@ -107,7 +108,7 @@ class CheckpointDirectory:
         if all(entry.manifest and entry.manifest.run == run for entry in self.entries()) and not self._begun()[0]:
             return
         self.open()
-        self._replace(self.path / _RUN, json.dumps({"run": run, "serial": self.next_serial()}))
+        self._replace(self.path / RUN, json.dumps({"run": run, "serial": self.next_serial()}))
 
     def metrics(self, path: Path) -> Mapping[str, float]:
         """Return what was logged at a checkpoint's step, by name."""

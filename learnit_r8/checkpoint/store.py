@@ -29,24 +29,22 @@ import re
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from learnit_r8.checkpoint.background import wait_for_all
-from learnit_r8.checkpoint.directory import NAME, CheckpointDirectory, Entry
+from learnit_r8.checkpoint.directory import CheckpointDirectory, Entry
 from learnit_r8.checkpoint.manifest import (
     ARRAYS,
-    MANIFEST,
     MODEL,
     STATE,
     Manifest,
-    contents,
     read_manifest,
 )
+from learnit_r8.checkpoint.remote import shown
 from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.checkpoint.storage import (
@@ -59,7 +57,6 @@ from learnit_r8.checkpoint.storage import (
 from learnit_r8.checkpoint.writing import Later, call_writer, fill, hashing_threads, write_manifest
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 
-_ADVICE = "give the checkpoint_dir of the run, or one of the step-... folders in it"
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
 
 
@@ -170,7 +167,9 @@ class Draft:
         store = self._store
         with self, store._saving(self.step):
             files = fill(store._fs, self.path, *self._state, self.later)
-            return store._commit(self, files)
+            with _SAVING:
+                saved = store._commit(self, files)
+            return store._publish(self, saved)
 
 
 class CheckpointStore:
@@ -188,10 +187,13 @@ class CheckpointStore:
 
     Attributes:
         run: As given; `adopt` and `begin` may change it.
+        always_labelled: Names carry the run's id, also where no other run's checkpoints lie.
 
     Raises:
         ConfigError: `keep` is below 1.
     """
+
+    always_labelled = False
 
     def __init__(
         self,
@@ -289,11 +291,12 @@ class CheckpointStore:
             np.concatenate(segments, out=self._buffer[:size])
         return self._buffer[:size]
 
-    @contextmanager
-    def _saving(self, step: int) -> Iterator[None]:
-        said = f"no checkpoint of step {step} was written to {self.directory}; earlier ones are kept"
-        with _SAVING, _reported(said):
-            yield
+    def _saving(self, step: int) -> AbstractContextManager[None]:
+        return reported(f"no checkpoint of step {step} was written to {shown(self.directory)}; earlier ones are kept")
+
+    def _publish(self, draft: Draft, saved: SavedCheckpoint) -> SavedCheckpoint:
+        """Do what is left once a checkpoint lies in the directory."""
+        return saved
 
     def _commit(self, draft: Draft, files: dict[str, FileRecord]) -> SavedCheckpoint:
         """Make a checkpoint of a filled directory, and remove what need not stay."""
@@ -302,7 +305,7 @@ class CheckpointStore:
         strangers = any(entry.manifest is None or entry.manifest.run != self.run for entry in before)
         manifest = Manifest(draft.step, serial, draft.tag, self.version, files, self.run)
         write_manifest(self._fs, draft.path, manifest)
-        path = self._directory.free_name(draft.step, self.run if strangers else "", draft.tag)
+        path = self._directory.free_name(draft.step, self.run if strangers or self.always_labelled else "", draft.tag)
         self._fs.rename(draft.path, path)
         self._directory.leave(draft.path)
         self._fs.sync_directory(self.directory)
@@ -320,7 +323,7 @@ class CheckpointStore:
             CheckpointError: It is not there, cannot be read, or was written by a newer version.
         """
         path = Path(path)
-        with _reported(f"the checkpoint {path} cannot be read"):
+        with reported(f"the checkpoint {path} cannot be read"):
             manifest = read_manifest(self._fs, path)
             for name, record in manifest.files.items():
                 size = regular_size(path, name)
@@ -439,7 +442,7 @@ class CheckpointStore:
             CheckpointError: The directory cannot be written to.
         """
         if self.directory.is_dir():
-            with _SAVING, _reported(f"{self.directory} cannot be written to"):
+            with _SAVING, reported(f"{self.directory} cannot be written to"):
                 self._directory.note_run(self.run)
 
     def adopt(self, loaded: LoadedCheckpoint) -> bool:
@@ -473,7 +476,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: It cannot be written.
         """
-        with _reported(f"{path} cannot be written to"):
+        with reported(f"{path} cannot be written to"):
             self._directory.add_metrics(path, metrics)
 
     def best(self) -> tuple[float, Path] | None:
@@ -486,47 +489,6 @@ class CheckpointStore:
     def close(self) -> None:
         """Let other processes write into the directory; the next save takes the lock again."""
         self._directory.close()
-
-
-def resolve(path: str | Path, *, on_corrupt: Callable[[Path, str], object] | None = None) -> LoadedCheckpoint:
-    """Return the checkpoint that `path` means: one itself (or a file in it), or the newest whole one in it.
-
-    Raises:
-        FileNotFoundError: There is none; the message says what is there instead.
-        CheckpointCorrupt: The one asked for is damaged, or all in the directory are.
-        CheckpointError: It cannot be read, or was written by a newer version.
-    """
-    path = Path(path)
-    wait_for_all()  # what this process is about to save there counts
-    directory = path.parent if path.is_file() else path
-    if (directory / MANIFEST).is_file() or NAME.fullmatch(directory.name):
-        if not directory.is_dir():
-            raise FileNotFoundError(f"no checkpoint {path}: {contents(path.parent)}; {_ADVICE}")
-        try:
-            return CheckpointStore(directory.parent).load(directory)
-        except CheckpointCorrupt as error:
-            raise CheckpointCorrupt(f"{error}; give {directory.parent} to use the newest one that is whole") from error
-    failures: list[str] = []
-
-    def passed_over(bad: Path, reason: str) -> None:
-        failures.append(reason)
-        if on_corrupt is not None:
-            on_corrupt(bad, reason)
-
-    with _reported(f"{directory} cannot be read", missing=False):
-        found = CheckpointStore(directory, on_corrupt=passed_over).newest()
-    if found is not None:
-        return found
-    if failures:
-        listing = "\n".join(f"  - {reason}" for reason in failures)
-        raise CheckpointCorrupt(f"no checkpoint of the run in {directory} is whole:\n{listing}")
-    others = [entry.path.name for entry in CheckpointStore(directory).entries()]
-    if others:
-        raise FileNotFoundError(
-            f"the run that began last in {directory} has saved nothing; to go on with an earlier one, give one of its "
-            f"checkpoints: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
-        )
-    raise FileNotFoundError(f"no checkpoint in {directory}: {contents(directory)}; {_ADVICE}")
 
 
 def _checked(step: int, tag: str) -> int:
@@ -545,7 +507,7 @@ def _checked(step: int, tag: str) -> int:
 
 
 @contextmanager
-def _reported(what: str, *, missing: bool = True) -> Iterator[None]:
+def reported(what: str, *, missing: bool = True) -> Iterator[None]:
     """Turn what the system says into a CheckpointError that says what it means."""
     advice = {
         errno.ENOSPC: "; free some space, or keep fewer checkpoints",

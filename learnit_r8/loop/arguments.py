@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from learnit_r8.core.config import (
     Config,
     Problems,
 )
+from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
 from learnit_r8.run.metric import better
@@ -171,17 +171,16 @@ def _state_callback(problems: Problems, function: Any) -> Callable[[], Any] | No
     return snapshot
 
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has swallowed the second slash; a drive has one letter
-
-
 def _folder(problems: Problems, name: str, value: Any, *, used: bool) -> str | None:
     path = problems.path(name, value)
-    if path is not None and _URL.match(str(path)):
-        problems.append(
-            f"{name} must be a folder that this machine has mounted, got {str(value)!r}: the URL of an object store is "
-            "none; give a local folder, and copy whole checkpoints to the store"
-        )
-        return None
+    if path is not None and (url := url_of(value)) is not None:
+        from learnit_r8.checkpoint.remote import check
+
+        try:
+            check(name, url)
+        except ConfigError as error:
+            problems.extend(error.problems)
+        return url
     if path is not None and used and path.is_file():
         problems.append(f"{name} must be a folder, got {str(path)!r}, which is a file")
     return None if path is None else str(path)

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config
+from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
 
 
@@ -154,7 +155,8 @@ def _checkpoints(arguments: dict[str, Any], directory: str, new_goals: Mapping[s
         raise ConfigError([f"give {', '.join(flat)} within checkpoints=Checkpoints(...), not beside it"])
     else:
         return {"checkpoints": given}
-    if logs is not None and saved is not None and os.path.realpath(saved) != os.path.realpath(directory):
+    far = any(path is not None and url_of(path) for path in (logs, saved, directory))
+    if logs is not None and saved is not None and not far and os.path.realpath(saved) != os.path.realpath(directory):
         # A folder that holds both was copied or moved: the log of the copy goes on, not the original's.
         beside = os.path.relpath(os.path.abspath(logs), os.path.abspath(saved))
         if beside.count("..") <= 1:

@@ -20,13 +20,13 @@ class CrashRecorder:
     """Remembers the last steps, and writes the bundle.
 
     Args:
-        folder: Where bundles go, or None: then nothing is written.
+        folder: Where bundles go, a folder or a URL, or None: then nothing is written.
         config: The run's configuration as JSON data.
         recent_events: Returns the last notable events.
     """
 
     def __init__(
-        self, folder: Path | None, config: Mapping[str, Any], recent_events: Callable[[], Sequence[Event]]
+        self, folder: str | None, config: Mapping[str, Any], recent_events: Callable[[], Sequence[Event]]
     ) -> None:
         self._folder = folder
         self._config = config
@@ -44,8 +44,10 @@ class CrashRecorder:
         where: Path | None = None
         note = "nothing was written: there is no log_dir and no checkpoint_dir"
         if self._folder is not None:
+            from learnit_r8.checkpoint.remote import shown
+
             try:
-                where = self._write(step, reason)
+                where = shown(self._write(step, reason))
                 note = f"the evidence is in {where} (r8 crash {where})"
             except OSError as error:  # the disk must not hide the divergence
                 note = f"the evidence could not be written: {error}"
@@ -54,8 +56,10 @@ class CrashRecorder:
         ) from cause
 
     def _write(self, step: int, reason: str) -> Path:
+        from learnit_r8.checkpoint.remote import folder_of
+
         assert self._folder is not None
-        where = self._folder / f"crash-step-{step:09d}"
+        where = folder_of(self._folder) / f"crash-step-{step:09d}"
         where.mkdir(parents=True, exist_ok=True)
         bundle = {
             "step": step,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
+from learnit_r8.core.config import Config
+from learnit_r8.core.urls import url_of
 from learnit_r8.dashboard import open_dashboard
+from learnit_r8.errors import CheckpointError, tell
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.safety import shown
 from learnit_r8.noise.guard import NoiseGuard
@@ -18,6 +21,9 @@ from learnit_r8.run.tail import CONSOLE_FILE, EVENTS_FILE
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import EventBus, JsonlSink
 from learnit_r8.types import Sink
+
+if TYPE_CHECKING:
+    from learnit_r8.checkpoint.background import Background
 
 
 class Presence:
@@ -42,6 +48,8 @@ class Presence:
         self._log: Sink | None = None
         self._begun = False
         self._logged_at: int | None = None
+        self._folder = self._config.log_dir  # or what stands in for it, where it is a URL
+        self._far = FarFolders(self._config, bus) if rank == 0 else None
 
     def begin(self, step: int, elapsed: float, *, resumed: bool) -> None:
         """Open the display and the log, and tell them of the run.
@@ -51,17 +59,19 @@ class Presence:
             elapsed: Training seconds so far.
             resumed: The run goes on from a checkpoint.
         """
-        missed = () if self._begun else tuple(self._bus.recent)
-        self._begun = True
         config = self._config
+        if self._far is not None and not self._begun:
+            self._folder = self._far.open(step)
         log = config.log_dir is not None and self._log is None and self._rank == 0
         if log and not resumed and step == 0:
             for name in (EVENTS_FILE, CATALOG_FILE, CONSOLE_FILE):
                 with suppress(OSError):
-                    _set_aside(Path(config.log_dir or ".") / name)
+                    _set_aside(Path(self._folder or ".") / name)
+        missed = () if self._begun else tuple(self._bus.recent)
+        self._begun = True
         self._open_display()
         if log:
-            self._log = JsonlSink(Path(config.log_dir or ".") / EVENTS_FILE)
+            self._log = JsonlSink(Path(self._folder or ".") / EVENTS_FILE)
             self._bus.add(self._log)
         self._bus.emit(
             events.RunStarted(
@@ -94,7 +104,7 @@ class Presence:
         """Open the best display that there is; it is one sink among the others."""
         self._close_display()
         if self._args.ui != "off":  # the environment's R8_UI may choose the display, not force one on a program
-            self._display = open_dashboard(self._args.ui, log_dir=self._config.log_dir, rank=self._rank)
+            self._display = open_dashboard(self._args.ui, log_dir=self._folder, rank=self._rank)
         if self._display is not None:
             self._bus.add(self._display)
 
@@ -110,15 +120,17 @@ class Presence:
 
     def log_catalog(self, step: int) -> None:
         """Write the figures of the samples beside the event log; they help nobody enough to end a run."""
-        if self._config.log_dir is None or self._rank != 0 or self._logged_at == step:
+        if self._folder is None or self._rank != 0 or self._logged_at == step:
             return
         self._logged_at = step
         try:
             flagged = None if self._guard.mode == "off" else self._guard.flagged
-            CatalogLog(self._config.log_dir).write(self._catalog, self._args.groups, step, flagged)
+            CatalogLog(self._folder).write(self._catalog, self._args.groups, step, flagged)
         except Exception as error:
             message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
             self._bus.emit(events.Notice(step=step, message=message, level="warning"))
+        if self._far is not None:
+            self._far.send(step)
 
     def end(
         self,
@@ -156,7 +168,73 @@ class Presence:
                 left_out=left_out,
             )
         )
+        if self._far is not None:
+            self._far.send(step, wait=True)
         self._close_display()
+
+
+class FarFolders:
+    """Copies what a run writes beside its checkpoints to the object stores that `log_dir` and `checkpoint_dir` name.
+
+    Args:
+        config: Says where.
+        bus: Hears of failures.
+    """
+
+    def __init__(self, config: Config, bus: EventBus) -> None:
+        self._bus = bus
+        self._log_dir = config.log_dir
+        self._urls = sorted({url for path in (config.log_dir, config.checkpoint_dir) if path and (url := url_of(path))})
+        self._sending: Background[None] | None = None
+
+    def open(self, step: int) -> str | None:
+        """Bring what earlier runs have logged; return the folder of this machine to log into."""
+        if self._log_dir is None or url_of(self._log_dir) is None:
+            return self._log_dir
+        from learnit_r8.checkpoint.remote import remote
+
+        store = remote(self._log_dir)
+        try:
+            store.bring_all()
+        except CheckpointError as error:
+            self._urls.remove(self._log_dir)  # what is there would be overwritten
+            self._tell(step, error)
+        return str(store.folder)
+
+    def send(self, step: int, *, wait: bool = False) -> None:
+        """Copy what has changed, in the background.
+
+        Args:
+            step: Global step.
+            wait: Until it is there.
+        """
+        if not self._urls or (self._sending is not None and not self._sending.done and not wait):
+            return
+        from learnit_r8.checkpoint.background import Background
+
+        self._settle(step)
+        self._sending = Background(self._send)
+        if wait:
+            self._settle(step)
+
+    def _send(self) -> None:
+        from learnit_r8.checkpoint.remote import remote
+
+        for url in self._urls:
+            remote(url).send_all()
+
+    def _settle(self, step: int) -> None:
+        sending, self._sending = self._sending, None
+        try:
+            if sending is not None:
+                sending.result()
+        except CheckpointError as error:
+            self._tell(step, error)
+
+    def _tell(self, step: int, error: CheckpointError) -> None:
+        message = f"the run's log was not copied, training goes on: {error}"
+        self._bus.emit(events.Notice(step=step, message=message, level="warning"))
+        tell(message, stacklevel=3)
 
 
 def _set_aside(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
+from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointError, tell
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.signals import say
@@ -56,10 +57,10 @@ class Saver:
         if config.checkpoint_dir is None:
             raise CheckpointError("this scheduler has checkpoint_dir=None: create it with a checkpoint_dir to save")
         if self._store is None:
-            from learnit_r8.checkpoint import CheckpointStore, Retention, new_run
+            from learnit_r8.checkpoint import Retention, new_run, open_store
 
             best, mode = config.keep_best or (None, "min")
-            self._store = CheckpointStore(
+            self._store = open_store(
                 config.checkpoint_dir,
                 on_corrupt=self.passed_over,
                 version=__version__,
@@ -73,7 +74,7 @@ class Saver:
         config = self._args.config
         if config.checkpoint_dir is None or (config.checkpoint_every is None and self._args.save is None):
             return
-        if not os.path.isdir(config.checkpoint_dir):
+        if url_of(config.checkpoint_dir) is None and not os.path.isdir(config.checkpoint_dir):
             return
         try:
             self.store.begin()
@@ -353,7 +354,7 @@ class Saver:
             saved: The `checkpoint_dir` that it had.
         """
         directory = self._args.config.checkpoint_dir
-        if directory and saved and os.path.realpath(directory) != os.path.realpath(saved):
+        if directory and saved and not url_of(directory) and os.path.realpath(directory) != os.path.realpath(saved):
             message = f"new checkpoints go to {os.path.abspath(directory)}, where this one lies, not to {saved}"
             self._bus.emit(
                 events.Notice(
@@ -363,9 +364,12 @@ class Saver:
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
+        from learnit_r8.checkpoint.remote import shown
+
         self.settle()
         self.note(loaded.step, finished_epoch)
-        self._newest = loaded.step, loaded.path
+        place = shown(loaded.path)
+        self._newest = loaded.step, place
         self._own = {}
         if self._args.config.checkpoint_dir is not None:
             if self.store.adopt(loaded):  # older ones too: the newest may hold a model that was damaged already
@@ -373,7 +377,7 @@ class Saver:
             elif loaded.path.parent.resolve() == self.store.directory.resolve():
                 message = f"this run branches off at {loaded.path.name}: later checkpoints there stay as they are"
                 self._bus.emit(events.Notice(step=loaded.step, message=message, level="info"))
-        self._bus.emit(events.CheckpointLoaded(step=loaded.step, path=str(loaded.path)))
+        self._bus.emit(events.CheckpointLoaded(step=loaded.step, path=str(place)))
 
 
 def not_saved(error: CheckpointError) -> None:

@@ -1,0 +1,24 @@
+"""URLs of object stores where a path is expected."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # a Path has swallowed the second slash; a drive has one letter
+
+
+def url_of(path: str | Path) -> str | None:
+    """Return the URL that a path is, in one spelling, or None where it is a folder of this machine."""
+    found = _URL.fullmatch(str(path))
+    return f"{found[1]}://{found[2].rstrip('/')}" if found else None
+
+
+class UrlPath(type(Path())):  # type: ignore[misc]
+    """A URL as a path: its text has both slashes."""
+
+    def __str__(self) -> str:
+        return url_of(super().__str__().replace("\\", "/")) or ""
+
+    def __fspath__(self) -> str:
+        return str(self)
