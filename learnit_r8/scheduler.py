@@ -38,6 +38,7 @@ from learnit_r8._version import __version__
 from learnit_r8.core.config import DEFAULT_DIR, Checkpoints
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, TrainingDiverged, tell
 from learnit_r8.loop.arguments import Arguments, check_arguments
 from learnit_r8.loop.budget import Budget
@@ -180,6 +181,10 @@ class R8Scheduler:
         self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
         self._together = None
         if args.save is not None and args.save.collective and self._ranks.world_size > 1:
+            if config.checkpoint_dir is not None and url_of(config.checkpoint_dir):
+                raise ConfigError(
+                    [f"a collective save_callback needs a folder that all ranks see, got {config.checkpoint_dir!r}"]
+                )
             self._together = SaveTogether(args.save, self._ranks)
             args = self._args = replace(args, save=self._together)
         self._saver = Saver(args, self._bus)

@@ -267,14 +267,6 @@ def test_the_last_state_of_a_run_is_saved_wherever_it_ends(every, stop):
     assert steps("checkpoints")[-1] == (stop or 12)
 
 
-@pytest.mark.parametrize("name", ["checkpoint_dir", "log_dir"])
-@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "memory://run", Path("s3://bucket/run")])
-def test_a_url_never_becomes_a_local_folder(name, url):
-    with pytest.raises(ConfigError, match=f"{name} must be a folder .* an object store is"):
-        R8Scheduler(64, 16, num_epochs=1, **{name: url})
-    assert os.listdir(".") == []
-
-
 def test_nothing_is_saved_that_nobody_asked_for():
     run(R8Scheduler(64, 16, num_epochs=1, **QUIET))
     assert os.listdir(".") == []

@@ -174,10 +174,11 @@ def test_nothing_there_is_said_with_the_url():
 
 
 @pytest.mark.parametrize("name", ["checkpoint_dir", "log_dir"])
-def test_without_fsspec_a_url_is_refused(monkeypatch, name):
+@pytest.mark.parametrize("url", ["s3://bucket/run", Path("s3://bucket/run")])
+def test_without_fsspec_a_url_is_refused(monkeypatch, name, url):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ConfigError, match=rf"{name}='s3://bucket/run' .* pip install 'learnit_r8\[remote\]'"):
-        R8Scheduler(64, 16, num_epochs=1, **{name: "s3://bucket/run"})
+        R8Scheduler(64, 16, num_epochs=1, **{name: url})
 
 
 def test_an_unknown_store_is_refused():

@@ -30,6 +30,7 @@ from learnit_r8.checkpoint import CheckpointStore
 from learnit_r8.checkpoint.manifest import MANIFEST
 from learnit_r8.core.config import Checkpoints
 from learnit_r8.core.rng import RandomStreams
+from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.in_flight import Ticket
@@ -177,6 +178,8 @@ class ShardedScheduler(R8Scheduler):
             seed = seed % (1 << 64) | (rank + 1) << 64  # the same again where a checkpoint's seed is given
         policy = options.get("checkpoints")
         folder = policy.dir if isinstance(policy, Checkpoints) else options.get("checkpoint_dir", "./checkpoints")
+        if isinstance(folder, (str, Path)) and url_of(folder):
+            raise ConfigError([f"checkpoint_dir must be a folder that all ranks see, got the URL {str(folder)!r}"])
         if isinstance(folder, (str, Path)) and str(folder).strip():
             folder = Path(folder)
             folder = folder.parent if _FOLDER.fullmatch(folder.name) else folder  # of a checkpoint's configuration
