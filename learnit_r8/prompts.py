@@ -6,16 +6,18 @@
             prompts.update(key, rewards_of(rollouts(key)))  # the rewards of the group's completions
 
 A group whose rewards are all alike has no advantage to learn from, and rollouts are what this kind of training
-costs. So each prompt's chance of success p is estimated, and those are drawn whose groups are likely to be mixed:
-the variance of a reward, p (1 - p), is highest between "never" and "always".
+costs. So each prompt's chance of success p is estimated, and those are drawn whose groups are likely to be mixed and
+have much to gain: the chance of a mixed group of g, 1 - p^g - (1 - p)^g, times 1 - p.
 
 * The estimate is a Beta posterior, of a uniform prior and of evidence that fades, since the policy moves: by `fade`
   a draw, and by half with every new group.
 * Thompson's rule (1933) chooses: p is drawn from the posterior, for several times as many random prompts as are
-  wanted, and those of the highest variance are taken. So unseen prompts are tried, solved ones rest, and come back
-  as their evidence fades. A tenth is drawn uniformly, so that no prompt is given up.
-* Where rewards are graded, the variance is p (1 - p) times the share of it that the prompt's groups have shown: one
-  that is always rewarded .5 teaches nothing.
+  wanted, and those that are worth most are taken. So unseen prompts are tried, solved ones rest, and come back as
+  their evidence fades. Three tenths are drawn uniformly, so that no prompt is given up.
+* Where rewards are graded, that is multiplied by the share of their greatest variance, p (1 - p), that the prompt's
+  groups have shown: one that is always rewarded .5 teaches nothing.
+
+`python -m benchmarks.prompts` says what it gains and where it loses: prompts whose answers are partly chance.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ __all__ = ["PromptScheduler"]
 
 _CARRY = 0.5
 """What earlier evidence keeps of its weight beside a whole new group."""
-_POOL = 6
+_POOL = 3
 """Random prompts that are looked at for each that is wanted."""
-_EXPLORE = 0.1
+_EXPLORE = 0.3
 """Share of the prompts that is drawn uniformly."""
 _PATIENCE = 16
 """Draws for which a prompt is not drawn again while its group is under way."""
@@ -200,11 +202,12 @@ class PromptScheduler(Saved):
         return keys
 
     def _worth(self, slots: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float64]:
-        """Return the variance of the reward that each prompt is believed, this time, to have."""
+        """Return what a group of each prompt is believed, this time, to be worth."""
         left = self._left(slots)
         p = rng.beta(1.0 + left * self._wins[slots], 1.0 + left * self._losses[slots])
+        mixed = 1.0 - p**self.group_size - (1.0 - p) ** self.group_size
         shown, possible = left * self._shown[slots], left * self._possible[slots]
-        return np.asarray(p * (1.0 - p) * (shown + 1.0) / (possible + 1.0))
+        return np.asarray(mixed * (1.0 - p) * (shown + 1.0) / (possible + 1.0))
 
     def _left(self, slots: Any) -> Any:
         """Return how much of the evidence has not faded."""

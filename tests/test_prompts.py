@@ -27,7 +27,7 @@ def trained(rate=RATES, steps=60, n=10, **options):
 
 def test_prompts_that_are_sometimes_solved_are_drawn_far_more_often_than_their_share():
     shares = [trained(seed=seed)[1] for seed in range(5)]
-    assert min(shares) > 2 * 0.2
+    assert min(shares) > 1.5 * 0.2
 
 
 def test_no_prompt_is_given_up():
@@ -183,7 +183,7 @@ def test_as_a_strategy_it_draws_the_mixed_prompts_and_resumes_to_the_bit():
     batches, _ = loop(strategy)
     assert len(batches) == 60
     late = np.concatenate(batches[30:])
-    assert np.isin(late, np.arange(40, 60)).mean() > 2 * 0.2
+    assert np.isin(late, np.arange(40, 60)).mean() > 1.5 * 0.2
     assert strategy.prompts.pass_rate(99) > 0.8
     assert strategy.prompts.metrics_dict()["groups"] == 600
     _, state = loop(Prompts(), stop=23)
