@@ -267,7 +267,8 @@ def complaint(words):
     match words:
         case ["python", "-m", "pip", "install", "-e", extra]:
             known = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
-            return None if re.fullmatch(rf"\.\[({'|'.join(known)})\]", extra) else f"extras are {sorted(known)}"
+            given = set(extra.removeprefix(".[").removesuffix("]").split(","))
+            return None if given <= set(known) and extra.startswith(".[") else f"extras are {sorted(known)}"
         case ["python", "-m", module, *_]:
             return None if importlib.util.find_spec(module) else "no such module"
         case ["python", script, *options] if script.endswith(".py"):
