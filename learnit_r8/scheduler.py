@@ -40,7 +40,7 @@ from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, TrainingDiverged, tell
-from learnit_r8.loop.arguments import Arguments, check_arguments
+from learnit_r8.loop.arguments import check_arguments
 from learnit_r8.loop.budget import Budget
 from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.control import Control
@@ -54,6 +54,7 @@ from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import Judgement, SafetyNet
 from learnit_r8.loop.sampling import Chooser
 from learnit_r8.loop.saver import Saver, State, not_saved
+from learnit_r8.loop.shards import Shards, common_checkpoint
 from learnit_r8.loop.signals import say
 from learnit_r8.loop.together import SaveTogether
 from learnit_r8.noise.guard import NoiseGuard, either
@@ -118,6 +119,8 @@ class R8Scheduler:
         lookahead: How many batches may be out before their losses come back.
         rollback_data: "skip": after a rollback the data move on; "replay": the batches of the epoch since the
             backup whose losses were calm are trained on once more.
+        sharded: Each rank has samples of its own, which no other rank knows; `num_samples` and `batch_size` are those
+            of this rank (see `learnit_r8.integrations.sharded`).
         rank: Number of this process, with several.
         world_size: Number of processes.
         all_gather: `(array) -> array`: all ranks' arrays, concatenated in rank order.
@@ -160,6 +163,7 @@ class R8Scheduler:
         drop_last: bool = False,
         lookahead: int = 1,
         rollback_data: str = "skip",
+        sharded: bool = False,
         rank: int = 0,
         world_size: int = 1,
         all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
@@ -169,13 +173,15 @@ class R8Scheduler:
         args = check_arguments(**given)
         config = args.config
         self._args, self._config, self._clock = args, config, args.clock
-        self._ranks = self._make_ranks(args)
+        kind, world = (Ranks, config.world_size) if config.shard is None else (Shards, config.shard[1])
+        self._ranks = kind(args.rank, world, args.all_gather, args.clock, config.order_hash())
         leads = self._ranks.rank == 0  # a tracker gets each number once
         self._bus = EventBus([s for s in args.sinks if leads or not getattr(s, "once", False)], args.clock)
         self._budget = Budget(config, args.schedule, self._ranks.clock)
-        self._streams = RandomStreams(config.seed)
-        self._catalog = self._make_catalog(config.num_samples)
-        self._chooser = Chooser(args.strategy, config, self._catalog, self._streams)
+        self._streams = RandomStreams(config.seed, config.shard and config.shard[0])
+        self._catalog = self._ranks.new_catalog(config.num_samples)
+        agreed = None if config.shard is None else self._ranks.least
+        self._chooser = Chooser(args.strategy, config, self._catalog, self._streams, agreed)
         self._desk = TicketDesk(config.lookahead)
         seeking = not getattr(args.strategy, "covers", False)
         self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
@@ -204,7 +210,7 @@ class R8Scheduler:
         )
         saves = config.checkpoint_dir is not None
         self._control = Control(self._bus, self._ranks, args.clock, saves=saves, signals=config.signals)
-        self._control.together = self._together is not None
+        self._control.together = self._together is not None or config.shard is not None
         self._presence = Presence(args, self._bus, self._catalog, self._guard, self._ranks.rank)
         self._replays = config.rollback_data == "replay"
         self._ones = np.ones(config.batch_size, np.float32)
@@ -218,14 +224,6 @@ class R8Scheduler:
         self._within = False  # whether an epoch loop is going
         self._diverged = False
         self._reporter: int | None = None  # thread that reports losses
-
-    # `ShardedScheduler` has its own of these two.
-
-    def _make_ranks(self, args: Arguments) -> Ranks:
-        return Ranks(args.rank, args.config.world_size, args.all_gather, args.clock, args.config.order_hash())
-
-    def _make_catalog(self, num_samples: int) -> LossCatalog:
-        return LossCatalog(num_samples)
 
     # What users read ----------------------------------------------------------------------
 
@@ -278,8 +276,8 @@ class R8Scheduler:
 
     @property
     def batch_size(self) -> int:
-        """Samples in a full global batch."""
-        return self._config.batch_size
+        """Samples in a full batch of all ranks."""
+        return self._config.batch_size * (self.world_size // self._config.world_size)
 
     @property
     def drop_last(self) -> bool:
@@ -288,8 +286,8 @@ class R8Scheduler:
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
-        return self._config.world_size
+        """Number of parts that a batch has: one for each process, unless several train on one."""
+        return self._ranks.slices
 
     @property
     def open_batches(self) -> tuple[Batch, ...]:
@@ -581,7 +579,7 @@ class R8Scheduler:
         self._reporter = threading.get_ident()
         started = self._clock.monotonic() if self._bus else 0.0
         if self._ranks.exchanges:
-            reported = self._gather(reported, ticket)
+            reported, skipped = self._gather(reported, ticket, bool(skipped))
         outdated = self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
@@ -649,13 +647,14 @@ class R8Scheduler:
         self._bus.emit(events.Notice(step=self._progress.global_step, message=message, level="warning"))
         tell(message, stacklevel=3)
 
-    def _gather(self, reported: Reported, ticket: Ticket) -> Reported:
-        """Exchange this rank's report for everyone's, and hear of what stops the run."""
-        reported = self._ranks.gather(
-            reported, ticket.indices, ticket.order, self._progress.global_step, self._control.interrupts.pending
-        )
-        self._control.heed_ranks()
-        return reported
+    def _gather(self, reported: Reported, ticket: Ticket, skipped: bool) -> tuple[Reported, bool]:
+        """Exchange this rank's report, and whether it skipped the step, for everyone's; hear of what stops the run."""
+        word = self._control.word(self._safety.damaged, skipped=skipped)
+        step = self._progress.global_step
+        reported, word = self._ranks.gather(reported, ticket.indices, ticket.order, step, word)
+        self._control.hear(word)
+        self._safety.hear(word)
+        return reported, word.skipped
 
     def log(self, **metrics: float) -> None:
         """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's.
@@ -668,7 +667,8 @@ class R8Scheduler:
             self._bus.emit(events.MetricLogged(step=self._progress.global_step, name=name, value=number))
             if self._ranks.writes:
                 self._saver.logged(self._progress.global_step, name, number)
-                self._ranks.save |= self._saver.best_due and self._together is not None
+                if self._saver.best_due and self._control.together:
+                    self._control.ask_for_save()
 
     # One epoch ----------------------------------------------------------------------------
 
@@ -683,9 +683,11 @@ class R8Scheduler:
             self._bus.emit(events.QuadrantsRefreshed(step=step, epoch=epoch, **asdict(table)))
         alike = self._guard.undecided(done / total)
         self._chooser.start_epoch(epoch, step, done / total, excluded, alike=alike)
-        for decision, reason, figure in self._chooser.pop_decisions():
+        decisions = self._chooser.pop_decisions()
+        for decision, reason, figure in decisions:
             self._bus.emit(events.StrategyDecided(step=step, decision=decision, reason=reason, figure=figure))
-            self._safety.announce(step, decision)
+        if self._ranks.any_of(bool(decisions)):
+            self._safety.announce(step, "a strategy decided")
         self._progress.start_epoch()
         self._epoch_started = self._clock.monotonic()
         self._bus.emit(
@@ -783,14 +785,15 @@ class R8Scheduler:
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
         """Let an accepted loss enter the catalog, and the strategy hear of it."""
         step = self._progress.global_step
-        if reported.values is None:
+        values = reported.values if reported.own is None else reported.own
+        if values is None:
             losses = self._catalog.record_batch(rows, reported.mean, step)
         else:
             once = self._chooser.each_once
-            losses = self._catalog.record(rows, reported.values, step, reported.mean, once=once)
+            losses = self._catalog.record(rows, values, step, reported.mean, once=once)
         self._progress.accept(reported.mean)
         if self._chooser.listens:
-            per_sample = reported.values is not None
+            per_sample = values is not None
             self._chooser.observe(
                 LossReport(ticket.indices, losses, reported.mean, per_sample, step, self._progress.epoch)
             )
@@ -809,8 +812,8 @@ class R8Scheduler:
         if self._ranks.world_size > 1:
             self._control.act_together(self._progress.global_step)
         self._safety.before_step(self._progress.global_step)
-        if self._together and self._ranks.save:
-            self._ranks.save = False
+        if self._control.save_due:
+            self._control.save_due = False
             self._save_if_possible()
         self._save_if_due()
 
@@ -929,7 +932,10 @@ class R8Scheduler:
             FileNotFoundError: There is none.
             CheckpointError: It cannot be used; the run is as it was.
         """
-        self._restore(self._saver.find(one_of("load_checkpoint", filepath=filepath, path=path)))
+        found = one_of("load_checkpoint", filepath=filepath, path=path)
+        if self._config.shard is not None:
+            found = common_checkpoint(Path(found), *self._config.shard, self._args.all_gather)
+        self._restore(self._saver.find(found))
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
         check_state(loaded.state, self._config)
@@ -974,6 +980,9 @@ class R8Scheduler:
 
         damaged: list[tuple[Path, str]] = []
         found = one_of("resume_from_checkpoint", checkpoint_path=checkpoint_path, path=path)
+        if new_goals.get("sharded"):
+            rank, world = new_goals.get("rank", 0), new_goals.get("world_size", 1)
+            found = common_checkpoint(Path(found), rank, world, new_goals.get("all_gather"))
         loaded = resolve(found, on_corrupt=lambda bad, reason: damaged.append((bad, reason)))
         arguments = resumed_arguments(loaded.state, new_goals, str(shown(loaded.path).parent))
         scheduler = cls(**arguments, save_callback=save_callback, load_callback=load_callback)
@@ -1052,7 +1061,7 @@ class R8Scheduler:
         self._saver.note(self._progress.global_step, self._progress.finished_epoch)
 
     def _save_if_due(self) -> None:
-        best = self._saver.best_due and self._together is None  # else all ranks hear of it with the next report
+        best = self._saver.best_due and not self._control.together  # else all ranks hear of it with the next report
         if best or self._saver.due(self._progress.global_step, self._progress.finished_epoch):
             self._save_if_possible(background=self._together is None)
 

@@ -61,6 +61,8 @@ class Config:
     """What non-finite losses, spikes and drifts each cause; None in the states of older versions."""
     own_strategy: bool = False
     """The strategy was given as an object: its name does not make it again."""
+    shard: tuple[int, int] | None = None
+    """Number of this rank's shard and of all, where each rank has samples of its own (`world_size` is 1 then)."""
 
     @property
     def steps_per_epoch(self) -> int:

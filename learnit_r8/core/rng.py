@@ -29,18 +29,20 @@ class RandomStreams:
 
     Args:
         seed: Any non-negative int.
+        shard: Number of the shard whose samples are drawn, or None for all of them: shards have streams of their own.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._bits = np.random.Philox(key=seed % (1 << 128))
+    def __init__(self, seed: int, shard: int | None = None) -> None:
+        self._of = seed, shard
+        key = seed % (1 << 128) if shard is None else seed % (1 << 64) | (shard + 1) << 64
+        self._bits = np.random.Philox(key=key)
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state
         self._counter = self._state["state"]["counter"]
 
-    def __reduce__(self) -> tuple[type[RandomStreams], tuple[int]]:
+    def __reduce__(self) -> tuple[type[RandomStreams], tuple[int, int | None]]:
         # Before numpy 2 a copied generator has bits of its own, which `at` would not re-seat.
-        return RandomStreams, (self._seed,)
+        return RandomStreams, self._of
 
     def at(self, purpose: Purpose, epoch: int, cursor: int = 0) -> np.random.Generator:
         """Return the generator, re-seated at one address.

@@ -155,6 +155,8 @@ class FromRank0:
         ConfigError: No strategy, or one that could not be resumed.
     """
 
+    needs_one_plan = True
+
     def __init__(self, strategy: str | Strategy) -> None:
         self.wrapped: Any = make(strategy)
         if hasattr(self.wrapped, "start_epoch") and not hasattr(self.wrapped, "load_state_dict"):

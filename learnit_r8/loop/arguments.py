@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from learnit_r8.core.config import (
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
+from learnit_r8.loop.shards import shard_folder
 from learnit_r8.run.metric import better
 from learnit_r8.schedules import Schedule, make_schedule
 from learnit_r8.stability.policy import NAMED, Recovery
@@ -68,7 +70,7 @@ def check_arguments(**given: Any) -> Arguments:
     save = _callback(problems, "save_callback", args.save_callback, SaveCallback)
     load = _callback(problems, "load_callback", args.load_callback, LoadCallback)
     snapshot = _state_callback(problems, args.state_callback)
-    sizes = _sizes(problems, args)
+    shard, sizes = _shard(problems, args), _sizes(problems, args)
     policy = _recovery(problems, args.recovery)
     config = Config(
         **sizes,
@@ -78,19 +80,25 @@ def check_arguments(**given: Any) -> Arguments:
         scheduler_mode=schedule_name,
         strategy=strategy_name,
         own_strategy=not isinstance(args.strategy, str),
+        shard=shard,
         backup_every=_backup_every(problems, args.backup_every),
         recovery=dataclasses.asdict(policy),
-        **_checkpoints(problems, args),
+        **_checkpoints(problems, args, shard),
         log_dir=_folder(problems, "log_dir", args.log_dir, used=True),
         noise_guard=problems.choice("noise_guard", args.noise_guard, NOISE_GUARDS),
         seed=problems.integer("seed", args.seed, 0),
         rollback_data=problems.choice("rollback_data", args.rollback_data, ROLLBACK_DATA),
     )
-    gather = problems.function("all_gather", args.all_gather)
-    if config.world_size > 1 and gather is None:
+    gather, world = problems.function("all_gather", args.all_gather), shard[1] if shard else config.world_size
+    if world > 1 and gather is None:
+        problems.append(f"all_gather is needed when world_size={world}: see learnit_r8.integrations.distributed")
+    if shard and save is not None and save.collective:
         problems.append(
-            f"all_gather is needed when world_size={config.world_size}: see learnit_r8.integrations.distributed"
+            "a collective save_callback is for one checkpoint of all ranks, here every rank writes its own: save this "
+            "rank's part of the model, torch.save(capture_state(model, optimizer), path)"
         )
+    if shard and getattr(chosen, "needs_one_plan", False):
+        problems.append(f"strategy {strategy_name!r} chooses on rank 0 for all, which knows its own shard only")
     arguments = Arguments(
         config=config,
         strategy=chosen,
@@ -102,7 +110,7 @@ def check_arguments(**given: Any) -> Arguments:
         sinks=_sinks(problems, args.sinks),
         ui=_ui(problems, args.ui, args.use_curses),
         groups=_groups(problems, args.groups, config.num_samples),
-        rank=problems.integer("rank", args.rank, 0, max(config.world_size - 1, 0)),
+        rank=problems.integer("rank", args.rank, 0, max(world - 1, 0)),
         all_gather=gather,
         clock=_clock(problems, args.clock),
     )
@@ -119,6 +127,14 @@ def _rates(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
         )
     warmup = problems.real("warmup_proportion", args.warmup_proportion, 0.0, 1.0)
     return {"initial_lr": peak, "min_lr": floor, "warmup_proportion": warmup}
+
+
+def _shard(problems: Problems, args: SimpleNamespace) -> tuple[int, int] | None:
+    """Return (rank, world_size) where each rank has samples of its own; the sizes are then one rank's."""
+    if not problems.flag("sharded", args.sharded):
+        return None
+    world, args.world_size = problems.integer("world_size", args.world_size, 1), 1
+    return args.rank, world
 
 
 def _sizes(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
@@ -207,7 +223,7 @@ _FLAT = {"checkpoint_dir": DEFAULT_DIR, "checkpoint_every": None, "keep_checkpoi
 """The flat names of what is in `Checkpoints`, with their defaults."""
 
 
-def _checkpoints(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
+def _checkpoints(problems: Problems, args: SimpleNamespace, shard: tuple[int, int] | None) -> dict[str, Any]:
     value = args.checkpoints
     flat = [name for name, default in _FLAT.items() if getattr(args, name) != default]
     if value is not None and not isinstance(value, Checkpoints):
@@ -221,6 +237,11 @@ def _checkpoints(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
         if flat:
             problems.append(f"give {', '.join(flat)} within checkpoints=Checkpoints(...), not beside it")
         directory, every, keep = value.dir, value.every, value.keep
+    if shard and url_of(directory):
+        problems.append(f"checkpoint_dir must be a folder where each rank has its shard, got the URL {str(directory)!r}")
+        directory = None
+    if shard and isinstance(directory, (str, Path)) and str(directory).strip():
+        directory = shard_folder(Path(directory), *shard)
     best = problems.metric("keep_best", value.keep_best)
     if best is not None and best[1] == "":
         best = best[0], {-1: "min", 1: "max"}.get(better(best[0]), "")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from learnit_r8 import events
 from learnit_r8.core.clock import Clock
-from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.ranks import Ranks, Word
 from learnit_r8.loop.signals import Interrupts
 from learnit_r8.sinks import EventBus
 from learnit_r8.types import Command
@@ -25,16 +25,19 @@ class Control:
     Attributes:
         interrupts: Keeps signals for the next step boundary.
         stop: The command to stop that is in force, or None.
-        together: A checkpoint is written by all ranks at once, so all of them have to be asked for it.
+        together: Every rank writes checkpoints, so all of them have to be asked for one.
+        save_due: A rank was asked for a checkpoint that all of them write.
     """
 
     def __init__(self, bus: EventBus, ranks: Ranks, clock: Clock, *, saves: bool, signals: Sequence[str]) -> None:
         self.interrupts = Interrupts(saves=saves, signals=signals)
         self.stop: Command | None = None
-        self.together = False
+        self.together = self.save_due = self._asks_save = False
         self._bus = bus
         self._ranks = ranks
         self._clock = clock
+        self._asked: Command | None = None  # of this rank, to be told the others
+        self._signal = 0  # that a rank had at the last exchange
         self._paused = self._at_once = False  # on all ranks
 
     @property
@@ -45,13 +48,29 @@ class Control:
     @property
     def interrupted(self) -> bool:
         """Whether a signal is to be acted on at this step boundary, on all ranks at the same one."""
-        return self.interrupts.pending is not None and (self._ranks.world_size == 1 or bool(self._ranks.signal))
+        return self.interrupts.pending is not None and (self._ranks.world_size == 1 or bool(self._signal))
 
-    def heed_ranks(self) -> None:
+    def ask_for_save(self) -> None:
+        """Have all ranks write a checkpoint, after the next exchange."""
+        self._asks_save = True
+
+    def word(self, damaged: int | None, *, skipped: bool) -> Word:
+        """Return what this rank has to say to the others, once.
+
+        Args:
+            damaged: See `Word`; likewise `skipped`.
+            skipped: See there.
+        """
+        word = Word(self.interrupts.pending or 0, self._asked, self._asks_save, damaged, skipped)
+        self._asked, self._asks_save = None, False
+        return word
+
+    def hear(self, word: Word) -> None:
         """Take over the signals and commands that any rank got."""
-        if self._ranks.signal:  # else one that has come meanwhile waits for the next exchange
-            self.interrupts.pending = self._ranks.signal
-        command = self._ranks.command
+        self._signal, command = word.signal, word.command
+        self.save_due |= word.saves
+        if word.signal:  # else one that has come meanwhile waits for the next exchange
+            self.interrupts.pending = word.signal
         if command is Command.STOP_NOW:
             self._at_once = True
         elif command in (Command.PAUSE, Command.RESUME):
@@ -103,11 +122,11 @@ class Control:
         while self._bus.commanding:
             for command in self._bus.commands(step):
                 if command is Command.CHECKPOINT and self.together:
-                    self._ranks.asks_save = True
+                    self.ask_for_save()
                 elif command is Command.CHECKPOINT:
                     save()
                 elif self._ranks.world_size > 1:
-                    self._ranks.asked = command
+                    self._asked = command
                 elif command in (Command.PAUSE, Command.RESUME):
                     paused = command is Command.PAUSE
                     self._bus.emit(events.Paused(step=step, paused=paused))

@@ -125,6 +125,9 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
         raise ConfigError(problems)
     arguments = config.to_json()
     del arguments["own_strategy"]
+    if arguments.pop("shard") is not None:
+        del arguments["world_size"]  # of the ranks that share a batch
+        arguments["sharded"] = True
     arguments |= _checkpoints(arguments, directory, new_goals)
     if arguments["recovery"] is None:  # the state of an older version
         del arguments["recovery"]
@@ -187,6 +190,13 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
         for name in _FIXED
         if saved[name] != getattr(config, name)
     ]
+    shard, own = saved.get("shard") or state.get("shard"), config.shard  # the second in states of older versions
+    if (shard and tuple(shard)) != own:
+        saved_by, this = ("all samples" if not one else f"shard {one[0]} of {one[1]}" for one in (shard, own))
+        problems.append(
+            f"the state is that of {saved_by}, this is {this}: each rank loads what it saved, on as many ranks as "
+            "there were"
+        )
     if config.auto_find_lr and not saved.get("auto_find_lr") and state["global_step"]:
         problems.append(
             f"auto_find_lr=True: the search comes before the first step, and this run has had {state['global_step']}: "

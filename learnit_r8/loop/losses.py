@@ -27,11 +27,16 @@ class Reported(NamedTuple):
         values: Per-sample losses, float32 `[n]`, or None for one number per batch.
         mean: Their mean, or the number.
         finite: False when anything is NaN, infinite or beyond `LIMIT`.
+        own: Per-sample losses of this rank's shard, float32 `[n]`, where no rank has those of all: they are recorded,
+            but decide nothing, as all ranks have to come to one verdict.
+        others: Mean of all ranks' finite losses where a few are not, for a report with `own`; else NaN.
     """
 
     values: Losses | None
     mean: float
     finite: bool
+    own: Losses | None = None
+    others: float = math.nan
 
 
 def read_losses(loss: Any, size: int) -> Reported:

@@ -35,6 +35,8 @@ class RamBackups:
     Attributes:
         capture: As given.
         ring: The backups.
+        damaged: Step of a backup in which NaN or infinity was found since `damaged_since` was asked, or None; told to
+            the other ranks, and heard of from them, with each report.
         damage: What was found in the backup that was damaged last, in words.
         path: Sum of the learning rates of all steps so far.
     """
@@ -54,6 +56,7 @@ class RamBackups:
         self._every = None if isinstance(every, str) else every
         self._warned: set[str] = set()
         self.path = 0.0
+        self.damaged: int | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -124,8 +127,8 @@ class RamBackups:
         for info in self.ring.healthy(step, level):
             if info.status is BackupStatus.VERIFIED:
                 self._emit(events.BackupVerified(step=step, of_step=info.step))
-            elif info.damaged and self._ranks.damaged_since is None:
-                self._ranks.damaged_since = info.step
+            elif info.damaged and self.damaged is None:
+                self.damaged = info.step
                 self.damage = f"{_DAMAGE}: {names(info.damaged)}, in the backup of step {info.step}"
                 self._emit(events.Notice(step=step, message=self.damage, level="warning"))
 
@@ -161,7 +164,7 @@ class RamBackups:
 
     def damaged_since(self) -> int | None:
         """Return the step of a backup in which NaN or infinity was found since the last call, on any rank, or None."""
-        since, self._ranks.damaged_since = self._ranks.damaged_since, None
+        since, self.damaged = self.damaged, None
         return since
 
     def look(self, step: int, before: int | None, *, calm: bool = False) -> Look | None:
@@ -227,7 +230,7 @@ class RamBackups:
         self._heal()
 
     def _heal(self) -> None:
-        self._ranks.damaged_since, self.damage = None, f"{_DAMAGE} on another rank"
+        self.damaged, self.damage = None, f"{_DAMAGE} on another rank"
 
 
 def _size(nbytes: int) -> str:

@@ -13,9 +13,10 @@ plan, so that ranks that differ are found at once and not after a wasted run.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,42 @@ from learnit_r8.core.clock import Clock
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.losses import Reported, read_losses
+from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.types import Command, Indices
 
-_COUNT, _HASH, _SECONDS, _SIGNAL, _COMMAND, _DAMAGED, _SAVE, _HEADER = range(8)
+_COUNT, _HASH, _SECONDS, _WORD = range(4)
+_HEADER = _WORD + 5
 _COMMANDS: tuple[Command | None, ...] = (None, *Command)
+
+
+class Word(NamedTuple):
+    """What a rank says beside its losses; after the exchange, what all of them have to hear.
+
+    Attributes:
+        signal: A signal that the process got, or 0.
+        command: A command that a sink gave, or None.
+        saves: A checkpoint is asked for that all ranks write.
+        damaged: Step of a backup in which NaN or infinity was found, or None.
+        skipped: The optimizer step was skipped.
+    """
+
+    signal: int = 0
+    command: Command | None = None
+    saves: bool = False
+    damaged: int | None = None
+    skipped: bool = False
+
+    def numbers(self) -> list[float]:
+        """Return it as numbers of which the highest of all ranks counts."""
+        damaged = -math.inf if self.damaged is None else -self.damaged
+        return [self.signal, _COMMANDS.index(self.command), self.saves, damaged, self.skipped]
+
+    @classmethod
+    def of_all(cls, numbers: NDArray[np.float64]) -> Self:
+        """Return what all have to hear; `numbers` of each rank, shape `[world, 5]`."""
+        signal, command, saves, damaged, skipped = numbers.max(axis=0).tolist()
+        since = None if damaged == -math.inf else int(-damaged)
+        return cls(int(signal), _COMMANDS[int(command)], bool(saves), since, bool(skipped))
 
 
 class SharedClock(Clock):
@@ -41,7 +74,7 @@ class SharedClock(Clock):
 
 
 class Ranks:
-    """This process's place among the others.
+    """This process's place among the others, all of which hold one plan.
 
     Args:
         rank: From 0.
@@ -55,18 +88,11 @@ class Ranks:
     Attributes:
         rank: Number of this process.
         world_size: Number of processes.
-        slice: Number of this process's slice of a batch.
-        slices: Number of slices.
+        slices: Number of parts that a step's samples have.
         clock: The time that all ranks agree on.
-        asked: A command that a sink of this rank gave; `command` on all ranks after the next report.
-        command: The command that a rank was given, or None.
-        damaged_since: Step at which this rank's model was damaged, or None; after the next report, any rank's.
         writes: Whether this rank writes checkpoints.
         writes_alone: Whether one rank writes for all.
         exchanges: Whether reports are exchanged.
-        signal: The signal that a rank got, or 0.
-        asks_save: This rank was asked for a checkpoint that all have to write; `save` on all after the next report.
-        save: A rank was asked for one.
     """
 
     def __init__(
@@ -77,16 +103,11 @@ class Ranks:
         clock: Clock,
         plan: str,
     ) -> None:
-        self.slice, self.slices = rank, world_size
+        self._slice, self.slices = rank, world_size
         self._of_process = of_process = np.asarray(getattr(all_gather, "slices", np.arange(world_size)))
         self.rank = int(getattr(all_gather, "place", rank))
         self.world_size = world_size = len(of_process)
         self._firsts = np.unique(of_process, return_index=True)[1]  # a process of each slice
-        self.asks_save = self.save = False
-        self.asked: Command | None = None
-        self.command: Command | None = None
-        self.damaged_since: int | None = None
-        self.signal = 0
         self.writes = self.rank == 0
         self.writes_alone = self.exchanges = world_size > 1
         self._all_gather = all_gather
@@ -95,6 +116,10 @@ class Ranks:
         self._shared = SharedClock()
         self.clock = clock if world_size == 1 else self._shared
         self._hash = zlib.crc32(plan.encode())
+
+    def new_catalog(self, num_samples: int) -> LossCatalog:
+        """Return the catalog of the samples that this rank knows: all."""
+        return LossCatalog(num_samples)
 
     def order(self, size: int, streams: RandomStreams, epoch: int, cursor: int) -> Indices | None:
         """Return the places of a global batch in the order in which the ranks take them; None: as they are.
@@ -120,7 +145,15 @@ class Ranks:
     def cut(self, size: int) -> slice:
         """Return this rank's part of what `order` returned."""
         share = size // self.slices
-        return slice(self.slice * share, (self.slice + 1) * share)
+        return slice(self._slice * share, (self._slice + 1) * share)
+
+    def least(self, number: int) -> int:
+        """Return the least of all ranks' numbers. What follows from one plan is the same on all of them."""
+        return number
+
+    def any_of(self, flag: bool) -> bool:
+        """Return whether it is so on any rank. What follows from one plan is the same on all of them."""
+        return flag
 
     def everyone(self, number: float) -> NDArray[np.float64]:
         """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
@@ -137,68 +170,58 @@ class Ranks:
         return bytes(np.asarray(self._all_gather(mine)).astype(np.uint8).tolist()).decode()
 
     def gather(
-        self, reported: Reported, indices: Indices, order: Indices | None, step: int, signal: int | None
-    ) -> Reported:
-        """Return the report of the global batch; one rank's NaN is every rank's NaN.
+        self, reported: Reported, indices: Indices, order: Indices | None, step: int, word: Word
+    ) -> tuple[Reported, Word]:
+        """Return the report of the global batch, and what all ranks have to hear; one rank's NaN is every rank's.
 
         Args:
             reported: This rank's report.
             indices: The global batch.
             order: The places in it that the ranks' losses belong to, in rank order; None: as they are.
             step: Global step.
-            signal: A signal that this process got.
+            word: What this rank has to say.
 
         Raises:
             ProtocolError: The ranks' plans differ, or some reported per sample and others one number.
         """
         values = np.array([reported.mean]) if reported.values is None else reported.values
         count = 0 if reported.values is None else len(values)
-        counts, losses = self.exchange(values, count, indices.tobytes(), step, signal)
-        reported = self._join(counts, losses, len(indices))
-        if order is None or reported.values is None:
-            return reported
-        values = np.empty_like(losses)
-        values[order] = losses
-        return read_losses(values, len(values))
+        counts, parts, word = self._exchange(values, count, indices.tobytes(), step, word)
+        if word.skipped and not np.isfinite(np.concatenate(parts)).all():  # who had no losses sends one NaN
+            return Reported(None, math.nan, finite=False), word
+        if len(self._firsts) < len(parts):
+            counts, parts = counts[self._firsts], [self._agreed(parts, number) for number in range(self.slices)]
+        losses = np.concatenate(parts)
+        joined = self._join(counts, losses, len(indices))
+        if order is not None and joined.values is not None:
+            values = np.empty_like(losses)
+            values[order] = losses
+            joined = read_losses(values, len(values))
+        return joined, word
 
-    def exchange(
-        self, values: NDArray[Any], count: int, plan: bytes, step: int, signal: int | None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return every rank's `count`, `[world]`, and all ranks' values, joined.
+    def _exchange(
+        self, values: NDArray[Any], count: int, plan: bytes, step: int, word: Word
+    ) -> tuple[NDArray[np.float64], list[NDArray[np.float64]], Word]:
+        """Return every rank's `count`, `[world]`, every rank's values, and what all have to hear.
 
         Args:
             values: This rank's numbers.
             count: How many they are; 0 for a single number that stands for all samples.
             plan: Bytes that have to be equal on all ranks.
             step: Global step.
-            signal: A signal that this process got.
+            word: What this rank has to say.
 
         Raises:
             ProtocolError: The ranks' plans differ.
         """
         assert self._all_gather is not None
         self._hash = zlib.crc32(plan, zlib.crc32(str(step).encode(), self._hash))
-        header = np.empty(_HEADER)
-        header[_COUNT] = count
-        header[_HASH] = self._hash
-        header[_SECONDS] = self._local.monotonic() - self._created
-        header[_SIGNAL] = signal or 0
-        header[_COMMAND] = _COMMANDS.index(self.asked)
-        header[_SAVE] = self.asks_save
-        header[_DAMAGED] = np.inf if self.damaged_since is None else self.damaged_since
+        header = [count, self._hash, self._local.monotonic() - self._created, *word.numbers()]
         everyone = np.asarray(self._all_gather(np.concatenate([header, values])), dtype=np.float64).ravel()
         headers, parts = self._split(everyone)
         self._compare(headers[:, _HASH], step)
-        if len(self._firsts) < len(parts):
-            parts = [self._agreed(parts, number) for number in range(self.slices)]
-        losses = np.concatenate(parts)
         self._shared.now = float(headers[0, _SECONDS])
-        self.signal = int(headers[:, _SIGNAL].max())
-        self.command, self.asked = _COMMANDS[int(headers[:, _COMMAND].max())], None
-        since = headers[:, _DAMAGED].min()
-        self.damaged_since = int(since) if since < np.inf else None
-        self.asks_save, self.save = False, self.save or bool(headers[:, _SAVE].any())
-        return headers[self._firsts, _COUNT], losses
+        return headers[:, _COUNT], parts, Word.of_all(headers[:, _WORD:])
 
     def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
         """Return the ranks' headers, `[world, header]`, and what follows each."""

@@ -23,7 +23,7 @@ from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.losses import LIMIT, Reported
 from learnit_r8.loop.lr_search import parked
 from learnit_r8.loop.ram_backups import Emit, RamBackups
-from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.ranks import Ranks, Word
 from learnit_r8.loop.saver import Saver
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.stability.backups import BackupStatus
@@ -141,6 +141,15 @@ class SafetyNet:
             self._backups.capture = state_callback if self._paced else None
 
     @property
+    def damaged(self) -> int | None:
+        """Step of a backup that was found damaged on this rank and not acted on yet, or None."""
+        return self._backups.damaged
+
+    def hear(self, word: Word) -> None:
+        """Take over what any rank found."""
+        self._backups.damaged = word.damaged
+
+    @property
     def quarantine(self) -> Mask | None:
         """Samples that are kept out of batches, bool `[N]`, or None."""
         ids = self._catalog.left_out
@@ -226,7 +235,7 @@ class SafetyNet:
 
     def _read(self, step: int, reported: Reported, expected: float) -> Reading:
         catalog = self._catalog
-        known = catalog.num_seen >= _MOST * catalog.num_samples  # not all: what is always NaN is never seen
+        known = catalog.share_seen >= _MOST  # not all: what is always NaN is never seen
         return self._detector.observe(
             step,
             reported.mean,
@@ -269,17 +278,21 @@ class SafetyNet:
 
     def _judge_nonfinite(self, step: int, reported: Reported, reading: Reading, indices: Indices) -> Judgement:
         ids, others = not_finite(indices, reported.values, LIMIT, self._world_size)
-        named = tuple(ids.tolist()) if self._detector.ordinary(others) else ()
+        if reported.own is not None:
+            ids, others = indices[~(np.abs(reported.own) <= LIMIT)], reported.others
+        found = not math.isnan(others) and self._detector.ordinary(others)
+        named = tuple(ids.tolist()) if found else ()
         policy, sound_before = self._policy.nonfinite, self._sound
         self._sound = False
         if policy == "off":
             return Judgement(reading.verdict, reading.score, Action(Kind.IGNORE), accepted=False)
         cause, why, seen = Cause.REPORT, reading.reason, False
-        if named:
-            why = f"the losses of samples {shown(named)} are not finite, those of the rest of the batch are"
+        if found:
+            who = f"samples {shown(named)}" if named else "samples of another rank"
+            why = f"the losses of {who} are not finite, those of the rest of the batch are"
         if policy == "rollback" and self._load is not None:
             look = self._backups.look(step + 1, self._detector.first_suspect_step)
-            again = self._machine.nonfinite >= 1 and not named
+            again = self._machine.nonfinite >= 1 and not found
             if look is None:
                 # Where nobody can look, backups by hand are few and near; a checkpoint may be an epoch old.
                 damaged = bool(self._backups.ring.backups) or again
@@ -292,13 +305,13 @@ class SafetyNet:
                     Cause.DAMAGE,
                     f"{why}; {look}" if look and (look.nonfinite or look.jumped) else f"{why}, again",
                 )
-        if named:
+        if found:
             self._leave_out(step, named, "not finite, while the rest of its batch was")
         else:
-            self._quarantine.suspect(indices, reported.values)
-        if cause is Cause.REPORT and not seen and self._load is None and not named and policy == "rollback":
+            self._quarantine.suspect(indices, reported.values if reported.own is None else reported.own)
+        if cause is Cause.REPORT and not seen and self._load is None and not found and policy == "rollback":
             cause = Cause.DAMAGE  # nobody can tell, and nobody can restore: it may be the end
-        explained = bool(named) or (sound_before and self._machine.on_trial and self._machine.proven)
+        explained = found or (sound_before and self._machine.on_trial and self._machine.proven)
         action = self._machine.react(
             step,
             cause,
@@ -306,7 +319,7 @@ class SafetyNet:
             batch=indices,
             finite=False,
             explained=explained,
-            before_step=step + 1 if named else self._detector.first_suspect_step,
+            before_step=step + 1 if found else self._detector.first_suspect_step,
             why=why,
         )
         return Judgement(reading.verdict, reading.score, action, accepted=False, tell=why)

@@ -24,17 +24,25 @@ class Chooser:
         config: The run.
         catalog: Shown to the strategy.
         streams: The run's randomness.
+        agreed: Returns the number of batches that all ranks take, where each draws its own and no plan says it; the
+            number may not grow then.
 
     Attributes:
         batches: Number of batches in the epoch's plan; it grows where the strategy draws fewer samples than asked for.
-        fixed: Whether it may not grow, as it is the same on several ranks that draw for themselves.
         drawn: How many of them were drawn.
     """
 
-    def __init__(self, strategy: Strategy, config: Config, catalog: LossCatalog, streams: RandomStreams) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        config: Config,
+        catalog: LossCatalog,
+        streams: RandomStreams,
+        agreed: Callable[[int], int] | None = None,
+    ) -> None:
         self.strategy = strategy
+        self._agreed = agreed
         self.batches = 0
-        self.fixed = False
         self.drawn = 0
         self._config = config
         self._catalog = catalog
@@ -94,7 +102,11 @@ class Chooser:
             )
         self._left = int(samples)
         self._fast = self._find_fast()
-        self.batches = self._planned()
+        self.batches = self._count()
+
+    def _count(self) -> int:
+        """Return how many batches the epoch has; all ranks must call it where none has the others' plan."""
+        return self._planned() if self._agreed is None else self._agreed(self._planned())
 
     def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
@@ -128,7 +140,7 @@ class Chooser:
 
     def _plan_longer(self, count: int, asked: int) -> None:
         """Let the epoch go on until all of its samples were drawn."""
-        if not self.fixed:
+        if self._agreed is None:
             self.batches = self._planned()
         elif not self._trusted:
             raise ProtocolError(
@@ -262,7 +274,7 @@ class Chooser:
             start(self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN))
         self.drawn, self._left = int(state["drawn"]), int(state["left"])
         # The batch size may have changed since: count again what is left.
-        self.batches = self._planned() if state["batches"] else 0
+        self.batches = self._count() if state["batches"] else 0
 
 
 def _read_only(mask: Mask | None) -> Mask | None:

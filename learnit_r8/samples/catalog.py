@@ -187,6 +187,11 @@ class LossCatalog:
         return self._num_seen
 
     @property
+    def share_seen(self) -> float:
+        """Share of the samples with at least one accepted report."""
+        return self._num_seen / self.num_samples
+
+    @property
     def mean_expected(self) -> float:
         """Mean of the expected loss over the samples that were seen; NaN while none was."""
         if not self._num_seen:
