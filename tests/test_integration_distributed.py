@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import itertools
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learnit_r8 import ProtocolError, R8Scheduler
+from learnit_r8 import Command, ProtocolError, R8Scheduler
 from learnit_r8.strategies import names
 from tests.backup_watch import check_survival
 
@@ -450,6 +451,45 @@ def test_what_is_known_of_samples_is_the_same_to_the_bit_on_any_number_of_ranks(
         assert set(on_threads(world, body)) == set(alone)
 
 
+def test_a_step_that_one_rank_skipped_is_skipped_on_all():
+    def body(ranks):
+        scheduler, verdicts = R8Scheduler(400, 8, num_epochs=2, checkpoint_dir=None, ui="off", **ranks), []
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                losses, alone = 1.0 + 0.1 * np.sin(batch.indices), ranks["rank"] == 1
+                if batch.step == 30 and alone:  # out of memory: this rank has no losses
+                    result = scheduler.update_with_loss(float("nan"), skipped=True)
+                else:  # at 60 a loss scaler skips, which has seen one rank's gradients
+                    result = scheduler.update_with_loss(losses, skipped=batch.step == 60 and alone)
+                verdicts.append(result.verdict.value)
+        return verdicts
+
+    one, other = on_threads(2, body)
+    assert one == other
+    assert [step for step, verdict in enumerate(one) if verdict == "skipped"] == [30, 60]
+    assert set(one) == {"skipped", "calm"}
+
+
+def test_a_new_best_is_saved_by_all_ranks_where_a_save_takes_all_of_them(tmp_path):
+    from learnit_r8 import Checkpoints
+    from learnit_r8.integrations.distributed import collective
+
+    def body(ranks):
+        saved = []
+        policy = Checkpoints(tmp_path, keep_best="val_loss")
+        options = {"num_epochs": 1, "ui": "off", "checkpoints": policy, "save_callback": collective(saved.append)}
+        scheduler = R8Scheduler(80, 8, **options, **ranks)
+        for batch in scheduler.batch_iterator():
+            scheduler.update_with_loss(np.ones(len(batch.indices)))
+            if batch.step in (2, 5):
+                scheduler.log(val_loss=10.0 - batch.step)
+        return [Path(path).parent.name for path in saved]
+
+    one, other = on_threads(2, body)
+    assert one == other
+    assert len(one) == 2
+
+
 def test_more_ranks_than_samples_are_refused():
     from learnit_r8.errors import ConfigError
 
@@ -605,6 +645,89 @@ def test_a_shard_whose_folder_is_lost_is_named_on_all_ranks(tmp_path):
     shutil.rmtree(tmp_path / "shard-0001-of-0002")
     outcomes = on_threads(2, lambda ranks: Shard(ranks, tmp_path, one_folder=True, resume=True))
     assert all(isinstance(o, CheckpointError) and "rank 0: [20]; rank 1: none" in str(o) for o in outcomes)
+
+
+def test_a_few_nan_samples_of_one_shard_are_named_and_cost_one_rollback_each():
+    from learnit_r8.integrations.sharded import ShardedScheduler
+
+    def body(ranks):
+        rng, model, bad = np.random.default_rng(ranks["rank"]), {"w": np.zeros(4)}, [7, 50, 111]
+        x = rng.normal(size=(200, 4))
+        y = np.sign(x[:, 0])
+        if ranks["rank"] == 1:
+            x[bad] = np.nan
+
+        def load(source):
+            model["w"] = source["w"].copy()
+
+        options = {"num_epochs": 6, "checkpoint_dir": None, "ui": "off", "initial_lr": 0.1, "backup_every": 5}
+        options |= {"state_callback": lambda: model, "load_callback": load}
+        scheduler, results = ShardedScheduler(200, 10, **options, **ranks), []
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                rows, signs = x[batch.indices], y[batch.indices]
+                margins = signs * (rows @ model["w"])
+                gradient = (-(signs / (1 + np.exp(margins)))[:, None] * rows).mean(axis=0)
+                model["w"] = model["w"] - batch.lr * ranks["all_gather"](gradient).reshape(-1, 4).mean(axis=0)
+                with np.errstate(invalid="ignore"):
+                    losses = np.logaddexp(0, -margins)
+                results.append(scheduler.update_with_loss(losses))
+        return results, scheduler.catalog.left_out.tolist(), scheduler._safety._detector.state_dict(), model["w"]
+
+    (one, kept, first, w), (other, named, second, same_w) = on_threads(2, body)
+    assert [(r.verdict, r.rolled_back) for r in one] == [(r.verdict, r.rolled_back) for r in other]
+    assert (kept, named) == ([], [7, 50, 111])
+    assert sum(r.rolled_back for r in one) <= 3
+    assert str(first) == str(second)
+    assert np.array_equal(w, same_w)
+    assert np.isfinite(w).all()
+
+
+def test_what_one_shards_strategy_decides_all_detectors_hear_of():
+    from learnit_r8.integrations.sharded import ShardedScheduler
+    from learnit_r8.strategies import Uniform
+
+    class Decides(Uniform):
+        def pop_decisions(self):
+            return [("seek", "the losses here", 1.0)] if self.decides else []
+
+    def body(ranks):
+        strategy = Decides()
+        strategy.decides = ranks["rank"] == 1
+        options = {"num_epochs": 4, "checkpoint_dir": None, "ui": "off", "strategy": strategy}
+        scheduler, rng = ShardedScheduler(200, 10, **options, **ranks), np.random.default_rng(0)
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                scheduler.update_with_loss(rng.normal(1, 0.1, len(batch.indices)))
+        return str(scheduler._safety._detector.state_dict())
+
+    one, other = on_threads(2, body)
+    assert one == other
+
+
+def test_a_checkpoint_that_one_shards_rank_is_asked_for_is_written_by_all(tmp_path):
+    class Asks:
+        def __init__(self):
+            self.commands = collections.deque()
+
+        def record(self, event):
+            if type(event).__name__ == "LossReported" and event.step == 10:
+                self.commands.append(Command.CHECKPOINT)
+
+    def body(ranks):
+        return Shard(ranks, tmp_path, one_folder=True, sinks=[Asks()] if ranks["rank"] == 0 else []).go()
+
+    on_threads(2, body)
+    written = [sorted(step.name for step in shard.glob("step-*")) for shard in sorted(tmp_path.iterdir())]
+    assert written[0] == written[1] != []
+
+
+def test_a_strategy_that_rank_0_draws_for_all_is_refused_over_shards():
+    from learnit_r8.errors import ConfigError
+    from learnit_r8.integrations.distributed import FromRank0
+
+    outcomes = on_threads(2, lambda ranks: Shard(ranks, strategy=FromRank0("uniform")))
+    assert all(isinstance(o, ConfigError) and "chooses on rank 0 for all" in str(o) for o in outcomes)
 
 
 def test_another_ranks_shard_is_not_loaded():

@@ -37,20 +37,23 @@ def _device(group: Any) -> torch.device:
 
 
 class _Gather:
-    """Gathers ragged arrays in one collective, as long as they fit the buffer of the last call."""
+    """Gathers ragged arrays in one collective, as long as they fit the buffer that is kept.
+
+    All of the buffer travels. It grows where two calls in a row do not fit, as from one step's losses to the next; what
+    is large once, at an epoch's start or in a checkpoint, gets a buffer of its own.
+    """
 
     def __init__(self, group: Any) -> None:
         # Weak: a group that outlives destroy_process_group() aborts the interpreter's exit.
         self._ref = weakref.ref(group)
         self._world = dist.get_world_size(group)
         self._device = _device(group)
-        self._resize(4096)
+        self._buffers = self._allocate(512)
+        self._large_before = False
 
-    def _resize(self, capacity: int) -> None:
-        self._mine = torch.empty(_LENGTH + capacity, dtype=torch.uint8)
-        everyone = torch.empty(self._world * len(self._mine), dtype=torch.uint8, device=self._device)
-        self._everyone = list(everyone.chunk(self._world))
-        self._joined = everyone
+    def _allocate(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mine = torch.empty(_LENGTH + capacity, dtype=torch.uint8)
+        return mine, torch.empty(self._world * len(mine), dtype=torch.uint8, device=self._device)
 
     @property
     def group(self) -> Any:
@@ -63,19 +66,23 @@ class _Gather:
             raise ProtocolError(_NOT_INITIALIZED)
         data = np.ascontiguousarray(array).reshape(-1)
         raw = data.view(np.uint8)
+        buffers, large = self._buffers, False
         while True:
-            buffer = self._mine.numpy()
-            capacity = len(buffer) - _LENGTH
+            mine, everyone = buffers
+            buffer, capacity = mine.numpy(), len(mine) - _LENGTH
             buffer[:_LENGTH].view(np.int64)[0] = len(raw)
             buffer[_LENGTH : _LENGTH + len(raw)] = raw[:capacity]
-            dist.all_gather(self._everyone, self._mine.to(self._device), group=group)
-            rows = self._joined.cpu().numpy().reshape(self._world, -1)
+            dist.all_gather(list(everyone.chunk(self._world)), mine.to(self._device), group=group)
+            rows = everyone.cpu().numpy().reshape(self._world, -1)
             sizes = rows[:, :_LENGTH].copy().view(np.int64)[:, 0]
             if sizes.max() <= capacity:
                 parts = [row[_LENGTH : _LENGTH + size] for row, size in zip(rows, sizes, strict=True)]
+                if large and self._large_before:
+                    self._buffers = buffers
+                self._large_before = large
                 return np.concatenate(parts).view(data.dtype)
             # All ranks see the same sizes, so all come to the same new capacity.
-            self._resize(1 << int(sizes.max() - 1).bit_length())
+            buffers, large = self._allocate(1 << int(sizes.max() - 1).bit_length()), True
 
 
 def make_all_gather(group: Any = None) -> _Gather:
