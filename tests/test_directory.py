@@ -523,7 +523,14 @@ TAKES_EFFECT = {
     "rank": (1, lambda s, g: s._ranks.rank == 1),
     "all_gather": (lambda array: array, lambda s, g: s._ranks._all_gather is g),
 }
-REFUSED = {"num_samples": 80, "strategy": "quadrant", "seed": 1, "drop_last": True, "auto_find_lr": True}
+REFUSED = {
+    "num_samples": 80,
+    "strategy": "quadrant",
+    "seed": 1,
+    "drop_last": True,
+    "auto_find_lr": True,
+    "sharded": True,
+}
 
 
 def held(scheduler):
