@@ -200,6 +200,7 @@ def test_all_bad_arguments_are_listed_at_once():
             drop_last=2,
             lookahead=0,
             rollback_data="again",
+            sharded=3,
             recovery="never",
             rank=-1,
             world_size=0,

@@ -134,7 +134,7 @@ def _shard(problems: Problems, args: SimpleNamespace) -> tuple[int, int] | None:
     if not problems.flag("sharded", args.sharded):
         return None
     world, args.world_size = problems.integer("world_size", args.world_size, 1), 1
-    return args.rank, world
+    return args.rank if isinstance(args.rank, int) else 0, world  # the rank is checked with the others
 
 
 def _sizes(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:

@@ -194,8 +194,8 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
     if (shard and tuple(shard)) != own:
         saved_by, this = ("all samples" if not one else f"shard {one[0]} of {one[1]}" for one in (shard, own))
         problems.append(
-            f"sharded: the state is that of {saved_by}, this is {this}: each rank loads what it saved, on as many ranks as "
-            "there were"
+            f"sharded: the state is that of {saved_by}, this is {this}: each rank loads what it saved, on as many "
+            "ranks as there were"
         )
     if config.auto_find_lr and not saved.get("auto_find_lr") and state["global_step"]:
         problems.append(
