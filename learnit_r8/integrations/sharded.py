@@ -3,7 +3,7 @@
     scheduler = ShardedScheduler(len(my_shard), batch_size_of_a_rank, num_epochs=3, **rank_arguments())
 
 Sample ids are those of the rank's own shard. What R8Scheduler derives from the whole data set comes
-from sums: with each report the ranks exchange 17 numbers, from which all get the same verdict on
+from sums: with each report the ranks exchange 19 numbers, from which all get the same verdict on
 the global mean loss, and so the same rollbacks and learning rates. Once an epoch they exchange
 1,024 quantiles of their losses, whose union gives the quartile edges of the whole (within 0.1% of
 the samples). Every batch is balanced over these quartiles as far as the shard has samples in them.
