@@ -238,7 +238,7 @@ def _checkpoints(problems: Problems, args: SimpleNamespace, shard: tuple[int, in
             problems.append(f"give {', '.join(flat)} within checkpoints=Checkpoints(...), not beside it")
         directory, every, keep = value.dir, value.every, value.keep
     if shard and url_of(directory):
-        problems.append(f"checkpoint_dir must be a folder where each rank has its shard, got the URL {str(directory)!r}")
+        problems.append(f"checkpoint_dir must be a folder for the ranks' shards, got the URL {str(directory)!r}")
         directory = None
     if shard and isinstance(directory, (str, Path)) and str(directory).strip():
         directory = shard_folder(Path(directory), *shard)
