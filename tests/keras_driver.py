@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import sys
 import tempfile
@@ -289,8 +291,21 @@ def misuse() -> dict:
     }
 
 
+def logged() -> dict:
+    """Return what a logger that stands before R8Callback wrote, the history's names, and the progress bar's text."""
+    x, y = data()
+    dataset = R8Dataset(scheduler_for(), x, y)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as shown:
+        path = Path(folder) / "log.csv"
+        callbacks = [keras.callbacks.CSVLogger(path), R8Callback(dataset)]
+        history = model_for(0).fit(dataset, shuffle=False, epochs=3, verbose=2, callbacks=callbacks)
+        rows = list(csv.DictReader(path.open()))
+    return {"rows": rows, "history": sorted(history.history), "shown": shown.getvalue()}
+
+
 if __name__ == "__main__":
     wanted = {
+        "logged": logged,
         "misuse": misuse,
         "resume": lambda: [resume(1)],
         "resume-threads": lambda: [resume(3)],

@@ -94,6 +94,15 @@ def test_what_keras_does_besides_training_is_right_or_refused_by_name(backend):
     assert reported < 1e-4
 
 
+def test_keras_own_loggers_get_the_schedulers_numbers_and_the_progress_bar_does_not():
+    found = drive("torch", "logged")["logged"]
+    assert [float(row["r8/rollbacks"]) for row in found["rows"]] == [0.0] * 3
+    assert float(found["rows"][-1]["r8/expected_loss"]) > 0
+    assert "r8/seconds" in found["history"]
+    assert "accuracy" in found["shown"]
+    assert "r8/" not in found["shown"]
+
+
 def check_resumed(runs: list[dict]) -> None:
     for run in runs:
         assert run["ids"]

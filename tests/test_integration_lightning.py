@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import warnings
 
@@ -20,6 +21,8 @@ from tests.backup_watch import BackupWatch, always, check_diverged, check_surviv
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers import CSVLogger
+
     from learnit_r8.integrations.lightning import R8Callback, R8DataModuleMixin, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, of its dependencies
@@ -465,3 +468,13 @@ def test_a_second_fit_of_a_spent_scheduler_says_so():
     with pytest.warns(RuntimeWarning, match="nothing is left to train, the run has spent its budget"):
         fit(model, scheduler)
     assert len(model.seen) == 12
+
+
+def test_lightnings_own_loggers_get_the_schedulers_numbers(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(model_for(), scheduler_for(num_epochs=2), logger=logger, log_every_n_steps=5)
+    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("r8/seconds")]
+    assert [int(row["step"]) for row in rows][:4] == [4, 9, 14, 19]
+    assert all(float(row["r8/rollbacks"]) == 0 for row in rows)
+    assert float(rows[-1]["r8/expected_loss"]) > 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
+NORMAL, AFTER_KEY, IDLE = 0.3, 0.1, 1.0
 """Seconds between frames: usually, for `KEY_SECONDS` after a key, and when no event came."""
 KEY_SECONDS = 2.0
 DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
-BUDGET, BUDGET_WAITING = 0.006, 0.012
+BUDGET, BUDGET_WAITING = 0.008, 0.012
 """Share of one core that the dashboard's thread may take: while the process computes, which has to wait for all of it
 (the GIL), and while it waits itself, for a GPU or for data."""
 WAITING = 0.5

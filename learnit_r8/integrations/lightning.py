@@ -17,7 +17,8 @@ weights, with as many `max_epochs` as the scheduler has, and renews BatchNorm st
 are overruled.
 
 Lightning's checkpoints hold the scheduler's state and the random generators', so `fit(ckpt_path=)`
-continues to the bit. They load with `weights_only=True`.
+continues to the bit. They load with `weights_only=True`. Lightning's loggers get the
+scheduler's numbers as `r8/...`, every `log_every_n_steps`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow
 from learnit_r8.integrations.torch.sampler import R8BatchSampler
 from learnit_r8.integrations.torch.state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
 from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.sinks.trackers import Numbers
 
 __all__ = ["R8Callback", "R8DataModuleMixin", "weighted"]
 
@@ -90,6 +92,7 @@ class R8Callback(Callback):
         self._rngs: dict[str, Any] | None = None
         self._model: LightningModule | None = None
         self._trainer: Trainer | None = None
+        self._numbers: Numbers | None = None
         self._looking = False  # an epoch in which nothing is trained: BatchNorm statistics for averaged weights
 
     @property
@@ -142,6 +145,9 @@ class R8Callback(Callback):
         """Let the scheduler reach the model, before a loader draws the first batch."""
         self._trainer, self._model = trainer, pl_module
         self._pending.clear()
+        if self._numbers is None:
+            self._numbers = Numbers()
+            self.scheduler.add_sink(self._numbers)
         self.scheduler.attach_model(self._capture, self._restore)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,6 +219,8 @@ class R8Callback(Callback):
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if whole or not pl_module.automatic_optimization:
             self._report()
+        if self._numbers is not None and trainer.loggers and trainer._logger_connector.should_update_logs:
+            pl_module.log_dict(self._numbers.newest(), rank_zero_only=True)  # type: ignore[arg-type]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on to the next epoch, or end the run."""

@@ -60,7 +60,7 @@ class Points:
     def __init__(self, names: Mapping[str, str | None] | None = None) -> None:
         self._names = dict(names or {})
         self._issued = 0
-        self._totals = {"r8/spikes": 0, "r8/rollbacks": 0, "r8/quarantined": 0}
+        self.totals = {"r8/spikes": 0, "r8/rollbacks": 0, "r8/quarantined": 0}
 
     def of(self, event: events.Event) -> list[Point]:
         """Return the points of one event; kinds that hold no number have none."""
@@ -101,8 +101,8 @@ class Points:
             yield f"train/{event.name}", event.value
 
     def _total(self, name: str, more: int = 1) -> tuple[str, float]:
-        self._totals[name] += more
-        return name, self._totals[name]
+        self.totals[name] += more
+        return name, self.totals[name]
 
     def _rollback(self, event: events.RolledBack) -> Iterable[tuple[str, float]]:
         yield self._total("r8/rollbacks")
@@ -124,13 +124,21 @@ _TRANSLATE: dict[type[events.Event], Callable[[Points, Any], Iterable[tuple[str,
 
 
 class Numbers:
-    """A sink that keeps the newest of the run's own numbers (`r8/...`), for the loggers of a host's trainer."""
+    """A sink that keeps the newest of the run's own numbers (`r8/...`), for the loggers of a host's trainer.
+
+    Attributes:
+        LATE: Names that have no value in a run's first steps, for loggers that want all names at once.
+    """
 
     ignores_batches = True
+    LATE = (
+        *(f"r8/q{quadrant}_{what}" for quadrant in range(1, 5) for what in ("loss", "uses")), "r8/unseen", "r8/stuck",
+        "r8/expected_loss", "r8/score", "r8/lr_multiplier", "r8/backup_seconds", "r8/checkpoint_seconds",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._points = Points({"r8/lag": None})
-        self._newest: dict[str, float] = {}
+        self._newest = dict.fromkeys(self._points.totals, 0.0)
         self._report: events.LossReported | None = None
 
     def record(self, event: events.Event) -> None:

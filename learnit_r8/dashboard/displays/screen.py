@@ -10,6 +10,7 @@ from pathlib import Path
 
 from learnit_r8.dashboard.displays.choice import default_glyphs
 from learnit_r8.dashboard.displays.display import Detach, Face
+from learnit_r8.dashboard.drawing.layout import ROOMY
 from learnit_r8.dashboard.drawing.render import Painter, scroll_limit
 from learnit_r8.dashboard.drawing.run_pane import HostMeter
 from learnit_r8.dashboard.frame_rate import FrameRate
@@ -158,12 +159,13 @@ class Screen(Face):
             self._view = replace(self._view, paused=model.paused)
         scene = self._own_scene(model) if self._look is None else self._look()
         self._lines = scene.lines
+        roomy = self._size[0] >= ROOMY
         view = replace(
             self._view,
             hz=round(1 / self._rate.period, 1),
             ui_share=self._spent / max(1.0, time.monotonic() - self._opened) if scene.own else None,
             gpus=self._gpus.read() if scene.own else (),
-            host=self._host.read(str(model.config.get("checkpoint_dir") or ".")) if scene.own else (),
+            host=self._host.read(str(model.config.get("checkpoint_dir") or ".")) if scene.own and roomy else (),
             console_title=scene.title,
             glyphs=self._view.glyphs if self._board.unicode else "ascii",
         )

@@ -12,6 +12,8 @@ UP, DOWN, LEFT, RIGHT = 1, 2, 4, 8
 _JUNCTIONS = " │││─┘┐┤─└┌├─┴┬┼"
 """Box character for each set of directions."""
 WIDE = 100
+ROOMY = 160
+"""Columns from which the run's settings and the machine's load have a pane."""
 MIN_WIDTH, MIN_HEIGHT = 60, 16
 
 

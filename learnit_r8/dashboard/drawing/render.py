@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from learnit_r8.dashboard.drawing.cells import Grid, cell_width
-from learnit_r8.dashboard.drawing.layout import MIN_HEIGHT, MIN_WIDTH, WIDE, Band, Boxes, Rect, allot, place
+from learnit_r8.dashboard.drawing.layout import MIN_HEIGHT, MIN_WIDTH, ROOMY, WIDE, Band, Boxes, Rect, allot, place
 from learnit_r8.dashboard.drawing.now_pane import metrics_table, now_pane, short_now_pane
 from learnit_r8.dashboard.drawing.overlays import confirm_overlay, help_overlay, key_line
 from learnit_r8.dashboard.drawing.panels import (
@@ -28,9 +28,9 @@ __all__ = ["Grid", "Painter", "Style", "render", "scroll_limit"]
 
 _PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
 _CHART_PERIODS = 4
+_SMALL_CHARTS = 3
+"""The small charts are drawn anew in every third such period of the main one."""
 _NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH, _RUN_WIDTH = 46, 62, 48, 44
-_ROOMY = 160
-"""Columns from which the run's settings have a pane."""
 
 
 def render(
@@ -165,7 +165,7 @@ class Painter:
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
             grown = points - drawn >= points * 0.5**view.window / (2 * rect.width)
-            patience = self.chart_seconds * (1 if grown else _CHART_PERIODS)
+            patience = self.chart_seconds * (1 if kind == "chart" else _SMALL_CHARTS) * (1 if grown else _CHART_PERIODS)
             if shown != before or (points != drawn and abs(now - when) >= patience):
                 found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
         found.sort(key=lambda chart: chart[:3])
@@ -224,7 +224,7 @@ def _spare_metrics(model: DashboardModel, view: ViewState) -> list[str]:
 
 
 def _wide_bands(model: DashboardModel, view: ViewState, width: int, rows: int, lines: int) -> list[Band]:
-    panes = (("chart", 0), ("now", _NOW_WIDTH)) + ((("run", _RUN_WIDTH),) if width >= _ROOMY and model.config else ())
+    panes = (("chart", 0), ("now", _NOW_WIDTH)) + ((("run", _RUN_WIDTH),) if width >= ROOMY and model.config else ())
     bands = [Band(panes, 6, 11, share=3)]
     first = [("difficulty", _DIFFICULTY_WIDTH)] if model.quadrants is not None else []
     columns = max(1, (width - (_DIFFICULTY_WIDTH if first else 0)) // _METRIC_WIDTH)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError, ProtocolError, tell
-from learnit_r8.integrations.keras.host import Host, fit_problems, host
+from learnit_r8.integrations.keras.host import Host, fit_problems, for_loggers, host
 from learnit_r8.integrations.keras.losses import install as install_losses
 from learnit_r8.integrations.keras.state import (
     State,
@@ -42,6 +42,7 @@ from learnit_r8.integrations.keras.state import (
     training_generators,
 )
 from learnit_r8.scheduler import R8Scheduler
+from learnit_r8.sinks.trackers import Numbers
 from learnit_r8.types import Batch
 
 __all__ = ["R8Callback", "R8Dataset", "capture_state", "restore_state"]
@@ -272,6 +273,8 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         self._losses: Any = None
         self._rate: float | None = None  # as it was set last
         self._plateau = self._told = False
+        self._numbers = Numbers()
+        dataset.scheduler.add_sink(self._numbers)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the model and start the run."""
@@ -285,6 +288,11 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         """Draw the epoch's first batches."""
         self._heed_rate(at_epoch=True)
         self._dataset.start_epoch()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Give the scheduler's numbers, as `r8/...`, to the callbacks that log."""
+        if logs is not None:
+            logs.update(dict.fromkeys(Numbers.LATE, math.nan) | self._numbers.newest())
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Set the learning rate."""
@@ -353,6 +361,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         fit = host()
         if fit is not None:
             self._dataset.check(fit)
+            for_loggers(fit, self)
             self._plateau = any(isinstance(one, keras.callbacks.ReduceLROnPlateau) for one in fit.callbacks)
         replicas = getattr(getattr(self.model, "distribute_strategy", None), "num_replicas_in_sync", 1)
         if replicas > 1:

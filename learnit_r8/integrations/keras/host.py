@@ -61,3 +61,21 @@ def fit_problems(fit: Host) -> list[str]:
     kinds = {kind for callback in fit.callbacks for kind in type(callback).__mro__}
     names = sorted(kind.__name__ for kind in kinds if kind.__module__.startswith("keras."))
     return problems + [f"keras.callbacks.{name} {_REFUSED[name]}" for name in names if name in _REFUSED]
+
+
+class _Unshown(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps `r8/...` out of the progress bar, which has no room for them."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        for name in [name for name in logs or () if name.startswith("r8/")]:
+            del logs[name]
+
+
+def for_loggers(fit: Host, first: keras.callbacks.Callback) -> None:
+    """Let `first` come before the callbacks that log what it adds, and the progress bar after them."""
+    listed = fit.arguments.get("callbacks")
+    if not isinstance(listed, keras.callbacks.CallbackList) or any(isinstance(c, _Unshown) for c in listed.callbacks):
+        return
+    bars = [one for one in listed.callbacks if isinstance(one, keras.callbacks.ProgbarLogger)]
+    others = [one for one in listed.callbacks if one is not first and one not in bars]
+    listed.callbacks = [first, *others, _Unshown(), *bars]  # a new list: Keras is going through the old one
