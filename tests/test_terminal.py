@@ -348,7 +348,7 @@ d.record(CheckpointSaved(time.time(), 7, 'ckpt/step7', 10, 0.1))
 for n in range(30):
     print('line', n)
 print('\\x1b[31mred\\x1b[0m 10%\\r 20%\\r 30%', end='', flush=True)
-while not d._face._checkpoint:
+while not d._face._board._guardian.newest:
     time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -380,6 +380,42 @@ def test_after_q_faults_are_told_and_ctrl_z_and_fg_bring_the_screen_back(tmp_pat
         terminal.until("EPOCH")
         terminal.stop()
         assert terminal.wait() == 0
+        assert terminal.stty() == terminal.before
+
+
+def test_a_child_that_reads_a_line_without_setting_modes_has_the_keyboard(tmp_path):
+    code = """
+d = open_dashboard('curses', log_dir='run')
+train(d, 0.3)
+subprocess.run(['sh', '-c', 'printf "asks: "; read x; echo GOT $x'])
+train(d)
+d.close()
+"""
+    with Terminal(code, tmp_path) as terminal:
+        terminal.until(lambda: b"another program has taken the terminal" in terminal.raw)
+        terminal.until(lambda: b"asks: " in terminal.raw.rpartition(LEFT_ALTERNATE)[2])
+        entered = terminal.raw.count(b"\x1b[?1049h")
+        terminal.send("Ada\n")
+        terminal.until(lambda: terminal.raw.count(b"\x1b[?1049h") > entered)
+        terminal.stop()
+        assert terminal.wait() == 0
+        shown = terminal.raw.decode()
+        assert "GOT Ada" in shown.rpartition("\x1b[?1049l")[2]
+        assert "Ada" in shown.partition("GOT Ada")[0], "what is typed is echoed"
+        assert terminal.stty() == terminal.before
+
+
+def test_the_rich_display_has_last_words_too(tmp_path):
+    code = """
+d = open_dashboard('rich', log_dir='run')
+train(d, 0.7)
+print('the very last line')
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with Terminal(code, tmp_path) as terminal:
+        assert terminal.wait() == -9
+        terminal.until(lambda: b"newest checkpoint" in terminal.raw)
+        assert b"the very last line" in terminal.raw.partition(b"printed last:")[2]
         assert terminal.stty() == terminal.before
 
 

@@ -14,6 +14,7 @@ from learnit_r8.dashboard.drawing.cells import Grid
 from learnit_r8.dashboard.drawing.render import render
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.terminal.capture import Capture
+from learnit_r8.dashboard.terminal.guardian import Guardian, stty_form
 from learnit_r8.dashboard.terminal.tty import Tty
 from learnit_r8.events import Event
 from learnit_r8.run.model import DashboardModel
@@ -52,6 +53,9 @@ class RichLive(Face):
             self._tty = Tty()
             undo.callback(self._tty.close)
             self._capture = Capture(console)
+            undo.callback(self._capture.close)
+            modes = stty_form(self._tty.fd)
+            self._guardian = Guardian(self._tty.fd, modes, modes, b"", self._capture.path, self._capture.start)
             undo.pop_all()
         self._view = ViewState(glyphs=glyphs, readonly=True)
         self._events: list[str] = []
@@ -72,6 +76,8 @@ class RichLive(Face):
         self._events = [*self._events, *filter(None, map(event_line, fresh))][-_EVENT_LINES:]
         if not self._tty.in_foreground():
             return _PERIOD
+        if model.checkpoint is not None:
+            self._guardian.checkpoint(model.checkpoint.path)
         self._tty.send(b"")
         if self._tty.congested:
             return _PERIOD
@@ -126,15 +132,18 @@ class RichLive(Face):
             self.lend()
             self._show_rest(last=True)
             self._capture.close()
+        self._guardian.dismiss()
         self._tty.close()
 
     def emergency(self) -> None:
         """Give the descriptors back and show the cursor."""
         self._tty.muted = True
         self._capture.release()
+        self._guardian.dismiss()
 
     def forget(self) -> None:
-        """Close the child's copy."""
+        """Close the child's copies."""
+        self._guardian.forget()
         self._tty.close()
 
 

@@ -96,7 +96,6 @@ class Screen(Face):
         self._spent = self._computed = 0.0
         self._size = (0, 0)
         self._news = True
-        self._checkpoint = ""
         self._board = open_board(environment, console, prints=look is None)
         prints = self._board.prints
         self._tail = None if prints is None else ConsoleTail(prints.path, prints.start)
@@ -120,9 +119,8 @@ class Screen(Face):
         board, began = self._board, time.monotonic()
         late, self._last_tick = began - self._last_tick > _GAP_SECONDS, began
         self._news = self._news or bool(fresh)
-        if model.checkpoint is not None and model.checkpoint.path != self._checkpoint:
-            self._checkpoint = model.checkpoint.path
-            board.checkpoint(self._checkpoint)
+        if model.checkpoint is not None:
+            board.checkpoint(model.checkpoint.path)
         if not board.mine():
             self._shown = False
             return 0.25

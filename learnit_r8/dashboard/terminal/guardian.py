@@ -60,6 +60,9 @@ class Guardian:
         console: Where prints go; None for a view of another process's run, which has no last words.
         start: Offset of the first byte there that is this run's.
 
+    Attributes:
+        newest: The newest checkpoint that it knows of.
+
     Raises:
         OSError: There is no `sh`.
     """
@@ -67,6 +70,7 @@ class Guardian:
     def __init__(
         self, tty_fd: int, saved: str, ours: str, reset: bytes, console: Path | None = None, start: int = 0
     ) -> None:
+        self.newest = ""
         octal = "".join(f"\\0{byte:03o}" for byte in reset)
         path = "" if console is None else str(console)
         reader, self._writer = os.pipe()
@@ -86,12 +90,21 @@ class Guardian:
             raise
         finally:
             os.close(reader)
+        # At the end it has to be quicker than the shell's prompt; only root may ask for that.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, -10)
 
     def tell(self, word: str) -> None:
         """Let it know that the screen is "in" or "out", or that the newest checkpoint is "at" a path."""
         if self._writer >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._writer, " ".join(word.split("\n")).encode("utf-8", "surrogateescape") + b"\n")
+
+    def checkpoint(self, path: str) -> None:
+        """Let it know of the newest checkpoint."""
+        if path != self.newest:
+            self.newest = path
+            self.tell(f"at {os.path.abspath(path)}")
 
     def dismiss(self) -> None:
         """Send it home; waits half a second at most."""

@@ -69,7 +69,7 @@ class PosixBoard(Board):
         return self._tty.in_foreground()
 
     def lent_by_force(self) -> bool:
-        return self._tty.taken()
+        return self._tty.taken() or self._tty.asked()
 
     def size(self) -> tuple[int, int]:
         return self._tty.size()
@@ -140,6 +140,8 @@ class PosixBoard(Board):
         farewell, self._shown = self._canvas.finish(), False
         self._tty.send(farewell + why.encode() + b"\r\n", _LEAVE_SECONDS)
         self._tty.discard()
+        if not self._tty.taken():  # whoever asks for a line has set no modes: the user's own fit
+            self._tty.set_modes(self._tty.saved)
         self._guardian.tell("out")
         self.lend()
 
@@ -179,4 +181,4 @@ class PosixBoard(Board):
         self._undo.pop_all()
 
     def checkpoint(self, path: str) -> None:
-        self._guardian.tell(f"at {os.path.abspath(path)}")
+        self._guardian.checkpoint(path)

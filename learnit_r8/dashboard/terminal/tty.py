@@ -20,6 +20,10 @@ from typing import Any
 
 from learnit_r8.dashboard.displays.display import TerminalGone
 
+LOOK_SECONDS = 0.5
+_MOST_CHILDREN = 16
+_READS = ("0 0x", "63 0x")
+"""Numbers of `read` on x86-64 and arm64, as /proc shows the call that a process waits in."""
 _GONE = {errno.EIO, errno.ENXIO, errno.EBADF, errno.EPIPE}
 
 
@@ -40,6 +44,7 @@ class Tty:
         self.modes = _view_modes(self.saved, self.fd)
         self.muted = False
         self._pending = bytearray()
+        self._look_again, self._asked = 0.0, False
 
     def size(self) -> tuple[int, int]:
         """Return columns and rows; 80 x 24 where the terminal does not know."""
@@ -72,6 +77,17 @@ class Tty:
             now: list[Any] = termios.tcgetattr(self.fd)
             return bool(now[:4] not in (self.modes[:4], self.saved[:4]))
         return False
+
+    def asked(self) -> bool:
+        """Return whether a child waits for what is typed, as `read` in a shell script; only Linux tells.
+
+        Children of the main thread are looked at, once in `LOOK_SECONDS`.
+        """
+        now = time.monotonic()
+        if now >= self._look_again:
+            self._look_again = now + LOOK_SECONDS
+            self._asked = any(map(_reads_terminal, _descendants(os.getpid())))
+        return self._asked
 
     @property
     def congested(self) -> bool:
@@ -157,3 +173,22 @@ def _view_modes(saved: list[Any], fd: int) -> list[Any]:
     oflag &= ~(termios.ONLCR | termios.OCRNL | termios.TABDLY)
     lflag &= ~(termios.ICANON | termios.ECHO | termios.ECHONL)
     return [iflag, oflag, cflag, lflag, ispeed, ospeed, control]
+
+
+def _descendants(pid: int) -> list[int]:
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError), open(f"/proc/{parent}/task/{parent}/children") as file:
+            found += map(int, file.read().split()[: _MOST_CHILDREN + 1 - len(found)])
+    return found[1:]
+
+
+def _reads_terminal(pid: int) -> bool:
+    """Return whether a process waits in `read` for a terminal."""
+    try:
+        with open(f"/proc/{pid}/syscall") as file:
+            call = file.read()
+        where = os.readlink(f"/proc/{pid}/fd/{int(call.split()[1], 16)}") if call.startswith(_READS) else ""
+    except (OSError, ValueError, IndexError):
+        return False
+    return where.startswith(("/dev/pts/", "/dev/tty", "/dev/console"))
