@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-NORMAL, AFTER_KEY, IDLE = 0.3, 0.1, 1.0
+NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 """Seconds between frames: usually, for `KEY_SECONDS` after a key, and when no event came."""
 KEY_SECONDS = 2.0
 DEAR = 0.010
