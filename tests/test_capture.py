@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learnit_r8.dashboard.terminal.capture import Capture, ConsoleTail, fold
+from learnit_r8.dashboard.terminal.capture import Capture
+from learnit_r8.run.tail import ConsoleTail, fold
 from tests.terminal_driver import Terminal
 
 SOURCES = r"""

@@ -220,7 +220,7 @@ class R8Callback(Callback):
         if whole or not pl_module.automatic_optimization:
             self._report()
         if self._numbers is not None and trainer.loggers and trainer._logger_connector.should_update_logs:
-            pl_module.log_dict(self._numbers.newest(), rank_zero_only=True)  # type: ignore[arg-type]
+            pl_module.log_dict(self._numbers.newest(), rank_zero_only=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on to the next epoch, or end the run."""

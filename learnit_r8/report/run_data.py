@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from learnit_r8 import events as e
-from learnit_r8.dashboard.terminal.capture import ConsoleTail
 from learnit_r8.errors import ConfigError
 from learnit_r8.report.bands import Floats
 from learnit_r8.run.journal import Entry, entry
 from learnit_r8.run.samples_file import CatalogSnapshot, read_catalog
 from learnit_r8.run.table import EventsTable, read_table
-from learnit_r8.run.tail import CONSOLE_FILE, EVENTS_FILE
+from learnit_r8.run.tail import CONSOLE_FILE, EVENTS_FILE, ConsoleTail
 
 CONSOLE_LINES = 200
 JOURNAL_LINES = 500

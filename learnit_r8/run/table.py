@@ -7,17 +7,15 @@ form is parsed.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.events import Event, LossReported, RunStarted, parse_line
+from learnit_r8.run.tail import LineTail
 
 _BLOCK = 8 << 20
 _COLUMNS = ("time", "step", "loss", "lr", "size", "step_seconds", "r8_seconds")
@@ -63,12 +61,11 @@ class LogReader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+        self._tail = LineTail(path)
         self.changed = False
         self._clear()
 
     def _clear(self) -> None:
-        self._offset, self._inode = 0, 0
         self._parts: list[NDArray[np.float64]] = []
         self._others: list[Event] = []
         self._abandoned = 0
@@ -79,16 +76,14 @@ class LogReader:
         Raises:
             OSError: It cannot be read.
         """
-        with self._path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size < self._offset or status.st_ino != (self._inode or status.st_ino):
+        self.changed, behind = False, True
+        while behind:
+            block, behind = self._tail.read(_BLOCK), self._tail.behind
+            if self._tail.restarted:
                 self._clear()
-            self._inode, before = status.st_ino, self._offset
-            file.seek(before)
-            for block in _blocks(file):
-                self._offset += len(block) + 1
+            if block:
+                self.changed = True
                 self._take(block)
-        self.changed = self._offset != before
         table = np.concatenate(self._parts) if self._parts else np.empty((0, len(_COLUMNS)))
         self._parts = [table]
         columns = {name: table[:, i] for i, name in enumerate(_COLUMNS)}
@@ -103,16 +98,6 @@ class LogReader:
                 self._parts = kept
             self._others += more
             self._parts.append(reports)
-
-
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Yield whole lines, without the last one's end, a few megabytes at once."""
-    partial = b""
-    while data := file.read(_BLOCK):
-        whole, newline, rest = (partial + data).rpartition(b"\n")
-        if newline:
-            yield whole
-        partial = rest
 
 
 def _at_starts(block: bytes) -> list[bytes]:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learnit_r8.dashboard.terminal.capture import ConsoleTail
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import Event
 from learnit_r8.run import formats as f
 from learnit_r8.run.model import DashboardModel
-from learnit_r8.run.tail import CHUNK, CONSOLE_FILE, EVENTS_FILE, EventTail
+from learnit_r8.run.tail import CHUNK, CONSOLE_FILE, EVENTS_FILE, ConsoleTail, EventTail
 
 STALE_SECONDS = 60.0
 STALE_STEPS = 20

@@ -17,9 +17,9 @@ from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.gpus import GpuMeter
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.terminal.board import open_board
-from learnit_r8.dashboard.terminal.capture import ConsoleTail
 from learnit_r8.events import Event
 from learnit_r8.run.model import DashboardModel
+from learnit_r8.run.tail import ConsoleTail
 from learnit_r8.types import Command
 
 _CHART_FRAMES = 4

@@ -40,7 +40,7 @@ def _loss(model: DashboardModel) -> list[Piece]:
     arrow, style = ("▲", Style.WARN if far else Style.DIM) if model.loss > ema else ("▼", Style.DIM)
     if not math.isfinite(model.loss):
         arrow, style = "×", Style.BAD
-    rest = _fields(f" ema {f.number(ema, 6)}", f"min {f.brief(best)}")
+    rest = _fields(f" ema {f.short(ema):<6}", f"min {f.short(best)}")
     return _row("loss", (f.number(model.loss, 8), Style.BOLD), (f" {arrow}", style), rest)
 
 

@@ -13,13 +13,12 @@ import os
 import re
 import sys
 import tempfile
-from collections import deque
 from pathlib import Path
 from typing import Any
 
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_OTHER_THAN_COLOUR = re.compile(_ESCAPES.pattern.replace("[@-~]|", "[@-ln-~]|"))
-_CHUNK = 1 << 20
+from learnit_r8.run.tail import ESCAPES
+
+_OTHER_THAN_COLOUR = re.compile(ESCAPES.pattern.replace("[@-~]|", "[@-ln-~]|"))
 REPLAY_BYTES, REPLAY_LINES = 1 << 20, 5000
 """Of what was kept so much is put on the terminal at once; it is about what a terminal remembers."""
 _IOLBF = 1  # <stdio.h> of glibc, musl, macOS and the BSDs
@@ -120,51 +119,6 @@ class Capture(ConsoleFile):
         """As `ConsoleFile.close`, after `release`."""
         self.release()
         super().close()
-
-
-class ConsoleTail:
-    r"""The newest lines of a growing file, `\r` folded and escape sequences removed.
-
-    Args:
-        path: The file.
-        start: Offset of the first byte that counts.
-        keep: Lines to hold.
-    """
-
-    def __init__(self, path: Path, start: int = 0, keep: int = 1000) -> None:
-        self._path, self._offset = path, start
-        self._lines: deque[str] = deque(maxlen=keep)
-        self._partial = b""
-        self.count = 0
-
-    def poll(self) -> list[str]:
-        """Read what was appended (1 MiB at most a call) and return the newest lines, the unfinished one last."""
-        with contextlib.suppress(OSError), self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read(_CHUNK)
-            self._offset += len(data)
-            self.count += data.count(b"\n")
-            self._take(data)
-        unfinished = [fold(self._partial)] if self._partial.strip() else []
-        return [*self._lines, *unfinished]
-
-    def _take(self, data: bytes) -> None:
-        # Only the last `keep` lines can ever be shown, so only they are decoded.
-        *whole, self._partial = (self._partial + data).split(b"\n")
-        self._lines.extend(fold(line) for line in whole[-(self._lines.maxlen or 1) :])
-        if len(self._partial) > 65536:
-            self._partial = self._partial[-65536:]
-
-
-def fold(line: bytes) -> str:
-    r"""Return what a terminal would show of one line: the last state after `\r`, no escapes, tabs as spaces.
-
-    >>> fold(b" 36%|###\r 37%|####\r")
-    ' 37%|####'
-    """
-    text = _ESCAPES.sub("", line.decode("utf-8", "replace")).rstrip("\r")
-    shown = text.rsplit("\r", 1)[-1]
-    return "".join(char for char in shown.expandtabs() if char >= " " and char != "\x7f")
 
 
 def _last_state(line: bytes) -> bytes:
