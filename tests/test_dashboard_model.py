@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -352,7 +353,7 @@ def test_events_in_blocks_are_the_same_as_events_one_by_one(rough, seed):
 
 def test_a_copy_stays_as_it_is():
     model = fed(*training(epochs=2))
-    twin = model.copy()
+    twin = deepcopy(model)
     before = json.dumps(twin.to_json())
     for event in [
         *training(epochs=4),

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+from copy import deepcopy
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -24,8 +25,8 @@ from learnit_r8.dashboard.drawing.cells import Grid, cell_width, clip
 from learnit_r8.dashboard.drawing.layout import Band, Boxes, allot
 from learnit_r8.dashboard.drawing.panels import _edges
 from learnit_r8.dashboard.drawing.render import Painter, render
-from learnit_r8.dashboard.gpus import Gpu, GpuMeter
 from learnit_r8.dashboard.keys import AXES, GLYPH_SETS, SCALES, SMOOTHINGS, ViewState
+from learnit_r8.dashboard.meters import Gpu, GpuMeter
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.styles import Style
 
@@ -507,7 +508,7 @@ def test_a_frozen_copy_does_not_move():
     model = DashboardModel()
     for event in events_of_a_run(steps=500):
         model.consume(event)
-    twin = model.copy()
+    twin = deepcopy(model)
     before = frame(120, 35, twin, now=T0 + 300).rows()
     for event in events_of_a_run(steps=900):
         model.consume(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -97,7 +98,7 @@ def test_huge_values_do_not_poison_the_average():
 
 def test_a_copy_is_independent():
     series = filled([1.0, 2.0], (0.9,))
-    twin = series.copy()
+    twin = deepcopy(series)
     for step in range(2, 3000):
         series.add(step, step, 9.0)
     assert (twin.count, twin.hi, len(twin.bins())) == (2, 2.0, 2)

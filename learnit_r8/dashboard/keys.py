@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from learnit_r8.dashboard.gpus import Gpu
+from learnit_r8.dashboard.meters import Gpu
 from learnit_r8.types import Command
 
 _T = TypeVar("_T")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from learnit_r8.run.series import Series
@@ -62,7 +62,3 @@ class Metric:
         self.is_best = sign != 0 and value - value == 0.0 and (self.best is None or sign * (value - self.best) > 0)
         if self.is_best:
             self.best, self.best_epoch = value, epoch
-
-    def copy(self) -> Metric:
-        """Return an independent copy."""
-        return replace(self, series=self.series.copy())

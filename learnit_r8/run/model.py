@@ -96,9 +96,6 @@ class DashboardModel:
         }
         self.metrics: dict[str, Metric] = {}
         self.pace = Pace()
-        self._bind()
-
-    def _bind(self) -> None:
         self._loss, self._surprise, self._lr, self._step_ms = self.series.values()
         self._handlers: dict[type, Callable[[Any], None]] = {
             e.LossReported: self._on_loss,
@@ -401,19 +398,6 @@ class DashboardModel:
     def metric_series(self, name: str) -> Series:
         """Return the series of a name in `metric_names`."""
         return self.metrics[name].series if name in self.metrics else self.series[name]
-
-    def copy(self) -> DashboardModel:
-        """Return an independent copy, for a frozen view."""
-        twin = DashboardModel()
-        for name, value in self.__dict__.items():
-            if name.startswith("_"):
-                continue
-            twin.__dict__[name] = value.copy() if isinstance(value, (deque, list, dict, Pace)) else value
-        twin.marks = {icon: places.copy() for icon, places in self.marks.items()}
-        twin.series = {name: series.copy() for name, series in self.series.items()}
-        twin.metrics = {name: metric.copy() for name, metric in self.metrics.items()}
-        twin._bind()
-        return twin
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as strict-JSON data; what is not known or not finite is null."""

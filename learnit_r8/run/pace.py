@@ -8,7 +8,6 @@ another machine.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 
@@ -230,7 +229,3 @@ class Pace:
         if self._last_report is not None:
             return min(max(0.0, now - self._last_report), self.step_seconds)
         return 0.0
-
-    def copy(self) -> Pace:
-        """Return an independent copy."""
-        return copy.deepcopy(self)

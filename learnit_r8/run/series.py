@@ -276,10 +276,3 @@ class Series:
             values = np.frombuffer(self._whole, self._type)["last"]
         some = min(most, len(values))
         return [*(float(values[(i + 1) * len(values) // some - 1]) for i in range(some - 1)), self.last][:most]
-
-    def copy(self) -> Series:
-        """Return an independent copy."""
-        twin = Series(self.decays)
-        twin.__dict__.update(self.__dict__)
-        twin._whole, twin._middle, twin._points = self._whole[:], self._middle[:], self._points[:]
-        return twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,9 @@ from learnit_r8.dashboard.displays.choice import default_glyphs
 from learnit_r8.dashboard.displays.display import Detach, Face
 from learnit_r8.dashboard.drawing.layout import ROOMY
 from learnit_r8.dashboard.drawing.render import Painter, scroll_limit
-from learnit_r8.dashboard.drawing.run_pane import HostMeter
 from learnit_r8.dashboard.frame_rate import FrameRate
-from learnit_r8.dashboard.gpus import GpuMeter
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
+from learnit_r8.dashboard.meters import GpuMeter, HostMeter
 from learnit_r8.dashboard.terminal.board import open_board
 from learnit_r8.events import Event
 from learnit_r8.run.model import DashboardModel
@@ -158,12 +158,13 @@ class Screen(Face):
         scene = self._own_scene(model) if self._look is None else self._look()
         self._lines = scene.lines
         roomy = self._size[0] >= ROOMY
+        self._host.folder = str(model.config.get("checkpoint_dir") or ".")
         view = replace(
             self._view,
             hz=round(1 / self._rate.period, 1),
             ui_share=self._spent / max(1.0, time.monotonic() - self._opened) if scene.own else None,
             gpus=self._gpus.read() if scene.own else (),
-            host=self._host.read(str(model.config.get("checkpoint_dir") or ".")) if scene.own and roomy else (),
+            host=self._host.read() if scene.own and roomy else (),
             console_title=scene.title,
             glyphs=self._view.glyphs if self._board.unicode else "ascii",
         )
@@ -194,7 +195,7 @@ class Screen(Face):
         before = self._view
         self._view, wish = handle_key(before, name, scroll_limit(self._still or model, before, self._lines))
         if self._view.frozen != before.frozen:
-            self._still = model.copy() if self._view.frozen else None
+            self._still = copy.deepcopy(model) if self._view.frozen else None
         if wish is Action.DETACH:
             raise Detach
         if wish is Action.REPAINT:

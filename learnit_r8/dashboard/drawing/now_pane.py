@@ -1,25 +1,34 @@
-"""The numbers of the moment, most important first; what a run does not have takes no row."""
+"""The numbers of the moment, most important first, and the settings; what a run does not have takes no row."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from learnit_r8.dashboard.drawing.cells import Grid, clip, clip_middle
 from learnit_r8.dashboard.drawing.glyphs import sparkline
 from learnit_r8.dashboard.drawing.layout import Rect
 from learnit_r8.dashboard.drawing.panels import Piece, heading, pieces
-from learnit_r8.dashboard.gpus import Gpu
 from learnit_r8.dashboard.keys import ViewState
+from learnit_r8.dashboard.meters import Gpu
 from learnit_r8.run import formats as f
 from learnit_r8.run.metric import Metric, is_validation
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.styles import Style
 
-_LABEL = 10
+_LABEL, _SETTING = 10, 12
 HOT = 85
 """Degrees Celsius from which a GPU's temperature stands out: most throttle a little above."""
 FAR = 3.0
 """Standard deviations from which a loss stands out."""
+_SETTINGS = (
+    ("strategy", "strategy"), ("batch", "batch_size"), ("samples", "num_samples"), ("epochs", "num_epochs"),
+    ("seconds", "train_duration_seconds"), ("peak lr", "initial_lr"), ("schedule", "scheduler_mode"),
+    ("warm-up", "warmup_proportion"), ("min lr", "min_lr"), ("backup each", "backup_every"),
+    ("ckpt each", "checkpoint_every"), ("checkpoints", "checkpoint_dir"), ("log", "log_dir"), ("guard", "noise_guard"),
+    ("seed", "seed"), ("ranks", "world_size"),
+)  # fmt: skip
 _WAITING = "waiting for the first loss"
 
 
@@ -40,8 +49,14 @@ def _loss(model: DashboardModel) -> list[Piece]:
     arrow, style = ("▲", Style.WARN if far else Style.DIM) if model.loss > ema else ("▼", Style.DIM)
     if not math.isfinite(model.loss):
         arrow, style = "×", Style.BAD
-    rest = _fields(f" ema {f.short(ema):<6}", f"min {f.short(best)}")
+    rest = _fields(f" ema {_six(ema)}", f"min {f.brief(best)}")
     return _row("loss", (f.number(model.loss, 8), Style.BOLD), (f" {arrow}", style), rest)
+
+
+def _six(value: float) -> str:
+    """Return a number in six characters: one that is cut off would lose its exponent."""
+    text = f.number(value)
+    return (text if len(text) <= 6 else f.short(value)).rjust(6)
 
 
 def _surprise(model: DashboardModel) -> list[Piece]:
@@ -212,3 +227,30 @@ def metrics_table(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState
         x = grid.put(rect.y + 2 + i, rect.x, clip_middle(name, 19).ljust(20), Style.BOLD, limit)
         x = grid.put(rect.y + 2 + i, x, text, Style.NORMAL, limit)
         grid.put(rect.y + 2 + i, x, sparkline(series.values(cells), cells), Style.ACCENT, limit)
+
+
+def settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a run's settings as (label, text), those that are not set left out."""
+    found = []
+    for label, name in _SETTINGS:
+        value = config.get(name)
+        if value is None or value == "":
+            continue
+        if isinstance(value, float):
+            text = f.brief(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and name != "seed":
+            text = f.steps(value)
+        else:
+            text = str(value)
+        found.append((label, text))
+    return found
+
+
+def run_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState) -> None:
+    """Draw the machine's load, then the settings."""
+    heading(grid, rect, 0, "run", view, [(f"pid {model.pid}", Style.DIM)] if model.pid else [])
+    limit = rect.x + rect.width
+    rows = [*view.host, *settings(model.config)]
+    for i, (label, text) in enumerate(rows[: rect.height]):
+        x = grid.put(rect.y + 1 + i, rect.x, f"{label:<{_SETTING}}", Style.DIM, limit)
+        grid.put(rect.y + 1 + i, x, clip_middle(text, limit - x), Style.NORMAL, limit)

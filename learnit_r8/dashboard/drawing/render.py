@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from learnit_r8.dashboard.drawing.cells import Grid, cell_width
 from learnit_r8.dashboard.drawing.layout import MIN_HEIGHT, MIN_WIDTH, ROOMY, WIDE, Band, Boxes, Rect, allot, place
-from learnit_r8.dashboard.drawing.now_pane import metrics_table, now_pane, short_now_pane
+from learnit_r8.dashboard.drawing.now_pane import metrics_table, now_pane, run_pane, short_now_pane
 from learnit_r8.dashboard.drawing.overlays import confirm_overlay, help_overlay, key_line
 from learnit_r8.dashboard.drawing.panels import (
     chart_pane,
@@ -19,7 +19,6 @@ from learnit_r8.dashboard.drawing.panels import (
     small_chart_pane,
 )
 from learnit_r8.dashboard.drawing.progress import bare_lines, progress, title
-from learnit_r8.dashboard.drawing.run_pane import run_pane
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run.model import LATEST, DashboardModel
 from learnit_r8.run.styles import Style
