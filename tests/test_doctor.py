@@ -20,7 +20,7 @@ def findings(part):
     return {finding.name: finding for finding in part}
 
 
-def test_in_a_pipe_all_is_well_and_the_ladder_says_why_it_is_not_curses(tmp_path):
+def test_in_a_pipe_all_is_well_and_the_choice_says_why_it_is_not_curses(tmp_path):
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.getcwd(), "TERM": "xterm"}
     done = subprocess.run(COMMAND, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=env)
     assert (done.returncode, done.stderr) == (0, "")
@@ -38,11 +38,11 @@ def test_on_a_terminal_it_names_the_screen_and_its_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("environment", "rung"), [({"R8_UI": "rich"}, "log"), ({"R8_UI": "off"}, "off"), ({"CI": "true"}, "log")]
+    ("environment", "chosen"), [({"R8_UI": "rich"}, "log"), ({"R8_UI": "off"}, "off"), ({"CI": "true"}, "log")]
 )
-def test_the_environment_is_taken_into_account(environment, rung):
+def test_the_environment_is_taken_into_account(environment, chosen):
     shown = findings(doctor._terminal(environment))["dashboard"]
-    assert f'shows "{rung}"' in shown.text
+    assert f'shows "{chosen}"' in shown.text
 
 
 def test_a_folder_that_cannot_be_written_is_marked_and_the_way_out_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The notebook rung in a real Jupyter kernel: one display that is updated in place, then the summary."""
+"""The notebook display in a real Jupyter kernel: one display that is updated in place, then the summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import time
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
 dashboard = open_dashboard(log_dir="run")
-print("rung", dashboard.name)
+print("display", dashboard.name)
 began = time.time()
 for _, event in DemoRun(epochs=2, start=began):
     dashboard.record(event)
@@ -64,7 +64,7 @@ def test_one_display_is_updated_in_place_and_the_summary_follows(kernel):
     assert "TOTAL" in frames[-1]
     assert "<pre" in updates[-1]["data"]["text/html"]
     printed = "".join(content["text"] for kind, content in published if kind == "stream")
-    assert "rung notebook" in printed
+    assert "display notebook" in printed
     assert "reached" in printed, "the summary"
     assert printed.rstrip().endswith("fault ''")
     assert "100.0%" in frames[-1], "the last picture is that of the end"

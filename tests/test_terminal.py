@@ -117,11 +117,11 @@ def test_ctrl_z_gives_the_terminal_to_the_shell_and_fg_repaints(tmp_path):
     ],
 )
 def test_every_kind_of_terminal_gets_a_screen_or_plain_lines(term, curses, tmp_path):
-    code = "d = open_dashboard('auto')\nprint('face:', d.name, file=open('face', 'w'))\ntrain(d, epochs=2)\nd.close()\n"
+    code = "d = open_dashboard('auto')\nprint('display:', d.name, file=open('display', 'w'))\ntrain(d, epochs=2)\nd.close()\n"
     with Terminal(code, tmp_path, env={"TERM": term}) as terminal:
         terminal.until(lambda: "loss" in terminal.text() if curses else b"r8 " in terminal.raw)
-        terminal.until(lambda: (tmp_path / "face").exists() and (tmp_path / "face").stat().st_size)
-        assert (tmp_path / "face").read_text() == f"face: {'curses' if curses else 'log'}\n"
+        terminal.until(lambda: (tmp_path / "display").exists() and (tmp_path / "display").stat().st_size)
+        assert (tmp_path / "display").read_text() == f"display: {'curses' if curses else 'log'}\n"
         terminal.stop()
         assert terminal.wait() == 0
         assert terminal.stty() == terminal.before
@@ -348,7 +348,7 @@ d.record(CheckpointSaved(time.time(), 7, 'ckpt/step7', 10, 0.1))
 for n in range(30):
     print('line', n)
 print('\\x1b[31mred\\x1b[0m 10%\\r 20%\\r 30%', end='', flush=True)
-while not d._face._board._guardian.newest:
+while not d._display._board._guardian.newest:
     time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -432,7 +432,7 @@ def test_no_cell_is_blank_where_the_locale_is_missing(names, tmp_path):
         assert terminal.wait() == 0
 
 
-def test_an_exception_in_the_thread_costs_a_rung_and_not_the_run(tmp_path):
+def test_an_exception_in_the_thread_costs_a_display_and_not_the_run(tmp_path):
     code = """
 import learnit_r8.dashboard.displays.screen as screen
 d = open_dashboard('curses', log_dir='run')

@@ -28,7 +28,7 @@ def open_dashboard(
 ) -> Dashboard | None:
     """Open the best dashboard that this process can show; None when that is none.
 
-    The environment's `R8_UI` overrides `ui`. Call it from the main thread, or the curses rung is passed over.
+    The environment's `R8_UI` overrides `ui`. Call it from the main thread, or the curses display is passed over.
 
     Args:
         ui: "auto", "curses", "rich", "log" or "off". One that cannot be shown gives way to the next.
@@ -41,22 +41,24 @@ def open_dashboard(
     Raises:
         ConfigError: `ui` is none of the five.
     """
-    from learnit_r8.dashboard.displays import choice as ladder
+    from learnit_r8.dashboard.displays import choice
 
     env = os.environ if environment is None else environment
-    wanted = ladder.wanted_ui(ui, env)
+    wanted = choice.wanted_ui(ui, env)
     if wanted == "off":
         return None
-    around = ladder.look(env, rank)
-    rung = ladder.choose(wanted, around)
-    if rung.name == "off":
+    around = choice.look(env, rank)
+    chosen = choice.choose(wanted, around)
+    if chosen.name == "off":
         return None
     from learnit_r8.dashboard.sink import Dashboard
 
     # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does, or on a terminal.
-    reason = "" if wanted == "auto" and rung.name == "log" and not around.stdout_tty else rung.reason
+    reason = "" if wanted == "auto" and chosen.name == "log" and not around.stdout_tty else chosen.reason
     asked = env.get("R8_UI", "").strip()
-    if asked and asked.lower() not in ladder.UI_NAMES:
-        reason = f"R8_UI={asked} is none of {', '.join(ladder.UI_NAMES)}"
+    if asked and asked.lower() not in choice.UI_NAMES:
+        reason = f"R8_UI={asked} is none of {', '.join(choice.UI_NAMES)}"
     console = None if log_dir is None else Path(log_dir) / "console.log"
-    return Dashboard(rung.name, around, reason=reason, readonly=readonly, console=console, environment=env, clock=clock)
+    return Dashboard(
+        chosen.name, around, reason=reason, readonly=readonly, console=console, environment=env, clock=clock
+    )

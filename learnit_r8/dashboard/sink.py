@@ -1,12 +1,12 @@
 """The dashboard as a sink: a deque that the training thread appends to, and one thread that does everything else.
 
 ```
-training thread ── record() ──▶ deque ──▶ dashboard thread: model.consume, face.tick
+training thread ── record() ──▶ deque ──▶ dashboard thread: model.consume, display.tick
                 ◀── commands ── deque ◀── keys
 ```
 
-The face may change while a run goes on: `q` puts the log in place of the screen, Ctrl-Z and `fg` bring it back, an
-exception moves one rung down.
+The display may change while a run goes on: `q` puts the log in place of the screen, Ctrl-Z and `fg` bring it back, an
+exception brings the next simpler one.
 Nothing that happens in the thread reaches the training thread, and `close` waits one second for it at most.
 """
 
@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from learnit_r8.dashboard.displays.choice import Surroundings, below, default_glyphs
-from learnit_r8.dashboard.displays.display import Detach, Face, TerminalGone
+from learnit_r8.dashboard.displays.display import Detach, Display, TerminalGone
 from learnit_r8.dashboard.displays.log_lines import LogLines, Outlet
 from learnit_r8.dashboard.displays.summary import summary_text
 from learnit_r8.dashboard.terminal.hooks import TalkHooks
@@ -63,9 +63,9 @@ class Dashboard:
     """Shows a run and takes keys; open one with `open_dashboard`.
 
     Args:
-        name: Rung of the ladder to start on.
+        name: The display to start with.
         around: What this process can show.
-        reason: Why it is this rung, where the user should know.
+        reason: Why it is this one, where the user should know.
         readonly: Keys control the view only, as in `r8 watch`.
         console: File that prints go to while a screen is shown.
         environment: Variables; `os.environ` when None.
@@ -75,7 +75,7 @@ class Dashboard:
         record: Takes one event; it is the deque's own `append`.
         commands: What keys asked for, polled by the training loop.
         model: The run's numbers. Owned by the dashboard's thread until `close`.
-        fault: The last exception that cost a rung; empty when there was none.
+        fault: The last exception that cost a display; empty when there was none.
     """
 
     ignores_batches = True
@@ -107,8 +107,8 @@ class Dashboard:
         self._detached = self._continued = False
         self._on_continue: Any = None
         self._console_used: Path | None = None
-        self._face: Face | None = None
-        self._take_rung(name)
+        self._display: Display | None = None
+        self._take_display(name)
         if reason:
             self._notice(f"{self.name} dashboard: {reason}", "info")
         self._hooks = TalkHooks(self.suspended, self.close)
@@ -120,13 +120,13 @@ class Dashboard:
 
     @property
     def name(self) -> str:
-        """The rung that is shown now."""
-        return "off" if self._face is None else self._face.name
+        """The display that is shown now."""
+        return "off" if self._display is None else self._display.name
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Give the terminal to the caller, for `input()` or a debugger, and take it back afterwards."""
-        face = self._face
+        display = self._display
         if (
             self._closed
             or os.getpid() != self._pid
@@ -140,13 +140,13 @@ class Dashboard:
         self._hold.set()
         self._wake()
         self._held.wait(_JOIN_SECONDS)
-        if face is not None:
-            face.lend()
+        if display is not None:
+            display.lend()
         try:
             yield
         finally:
-            if face is not None and face is self._face and not self._closed:
-                face.reclaim()
+            if display is not None and display is self._display and not self._closed:
+                display.reclaim()
             self._hold.clear()
             self._unheld.set()
 
@@ -165,10 +165,10 @@ class Dashboard:
             self._thread.join(_JOIN_SECONDS)
         finally:
             stuck = self._thread.is_alive()
-            face = self._face
-            if face is not None:
+            display = self._display
+            if display is not None:
                 with contextlib.suppress(Exception):
-                    face.emergency() if stuck else face.release()
+                    display.emergency() if stuck else display.release()
         if not stuck:
             self._waker.close()
             with contextlib.suppress(Exception):
@@ -196,10 +196,10 @@ class Dashboard:
             try:
                 self._serve()
             except Detach:
-                self._drop_face()
+                self._drop_display()
                 back = "; Ctrl-Z and fg: back" if hasattr(signal, "SIGCONT") else ""
                 self._say([f"r8: view closed, training goes on and tells its news here{back}"])
-                self._take_rung("log", quiet=True)
+                self._take_display("log", quiet=True)
                 self._detached, self._continued = True, False
             except TerminalGone as error:
                 self._fall("off", error)
@@ -210,29 +210,29 @@ class Dashboard:
 
     def _serve(self) -> None:
         while True:
-            face, stopping = self._face, self._stopping
+            display, stopping = self._display, self._stopping
             if self._hold.is_set():
-                self._wait_out(face)
+                self._wait_out(display)
                 stopping = self._stopping
                 if stopping:
                     return
             if self._detached and self._continued:
                 self._detached = self._continued = False
-                self._drop_face()
-                self._take_rung("curses")
+                self._drop_display()
+                self._take_display("curses")
                 continue
-            due = face is None or stopping or face.due() or len(self._queue) > QUEUE // 2
+            due = display is None or stopping or display.due() or len(self._queue) > QUEUE // 2
             fresh = self._take_events() if due else []
-            delay = 1.0 if face is None else face.tick(self.model, fresh, self._clock())
+            delay = 1.0 if display is None else display.tick(self.model, fresh, self._clock())
             if stopping:
-                if face is not None:
-                    face.leave()
+                if display is not None:
+                    display.leave()
                 return
-            self._waker.wait(delay, () if face is None else face.inputs)
+            self._waker.wait(delay, () if display is None else display.inputs)
 
-    def _wait_out(self, face: Face | None) -> None:
-        if face is not None:
-            face.leave()
+    def _wait_out(self, display: Display | None) -> None:
+        if display is not None:
+            display.leave()
         self._held.set()
         self._unheld.wait()
 
@@ -248,35 +248,35 @@ class Dashboard:
     def _fall(self, name: str, error: Exception) -> None:
         self.fault = f"{type(error).__name__}: {error}"
         left = self.name
-        self._drop_face(gone=isinstance(error, TerminalGone))
+        self._drop_display(gone=isinstance(error, TerminalGone))
         if not isinstance(error, TerminalGone):
             self._notice(f"dashboard: {left} gave way to {name} ({self.fault})", "warning")
-        self._take_rung(name)
+        self._take_display(name)
 
-    def _drop_face(self, gone: bool = False) -> None:
-        face, self._face = self._face, None
-        if face is not None:
+    def _drop_display(self, gone: bool = False) -> None:
+        display, self._display = self._display, None
+        if display is not None:
             with contextlib.suppress(Exception):
-                face.leave()
+                display.leave()
             with contextlib.suppress(Exception):
-                face.release(gone)
+                display.release(gone)
 
     # Either thread.
 
-    def _take_rung(self, name: str, quiet: bool = False) -> None:
-        """Build the face called `name`, or the first below it that can be built."""
+    def _take_display(self, name: str, quiet: bool = False) -> None:
+        """Build the display called `name`, or the first below it that can be built."""
         while name != "off":
             try:
-                self._face = self._build(name, quiet)
+                self._display = self._build(name, quiet)
             except Exception as error:  # any reason at all: a dashboard that cannot start is not training's problem
                 self.fault = f"{type(error).__name__}: {error}"
                 self._notice(f"dashboard: no {name} ({self.fault})", "warning")
                 name = below(name, self._around)
             else:
                 return
-        self._face = None
+        self._display = None
 
-    def _build(self, name: str, quiet: bool) -> Face:
+    def _build(self, name: str, quiet: bool) -> Display:
         now = self._clock()
         if name == "log":
             return LogLines(Outlet(), now, quiet)
@@ -347,9 +347,9 @@ class Dashboard:
     def _forget(self) -> None:
         """In a forked child."""
         self._waker.close()
-        if self._face is not None:
+        if self._display is not None:
             with contextlib.suppress(Exception):
-                self._face.forget()
+                self._display.forget()
 
 
 _open: weakref.WeakSet[Dashboard] = weakref.WeakSet()

@@ -86,10 +86,10 @@ def _terminal(environment: Mapping[str, str]) -> Iterator[Finding]:
     encoding = locale.getpreferredencoding(False)
     yield Finding("terminal", "characters", f"{default_glyphs(environment)} charts, encoding {encoding}")
     asked = wanted_ui("auto", environment)
-    rung = choose(asked, around)
-    why = f", because {rung.reason}" if rung.reason else ""
+    chosen = choose(asked, around)
+    why = f", because {chosen.reason}" if chosen.reason else ""
     setting = f" (R8_UI={asked})" if asked != "auto" else ""
-    yield Finding("terminal", "dashboard", f'a run with ui="auto" shows "{rung.name}"{why}{setting}', True)
+    yield Finding("terminal", "dashboard", f'a run with ui="auto" shows "{chosen.name}"{why}{setting}', True)
 
 
 def _after(separator: str, text: str) -> str:

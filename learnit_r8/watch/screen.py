@@ -44,9 +44,9 @@ def show(runs: Sequence[WatchedRun], environment: Mapping[str, str], clock: Call
     Raises:
         ConfigError: There is no terminal to draw on.
     """
-    rung = choose("curses", look(environment))
-    if rung.name != "curses":
-        raise ConfigError([f"cannot draw here ({rung.reason}): use --once for one frame, --json for numbers"])
+    chosen = choose("curses", look(environment))
+    if chosen.name != "curses":
+        raise ConfigError([f"cannot draw here ({chosen.reason}): use --once for one frame, --json for numbers"])
     screen = Screen(environment, deque(), None, readonly=True, now=clock(), look=lambda: scene(runs))
     gone, waker = False, Waker()
     try:

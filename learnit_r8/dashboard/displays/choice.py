@@ -1,7 +1,7 @@
-"""Which face the dashboard shows, and why: facts about the surroundings in, one rung out.
+"""Which display the dashboard shows, and why: facts about the surroundings in, one display out.
 
-The ladder is `curses -> rich -> log -> off`, with `notebook` beside `rich` for Jupyter. A rung is taken when every fact
-that it needs holds; the reason names the first one that failed on the rung above it.
+The order is `curses -> rich -> log -> off`, with `notebook` beside `rich` for Jupyter. A display is taken when every fact
+that it needs holds; the reason names the first one that failed on the one before it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UI_NAMES = ("auto", "curses", "rich", "log", "off")
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What decides the rung.
+    """What decides the display.
 
     Attributes:
         posix: The system has POSIX terminals.
@@ -59,8 +59,8 @@ class Surroundings:
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
-    """A face by name, and why it is not a better one (empty when it is the one asked for)."""
+class Choice:
+    """A display by name, and why it is not a better one (empty when it is the one asked for)."""
 
     name: str
     reason: str = ""
@@ -94,7 +94,7 @@ _BELOW: dict[str, tuple[str, ...]] = {
     "log": ("log", "off"),
     "off": ("off",),
 }
-# Environments in which "auto" starts lower: (fact, highest rung, reason). The first that holds decides.
+# Environments in which "auto" starts lower: (fact, best display, reason). The first that holds decides.
 _AUTO_STARTS: tuple[tuple[str, str, str], ...] = (
     ("rank", "off", "only rank 0 shows a dashboard"),
     ("pytest", "off", "a test of pytest is running"),
@@ -115,8 +115,8 @@ def wanted_ui(ui: str, env: Mapping[str, str]) -> str:
     return asked if asked in UI_NAMES else ui
 
 
-def choose(ui: str, around: Surroundings) -> Rung:
-    """Return the highest rung, from the one asked for downwards, whose needs are met.
+def choose(ui: str, around: Surroundings) -> Choice:
+    """Return the best display, from the one asked for downwards, whose needs are met.
 
     Args:
         ui: One of `UI_NAMES`, already combined with the environment by `wanted_ui`.
@@ -125,20 +125,20 @@ def choose(ui: str, around: Surroundings) -> Rung:
     start, reason = ui, ""
     if ui == "auto":
         start = "curses"
-        for fact, rung, why in _AUTO_STARTS:
+        for fact, chosen, why in _AUTO_STARTS:
             if getattr(around, fact):
-                start, reason = rung, why
+                start, reason = chosen, why
                 break
     for name in _BELOW[start]:
         problem = _problem(name, around)
         if not problem:
-            return Rung(name, reason)
+            return Choice(name, reason)
         reason = reason or problem
-    return Rung("off", reason)
+    return Choice("off", reason)
 
 
 def below(name: str, around: Surroundings) -> str:
-    """Return the next rung under `name` whose needs are met."""
+    """Return the next display after `name` whose needs are met."""
     for candidate in _BELOW[name][1:]:
         if not _problem(candidate, around):
             return candidate

@@ -1,4 +1,4 @@
-"""What the dashboard's thread asks of a face, and how a face says that it is over."""
+"""What the dashboard's thread asks of a display, and how a display says that it is over."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class TerminalGone(Exception):  # noqa: N818 - a state of the world
     """The terminal hung up: its window was closed or the connection was lost."""
 
 
-class Face:
-    """One way of showing a run: a rung of the ladder.
+class Display:
+    """One way of showing a run.
 
     Built by the thread that opens the dashboard, then driven by the dashboard's own thread. An exception from `tick`
-    moves the dashboard one rung down. Whoever holds nothing overrides `tick` only.
+    makes the dashboard take the next simpler one. Whoever holds nothing overrides `tick` only.
     """
 
     name: str

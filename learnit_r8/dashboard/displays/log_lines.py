@@ -1,4 +1,4 @@
-"""The log rung: one plain line every 30 seconds, epoch or notable event. No escape sequences, no carriage returns."""
+"""The log display: one plain line every 30 seconds, epoch or notable event. No escape sequences, no carriage returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
-from learnit_r8.dashboard.displays.display import POSIX, Face, TerminalGone
+from learnit_r8.dashboard.displays.display import POSIX, Display, TerminalGone
 from learnit_r8.dashboard.drawing.render import render
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.events import Event
@@ -52,7 +52,7 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-class LogLines(Face):
+class LogLines(Display):
     """Writes to standard output whenever that is possible without waiting; lines that find no room wait their turn.
 
     Args:

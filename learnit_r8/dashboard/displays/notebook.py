@@ -1,4 +1,4 @@
-"""The notebook rung: one output area, updated once a second."""
+"""The notebook display: one output area, updated once a second."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from learnit_r8.dashboard.displays.display import Face
+from learnit_r8.dashboard.displays.display import Display
 from learnit_r8.dashboard.drawing.render import Painter
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.events import Event
@@ -17,7 +17,7 @@ _PERIOD = 1.0
 _SIZE = (100, 28)
 
 
-class Notebook(Face):
+class Notebook(Display):
     """Shows the screen as preformatted text through IPython's display protocol."""
 
     name = "notebook"

@@ -1,4 +1,4 @@
-"""The rich rung: a few live lines under the user's own prints, for terminals on which curses cannot run."""
+"""The rich display: a few live lines under the user's own prints, for terminals on which curses cannot run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from learnit_r8.dashboard.displays.display import Face, TerminalGone
+from learnit_r8.dashboard.displays.display import Display, TerminalGone
 from learnit_r8.dashboard.displays.log_lines import event_line
 from learnit_r8.dashboard.drawing.cells import Grid
 from learnit_r8.dashboard.drawing.render import render
@@ -36,7 +36,7 @@ _RICH_STYLES = {
 }
 
 
-class RichLive(Face):
+class RichLive(Display):
     """Draws at most `MAX_LINES` lines twice a second; whatever is printed, by Python, C or a child, appears above them.
 
     Args:

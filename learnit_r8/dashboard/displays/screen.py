@@ -1,4 +1,4 @@
-"""The curses rung: keys in, frames out, and the user's prints in a pane of their own."""
+"""The curses display: keys in, frames out, and the user's prints in a pane of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from learnit_r8.dashboard.displays.choice import default_glyphs
-from learnit_r8.dashboard.displays.display import Detach, Face
+from learnit_r8.dashboard.displays.display import Detach, Display
 from learnit_r8.dashboard.drawing.layout import ROOMY
 from learnit_r8.dashboard.drawing.render import Painter, scroll_limit
 from learnit_r8.dashboard.frame_rate import FrameRate
@@ -56,7 +56,7 @@ class Scene:
     own: bool = True
 
 
-class Screen(Face):
+class Screen(Display):
     """Owns the terminal while it is shown. Built in the main thread.
 
     Args:

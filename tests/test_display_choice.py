@@ -1,4 +1,4 @@
-"""Which face is chosen where, why, and what the plain ones write."""
+"""Which display is chosen where, why, and what the plain ones write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
-from learnit_r8.dashboard.displays.choice import UI_NAMES, Rung, Surroundings, below, choose, wanted_ui
+from learnit_r8.dashboard.displays.choice import UI_NAMES, Choice, Surroundings, below, choose, wanted_ui
 from learnit_r8.dashboard.displays.log_lines import BURST, LogLines, Outlet
 from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.terminal.keyboard import KeyDecoder
@@ -50,11 +50,11 @@ PIPE = Surroundings(stdin_tty=False, stdout_tty=False, foreground=False)
         ("off", {}, "off", ""),
     ],
 )
-def test_the_rung_and_its_reason(ui, changes, name, reason):
-    rung = choose(ui, replace(TERMINAL, **changes))
-    assert rung.name == name
-    assert reason in rung.reason
-    assert bool(rung.reason) == bool(reason)
+def test_the_display_and_its_reason(ui, changes, name, reason):
+    chosen = choose(ui, replace(TERMINAL, **changes))
+    assert chosen.name == name
+    assert reason in chosen.reason
+    assert bool(chosen.reason) == bool(reason)
 
 
 FLAGS = [
@@ -74,10 +74,10 @@ FLAGS = [
 @given(st.sampled_from(UI_NAMES), st.fixed_dictionaries({flag: st.booleans() for flag in FLAGS}))
 def test_escapes_are_never_chosen_for_what_is_no_terminal(ui, flags):
     around = Surroundings(**flags)
-    rung = choose(ui, around)
+    chosen = choose(ui, around)
     if not around.stdout_tty or not around.foreground:
-        assert rung.name in {"log", "notebook", "off"}
-    assert choose(rung.name, around) == Rung(rung.name) or rung.name == "notebook"
+        assert chosen.name in {"log", "notebook", "off"}
+    assert choose(chosen.name, around) == Choice(chosen.name) or chosen.name == "notebook"
 
 
 def test_each_step_down_leads_to_off():
@@ -104,10 +104,10 @@ def test_nothing_is_opened_in_a_test_of_pytest_unless_asked_for():
     assert open_dashboard("auto", environment={"R8_UI": "off"}) is None
 
 
-def play(face, model, events, start=0.0):
+def play(display, model, events, start=0.0):
     for event in events:
         model.consume(event)
-        face.tick(model, [event], event.time)
+        display.tick(model, [event], event.time)
 
 
 def test_the_log_has_one_line_an_epoch_and_news_but_no_escapes():
@@ -125,7 +125,7 @@ def test_the_log_has_one_line_an_epoch_and_news_but_no_escapes():
 def test_the_log_beats_every_30_seconds_while_steps_happen():
     out = io.StringIO()
     model = DashboardModel()
-    face = LogLines(Outlet(out), 0.0)
+    display = LogLines(Outlet(out), 0.0)
     for second in range(125):
         event = LossReported(
             time=float(second),
@@ -141,26 +141,26 @@ def test_the_log_beats_every_30_seconds_while_steps_happen():
             r8_seconds=1e-4,
         )
         model.consume(event)
-        face.tick(model, [event], float(second))
+        display.tick(model, [event], float(second))
     assert len(out.getvalue().splitlines()) == 4
     for second in range(125, 300):
-        face.tick(model, [], float(second))
+        display.tick(model, [], float(second))
     assert len(out.getvalue().splitlines()) == 5, "a loop that stands still says nothing new"
 
 
 def test_a_flood_of_spikes_is_counted_instead_of_printed():
     out = io.StringIO()
-    face, model = LogLines(Outlet(out), 0.0), DashboardModel()
+    display, model = LogLines(Outlet(out), 0.0), DashboardModel()
     spikes = [
         SpikeSeen(time=1.0, step=n, epoch=0, verdict="spike", loss=9.0, expected_loss=1.0, score=8.0, indices=(1,))
         for n in range(1000)
     ]
     play(
-        face,
+        display,
         model,
         [*spikes, EpochEnded(time=1.5, step=1000, epoch=0, mean_loss=1.0, seconds=1.0, batches=10, completed=True)],
     )
-    face.tick(model, [RunEnded(time=40.0, step=1000, reason="finished", seconds=40.0)], 40.0)
+    display.tick(model, [RunEnded(time=40.0, step=1000, reason="finished", seconds=40.0)], 40.0)
     lines = out.getvalue().splitlines()
     assert len(lines) <= BURST + 4
     assert any("and more events: 980 spike" in line for line in lines)
