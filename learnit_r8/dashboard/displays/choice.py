@@ -1,7 +1,7 @@
 """Which display the dashboard shows, and why: facts about the surroundings in, one display out.
 
-The order is `curses -> rich -> log -> off`, with `notebook` beside `rich` for Jupyter. A display is taken when every fact
-that it needs holds; the reason names the first one that failed on the one before it.
+The order is `curses -> rich -> log -> off`, with `notebook` beside `rich` for Jupyter. A display is taken when every
+fact that it needs holds; the reason names the first one that failed on the one before it.
 """
 
 from __future__ import annotations

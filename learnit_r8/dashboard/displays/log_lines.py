@@ -1,4 +1,4 @@
-"""The log display: one plain line every 30 seconds, epoch or notable event. No escape sequences, no carriage returns."""
+"""The log display: a plain line every 30 seconds, epoch or notable event. No escape sequences, no carriage returns."""
 
 from __future__ import annotations
 
