@@ -121,7 +121,7 @@ import json, os, statistics, sys, time
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run.model import DashboardModel
-from learnit_r8.dashboard.drawing.render import Painter
+from learnit_r8.dashboard.drawing.render import Painter, Scene
 from learnit_r8.dashboard.terminal.curses_screen import canvas
 model, board, view, costs = DashboardModel(), canvas(os.environ, (120, 35)), ViewState(), {}
 events = [event for _, event in DemoRun(epochs=20, start=1e9)]
@@ -134,7 +134,7 @@ for size in ((80, 24), (120, 35), (300, 100)):
         for event in events[-5000 + turn * 20 :][:20]:
             model.consume(event)
         a = time.thread_time()
-        grid = painter.draw(model, view, *size, events[-1].time + turn / 4)
+        grid = painter.draw(Scene(model), view, *size, events[-1].time + turn / 4)
         b = time.thread_time()
         data = board.draw(grid)
         c = time.thread_time()

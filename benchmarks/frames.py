@@ -24,7 +24,7 @@ from rich.panel import Panel
 from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8 import events as e
-from learnit_r8.dashboard.drawing.render import render
+from learnit_r8.dashboard.drawing.render import Scene, render
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run.model import DashboardModel
 
@@ -131,7 +131,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     console = [f"line {i}" for i in range(50)]
     frames = []
     for width, height in SIZES:
-        frame = lambda w=width, h=height: render(model, ViewState(), w, h, model.last_time, console)  # noqa: E731
+        frame = lambda w=width, h=height: render(Scene(model, console), ViewState(), w, h, model.last_time)  # noqa: E731
         screen = lambda w=width, h=height: rich_screen(w, h)  # noqa: E731
         times = {
             name: 1e3 * value for name, value in interleave({"ours": frame, "rich": screen}, rounds=rounds).items()

@@ -24,7 +24,7 @@ from learnit_r8.dashboard.displays.summary import summary_text
 from learnit_r8.dashboard.drawing.cells import Grid, cell_width, clip
 from learnit_r8.dashboard.drawing.layout import Band, Boxes, allot
 from learnit_r8.dashboard.drawing.panels import _edges
-from learnit_r8.dashboard.drawing.render import Painter, render
+from learnit_r8.dashboard.drawing.render import Painter, Scene, render
 from learnit_r8.dashboard.keys import AXES, GLYPH_SETS, SCALES, SMOOTHINGS, ViewState
 from learnit_r8.dashboard.meters import Gpu, GpuMeter
 from learnit_r8.run.model import DashboardModel
@@ -152,7 +152,7 @@ def run():
 def frame(width, height, model=None, console=(), now=None, **view):
     model = run() if model is None else model
     now = model.last_time + 0.2 if now is None else now
-    return render(model, ViewState(utc_offset=0, **view), width, height, now, console)
+    return render(Scene(model, console), ViewState(utc_offset=0, **view), width, height, now)
 
 
 def check_cells(grid, width, height, ascii_only=False):
@@ -205,7 +205,7 @@ VIEWS = st.builds(
 @given(st.integers(0, 310), st.integers(0, 110), VIEWS, st.lists(st.text(max_size=200), max_size=5), st.floats())
 @settings(max_examples=60, deadline=None)
 def test_any_view_of_a_run_at_any_size_and_time(width, height, view, console, now):
-    grid = render(run(), view, width, height, now, console)
+    grid = render(Scene(run(), console), view, width, height, now)
     check_cells(grid, width, height, view.glyphs == "ascii")
 
 
@@ -267,7 +267,7 @@ def test_any_stream_of_events_is_drawn(events, view, size, now):
     model = DashboardModel()
     for event in events:
         model.consume(event)
-    check_cells(render(model, view, *size, now, ["a line"]), *size, view.glyphs == "ascii")
+    check_cells(render(Scene(model, ["a line"]), view, *size, now), *size, view.glyphs == "ascii")
     assert all(cell_width(line) <= 80 for line in summary_text(model).splitlines())
 
 
@@ -275,7 +275,7 @@ def test_any_stream_of_events_is_drawn(events, view, size, now):
 
 
 def pictures(painter, model, view, size, now, console):
-    grid = painter.draw(model, view, *size, now, console)
+    grid = painter.draw(Scene(model, console), view, *size, now)
     return [grid.runs(y) for y in range(grid.height)]
 
 
@@ -308,7 +308,7 @@ def test_a_painter_that_goes_on_draws_what_a_new_one_draws(changes):
         console += [change["line"]] if "line" in change else []
         waited += change.get("wait", 0)
         now = T0 + waited
-        lazy.draw(model, view, *size, now, console)
+        lazy.draw(Scene(model, console), view, *size, now)
         assert pictures(painter, model, view, size, now, console) == fresh(model, view, size, now, console)
     # One chart a frame: after as many frames as there are charts, all are up to date.
     for later in range(6):
@@ -499,7 +499,7 @@ def test_several_runs_are_overlaid_with_letters():
     other = DashboardModel()
     for event in events_of_a_run(steps=2000, seed=5):
         other.consume(event)
-    grid = render(run(), ViewState(utc_offset=0), 120, 35, run().last_time, (), [other])
+    grid = render(Scene(run(), others=[other]), ViewState(utc_offset=0), 120, 35, run().last_time)
     assert "a run" in grid.rows()[3]
     assert any(style is Style.MARK and text.endswith("a") for y in range(4, 13) for _, text, style in grid.runs(y))
 
@@ -592,7 +592,7 @@ def test_routine_events_push_no_fault_out_of_view():
     )
     for n in range(40):
         model.consume(e.CheckpointSaved(time=2.0 + n, step=20 + n, path=f"ckpt/{n}", bytes=10, seconds=0.1))
-    text = "\n".join(render(model, ViewState(), 120, 35, 50.0).rows())
+    text = "\n".join(render(Scene(model), ViewState(), 120, 35, 50.0).rows())
     assert "! spike" in text
     assert "ckpt/39" in text
     assert "ckpt/3 " not in text
@@ -631,7 +631,7 @@ def test_marks_of_routine_leave_room_and_those_of_faults_always_stand():
                     indices=(1,),
                 )
             )
-    axis = next(row for row in render(model, ViewState(), 120, 35, 400.0).rows() if "└" in row and "C" in row)
+    axis = next(row for row in render(Scene(model), ViewState(), 120, 35, 400.0).rows() if "└" in row and "C" in row)
     chart = axis.partition("│ ")[2][:70]
     assert chart.count("!") == 2
     assert 5 < chart.count("C") < 20
@@ -657,7 +657,7 @@ def test_names_of_a_family_stay_apart_and_what_has_no_room_is_counted():
     )
     for name in ("train/loss_cls", "train/loss_box", "train/loss_obj", *(f"m{n}" for n in range(20))):
         model.consume(e.MetricLogged(time=1.0, step=1, name=name, value=0.5))
-    text = "\n".join(render(model, ViewState(), 120, 35, 2.0).rows())
+    text = "\n".join(render(Scene(model), ViewState(), 120, 35, 2.0).rows())
     assert {"ss_cls", "ss_box", "ss_obj"} <= {word[-6:] for word in text.split()}
     assert "+" in text
     assert "more: 2 Enter" in text
@@ -665,7 +665,7 @@ def test_names_of_a_family_stay_apart_and_what_has_no_room_is_counted():
 
 @pytest.mark.parametrize("size", [(60, 16), (80, 24), (200, 50)])
 def test_the_help_explains_every_word_and_sign_within_the_smallest_screen(size):
-    pages = ["\n".join(render(DashboardModel(), ViewState(help=page), *size, 1.0).rows()) for page in (1, 2, 3)]
+    pages = ["\n".join(render(Scene(DashboardModel()), ViewState(help=page), *size, 1.0).rows()) for page in (1, 2, 3)]
     for word in (
         "δsurp",
         "σ",
@@ -703,4 +703,4 @@ def test_a_short_run_is_smoothed_over_a_small_part_of_it():
             )
         )
     for smoothing, word in ((-1.0, "ema.9 "), (0.98, "ema.98"), (0.0, "value")):
-        assert word in "\n".join(render(model, ViewState(smoothing=smoothing), 120, 35, 400.0).rows())
+        assert word in "\n".join(render(Scene(model), ViewState(smoothing=smoothing), 120, 35, 400.0).rows())

@@ -117,11 +117,11 @@ def test_ctrl_z_gives_the_terminal_to_the_shell_and_fg_repaints(tmp_path):
     ],
 )
 def test_every_kind_of_terminal_gets_a_screen_or_plain_lines(term, curses, tmp_path):
-    code = "d = open_dashboard('auto')\nprint('is:', d.name, file=open('display', 'w'))\ntrain(d, epochs=2)\nd.close()\n"
+    code = "d = open_dashboard('auto')\nprint('is:', d.name, file=open('shown', 'w'))\ntrain(d, epochs=2)\nd.close()\n"
     with Terminal(code, tmp_path, env={"TERM": term}) as terminal:
         terminal.until(lambda: "loss" in terminal.text() if curses else b"r8 " in terminal.raw)
-        terminal.until(lambda: (tmp_path / "display").exists() and (tmp_path / "display").stat().st_size)
-        assert (tmp_path / "display").read_text() == f"is: {'curses' if curses else 'log'}\n"
+        terminal.until(lambda: (tmp_path / "shown").exists() and (tmp_path / "shown").stat().st_size)
+        assert (tmp_path / "shown").read_text() == f"is: {'curses' if curses else 'log'}\n"
         terminal.stop()
         assert terminal.wait() == 0
         assert terminal.stty() == terminal.before

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from learnit_r8.dashboard.displays.choice import choose, default_glyphs, look
 from learnit_r8.dashboard.displays.display import Detach, TerminalGone
-from learnit_r8.dashboard.displays.screen import Scene, Screen
-from learnit_r8.dashboard.drawing.render import render
+from learnit_r8.dashboard.displays.screen import Screen
+from learnit_r8.dashboard.drawing.render import Scene, render
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.terminal.waker import Waker
 from learnit_r8.errors import ConfigError
@@ -19,7 +19,7 @@ def frame(runs: Sequence[WatchedRun], width: int, height: int, now: float, envir
     """Return one frame of the first run, the others drawn into its chart, and a line a run that says how it is."""
     shown = scene(runs)
     view = ViewState(glyphs=default_glyphs(environment), readonly=True, console_title=shown.title)
-    grid = render(shown.model, view, width, height, now, shown.lines, shown.others)
+    grid = render(shown, view, width, height, now)
     states = [run.sentence(now) for run in runs]
     if shown.others:
         states = [f"{mark}  {text}" for mark, text in zip(_marks(len(runs)), states, strict=True)]

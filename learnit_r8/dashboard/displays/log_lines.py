@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from learnit_r8.dashboard.displays.display import POSIX, Display, TerminalGone
-from learnit_r8.dashboard.drawing.render import render
+from learnit_r8.dashboard.drawing.render import Scene, render
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.events import Event
 from learnit_r8.run.journal import entry
@@ -43,7 +43,7 @@ def event_line(event: Event) -> str | None:
 
 def status_line(model: DashboardModel, now: float) -> str:
     """Return the run's progress as one plain line."""
-    rows = [" ".join(row.split()) for row in render(model, _VIEW, 56, 2, now).rows()]
+    rows = [" ".join(row.split()) for row in render(Scene(model), _VIEW, 56, 2, now).rows()]
     return f"r8 {time.strftime('%H:%M:%S', time.localtime(now))} {plain(' | '.join(row for row in rows if row))}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from learnit_r8.dashboard.displays.display import Display
-from learnit_r8.dashboard.drawing.render import Painter
+from learnit_r8.dashboard.drawing.render import Painter, Scene
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.events import Event
 from learnit_r8.run.model import DashboardModel
@@ -44,7 +44,7 @@ class Notebook(Display):
         if self._newest is not None:
             self._last = time.monotonic()
             model, now = self._newest
-            rows = self._painter.draw(model, self._view, *_SIZE, now).rows()
+            rows = self._painter.draw(Scene(model), self._view, *_SIZE, now).rows()
             self._handle.update(_bundle("\n".join(rows)), raw=True)
 
 

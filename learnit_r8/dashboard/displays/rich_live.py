@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 from learnit_r8.dashboard.displays.display import Display, TerminalGone
 from learnit_r8.dashboard.displays.log_lines import event_line
 from learnit_r8.dashboard.drawing.cells import Grid
-from learnit_r8.dashboard.drawing.render import render
+from learnit_r8.dashboard.drawing.render import Scene, render
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.terminal.capture import Capture
 from learnit_r8.dashboard.terminal.guardian import Guardian, stty_form
@@ -91,7 +91,7 @@ class RichLive(Display):
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
             self._console.show_cursor(True)  # nobody would bring it back after SIGKILL
-        grid = render(model, replace(self._view, paused=model.paused), width - 1, 3, now)
+        grid = render(Scene(model), replace(self._view, paused=model.paused), width - 1, 3, now)
         text = _as_text(grid)
         for line in self._events:
             text.append(f"\n{line[: width - 1]}", "dim")

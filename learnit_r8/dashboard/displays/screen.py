@@ -6,13 +6,13 @@ import copy
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from learnit_r8.dashboard.displays.choice import default_glyphs
 from learnit_r8.dashboard.displays.display import Detach, Display
 from learnit_r8.dashboard.drawing.layout import ROOMY
-from learnit_r8.dashboard.drawing.render import Painter, scroll_limit
+from learnit_r8.dashboard.drawing.render import Painter, Scene, scroll_limit
 from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.meters import GpuMeter, HostMeter
@@ -35,25 +35,6 @@ _GAP_SECONDS = 3.0
 
 def _breathe() -> None:
     time.sleep(_BREATH)
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What a frame shows.
-
-    Attributes:
-        model: The run's numbers.
-        lines: What the run printed, oldest first.
-        title: Where that is kept.
-        others: Further runs, whose lines lie in the chart.
-        own: The run is this process's: what a frame costs is one of its costs.
-    """
-
-    model: DashboardModel
-    lines: Sequence[str] = ()
-    title: str = ""
-    others: Sequence[DashboardModel] = ()
-    own: bool = True
 
 
 class Screen(Display):
@@ -169,7 +150,8 @@ class Screen(Display):
             glyphs=self._view.glyphs if self._board.unicode else "ascii",
         )
         self._painter.chart_seconds = _CHART_FRAMES * self._rate.period
-        grid = self._painter.draw(self._still or scene.model, view, *self._size, now, scene.lines, scene.others)
+        shown = scene if self._still is None else replace(scene, model=self._still)
+        grid = self._painter.draw(shown, view, *self._size, now)
         self._board.draw(grid)
         self._spent = time.thread_time()
         self._rate.drew(time.monotonic(), self._spent - began, others, computed - self._computed - others)

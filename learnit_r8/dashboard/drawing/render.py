@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from learnit_r8.dashboard.drawing.cells import Grid, cell_width
 from learnit_r8.dashboard.drawing.layout import MIN_HEIGHT, MIN_WIDTH, ROOMY, WIDE, Band, Boxes, Rect, allot, place
@@ -23,7 +23,7 @@ from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run.model import LATEST, DashboardModel
 from learnit_r8.run.styles import Style
 
-__all__ = ["Grid", "Painter", "Style", "render", "scroll_limit"]
+__all__ = ["Grid", "Painter", "Scene", "Style", "render", "scroll_limit"]
 
 _PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
 _CHART_PERIODS = 4
@@ -32,17 +32,28 @@ _SMALL_CHARTS = 3
 _NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH, _RUN_WIDTH = 46, 62, 48, 44
 
 
-def render(
-    model: DashboardModel,
-    view: ViewState,
-    width: int,
-    height: int,
-    now: float,
-    console_lines: Sequence[str] = (),
-    others: Sequence[DashboardModel] = (),
-) -> Grid:
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a frame shows.
+
+    Attributes:
+        model: The run's numbers; read only.
+        lines: The newest lines that the run printed, oldest first.
+        title: Where they are kept.
+        others: Further runs, whose lines lie in the main chart.
+        own: The run is this process's: what a frame costs is one of its costs.
+    """
+
+    model: DashboardModel
+    lines: Sequence[str] = ()
+    title: str = ""
+    others: Sequence[DashboardModel] = ()
+    own: bool = True
+
+
+def render(scene: Scene, view: ViewState, width: int, height: int, now: float) -> Grid:
     """Draw one frame; the arguments are those of `Painter.draw`."""
-    return Painter().draw(model, view, width, height, now, console_lines, others)
+    return Painter().draw(scene, view, width, height, now)
 
 
 class Painter:
@@ -64,37 +75,27 @@ class Painter:
         self._shown: dict[Rect, tuple[object, ...]] = {}
         self._charts: dict[Rect, tuple[object, int, float]] = {}
 
-    def draw(
-        self,
-        model: DashboardModel,
-        view: ViewState,
-        width: int,
-        height: int,
-        now: float,
-        console_lines: Sequence[str] = (),
-        others: Sequence[DashboardModel] = (),
-    ) -> Grid:
+    def draw(self, scene: Scene, view: ViewState, width: int, height: int, now: float) -> Grid:
         """Draw one frame.
 
         Args:
-            model: The run's numbers; read only.
-            view: What to show and how.
+            scene: What to show.
+            view: How.
             width: Cells in a row.
             height: Rows.
             now: Wall-clock time, seconds since the Unix epoch.
-            console_lines: The newest lines that the user's code printed, oldest first.
-            others: Further runs, whose line is drawn into the main chart.
 
         Returns:
             A grid of exactly `height` rows of `width` cells, whatever the size. The next call draws into it again.
         """
+        model = scene.model
         now = now if abs(now) < LATEST else model.last_time
         if width < MIN_WIDTH or height < MIN_HEIGHT:
             self._layout = ()
             grid = Grid(width, height, ascii_only=view.glyphs == "ascii")
             _bare(grid, model, now)
             return grid
-        self._lay_out(model, view, width, height, console_lines, others)
+        self._lay_out(scene, view, width, height)
         grid = self._grid
         for y in (0, 1, 2, height - 2):
             grid.restore(self._lines, y, 0, width)
@@ -102,33 +103,25 @@ class Painter:
         progress(grid, 1, 2, width - 4, model, view, now)
         key_line(grid, height - 2, 2, width - 4, view, now)
         self._between()
-        late = self._late_charts(model, view, now, others)
+        late = self._late_charts(scene, view, now)
         for rect in self._rects:
-            if rect in late or self._changed(rect, model, view, console_lines):
+            if rect in late or self._changed(rect, scene, view):
                 for y in range(rect.y, rect.y + rect.height + 1):
                     grid.restore(self._lines, y, rect.x - 1, rect.width + 2)
-                _draw(grid, rect, model, view, now, console_lines, others, self._tabs)
+                _draw(grid, rect, scene, view, now, self._tabs)
                 self._between()
         if view.help or view.confirm:
             help_overlay(grid, view) if view.help else confirm_overlay(grid, view)
             self._layout = ()
         return grid
 
-    def _lay_out(
-        self,
-        model: DashboardModel,
-        view: ViewState,
-        width: int,
-        height: int,
-        console_lines: Sequence[str],
-        others: Sequence[DashboardModel],
-    ) -> None:
+    def _lay_out(self, scene: Scene, view: ViewState, width: int, height: int) -> None:
         """Place the panes; where the places or the view are not those of the frame before, everything is drawn anew."""
-        lines = len(console_lines) or bool(view.console_title)
+        model, lines = scene.model, len(scene.lines) or bool(view.console_title)
         # What changes by itself is of no concern to the panes, or is looked at there.
         steady = replace(view, paused=False, opened=0.0, hz=None, ui_share=None, gpus=(), host=(), console_title="")
         sizes = (min(height, len(model.entries)), len(model.metrics), model.quadrants is None, min(height, lines))
-        layout = (steady, width, height, len(others), *sizes)
+        layout = (steady, width, height, len(scene.others), *sizes)
         if layout == self._layout and model is self._model:
             return
         boxes = Boxes()
@@ -138,7 +131,7 @@ class Painter:
         boxes.vertical(width - 1, 0, height - 1)
         rects = _arrange(model, view, width, height, boxes, lines)
         # Where only one of the two has room, its title names the key of the other.
-        tabs = bool(console_lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
+        tabs = bool(scene.lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
         same = model is self._model and (rects, tabs, layout[:4]) == (self._rects, self._tabs, self._layout[:4])
         self._layout, self._model, self._rects, self._tabs = layout, model, rects, tabs
         if same:
@@ -149,17 +142,16 @@ class Painter:
         for y in range(height):
             self._grid.restore(self._lines, y, 0, width)
 
-    def _late_charts(
-        self, model: DashboardModel, view: ViewState, now: float, others: Sequence[DashboardModel]
-    ) -> list[Rect]:
+    def _late_charts(self, scene: Scene, view: ViewState, now: float) -> list[Rect]:
         """Return the charts to draw anew: of several the one that has waited longest, unless none may wait."""
         found: list[tuple[bool, float, int, Rect, tuple[object, int, float]]] = []
+        model = scene.model
         marks = tuple((len(places), places[-1]) for places in model.marks.values())
         for rect in self._rects:
             kind, _, metric = rect.name.partition(":")
             if kind not in {"chart", "metric"}:
                 continue
-            series = chart_series(model, metric or chosen_metric(model, view), others)
+            series = chart_series(model, metric or chosen_metric(model, view), scene.others)
             points = sum(line.count for line in series) + (model.step if view.window else 0)
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
@@ -173,8 +165,9 @@ class Painter:
         self._charts.update({rect: state for *_, rect, state in chosen})
         return [rect for *_, rect, _ in chosen]
 
-    def _changed(self, rect: Rect, model: DashboardModel, view: ViewState, console_lines: Sequence[str]) -> bool:
+    def _changed(self, rect: Rect, scene: Scene, view: ViewState) -> bool:
         """Return whether a pane that is no chart shows something else than it did; what it shows is remembered."""
+        model = scene.model
         shown: tuple[object, ...]
         if rect.name in {"now", "run"} or (rect.name in {"events", "console"} and view.focus):
             return True
@@ -183,7 +176,7 @@ class Painter:
         elif rect.name == "events":
             shown = (model.entries[-1] if model.entries else None,)
         elif rect.name == "console":
-            shown = (view.console_title, *console_lines[-rect.height :])
+            shown = (view.console_title, *scene.lines[-rect.height :])
         else:
             return False
         before = self._shown.get(rect)
@@ -256,19 +249,10 @@ def _narrow_bands(model: DashboardModel, view: ViewState, rows: int, lines: int)
     return bands
 
 
-def _draw(
-    grid: Grid,
-    rect: Rect,
-    model: DashboardModel,
-    view: ViewState,
-    now: float,
-    console_lines: Sequence[str],
-    others: Sequence[DashboardModel],
-    tabs: bool,
-) -> None:
-    name, _, metric = rect.name.partition(":")
+def _draw(grid: Grid, rect: Rect, scene: Scene, view: ViewState, now: float, tabs: bool) -> None:
+    model, (name, _, metric) = scene.model, rect.name.partition(":")
     if name == "chart":
-        chart_pane(grid, rect, model, view, others)
+        chart_pane(grid, rect, model, view, scene.others)
     elif name == "now":
         if view.zoomed and view.focus == 2:
             metrics_table(grid, rect, model, view)
@@ -283,7 +267,7 @@ def _draw(
     elif name == "events":
         events_pane(grid, rect, model, view, tabs)
     else:
-        console_pane(grid, rect, view, console_lines, tabs)
+        console_pane(grid, rect, view, scene.lines, tabs)
 
 
 def _bare(grid: Grid, model: DashboardModel, now: float) -> None:
