@@ -60,66 +60,59 @@ class Points:
     def __init__(self, names: Mapping[str, str | None] | None = None) -> None:
         self._names = dict(names or {})
         self._issued = 0
-        self.totals = {"r8/spikes": 0, "r8/rollbacks": 0, "r8/quarantined": 0}
+        self.totals = dict.fromkeys(("r8/spikes", "r8/rollbacks", "r8/quarantined"), 0.0)
 
     def of(self, event: events.Event) -> list[Point]:
         """Return the points of one event; kinds that hold no number have none."""
-        translate = _TRANSLATE.get(type(event))
-        if translate is None:
-            return []
-        found = ((self._names.get(name, name), value) for name, value in translate(self, event))
-        return [Point(name, float(value), event.step, event.time) for name, value in found if name is not None]
-
-    def _batch_issued(self, event: events.BatchIssued) -> Iterable[tuple[str, float]]:
-        self._issued = event.step
-        return ()
-
-    def _loss(self, event: events.LossReported) -> Iterable[tuple[str, float]]:
-        yield "train/loss", event.loss
-        yield "train/lr", event.lr
-        yield "train/epoch", event.epoch
-        yield "r8/lag", max(self._issued - event.step, 0)
-        yield "r8/seconds", event.r8_seconds
-        for name, value in (("r8/expected_loss", event.expected_loss), ("r8/score", event.score)):
-            if math.isfinite(value):  # NaN says that there is none
-                yield name, value
-
-    def _quadrants(self, event: events.QuadrantsRefreshed) -> Iterable[tuple[str, float]]:
-        for quadrant, (loss, uses) in enumerate(zip(event.losses, event.uses, strict=True), start=1):
-            yield f"r8/q{quadrant}_loss", loss
-            yield f"r8/q{quadrant}_uses", uses
-        yield "r8/unseen", event.unseen
-        yield "r8/stuck", event.stuck
-
-    def _metric(self, event: events.MetricLogged) -> Iterable[tuple[str, float]]:
-        head, _, rest = event.name.partition("_")
-        if "/" in event.name:
-            yield event.name, event.value
-        elif head in _EVALUATION and rest:
-            yield f"eval/{rest}", event.value
-        else:
-            yield f"train/{event.name}", event.value
-
-    def _total(self, name: str, more: int = 1) -> tuple[str, float]:
-        self.totals[name] += more
-        return name, self.totals[name]
-
-    def _rollback(self, event: events.RolledBack) -> Iterable[tuple[str, float]]:
-        yield self._total("r8/rollbacks")
-        yield "r8/lr_multiplier", event.lr_multiplier
+        if isinstance(event, events.BatchIssued):
+            self._issued = event.step
+        read = _READ.get(type(event))
+        found = [] if read is None else list(read(event))
+        if isinstance(event, events.LossReported):
+            found.append(("r8/lag", max(self._issued - event.step, 0)))
+        points = []
+        for name, value in found:
+            if name in self.totals:
+                value = self.totals[name] = self.totals[name] + value
+            shown = self._names.get(name, name)
+            if shown is not None:
+                points.append(Point(shown, float(value), event.step, event.time))
+        return points
 
 
-_TRANSLATE: dict[type[events.Event], Callable[[Points, Any], Iterable[tuple[str, float]]]] = {
-    events.BatchIssued: Points._batch_issued,
-    events.LossReported: Points._loss,
-    events.QuadrantsRefreshed: Points._quadrants,
-    events.MetricLogged: Points._metric,
-    events.RolledBack: Points._rollback,
-    events.EpochEnded: lambda _, event: [("train/epoch_loss", event.mean_loss)],
-    events.SpikeSeen: lambda points, _: [points._total("r8/spikes")],
-    events.SampleQuarantined: lambda points, event: [points._total("r8/quarantined", len(event.indices))],
-    events.BackupTaken: lambda _, event: [("r8/backup_seconds", event.seconds)],
-    events.CheckpointSaved: lambda _, event: [("r8/checkpoint_seconds", event.seconds)],
+_Pairs = Iterable[tuple[str, float]]
+
+
+def _loss(event: events.LossReported) -> _Pairs:
+    pairs = [("train/loss", event.loss), ("train/lr", event.lr), ("train/epoch", event.epoch)]
+    known = [("r8/expected_loss", event.expected_loss), ("r8/score", event.score)]
+    # NaN says that there is none.
+    return [*pairs, ("r8/seconds", event.r8_seconds), *(pair for pair in known if math.isfinite(pair[1]))]
+
+
+def _quadrants(event: events.QuadrantsRefreshed) -> _Pairs:
+    pairs = [(f"r8/q{q}_{what}", value) for what, values in (("loss", event.losses), ("uses", event.uses))
+             for q, value in enumerate(values, start=1)]  # fmt: skip
+    return [*pairs, ("r8/unseen", event.unseen), ("r8/stuck", event.stuck)]
+
+
+def _metric(event: events.MetricLogged) -> _Pairs:
+    head, _, rest = event.name.partition("_")
+    if "/" in event.name:
+        return [(event.name, event.value)]
+    return [(f"eval/{rest}" if head in _EVALUATION and rest else f"train/{event.name}", event.value)]
+
+
+_READ: dict[type[events.Event], Callable[[Any], _Pairs]] = {
+    events.LossReported: _loss,
+    events.QuadrantsRefreshed: _quadrants,
+    events.MetricLogged: _metric,
+    events.RolledBack: lambda event: [("r8/rollbacks", 1), ("r8/lr_multiplier", event.lr_multiplier)],
+    events.EpochEnded: lambda event: [("train/epoch_loss", event.mean_loss)],
+    events.SpikeSeen: lambda _: [("r8/spikes", 1)],
+    events.SampleQuarantined: lambda event: [("r8/quarantined", len(event.indices))],
+    events.BackupTaken: lambda event: [("r8/backup_seconds", event.seconds)],
+    events.CheckpointSaved: lambda event: [("r8/checkpoint_seconds", event.seconds)],
 }
 
 
