@@ -64,6 +64,7 @@ def band(x: Floats, y: Floats, bins: int = BINS, decay: float | None = DECAY) ->
     high = np.maximum.reduceat(np.where(finite, y, -np.inf), starts)
     with np.errstate(over="ignore", invalid="ignore"):
         mean = np.add.reduceat(np.where(finite, y, 0.0), starts) / np.maximum(counts, 1)
+    mean = np.clip(mean, low, high)  # rounding must not give equal values a spread
     empty_bins = counts == 0
     for values in (low, high, mean):
         values[empty_bins] = np.nan

@@ -185,6 +185,8 @@ def _banded(
 ) -> Figure:
     found = [values(run) for run in runs]
     fig = axis.figure(label, 240, np.concatenate(found) if log else np.empty(0))
+    if isinstance(fig.y_range, DataRange1d) and len(highest := found[0][np.isfinite(found[0])]):
+        fig.y_range.default_span = float(abs(highest.max())) or 1.0  # of values that are all equal
     for number, (run, series) in enumerate(zip(runs, found, strict=True)):
         _band_lines(fig, band(run.table.columns["step"], series, decay=None), run, number, smooth=False)
     _legend(fig, len(runs) > 1)

@@ -79,7 +79,7 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   };
 
-  // A page that a server keeps up to date asks for news every second, and is loaded anew where there are other charts.
+  // A page that a server keeps up to date asks for news all the time, and is loaded anew where there are other charts.
   const columns = (data) => Object.fromEntries(Object.entries(data).map(
     ([name, values]) => [name, values.map((value) => (value === null ? NaN : value))]));
 
@@ -116,7 +116,7 @@
     } catch (error) {
       said.textContent = `The server cannot be reached; what is shown is old. (${error.message})`;
     }
-    setTimeout(ask, 1000, known);
+    setTimeout(ask, 600, known);
   };
 
   addEventListener("DOMContentLoaded", () => {
