@@ -1,7 +1,8 @@
 """`r8 serve`: the report in a browser while runs train elsewhere; it reads their folders and writes nothing.
 
-The page is the report's own, drawn once; 0.6 seconds after each answer it asks for what has changed in its data sources. Only the
-standard library's server is needed for that. It is bound to this machine; elsewhere a request has to bring the token.
+The page is the report's own, drawn once; 0.6 seconds after each answer it asks for what has changed in its data
+sources. Only the standard library's server is needed for that. It is bound to this machine; elsewhere a request has to
+bring the token.
 """
 
 from __future__ import annotations
