@@ -344,7 +344,7 @@ from learnit_r8.events import CheckpointSaved
 d = open_dashboard('curses', log_dir='run')
 print('an early line')
 train(d, 0.3)
-d.record(CheckpointSaved(time.time(), 7, 'ckpt/step7', 10, 0.1))
+d.record(CheckpointSaved(time=time.time(), step=7, path='ckpt/step7', bytes=10, seconds=0.1))
 for n in range(30):
     print('line', n)
 print('\\x1b[31mred\\x1b[0m 10%\\r 20%\\r 30%', end='', flush=True)
