@@ -350,6 +350,14 @@ class R8Scheduler:
         changed = self._safety.restored or self._budget.scaled
         return self._lr_at(ticket.cursor, ticket.batches) if changed else ticket.batch.lr
 
+    @property
+    def next_lr(self) -> float:
+        """Learning rate of the step that comes next, also where its batch is not drawn yet."""
+        drawn = self._desk.oldest is not None or self._search is not None
+        if drawn or self._progress.stage is not Stage.RUNNING:
+            return self.lr_now()
+        return self._lr_at(self._chooser.drawn, self._chooser.batches)
+
     def highest_lr_ahead(self) -> float:
         """Return the highest learning rate that the schedule has from now on."""
         done, total = self._budget.position(

@@ -379,6 +379,29 @@ def test_a_monitor_sees_the_rate_that_the_step_uses(tmp_path):
     assert len(set(logged)) > 30
 
 
+def test_a_monitor_of_epochs_sees_the_rate_of_their_first_steps(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    model, monitor = Model(), lightning.callbacks.LearningRateMonitor("epoch")
+    fit(model, scheduler_for(), monitor, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    text = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = text[0].split(",").index("lr-AdamW")
+    logged = [float(line.split(",")[column]) for line in text[1:] if line.split(",")[column]]
+    assert logged == pytest.approx(model.rates[::12])
+
+
+def test_a_checkpoint_goes_on_with_the_goals_that_are_given_now(tmp_path):
+    first = Model()
+    fit(first, scheduler_for(), StopAt(15, tmp_path / "c.ckpt"))
+    model = Model()
+    goals = {"num_epochs": None, "num_steps": 40, "initial_lr": 0.002, "scheduler_mode": "constant"}
+    scheduler = scheduler_for(**goals, warmup_proportion=0.0)
+    fit(model, scheduler, ckpt=str(tmp_path / "c.ckpt"))
+    assert scheduler.global_step == 40
+    assert len(model.seen) == 40 - 15
+    assert model.rates == pytest.approx([0.002] * len(model.rates))
+
+
 def test_averaged_weights_get_batch_norm_statistics_of_all_data_and_nothing_is_trained_on_meanwhile():
     class Normed(Rates):
         def __init__(self) -> None:
@@ -455,7 +478,12 @@ def test_the_tuner_is_told_what_takes_its_place():
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"max_epochs": 2}, "max_epochs=2"), ({"max_steps": 5}, "max_steps=5"), ({"limit_train_batches": 0.5}, "limit_")],
+    [
+        ({"max_epochs": 2}, "max_epochs=2"),
+        ({"max_steps": 5}, r"max_steps=5 .*num_steps=5"),
+        ({"max_steps": 99}, "max_steps=99 is not reached"),
+        ({"limit_train_batches": 0.5}, "limit_"),
+    ],
 )
 def test_an_end_before_the_schedulers_is_said(options, word):
     with pytest.warns(RuntimeWarning, match=word):

@@ -158,6 +158,37 @@ def test_a_rollback_leaves_unfrozen_what_was_unfrozen_since_the_backup():
     assert [row[1] / row[0] for row in found[4:]] == pytest.approx([0.1] * len(found[4:]))
 
 
+def test_a_group_that_was_added_since_the_backup_survives_a_rollback():
+    one, two = nn.Linear(1, 1), nn.Linear(1, 1)
+    model = nn.ModuleList([one, two])
+    optimizer = Adam([{"params": one.parameters(), "lr": 1e-3}])
+    with scheduler_for(num_epochs=6, backup_every=8) as scheduler:
+        scheduler.attach_model(
+            lambda: capture_state(model, optimizer, copy=False), lambda state: restore_state(state, model, optimizer)
+        )
+        follow_lr(scheduler, optimizer)
+
+        def spoil(step):
+            if step == 12:
+                optimizer.add_param_group({"params": two.parameters(), "lr": 1e-4})
+            if step == 14:
+                nn.init.constant_(one.weight, float("nan"))
+            return float("nan") if step == 14 else 1.0
+
+        found = used(scheduler, optimizer, loss=spoil)
+        assert scheduler.global_step == 24
+    assert [len(row) for row in found] == [1] * 13 + [2] * 11
+    assert [row[1] / row[0] for row in found[13:]] == pytest.approx([0.1] * 11)
+    assert all(torch.isfinite(each).all() for each in model.parameters())
+
+
+def test_a_state_with_fewer_groups_is_refused_where_nothing_was_trained():
+    state = Adam([parameter()]).state_dict()
+    optimizer = Adam([{"params": [parameter()]}, {"params": [parameter()]}])
+    with pytest.raises(ValueError, match="parameter groups"):
+        restore_state({"optimizer": state}, None, optimizer)
+
+
 def test_a_state_from_before_the_run_leaves_the_proportions_as_they_are():
     optimizer = SGD([{"params": parameter(), "lr": 1e-3}, {"params": parameter(), "lr": 1e-5}])
     old = copy.deepcopy(optimizer.state_dict())

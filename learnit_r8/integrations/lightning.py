@@ -36,7 +36,13 @@ from learnit_r8.errors import ConfigError, tell
 from learnit_r8.integrations.torch import sampler as _sampler
 from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr
 from learnit_r8.integrations.torch.sampler import R8BatchSampler
-from learnit_r8.integrations.torch.state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
+from learnit_r8.integrations.torch.state import (
+    arrays_from_tensors,
+    capture_state,
+    load_kept,
+    restore_state,
+    tensors_from_arrays,
+)
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.sinks.trackers import Numbers
 
@@ -194,12 +200,20 @@ class R8Callback(Callback):
         if scheduler.total_steps is not None:
             epochs = -(-scheduler.total_steps // scheduler.steps_per_epoch)
             if trainer.max_epochs not in (None, -1) and trainer.max_epochs < epochs:
-                cuts.append(f"max_epochs={trainer.max_epochs} ends the run before the scheduler's num_epochs={epochs}")
-            updates = scheduler.total_steps // trainer.accumulate_grad_batches
-            if 0 <= trainer.max_steps < updates:
-                cuts.append(f"max_steps={trainer.max_steps} ends the run before the scheduler's {updates} updates")
+                cuts.append(f"max_epochs={trainer.max_epochs} ends the run before the scheduler's {epochs} epochs")
+            updates, most = scheduler.total_steps // trainer.accumulate_grad_batches, trainer.max_steps
+            if 0 <= most < updates:
+                as_budget = f"as a budget that is R8Scheduler(num_steps={most * trainer.accumulate_grad_batches})"
+                cuts.append(f"max_steps={most} ends the run before the scheduler's {updates} updates ({as_budget})")
+            elif most > updates:
+                tell(f"max_steps={most} is not reached: R8Scheduler's budget is spent after {updates} updates")
         if cuts:
             tell(f"{' and '.join(cuts)}: the schedule of the learning rate does not come to its end")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the learning rate of the epoch's first step, for monitors."""
+        for hook in self._hooks:
+            hook.set_now()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the step that comes, for monitors."""
@@ -391,7 +405,7 @@ class _Optimizers:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for number, optimizer in enumerate(self._optimizers):
-            optimizer.load_state_dict(state[str(number)])
+            load_kept(optimizer, state[str(number)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self._optimizers:

@@ -13,6 +13,7 @@ import gc
 import math
 import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _SCALE = "r8_scale"
 """Key of a parameter group's factor; it is saved and restored with the optimizer."""
 
 
-def set_lr(optimizer: Any, lr: float) -> list[float]:
+def set_lr(optimizer: Any, lr: float, shares: list[float] | None = None) -> list[float]:
     """Set the learning rate of every parameter group.
 
     Groups keep their proportions: the one that was given the largest learning rate gets `lr`,
@@ -35,11 +36,12 @@ def set_lr(optimizer: Any, lr: float) -> list[float]:
     Args:
         optimizer: A torch optimizer, or a wrapper with `param_groups`.
         lr: Learning rate of this step.
+        shares: Each group's fraction, where it is known.
 
     Returns:
         The learning rate of each group.
     """
-    rates = [lr * scale for scale in scales(optimizer)]
+    rates = [lr * share for share in shares or scales(optimizer)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):  # capturable optimizers read it on the device
             group["lr"].fill_(rate)
@@ -132,26 +134,45 @@ class LearningRateHook:
 
     def set_now(self) -> None:
         """Set the rate of the step that comes next, for who looks at it before."""
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            self._before_step(optimizer, None, None)
+        optimizer, scheduler = self._optimizer(), self._scheduler()
+        if optimizer is not None and scheduler is not None and scheduler.running:
+            self._set(scheduler, optimizer, scheduler.next_lr)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scheduler = self._scheduler()
         if scheduler is None or not scheduler.running:  # the optimizer is its user's again
             self._expected = None
             return
+        self._set(scheduler, optimizer, scheduler.lr_now())
+
+    def _set(self, scheduler: R8Scheduler, optimizer: Optimizer, lr: float) -> None:
+        groups, expected = optimizer.param_groups, self._expected
+        if expected is None or len(groups) != len(expected):
+            expected = None
+        else:  # nearly always each rate is the very object that was set here
+            for group, rate in zip(groups, expected, strict=True):
+                if group["lr"] is not rate:
+                    expected = None
+                    break
+        if expected is None:
+            self._look(scheduler, optimizer)
+            lr = scheduler.lr_now() if scheduler.open_batches else scheduler.next_lr  # scaled perhaps
+        elif lr == self.lr:
+            return
+        self.lr = lr
+        self._expected = set_lr(optimizer, lr, self._scales)
+
+    def _look(self, scheduler: R8Scheduler, optimizer: Optimizer) -> None:
+        """Take in what has changed about the groups since the last step."""
         groups = optimizer.param_groups
         if any(_SCALE not in group for group in groups):
             self._welcome(optimizer)
         self._run.start()
         if self._expected is not None:
-            rates = [group["lr"] for group in groups]
+            rates = [float(group["lr"]) for group in groups]
             if not _equal(rates, self._expected):
-                self._heed(scheduler, groups, [float(rate) for rate in rates], self._expected)
-        self.lr = scheduler.lr_now()
+                self._heed(scheduler, groups, rates, self._expected)
         self._scales = scales(optimizer)
-        self._expected = set_lr(optimizer, self.lr)
 
     def _welcome(self, optimizer: Optimizer) -> None:
         """Let groups that were added have their scales."""
@@ -187,8 +208,9 @@ class LearningRateHook:
             return
         self._warned = True
         warnings.warn(
-            f"{' and '.join(self._owners or ()) or 'something else'} set the learning rate to {rates}, R8Scheduler had "
-            f"set {expected} and sets its own at every step: remove the other learning-rate scheduler",
+            f"{' and '.join(self._owners or ()) or 'code beside R8Scheduler'} set the learning rate to {rates}, "
+            f"R8Scheduler had set {expected} and sets its own at every step: remove the other learning-rate scheduler, "
+            "or give it as scheduler_mode, a function of progress in [0, 1] that returns a factor of the peak",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -215,10 +237,8 @@ def _owners(groups: list[dict[str, Any]]) -> list[str]:
     return sorted({type(one).__name__ for one in theirs if not type(one).__module__.startswith("learnit_r8.")})
 
 
-def _equal(left: list[Any], right: list[float]) -> bool:
-    if len(left) != len(right):
-        return False
-    return all(a is b or math.isclose(float(a), b, rel_tol=1e-6) for a, b in zip(left, right, strict=True))
+def _equal(left: list[float], right: list[float]) -> bool:
+    return len(left) == len(right) and all(map(partial(math.isclose, rel_tol=1e-6), left, right))
 
 
 def follow_lr(scheduler: R8Scheduler, optimizer: Any, *, relative: bool = False) -> LearningRateHook:

@@ -109,8 +109,8 @@ class _Lists:
         return self
 
     def __next__(self) -> list[int]:
-        self._held.end()
         if self._batches is None:
+            self._held.end()
             self._batches = self._begin()
         batch = next(self._batches)
         ids: list[int] = batch.indices.tolist()

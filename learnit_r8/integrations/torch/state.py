@@ -96,13 +96,25 @@ def restore_state(
         if part is not None and name in state:
             # A module copies into its own memory; optimizers and others keep the tensors that they are given.
             kept = state[name] if isinstance(part, torch.nn.Module) else CopyPlan(state[name]).fill().tree
-            part.load_state_dict(kept)
+            load_kept(part, kept)
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
     elif isinstance(model, torch.nn.Module):
         model.zero_grad(set_to_none=True)
     if rngs and "rngs" in state:
         restore_rngs(state["rngs"])
+
+
+def load_kept(part: Any, state: Any) -> None:
+    """Load an earlier state of a part; of an optimizer in use also one from before a parameter group was added.
+
+    Such a group keeps its settings, and what the optimizer knows of its parameters begins anew.
+    """
+    inner = getattr(part, "optimizer", part)  # of Accelerate's wrapper
+    if isinstance(inner, torch.optim.Optimizer) and inner.state:  # else the state is another program's, and must fit
+        groups = state["param_groups"]
+        state = {**state, "param_groups": [*groups, *inner.state_dict()["param_groups"][len(groups) :]]}
+    part.load_state_dict(state)
 
 
 def tensors_from_arrays(tree: Any) -> Any:
