@@ -34,59 +34,35 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ViewState:
-    """Everything that decides how a model is shown; keys make new ones.
+    """Everything that decides how a model is shown; keys make new ones."""
 
-    Attributes:
-        focus: Pane with the focus, 1 to 6; 0 for none. 1 chart, 2 now, 3 difficulty, 4 lr, 5 events, 6 console.
-        zoomed: The pane in focus fills the screen (pane 3 then lists the worst samples too).
-        metric: Which of `DashboardModel.metric_names()` the chart shows; taken modulo their number.
-        scale: "auto", "log" or "linear".
-        smoothing: Decay of the drawn moving average, one of `SMOOTHINGS`.
-        x_axis: "step", "time" or "epoch".
-        window: Show the last `2 ** -window` of the run.
-        glyphs: "braille", "blocks" or "ascii".
-        frozen: The terminal shows a copy of the model, made when `f` was pressed.
-        help: Page of the help that lies over the screen, 1 to `HELP_PAGES`; 0 for none.
-        confirm: Question that lies over the screen, a key of `WORDS`; empty for none.
-        typed: What has been typed in answer to it.
-        filter: Events and console lines that do not contain this text are hidden.
-        editing: Keys go into `filter`.
-        scroll: Lines that the pane in focus is scrolled back from its newest.
-        paused: The loop waits; the terminal keeps it equal to `DashboardModel.paused`.
-        readonly: Control keys do nothing.
-        opened: Wall-clock time at which the view was opened; a hint about glyphs shows for 10 s after it.
-        hz: Frames a second, shown in the title; None leaves them out.
-        ui_share: The part of one core that the display takes, shown as time a step; None leaves it out.
-        gpus: Readings of this process's GPUs.
-        host: Readings of the machine, (label, text) each.
-        console_title: Path and length of the console file, shown in the console's frame.
-        utc_offset: Seconds that local time is ahead of UTC; None asks the operating system.
-    """
-
+    # Pane with the focus, 1 to 6; 0 for none. 1 chart, 2 now, 3 difficulty, 4 lr, 5 events, 6 console.
     focus: int = 0
-    zoomed: bool = False
-    metric: int = 0
-    scale: str = "auto"
-    smoothing: float = SMOOTHINGS[0]
-    x_axis: str = "step"
-    window: int = 0
-    glyphs: str = "braille"
-    frozen: bool = False
-    help: int = 0
-    confirm: str = ""
-    typed: str = ""
-    filter: str = ""
-    editing: bool = False
-    scroll: int = 0
-    paused: bool = False
-    readonly: bool = False
+    zoomed: bool = False  # the pane in focus fills the screen (pane 3 then lists the worst samples too)
+    metric: int = 0  # which of `DashboardModel.metric_names()` the chart shows; taken modulo their number
+    scale: str = "auto"  # "auto", "log" or "linear"
+    smoothing: float = SMOOTHINGS[0]  # decay of the drawn moving average, one of `SMOOTHINGS`
+    x_axis: str = "step"  # "step", "time" or "epoch"
+    window: int = 0  # show the last `2 ** -window` of the run
+    glyphs: str = "braille"  # "braille", "blocks" or "ascii"
+    frozen: bool = False  # the terminal shows a copy of the model, made when `f` was pressed
+    help: int = 0  # page of the help that lies over the screen, 1 to `HELP_PAGES`; 0 for none
+    confirm: str = ""  # question that lies over the screen, a key of `WORDS`; empty for none
+    typed: str = ""  # what has been typed in answer to it
+    filter: str = ""  # events and console lines that do not contain this text are hidden
+    editing: bool = False  # keys go into `filter`
+    scroll: int = 0  # lines that the pane in focus is scrolled back from its newest
+    paused: bool = False  # the loop waits; the terminal keeps it equal to `DashboardModel.paused`
+    readonly: bool = False  # control keys do nothing
+    # Wall-clock time at which the view was opened; a hint about glyphs shows for 10 s after it
     opened: float = float("-inf")
-    hz: float | None = None
+    hz: float | None = None  # frames a second, shown in the title; None leaves them out
+    # The part of one core that the display takes, shown as time a step; None leaves it out
     ui_share: float | None = None
-    gpus: tuple[Gpu, ...] = ()
-    host: tuple[tuple[str, str], ...] = ()
-    console_title: str = ""
-    utc_offset: int | None = None
+    gpus: tuple[Gpu, ...] = ()  # readings of this process's GPUs
+    host: tuple[tuple[str, str], ...] = ()  # readings of the machine, (label, text) each
+    console_title: str = ""  # path and length of the console file, shown in the console's frame
+    utc_offset: int | None = None  # seconds that local time is ahead of UTC; None asks the operating system
 
 
 _CONTROL = frozenset("scp")

@@ -43,18 +43,7 @@ _SLICE = 250
 _BREATH = 5e-5
 """After so many events the thread naps for so long: the training thread may be waiting for the GIL."""
 _JOIN_SECONDS = 1.0
-_NOT_MINE = (
-    "SIGINT",
-    "SIGTERM",
-    "SIGHUP",
-    "SIGTTOU",
-    "SIGTTIN",
-    "SIGWINCH",
-    "SIGCHLD",
-    "SIGUSR1",
-    "SIGUSR2",
-    "SIGALRM",
-)
+_NOT_MINE = [f"SIG{name}" for name in ("INT", "TERM", "HUP", "TTOU", "TTIN", "WINCH", "CHLD", "USR1", "USR2", "ALRM")]
 
 _NOT_CLOSED = "not closed: write `with R8Scheduler(...) as scheduler:`, or call scheduler.close() after the loops"
 

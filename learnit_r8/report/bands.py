@@ -18,23 +18,14 @@ DECAY = 0.98
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Band:
-    """Consecutive points, binned. Arrays are float64 `[bins]`; NaN where a bin has no finite value.
+    """Consecutive points, binned. Arrays are float64 `[bins]`; NaN where a bin has no finite value."""
 
-    Attributes:
-        first: First x of each bin.
-        last: Last x of each bin.
-        low: Smallest finite value.
-        high: Largest finite value.
-        mean: Mean of the finite values.
-        smooth: The moving average after the bin's last point.
-    """
-
-    first: Floats
-    last: Floats
-    low: Floats
-    high: Floats
-    mean: Floats
-    smooth: Floats
+    first: Floats  # first x of each bin
+    last: Floats  # last x of each bin
+    low: Floats  # smallest finite value
+    high: Floats  # largest finite value
+    mean: Floats  # mean of the finite values
+    smooth: Floats  # the moving average after the bin's last point
 
     @property
     def middle(self) -> Floats:

@@ -27,25 +27,15 @@ _ROUTINE = (e.BackupTaken, e.BackupVerified, e.MetricLogged, e.EpochStarted, e.Q
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunData:
-    """One run.
+    """One run."""
 
-    Attributes:
-        folder: Where it was read from.
-        name: What it calls itself.
-        table: Its log.
-        metrics: The user's own numbers: name -> steps and values, float64 `[n]` each.
-        catalog: The samples' figures; None where the run wrote none, or a damaged file.
-        console: The last lines that it printed.
-        problem: What could not be read, as a sentence; empty when all could.
-    """
-
-    folder: Path
-    name: str
-    table: EventsTable
-    metrics: dict[str, tuple[Floats, Floats]]
-    catalog: CatalogSnapshot | None
-    console: list[str]
-    problem: str
+    folder: Path  # where it was read from
+    name: str  # what it calls itself
+    table: EventsTable  # its log
+    metrics: dict[str, tuple[Floats, Floats]]  # the user's own numbers: name -> steps and values, float64 `[n]` each
+    catalog: CatalogSnapshot | None  # the samples' figures; None where the run wrote none, or a damaged file
+    console: list[str]  # the last lines that it printed
+    problem: str  # what could not be read, as a sentence; empty when all could
 
     def of(self, kind: type[_Kind]) -> list[_Kind]:
         """Return the events of one kind, in the order of the log."""

@@ -32,27 +32,17 @@ def better(name: str) -> int:
 
 @dataclass(slots=True)
 class Metric:
-    """A logged number and its best value.
+    """A logged number and its best value."""
 
-    Attributes:
-        name: Its name.
-        series: Its history.
-        last: The last value, finite or not.
-        last_step: Step of the last value.
-        last_epoch: Epoch of the last value, from 0.
-        best: Best finite value; None before one, and for names that do not tell which way is better.
-        best_epoch: Epoch of the best value, from 0.
-        is_best: The last value is the best one.
-    """
-
-    name: str
-    series: Series
-    last: float = float("nan")
-    last_step: int = 0
-    last_epoch: int = 0
+    name: str  # its name
+    series: Series  # its history
+    last: float = float("nan")  # the last value, finite or not
+    last_step: int = 0  # step of the last value
+    last_epoch: int = 0  # epoch of the last value, from 0
+    # Best finite value; None before one, and for names that do not tell which way is better
     best: float | None = None
-    best_epoch: int = 0
-    is_best: bool = False
+    best_epoch: int = 0  # epoch of the best value, from 0
+    is_best: bool = False  # the last value is the best one
 
     def add(self, step: int, time: float, value: float, epoch: int) -> None:
         """Take a value."""

@@ -26,41 +26,26 @@ _COLUMNS = {
     "uses": np.uint32,
     "expected_loss": np.float32,
 }
+_WHERE_KNOWN = {"groups": np.int64, "flagged": np.bool_}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CatalogSnapshot:
-    """What `CatalogLog` wrote; arrays have one entry a logged sample, in the order of `ids`.
+    """What `CatalogLog` wrote; arrays have one entry a logged sample, in the order of `ids`."""
 
-    Attributes:
-        step: Global step at which it was written.
-        num_samples: Size of the data set.
-        ids: Sample ids, int64 `[n]`, ascending: evenly spaced ones, and every suspect.
-        mean_loss: Mean of all reported losses, float32 `[n]`.
-        variability: Their standard deviation, float32 `[n]`.
-        correctness: Share of the reports below ln 2, float32 `[n]`.
-        uses: How often trained on, uint32 `[n]`; 0 where unseen.
-        expected_loss: Estimate of the current loss, float32 `[n]`.
-        suspects: Ids of the samples whose loss stays high, worst first, int64.
-        groups: Class of each sample, int64 `[n]`; None where the run was given none.
-        flagged: What the noise guard takes for wrong, bool `[n]`; None where it was off.
-        num_flagged: How many these are in the whole data set.
-        attributed: One loss a batch was reported: all figures of samples are estimates.
-    """
-
-    step: int
-    num_samples: int
-    ids: Indices
-    mean_loss: Losses
-    variability: Losses
-    correctness: Losses
-    uses: NDArray[np.uint32]
-    expected_loss: Losses
-    suspects: Indices
-    groups: Indices | None
-    flagged: Mask | None
-    num_flagged: int
-    attributed: bool
+    step: int  # global step at which it was written
+    num_samples: int  # size of the data set
+    ids: Indices  # sample ids, int64 `[n]`, ascending: evenly spaced ones, and every suspect
+    mean_loss: Losses  # mean of all reported losses, float32 `[n]`
+    variability: Losses  # their standard deviation, float32 `[n]`
+    correctness: Losses  # share of the reports below ln 2, float32 `[n]`
+    uses: NDArray[np.uint32]  # how often trained on, uint32 `[n]`; 0 where unseen
+    expected_loss: Losses  # estimate of the current loss, float32 `[n]`
+    suspects: Indices  # ids of the samples whose loss stays high, worst first, int64
+    groups: Indices | None  # class of each sample, int64 `[n]`; None where the run was given none
+    flagged: Mask | None  # what the noise guard takes for wrong, bool `[n]`; None where it was off
+    num_flagged: int  # how many these are in the whole data set
+    attributed: bool  # one loss a batch was reported: all figures of samples are estimates
 
 
 class CatalogLog:
@@ -122,27 +107,20 @@ def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
     path = Path(directory) / CATALOG_FILE
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            columns = {name: np.asarray(file[name], dtype) for name, dtype in _COLUMNS.items()}
+            columns = {
+                name: np.asarray(file[name], dtype) if name in file or name in _COLUMNS else None
+                for name, dtype in (_COLUMNS | _WHERE_KNOWN).items()
+            }
+            numbers = {name: int(file[name]) for name in ("step", "num_samples")}
             suspects = np.asarray(file["suspects"], np.int64)
-            groups = np.asarray(file["groups"], np.int64) if "groups" in file else None
-            flagged = np.asarray(file["flagged"], np.bool_) if "flagged" in file else None
-            num_flagged = int(file["num_flagged"]) if flagged is not None else 0
+            num_flagged = 0 if columns["flagged"] is None else int(file["num_flagged"])
             attributed = bool(file["attributed"]) if "attributed" in file else False
-            step, size = int(file["step"]), int(file["num_samples"])
     except FileNotFoundError:
         return None
     except (KeyError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no catalog file ({error}); remove it, the next epoch writes it anew") from error
-    lengths = {len(column) for column in (*columns.values(), groups, flagged) if column is not None}
+    lengths = {len(column) for column in columns.values() if column is not None}
     if len(lengths) != 1:
         raise ValueError(f"{path} is no catalog file: its columns have {sorted(lengths)} entries")
-    return CatalogSnapshot(
-        step=step,
-        num_samples=size,
-        suspects=suspects,
-        groups=groups,
-        flagged=flagged,
-        num_flagged=num_flagged,
-        attributed=attributed,
-        **columns,
-    )
+    more: dict[str, Any] = {**columns, **numbers}
+    return CatalogSnapshot(suspects=suspects, num_flagged=num_flagged, attributed=attributed, **more)

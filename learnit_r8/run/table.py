@@ -28,18 +28,13 @@ _LINE = re.compile(f'^{{"event":"LossReported",{",".join(_FIELDS)}}}$'.encode(),
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EventsTable:
-    """A run's log. Columns have one entry a reported step, in the order of the log.
+    """A run's log. Columns have one entry a reported step, in the order of the log."""
 
-    Attributes:
-        columns: float64 `[n]` each: time (seconds since the Unix epoch), step, loss, lr, size (samples),
-            step_seconds, r8_seconds.
-        others: Every other event.
-        abandoned: Steps that a resume took back; they are in no column.
-    """
-
+    # float64 `[n]` each: time (seconds since the Unix epoch), step, loss, lr, size (samples), step_seconds,
+    # r8_seconds
     columns: dict[str, NDArray[np.float64]]
-    others: list[Event]
-    abandoned: int
+    others: list[Event]  # every other event
+    abandoned: int  # steps that a resume took back; they are in no column
 
     def __len__(self) -> int:
         return len(self.columns["step"])

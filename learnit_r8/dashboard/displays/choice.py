@@ -23,39 +23,22 @@ UI_NAMES = ("auto", "curses", "rich", "log", "off")
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What decides the display.
+    """What decides the display."""
 
-    Attributes:
-        posix: The system has POSIX terminals.
-        stdin_tty: Standard input is a terminal.
-        stdout_tty: Standard output is a terminal.
-        stdout_open: Standard output can be written to.
-        term: Value of TERM.
-        term_problem: Why that terminal cannot be drawn on; empty when it can.
-        foreground: This process belongs to the terminal's foreground group.
-        main_thread: The dashboard is opened from the main thread.
-        notebook: A Jupyter kernel runs this process, and IPython can display.
-        ci: The environment says that this is a continuous-integration job.
-        pytest: A test of pytest is running.
-        rank: Number of this process among several.
-        has_curses: The curses library and what it needs of the C library are there.
-        has_rich: The rich package is installed.
-    """
-
-    posix: bool = True
-    stdin_tty: bool = True
-    stdout_tty: bool = True
-    stdout_open: bool = True
-    term: str = "xterm"
-    term_problem: str = ""
-    foreground: bool = True
-    main_thread: bool = True
-    notebook: bool = False
-    ci: bool = False
-    pytest: bool = False
-    rank: int = 0
-    has_curses: bool = True
-    has_rich: bool = True
+    posix: bool = True  # the system has POSIX terminals
+    stdin_tty: bool = True  # standard input is a terminal
+    stdout_tty: bool = True  # standard output is a terminal
+    stdout_open: bool = True  # standard output can be written to
+    term: str = "xterm"  # value of TERM
+    term_problem: str = ""  # why that terminal cannot be drawn on; empty when it can
+    foreground: bool = True  # this process belongs to the terminal's foreground group
+    main_thread: bool = True  # the dashboard is opened from the main thread
+    notebook: bool = False  # a Jupyter kernel runs this process, and IPython can display
+    ci: bool = False  # the environment says that this is a continuous-integration job
+    pytest: bool = False  # a test of pytest is running
+    rank: int = 0  # number of this process among several
+    has_curses: bool = True  # the curses library and what it needs of the C library are there
+    has_rich: bool = True  # the rich package is installed
 
 
 @dataclass(frozen=True, slots=True)

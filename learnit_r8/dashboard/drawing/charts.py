@@ -29,30 +29,18 @@ _MARK_STYLES = {"!": Style.BAD, "R": Style.WARN, "X": Style.BAD, "C": Style.GOOD
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What a line chart shows.
+    """What a line chart shows."""
 
-    Attributes:
-        bins: The series, oldest first.
-        average: Which moving average to draw as the line; None draws the last values.
-        axis: "step", "time" or "epoch".
-        origin: Time at which the time axis starts.
-        scale: "auto", "log" or "linear".
-        prefer_log: "auto" may choose a logarithmic axis.
-        marks: (step, time, icon) of events, drawn on the horizontal axis.
-        points: (step, time, value) of another series, drawn as dots.
-        epochs: (first step, epoch) for the epoch axis.
-        others: Lines of other runs, each with a letter that stands at its end.
-    """
-
-    bins: Bins
-    average: int | None = None
-    axis: str = "step"
-    origin: float = 0.0
-    scale: str = "auto"
-    prefer_log: bool = False
-    marks: Sequence[tuple[float, float, str]] = ()
-    points: Sequence[tuple[float, float, float]] = ()
-    epochs: Sequence[tuple[int, int]] = ()
+    bins: Bins  # the series, oldest first
+    average: int | None = None  # which moving average to draw as the line; None draws the last values
+    axis: str = "step"  # "step", "time" or "epoch"
+    origin: float = 0.0  # time at which the time axis starts
+    scale: str = "auto"  # "auto", "log" or "linear"
+    prefer_log: bool = False  # "auto" may choose a logarithmic axis
+    marks: Sequence[tuple[float, float, str]] = ()  # (step, time, icon) of events, drawn on the horizontal axis
+    points: Sequence[tuple[float, float, float]] = ()  # (step, time, value) of another series, drawn as dots
+    epochs: Sequence[tuple[int, int]] = ()  # (first step, epoch) for the epoch axis
+    # Lines of other runs, each with a letter that stands at its end
     others: Sequence[tuple[str, Bins]] = field(default=())
 
 

@@ -18,21 +18,13 @@ _BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Raster:
-    """How a glyph set divides a cell into dots.
+    """How a glyph set divides a cell into dots."""
 
-    Attributes:
-        columns: Dots side by side.
-        rows: Dots one above the other.
-        bits: Bit of each dot, int of shape (rows, columns).
-        glyphs: Character for each set of dots, string of shape (2 ** (rows * columns),).
-        texture: The dots that a filled area shows, bool of shape (rows, columns).
-    """
-
-    columns: int
-    rows: int
-    bits: npt.NDArray[np.int64]
-    glyphs: npt.NDArray[np.str_]
-    texture: npt.NDArray[np.bool_]
+    columns: int  # dots side by side
+    rows: int  # dots one above the other
+    bits: npt.NDArray[np.int64]  # bit of each dot, int of shape (rows, columns)
+    glyphs: npt.NDArray[np.str_]  # character for each set of dots, string of shape (2 ** (rows * columns),)
+    texture: npt.NDArray[np.bool_]  # the dots that a filled area shows, bool of shape (rows, columns)
 
 
 def _braille() -> Raster:

@@ -52,40 +52,24 @@ class Boxes:
 
 @dataclass(frozen=True, slots=True)
 class Rect:
-    """A pane's place: its title row and the content below, borders left out.
+    """A pane's place: its title row and the content below, borders left out."""
 
-    Attributes:
-        name: Which pane: "chart", "now", "difficulty", "metric:NAME", "events" or "console".
-        y: Row of the title, on the line above the content.
-        x: First cell of the content.
-        width: Cells of the content.
-        height: Rows of the content.
-    """
-
-    name: str
-    y: int
-    x: int
-    width: int
-    height: int
+    name: str  # which pane: "chart", "now", "difficulty", "metric:NAME", "events" or "console"
+    y: int  # row of the title, on the line above the content
+    x: int  # first cell of the content
+    width: int  # cells of the content
+    height: int  # rows of the content
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A row of panes side by side, from the left; a width of 0 takes what is left.
+    """A row of panes side by side, from the left; a width of 0 takes what is left."""
 
-    Attributes:
-        panes: (name, width) from left to right.
-        least: Fewest rows of content; with fewer the band is left out.
-        usual: Rows of content that it gets before any band gets more.
-        most: Rows of content that it can use.
-        share: Its part of the rows that are left after that.
-    """
-
-    panes: tuple[tuple[str, int], ...]
-    least: int
-    usual: int
-    most: int = 1000
-    share: int = 0
+    panes: tuple[tuple[str, int], ...]  # (name, width) from left to right
+    least: int  # fewest rows of content; with fewer the band is left out
+    usual: int  # rows of content that it gets before any band gets more
+    most: int = 1000  # rows of content that it can use
+    share: int = 0  # its part of the rows that are left after that
 
 
 def allot(bands: Sequence[Band], rows: int) -> list[int]:

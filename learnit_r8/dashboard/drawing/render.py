@@ -34,21 +34,13 @@ _NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH, _RUN_WIDTH = 46, 62, 48, 44
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a frame shows.
+    """What a frame shows."""
 
-    Attributes:
-        model: The run's numbers; read only.
-        lines: The newest lines that the run printed, oldest first.
-        title: Where they are kept.
-        others: Further runs, whose lines lie in the main chart.
-        own: The run is this process's: what a frame costs is one of its costs.
-    """
-
-    model: DashboardModel
-    lines: Sequence[str] = ()
-    title: str = ""
-    others: Sequence[DashboardModel] = ()
-    own: bool = True
+    model: DashboardModel  # the run's numbers; read only
+    lines: Sequence[str] = ()  # the newest lines that the run printed, oldest first
+    title: str = ""  # where they are kept
+    others: Sequence[DashboardModel] = ()  # further runs, whose lines lie in the main chart
+    own: bool = True  # the run is this process's: what a frame costs is one of its costs
 
 
 def render(scene: Scene, view: ViewState, width: int, height: int, now: float) -> Grid:
