@@ -180,7 +180,7 @@ def test_every_file_that_is_named_exists(path):
 
 def test_each_cell_of_what_works_where_is_a_test_or_a_plain_no():
     page = read(ROOT / "docs" / "what-works-where.md")
-    tests = dict(re.findall(r"^(\d+)\. `(tests/\w+\.py::\w+)`$", page, flags=re.MULTILINE))
+    tests = dict(re.findall(r"^(\d+)\. `(tests/[\w/]+\.py::\w+)`$", page, flags=re.MULTILINE))
     for test in tests.values():
         path, name = test.split("::")
         assert f"\ndef {name}(" in read(ROOT / path), test

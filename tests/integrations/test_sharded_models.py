@@ -10,9 +10,9 @@ import torch
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.stability.tree_copy import CopyPlan
-from tests.test_integration_distributed import launch, results, same
+from tests.integrations.test_integration_distributed import launch, results, same
 
-DRIVER = Path(__file__).with_name("sharded_driver.py")
+DRIVER = Path(__file__).parents[1].joinpath("sharded_driver.py")
 KINDS_OF_2 = ("ddp", "fsdp2", "offload", "hsdp", "tensor_parallel")
 
 

@@ -13,7 +13,7 @@ from benchmarks.fault_fs import same
 from learnit_r8 import BackgroundSave, Checkpoints, R8Scheduler, events
 from learnit_r8.checkpoint import CheckpointStore, FileSystem, resolve
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Gate:

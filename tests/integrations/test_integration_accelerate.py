@@ -15,7 +15,7 @@ import torch
 from tests import accelerate_driver as driver
 from tests.backup_watch import check_survival, random_steps
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

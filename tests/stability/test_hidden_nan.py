@@ -13,7 +13,7 @@ from learnit_r8.events import BackupVerified, Notice, RolledBack
 from learnit_r8.integrations.torch import capture_state, follow_lr, restore_state
 from learnit_r8.testing import FakeClock
 from tests.backup_watch import finite
-from tests.test_safety import run_ranks
+from tests.loop.test_safety import run_ranks
 
 PROOF = 8  # calm losses before a backup is scanned
 

@@ -19,7 +19,7 @@ from learnit_r8 import Command, ProtocolError, R8Scheduler
 from learnit_r8.strategies import names
 from tests.backup_watch import check_survival
 
-DRIVER = Path(__file__).with_name("distributed_driver.py")
+DRIVER = Path(__file__).parents[1].joinpath("distributed_driver.py")
 _spec = importlib.util.spec_from_file_location("distributed_driver", DRIVER)
 driver = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(driver)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.backup_watch import check_diverged, check_survival
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 REFUSED = ("must have 100 rows", "R8Dataset", "shuffle=False", "LearningRateSchedule", "steps_per_execution", "spent")
 
 

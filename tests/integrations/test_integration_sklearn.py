@@ -17,7 +17,7 @@ from sklearn.linear_model import SGDClassifier
 from learnit_r8 import R8Scheduler
 from tests.backup_watch import BackupWatch, check_survival, fingerprint, never, random_steps
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLES, BATCH = 120, 8
 
 

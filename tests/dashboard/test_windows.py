@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # What a Windows Python lacks, taken away after the standard library has set itself up for this system.
 FAKE = """
 import os, select, signal, subprocess, sys, importlib, pkgutil

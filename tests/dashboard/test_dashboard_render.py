@@ -1,6 +1,6 @@
 """The picture: every size, every glyph set, every state of a run; a few are kept as text.
 
-After a wanted change of the picture: `R8_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_dashboard_render.py`,
+After a wanted change of the picture: `R8_UPDATE_SNAPSHOTS=1 python -m pytest tests/dashboard/test_dashboard_render.py`,
 then look at the difference.
 """
 
@@ -31,7 +31,7 @@ from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.styles import Style
 
 T0 = 1_700_000_000.0
-SNAPSHOTS = Path(__file__).parent / "snapshots"
+SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
 SIZES = [(1, 1), (2, 9), (40, 4), (59, 15), (59, 40), (60, 16), (61, 17), (80, 24), (80, 60), (99, 30)]
 SIZES += [(100, 16), (101, 21), (120, 35), (132, 43), (200, 60), (300, 20), (300, 100), (0, 0), (5, 0), (0, 5)]
 CONSOLE = (

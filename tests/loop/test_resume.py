@@ -16,7 +16,7 @@ from learnit_r8 import CheckpointError, ConfigError, R8Scheduler, events
 from learnit_r8.sinks import read_events
 from learnit_r8.strategies import Prioritized
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Model:

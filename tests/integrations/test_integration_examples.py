@@ -10,7 +10,7 @@ import pytest
 
 from tests.backup_watch import fingerprint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("pytorch_loop", "huggingface", "ddp", "ray_train")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ProtocolError
-from tests.test_trainer_progress import LORA, MODEL, Run
+from tests.integrations.test_trainer_progress import LORA, MODEL, Run
 from tests.trainer_cases import BATCH, CASES, ROWS, Rows, classes, transformers
 from tests.trainer_equality import Reports, trained
 

@@ -20,7 +20,7 @@ import torch
 from learnit_r8 import Batch, ProtocolError, R8Scheduler, Verdict, events
 from learnit_r8.testing import FakeClock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BARE = {"use_curses": False, "checkpoint_dir": None}
 
 

@@ -19,7 +19,7 @@ from learnit_r8 import R8Scheduler, TrainingDiverged, Verdict
 from learnit_r8.events import BackupTaken, BatchIssued, RollbackFailed, RolledBack, SampleQuarantined, SpikeSeen
 from learnit_r8.strategies.uniform import Uniform
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PER_EPOCH = SAMPLES // BATCH
 
 

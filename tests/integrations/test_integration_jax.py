@@ -148,7 +148,7 @@ def test_captured_bfloat16_weights_with_nan_are_not_used_as_a_backup():
 
 def run_driver(folder, *arguments: str) -> list:
     """Run tests/jax_driver.py, one process for each of the arguments' last part."""
-    driver = Path(__file__).with_name("jax_driver.py")
+    driver = Path(__file__).parents[1].joinpath("jax_driver.py")
     environment = {"PYTHONPATH": str(driver.parent.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

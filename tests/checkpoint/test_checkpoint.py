@@ -22,7 +22,7 @@ from learnit_r8.checkpoint.manifest import SCHEMA, _sealed
 from learnit_r8.checkpoint.state_codec import DTYPES, MAX_DEPTH, decode, encode
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def through_disk(state, directory):

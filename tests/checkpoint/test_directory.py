@@ -17,7 +17,7 @@ from learnit_r8 import CheckpointError, Checkpoints, ConfigError, R8Scheduler, e
 from learnit_r8.checkpoint import CheckpointStore, Retention, resolve
 from learnit_r8.testing import FakeClock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = {"ui": "off"}
 
 

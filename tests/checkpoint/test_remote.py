@@ -18,7 +18,7 @@ from learnit_r8.checkpoint import open_store, resolve
 from learnit_r8.checkpoint.remote import Remote
 from learnit_r8.checkpoint.remote_store import RemoteStore
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

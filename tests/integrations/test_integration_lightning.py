@@ -236,7 +236,7 @@ def test_two_processes_share_one_plan(tmp_path):
 
     script = tmp_path / "train.py"
     script.write_text(TWO)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": root},

@@ -14,7 +14,7 @@ from learnit_r8.run import formats as f
 from learnit_r8.run.events_file import read_events
 from tests.terminal_driver import JOB_CONTROL, LEFT_ALTERNATE, Terminal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Softmax regression; halfway the weights are lost, and at the end of an epoch the loop waits to be looked at.
 TRAINING = """
 import os, sys, time
