@@ -166,7 +166,7 @@ def check_survival(findings: dict[str, Any], *, accumulation: int = 1) -> None:
     expected = {"finite": True, "equal": True, "unchanged": True, "held": True, "steps": findings["length"]}
     expected |= {"hit": FAULTS, "rollbacks": len({(epoch, step // accumulation) for epoch, step in epochs})}
     assert findings["backups"] > FAULTS
-    assert {name: findings[name] for name in expected} == expected, findings["faults"]
+    assert {name: findings[name] for name in expected} == expected, findings
 
 
 def check_diverged(error: str) -> None:

@@ -165,7 +165,9 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
         return None
     if isinstance(node, dict):
         return list(node.items())
-    if isinstance(node, list) or type(node) is tuple or (isinstance(node, tuple) and hasattr(node, "_fields")):
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return list(zip(node._fields, node, strict=True))  # optax's states: the names tell what follows the gradients
+    if isinstance(node, list) or type(node) is tuple:
         return list(enumerate(node))
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node)]

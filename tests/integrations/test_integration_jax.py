@@ -13,6 +13,8 @@ import pytest
 
 from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.errors import ConfigError
+from learnit_r8.stability.changes import relative_changes
+from learnit_r8.stability.tree_copy import CopyPlan
 from tests.backup_watch import BackupWatch, always, check_diverged, check_survival, fingerprint, never, random_steps
 
 jax = pytest.importorskip("jax")
@@ -179,3 +181,13 @@ def test_two_processes_train_one_run_and_one_ones_nan_rolls_both_back(tmp_path):
     assert one["steps"] == 40
     assert np.isfinite(one["weights"]).all()
     assert np.min(one["weights"]) > 0.1
+
+
+def test_the_moments_of_optax_are_told_from_weights_by_their_names():
+    params, moments, _ = Run().state
+    moments = jax.tree.map(lambda leaf: leaf + 1 if leaf.ndim else leaf, moments)
+    before, after = (
+        CopyPlan(capture_state((params, jax.tree.map(lambda leaf: leaf * times, moments)))).fill() for times in (1, 50)
+    )
+    assert any("/nu/" in path for path in before.paths)
+    assert set(relative_changes(after, before)) == {"0/v", "0/w"}
