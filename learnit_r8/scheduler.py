@@ -290,6 +290,11 @@ class R8Scheduler:
         return self._ranks.slices
 
     @property
+    def sharded(self) -> bool:
+        """Whether each rank has samples, and a state, of its own: what one rank saves does not resume the others."""
+        return self._config.shard is not None and self.world_size > 1
+
+    @property
     def open_batches(self) -> tuple[Batch, ...]:
         """The batches that were handed out and whose loss is due, oldest first."""
         return self._desk.open_batches

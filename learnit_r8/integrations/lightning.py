@@ -48,6 +48,11 @@ from learnit_r8.sinks.trackers import Numbers
 
 __all__ = ["R8Callback", "R8DataModuleMixin", "weighted"]
 
+_SHARDED = (
+    "Lightning's checkpoints hold the state of rank 0's shard only: give Trainer(enable_checkpointing=False), and "
+    "ShardedScheduler a checkpoint_dir, checkpoint_every and save_callback"
+)
+
 
 def weighted(module: LightningModule | Trainer, losses: torch.Tensor) -> torch.Tensor:
     """Return losses times the importance weights of their samples, in `training_step`.
@@ -132,6 +137,8 @@ class R8Callback(Callback):
                 f"{scheduler.world_size}: give R8Callback a function that makes the scheduler with "
                 "**learnit_r8.integrations.distributed.rank_arguments()"
             )
+        if scheduler.sharded and trainer.checkpoint_callbacks:
+            problems.append(_SHARDED)
         if overfit := getattr(trainer, "overfit_batches", 0):
             problems.append(
                 f"overfit_batches={overfit} trains on the same batches in each epoch, and the scheduler chooses "
@@ -257,7 +264,13 @@ class R8Callback(Callback):
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state and the random generators', without numpy arrays."""
+        """Return the scheduler's state and the random generators', without numpy arrays.
+
+        Raises:
+            ConfigError: The file would hold the state of one rank's shard.
+        """
+        if self.scheduler.sharded:
+            raise ConfigError([_SHARDED])
         state = {"scheduler": tensors_from_arrays(self.scheduler.state_dict())}
         return state | capture_state(None)
 

@@ -730,6 +730,27 @@ def test_a_strategy_that_rank_0_draws_for_all_is_refused_over_shards():
     assert all(isinstance(o, ConfigError) and "chooses on rank 0 for all" in str(o) for o in outcomes)
 
 
+def test_a_host_whose_checkpoints_hold_one_shard_only_is_told_before_it_trains(tmp_path):
+    lightning, transformers = pytest.importorskip("lightning"), pytest.importorskip("transformers")
+    import torch
+
+    from learnit_r8.errors import ConfigError
+    from learnit_r8.integrations.huggingface import R8Trainer
+    from learnit_r8.integrations.lightning import R8Callback
+    from learnit_r8.integrations.sharded import ShardedScheduler
+
+    ranks = {"rank": 0, "world_size": 2, "all_gather": lambda array: np.tile(array, 2)}
+    scheduler = ShardedScheduler(8, 4, num_epochs=1, checkpoint_dir=None, ui="off", **ranks)
+    host = lightning.Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path, max_epochs=1)
+    with pytest.raises(ConfigError, match="enable_checkpointing=False"):
+        R8Callback(scheduler).setup(host, lightning.LightningModule(), "fit")
+    with pytest.raises(ConfigError, match="enable_checkpointing=False"):
+        R8Callback(scheduler).state_dict()
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ConfigError, match="save_strategy='no'"):
+        R8Trainer(torch.nn.Linear(1, 1), args, scheduler=scheduler, train_dataset=list(range(8)))
+
+
 def test_another_ranks_shard_is_not_loaded():
     from learnit_r8.errors import ConfigError
 

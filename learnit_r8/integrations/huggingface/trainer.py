@@ -133,6 +133,12 @@ class R8Mixin(SampleLossMixin):
             problems.append("optimizers=(optimizer, lr_scheduler): the scheduler sets the learning rate, give None")
         if trainer.args.dataloader_drop_last and not scheduler.drop_last:
             problems.append("dataloader_drop_last=True: give R8Scheduler(drop_last=True)")
+        if scheduler.sharded and str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no":
+            problems.append(
+                "the Trainer's checkpoints hold rank 0's state only, and each rank has a shard of its own: give "
+                "TrainingArguments(save_strategy='no'), and ShardedScheduler a checkpoint_dir, checkpoint_every and "
+                "save_callback"
+            )
         if trainer.args.world_size != scheduler.world_size:
             problems.append(
                 f"the Trainer runs on {trainer.args.world_size} processes, the scheduler has "
