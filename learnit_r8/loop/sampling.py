@@ -115,6 +115,8 @@ class Chooser:
         weights: Losses | None = None
         if indices is not None:
             count = len(indices)
+            if not self._catalog.expects(indices) and self.each_once:
+                self._catalog.expect([indices, *self._active.planned_ahead()])  # type: ignore[attr-defined]
         else:
             request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)
             indices, weights, count = self._ask(request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +84,8 @@ class LossCatalog:
         self._opaque = self._table.view(_OPAQUE)
         # Reports that are not in the rows yet; sums and counts hold them already.
         self._waiting: deque[tuple[Rows, Losses, int]] = deque()
+        # By their identity, batches that were looked up ahead: ids, rows, sum of their estimates, number unseen.
+        self._ahead: dict[int, tuple[Indices, NDArray[Any], float, int]] = {}
         self._attribution: BatchAttribution | None = None
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
@@ -95,7 +97,8 @@ class LossCatalog:
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {name: value for name, value in vars(self).items() if name != "_opaque"}  # a view of the rows
+        own = {name: value for name, value in vars(self).items() if name != "_opaque"}  # a view of the rows
+        return own | {"_ahead": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -257,15 +260,42 @@ class LossCatalog:
 
     # What the loop writes -----------------------------------------------------------------
 
+    def expect(self, batches: Sequence[Indices]) -> None:
+        """Look up together the rows of batches that will be reported one by one, which costs a fraction.
+
+        Args:
+            batches: Sample ids of each, int64; no sample is in two of them, or is reported otherwise before.
+        """
+        if self._attribution is not None:
+            return
+        blocks = np.split(self._opaque.take(np.concatenate(batches)), np.cumsum([len(ids) for ids in batches])[:-1])
+        full = [block for block in blocks if len(block) == len(blocks[0])]
+        table = np.concatenate(full).view(np.float32).reshape(len(full), -1)
+        sums = np.add.reduce(table[:, _ESTIMATE], axis=1).tolist()
+        sums += [_total(block.view(np.float32)[_ESTIMATE]) for block in blocks[len(full) :]]
+        for ids, block, total in zip(batches, blocks, sums, strict=True):
+            self._ahead[id(ids)] = ids, block, total, self._unseen(block)
+
+    def expects(self, indices: Indices) -> bool:
+        """Whether a batch was looked up ahead, or need not be."""
+        return id(indices) in self._ahead or self._attribution is not None
+
+    def _unseen(self, block: NDArray[Any]) -> int:
+        if self._num_seen == self.num_samples:
+            return 0
+        return len(block) - int(np.count_nonzero(block.view(np.uint32)[_USES]))
+
     def look_up(self, indices: Indices) -> Rows:
         """Return the rows of a batch and its expected loss."""
-        block = self._opaque.take(indices)
-        unseen, size = 0, len(indices)
-        if self._num_seen < self.num_samples:
-            unseen = size - int(np.count_nonzero(block.view(np.uint32)[_USES]))
-            if unseen == size:
-                return Rows(indices, block, math.nan, unseen)
-        total = float(np.add.reduce(block.view(np.float32)[_ESTIMATE]))
+        size = len(indices)
+        ahead = self._ahead.pop(id(indices), None)
+        if ahead is not None:
+            _, block, total, unseen = ahead
+        else:
+            block = self._opaque.take(indices)
+            unseen, total = self._unseen(block), _total(block.view(np.float32)[_ESTIMATE])
+        if unseen == size:
+            return Rows(indices, block, math.nan, unseen)
         if self._attribution is not None:
             return Rows(indices, block, self._attribution.expected_mean(total / size), unseen)
         if unseen:  # an unseen sample is expected to be like the others
@@ -292,6 +322,8 @@ class LossCatalog:
                 self._settle()
             return losses
         self._settle()
+        if not once:
+            self._ahead.clear()
         with np.errstate(all="ignore"):
             change = self._write(rows, losses, step)
         if mean is None or rows.unseen or self._attribution is not None:
@@ -344,6 +376,7 @@ class LossCatalog:
     @np.errstate(all="ignore")
     def record_batch(self, rows: Rows, loss: float, step: int) -> Losses:
         """Take one finite mean loss for a whole batch; return the new estimates of its samples."""
+        self._ahead.clear()
         if self._attribution is None:
             rows = self._start_attribution(rows)
         assert self._attribution is not None
@@ -425,6 +458,7 @@ class LossCatalog:
             edges: The three quartile edges, where they are known from elsewhere; ties stay together.
         """
         self._settle()
+        self._ahead.clear()
         moved = self._quadrants.refresh(rng, excluded, edges)
         if moved is None:
             return None
@@ -453,6 +487,7 @@ class LossCatalog:
         With one loss a batch it reaches back to the last epoch start at most: there all estimates changed.
         """
         self._settle()
+        self._ahead.clear()
         undone = 0
         while self._journal and self._journal[-1][0] >= step:
             _, edges, rows, mark = self._journal.pop()
@@ -498,6 +533,7 @@ class LossCatalog:
             saved = rows.nbytes // _ROW.itemsize
             raise ValueError(f"the state has {saved} samples, this run has num_samples={self.num_samples}")
         self._waiting.clear()
+        self._ahead.clear()
         self._rows.view(np.uint8)[:] = rows
         self._quadrants.edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
         self._sum = float(state["sum"])

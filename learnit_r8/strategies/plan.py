@@ -47,6 +47,10 @@ class EpochPlan:
         batch, self._taken = self._ahead.pop()
         return batch
 
+    def ahead(self) -> list[Indices]:
+        """Return the batches that are cut ahead, the next one first."""
+        return [batch for batch, _ in reversed(self._ahead)]
+
     def _cut_ahead(self, size: int, count: int) -> None:
         """Cut the next batches together: a handful of calls of numpy serve them all."""
         taken, parts = self._taken, []
@@ -158,6 +162,10 @@ class PlannedStrategy(Saved):
             self.start_epoch(request)
         assert self._plan is not None
         return self._plan.take_first(request.size) if request.stable_only else self._plan.take(request.size)
+
+    def planned_ahead(self) -> list[Indices]:
+        """Return the batches that are sure to follow as far as they are cut, the next one first."""
+        return [] if self._plan is None else self._plan.ahead()
 
     def next_planned(self, size: int) -> Indices | None:
         """Return the plan's next batch where that depends on nothing else, else None: ask `draw`."""

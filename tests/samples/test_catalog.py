@@ -34,6 +34,30 @@ def assert_same(left, right):
         np.testing.assert_array_equal(values, right[name], err_msg=name)
 
 
+@pytest.mark.parametrize("size", [1, 7, 32, 130, 1000])
+@pytest.mark.parametrize("seen", [0, 350, 1000])
+def test_batches_that_are_looked_up_ahead_have_the_rows_and_expected_losses_of_one_by_one(size, seen):
+    rng, catalog = np.random.default_rng(0), LossCatalog(1000)
+    for start in range(0, seen, 50):
+        ids = np.arange(start, start + 50)
+        catalog.record(catalog.look_up(ids), rng.lognormal(0, 2, 50).astype(np.float32), start)
+    order = rng.permutation(1000)
+    batches = [order[start : start + size] for start in range(0, 1000, size)]
+    singly = [catalog.look_up(batch) for batch in batches]
+    catalog.expect(batches)
+    for number, (batch, alone) in enumerate(zip(batches, singly, strict=True)):
+        assert catalog.expects(batch)
+        found = catalog.look_up(batch)
+        assert not catalog.expects(batch)
+        np.testing.assert_array_equal(found.block.view(np.uint8), alone.block.view(np.uint8))
+        if seen != 350 or number == 0:
+            np.testing.assert_equal((found.expected, found.unseen), (alone.expected, alone.unseen))
+        losses = rng.lognormal(0, 1, len(batch)).astype(np.float32)
+        catalog.record(found, losses, number, float(losses.mean(dtype=np.float64)), once=True)
+    assert catalog.num_seen == 1000
+    assert (catalog.uses == np.where(np.arange(1000) < seen, 2, 1)).all()
+
+
 def test_a_new_catalog_knows_nothing():
     catalog = LossCatalog(5)
     assert catalog.num_seen == 0
