@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
     from transformers.modeling_outputs import SequenceClassifierOutput
+transformers.utils.logging.set_verbosity_error()
 
 ROWS, LENGTH, WORDS, CLASSES, BATCH = 40, 6, 24, 3, 4
 SMALL = {

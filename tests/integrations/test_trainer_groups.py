@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -15,21 +14,11 @@ from torch.nn import functional
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies import Prompts
-from tests.trainer_cases import BATCH, CASES, ROWS, TRL_LLAMA, texts, tokenizer, transformers
+from tests.trainer_cases import BATCH, CASES, ROWS, TRL_LLAMA, texts, tokenizer
 from tests.trainer_equality import Reports
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = texts(prompt=(3, 6))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.utils.logging.set_verbosity_error()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
 
 
 class Groups:
@@ -104,6 +93,18 @@ def test_a_resumed_run_of_groups_draws_the_prompts_that_are_left(tmp_path):
     again = Groups(tmp_path, save_strategy="no", resume=str(tmp_path / "checkpoint-4"))
     assert again.generated == whole.generated[4:]
     assert again.trainer.state.global_step == whole.trainer.state.global_step
+
+
+def test_a_checkpoint_amid_a_batch_of_groups_says_that_its_prompts_come_again(tmp_path):
+    options = {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 4}
+    with pytest.warns(RuntimeWarning, match="save_steps=4, or a multiple") as said:
+        whole = Groups(tmp_path, save_strategy="steps", save_steps=3, **options)
+    assert sum("come again" in str(one.message) for one in said) == 1
+    again = Groups(tmp_path, save_strategy="no", resume=str(tmp_path / "checkpoint-6"), **options)
+    assert again.generated[0] == whole.generated[1]  # the second batch, from the start
+    assert again.generated == whole.generated[1:]
+    assert again.reports.losses == whole.reports.losses[1:]
+    assert again.trainer.state.global_step == again.trainer.state.max_steps
 
 
 def test_parts_that_would_leave_completions_out_are_refused(tmp_path):

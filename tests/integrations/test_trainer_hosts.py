@@ -16,15 +16,6 @@ from tests.trainer_cases import BATCH, CASES, ROWS, Rows, classes, transformers
 from tests.trainer_equality import Reports, trained
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.utils.logging.set_verbosity_error()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Log:
     def __init__(self) -> None:
         self.notices: list[str] = []

@@ -23,15 +23,6 @@ MODEL = bert("BertForSequenceClassification")
 LORA = adapted(MODEL, "LoraConfig", task_type="SEQ_CLS", r=2, target_modules=["query"])
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.utils.logging.set_verbosity_error()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Notices:
     """Keeps what a run says."""
 
@@ -67,6 +58,7 @@ class Run:
         batch=BATCH,
         model=MODEL,
         poison=(),
+        bad=(),
         args=None,
         callbacks=(),
         **options,
@@ -88,18 +80,21 @@ class Run:
         self.trainer = R8Trainer(
             model(), training, train_dataset=classes(), scheduler=self.scheduler, callbacks=list(callbacks)
         )
-        self._left = set(poison)
-        if poison:
+        self._left, self._bad = set(poison), set(bad)
+        if poison or bad:
             self.trainer.model.register_forward_hook(self._poison)
         self.trainer.train(resume_from_checkpoint=resume)
         self.weights = trained(self.trainer.model)
 
     def _poison(self, module: Any, _args: Any, outputs: Any) -> Any:
-        step = self.scheduler.global_step + len(self.trainer._watch.notes)
-        if not module.training or step not in self._left:
-            return None
-        self._left.discard(step)
-        return type(outputs)(loss=outputs.loss * torch.nan, logits=outputs.logits * torch.nan)
+        """Spoil the batches of certain steps, and those with certain samples."""
+        place = len(self.trainer._watch.notes)
+        step, batch = self.scheduler.global_step + place, self.scheduler.open_batches[place]
+        rows = torch.tensor([[torch.nan if index in self._bad else 1.0] for index in batch.indices.tolist()])
+        if step in self._left:
+            self._left.discard(step)
+            rows[:] = torch.nan
+        return type(outputs)(loss=outputs.loss * rows.mean(), logits=outputs.logits * rows)
 
 
 def check_resumes(tmp_path, stops, **options) -> Run:
@@ -124,14 +119,29 @@ def check_resumes(tmp_path, stops, **options) -> Run:
         ({"strategy": "infobatch", "num_epochs": 6, "accumulation": 3, "model": LORA}, (11,)),
         ({"strategy": EveryOtherEpochShort(), "accumulation": 4}, (4, 8)),
         ({"noise_guard": "cap", "num_epochs": 8, "initial_lr": 0.05}, (50, 65)),
+        ({"bad": (3, 9, 20, 31, 36)}, (12, 24)),
+        ({"bad": (3, 9, 20, 31, 36), "accumulation": 3, "model": LORA}, (6,)),
         ({"rollback_data": "replay", "poison": (9, 17), "num_epochs": 3}, (25,)),
         ({"rollback_data": "replay", "poison": (29,), "num_epochs": 3, "accumulation": 4}, (8,)),
     ],
-    ids=["infobatch", "infobatch by 3", "infobatch, LoRA", "own epochs by 4", "cap", "replay", "replay at the end"],
+    ids=[
+        "infobatch",
+        "infobatch by 3",
+        "infobatch, LoRA",
+        "own epochs by 4",
+        "cap",
+        "left out",
+        "left out by 3, LoRA",
+        "replay",
+        "replay at the end",
+    ],
 )
 def test_a_run_with_epochs_of_any_length_resumes_as_if_it_had_not_stopped(tmp_path, options, stops):
     pytest.importorskip("peft")
     whole = check_resumes(tmp_path, stops, **options)
+    if bad := options.get("bad"):  # they were left out, and an epoch is a batch shorter
+        assert not set(bad) & set(chain(*whole.reports.batches[-9:]))
+        assert len(whole.reports.batches) < 40
     assert whole.trainer.state.max_steps == whole.trainer.state.global_step
     assert os.path.isdir(tmp_path / "whole" / f"checkpoint-{whole.trainer.state.global_step}")
 

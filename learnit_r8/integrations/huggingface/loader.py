@@ -6,7 +6,7 @@ and the micro-batches of an optimizer step end where the Trainer's list of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,9 @@ class EpochLength(int):
     """Number of micro-batches that a Trainer expects in an epoch; equals the one after which it is to step.
 
     The Trainer steps after `gradient_accumulation_steps` micro-batches, or where their number `== steps_in_epoch`.
-
-    Attributes:
-        end: Number of the last micro-batch of the present optimizer step, from 1.
     """
 
-    end = -1
+    end = -1  # number of the last micro-batch of the present optimizer step, from 1
 
     def __eq__(self, other: object) -> bool:
         return bool(other == self.end)
@@ -33,12 +30,9 @@ class EpochLength(int):
 
 
 class Repeated(Sampler[list[int]]):
-    """A batch sampler each of whose batches comes several times, with each of its ids several times in it.
+    """A batch sampler each of whose batches comes `batches` times, with each of its ids `ids` times in it.
 
-    Args:
-        sampler: Yields lists of ids.
-        ids: How often each id stands in a batch: the completions of one prompt.
-        batches: How often each batch comes: the parts in which its completions are trained on.
+    So a prompt stands there once for each of its completions, and comes once for each part that is trained on.
     """
 
     def __init__(self, sampler: Sampler[list[int]], ids: int = 1, batches: int = 1) -> None:
@@ -60,13 +54,12 @@ class EpochLoader(DataLoader[Any]):
     So a resumed run has the random numbers of the uninterrupted one, whose iterator drew its seed when the epoch began.
     """
 
-    goes_on: Callable[[], bool]
-    over: Callable[[], bool]
+    trainer: Any
 
     def __iter__(self) -> Any:
-        if self.over():  # the Trainer asks also where a finished run was resumed
+        if self.trainer._over():  # the Trainer asks also where a finished run was resumed
             return iter(())
-        if not self.goes_on():
+        if not self.trainer._goes_on():
             return super().__iter__()
         state = torch.get_rng_state()
         iterator = super().__iter__()
@@ -74,16 +67,8 @@ class EpochLoader(DataLoader[Any]):
         return iterator
 
 
-def make_loader(
-    trainer: Any, sampler: Sampler[list[int]], goes_on: Callable[[], bool], over: Callable[[], bool]
-) -> EpochLoader:
+def make_loader(trainer: Any, sampler: Sampler[list[int]]) -> EpochLoader:
     """Return a loader as the trainer's own, for a batch sampler; one prepared by Accelerate would cut batches anew.
-
-    Args:
-        trainer: Its data set, collator and arguments are used.
-        sampler: Yields this process's lists of ids.
-        goes_on: Whether an iterator that is made now goes on with an epoch that has begun.
-        over: Whether there is nothing to draw any more.
 
     Raises:
         ValueError: There is no `train_dataset`.
@@ -107,5 +92,5 @@ def make_loader(
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
     )
-    loader.goes_on, loader.over = goes_on, over
+    loader.trainer = trainer
     return loader

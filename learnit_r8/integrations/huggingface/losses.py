@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from learnit_r8.errors import ProtocolError
@@ -34,96 +33,67 @@ _EXACT, _HALF = 2e-5, 1e-2
 
 
 class Result(NamedTuple):
-    """What a check found.
+    """What a check found."""
 
-    Attributes:
-        means: Loss of each sample, float32 `[B]`.
-        finite: The host's loss is.
-        gap: Relative distance to it from what the samples' losses come to; 0 where it is not finite.
-        divisor: What their sum is to be divided by for it.
-        fits: They are the host's, but for rounding.
-    """
-
-    means: NDArray[Any]
-    finite: bool
-    gap: float
-    divisor: float
-    fits: bool
+    means: Tensor  # loss of each sample, float32 [B]
+    finite: bool  # the host's loss is
+    gap: float  # relative distance to it from what the samples' losses come to; 0 where it is not finite
+    divisor: float  # what their sum is to be divided by for it
+    fits: bool  # they are the host's, but for rounding
 
 
 class Check(NamedTuple):
-    """A host's loss and one loss per sample: do these add up to it?
+    """A host's loss and one loss per sample: do these add up to it?"""
 
-    Attributes:
-        host: The host's loss, without a graph.
-        found: The samples' losses.
-        items: What the host may have divided by, for the whole optimizer step; a number, a tensor or None.
-        extra: What experts add, or None.
-        steps: Micro-batches of the optimizer step.
-        world: Processes over which gradients are averaged.
-        given: The losses are the user's: they are reported whatever they add up to.
-    """
-
-    host: Tensor
+    host: Tensor  # without a graph
     found: SampleLosses
-    items: Any
-    extra: Tensor | None
-    steps: int
-    world: int
-    given: bool
+    items: Any  # what the host may have divided by, for the whole optimizer step; a number, a tensor or None
+    extra: Tensor | None  # what experts add
+    steps: int  # micro-batches of the optimizer step
+    world: int  # processes over which gradients are averaged
+    given: bool  # the losses are the user's: they are reported whatever they add up to
 
     def read(self) -> Result:
         """Compare; this waits for the device."""
         one = self.found.single and self.steps == self.world == 1  # the items are the samples
         counts = None if one and self.items is not None and not self.given else self.found.numbers()
-        items = self.items if isinstance(self.items, Tensor) else None
+        items = self.items if isinstance(self.items, Tensor) or self.items is None else torch.tensor(self.items)
         host, sums, numbers, divided, added = _on_cpu((self.host, self.found.sums, counts, items, self.extra))
-        loss, extra = float(host.mean()), 0.0 if added is None else float(added.mean())
-        means = sums if self.found.single else sums / np.maximum(numbers, 1)
-        total, divisors = math.fsum(sums.tolist()), [] if self.items is None or self.given else [self.items]
-        if divided is not None and divisors:
-            divisors = [float(divided.mean())]
+        loss, extra, total = fmean(host), fmean(added or (0.0,)), math.fsum(sums)
+        means = sums if self.found.single else [s / max(n, 1) for s, n in zip(sums, numbers, strict=True)]
+        divisors = [] if divided is None or self.given else [fmean(divided)]
         if numbers is not None:
-            divisors.append(max(float(numbers.sum()), 1.0))
+            divisors.append(max(math.fsum(numbers), 1.0))
             if self.given and self.steps > 1:
                 divisors.append(divisors[-1] * self.steps)
         if self.world > 1:  # the host may have multiplied its loss by that
             divisors += [divisor / self.world for divisor in divisors]
-        if not math.isfinite(loss):
-            return Result(means, finite=False, gap=0.0, divisor=divisors[0], fits=True)
+        finite = math.isfinite(loss)
         shares = {1.0} if added is None else {1.0, 1 / self.steps, float(self.world), self.world / self.steps}
         sides = [(total / max(divisor, 1e-9) + share * extra, divisor) for divisor in divisors for share in shares]
-        gap, divisor = min((abs(loss - side) / (abs(loss) + 1e-3), divisor) for side, divisor in sides)
+        gaps = [(abs(loss - side) / (abs(loss) + 1e-3) if finite else 0.0, divisor) for side, divisor in sides]
+        gap, divisor = min((gap if gap == gap else math.inf, divisor) for gap, divisor in gaps)
         limit = _EXACT if self.host.dtype in (torch.float32, torch.float64) else _HALF
-        return Result(means, finite=True, gap=gap, divisor=divisor, fits=gap <= limit)  # not where the gap is NaN
+        return Result(torch.tensor(means), finite, gap, divisor, gap <= limit)
 
 
 class Note(NamedTuple):
-    """What there is to report of one micro-batch: its mean loss, a number on the device, and what may be better."""
+    """What there is to report of one micro-batch."""
 
-    mean: Tensor
-    check: Check | None = None
+    mean: Tensor  # its mean loss, a number on the device
+    check: Check | None = None  # of one loss per sample
+    result: Result | None = None  # of the check, where it costs no waiting for a device
 
 
 class LossWatch:
-    """Stands around a host's `compute_loss`, for as long as a training step lasts.
-
-    Args:
-        host: The trainer, a `SampleLossMixin`.
-        reads: Whether to look for one loss per sample.
-
-    Attributes:
-        open: A training step is running.
-        notes: Of the micro-batches whose optimizer step is not done yet.
-        reading: The reading that is right for this training, None while there is none.
-    """
+    """Stands around the `compute_loss` of a host, for as long as a training step lasts; `reads`: for sample losses."""
 
     def __init__(self, host: Any, *, reads: bool = True) -> None:
-        self.notes: list[Note] = []
-        self.reading: Reading | None = None
+        self.notes: list[Note] = []  # of the micro-batches whose optimizer step is not done yet
+        self.reading: Reading | None = None  # the one that is right for this training
+        self.open = False  # a training step is running
         self._host = host
         self._tries = _TRIES if reads else 0
-        self.open = False
         self._calls = 0
         self._outputs: list[Any] = []
         self._reference: list[Any] = []
@@ -220,10 +190,11 @@ class LossWatch:
         with torch.set_grad_enabled(weights is not None):
             found = self._read(loss, seen, items)
         check = None if found is None else self._check(loss, found, seen, items)
-        self.notes.append(Note(self._mean(loss.detach(), seen, items), check))
+        waits = weights is None and loss.device.type != "cpu"
+        result = None if check is None or waits else check.read()
+        self.notes.append(Note(self._mean(loss.detach(), seen, items), check, result))
         if weights is None:
             return loss
-        result = None if check is None else check.read()
         if found is None or result is None or not result.fits:
             self._host._say("weights", _UNWEIGHTED)
             return loss
@@ -252,11 +223,11 @@ class LossWatch:
             self._missed()
         return nearest
 
-    def judge(self, note: Note) -> NDArray[Any] | None:
+    def judge(self, note: Note) -> Tensor | None:
         """Return one loss per sample, or None where these are not the host's: a reading is looked for anew then."""
         if note.check is None:
             return None
-        result = note.check.read()
+        result = note.result or note.check.read()
         if note.check.given or result.fits:
             self._tries = max(self._tries, _TRIES)
             return result.means
@@ -267,7 +238,8 @@ class LossWatch:
     def _missed(self) -> None:
         self._tries = max(self._tries - 1, 0)
         if self._tries == 0:
-            self._host._say("means", _MEANS)
+            own = not getattr(type(self._host).compute_loss, "__module__", "").startswith("transformers.")
+            self._host._say("means", _MEANS if own else f"{_MEANS}, or pass {_FUNCTION}")
 
     # How the host scales its loss -----------------------------------------------------------
 
@@ -294,8 +266,7 @@ class LossWatch:
 
     def _probe(self, items: Any) -> Tensor | None:
         """Return the count of items as a leaf of the graph, where it has to be found out what the host does with it."""
-        steps = getattr(self._host, "current_gradient_accumulation_steps", 1)
-        alone = steps == 1 and self._host.accelerator.num_processes == 1
+        alone = self._steps == self._host.accelerator.num_processes == 1
         if self._divided is not None or alone or self.reading is not None or self._host.args.torch_compile:
             return None
         if not isinstance(items, Tensor) or items.dim() or not items.is_floating_point():
@@ -320,15 +291,17 @@ class LossWatch:
 
 
 def _on_cpu(parts: tuple[Tensor | None, ...]) -> list[Any]:
-    """Return tensors as flat float32 arrays, None as it is; several on a device come at once."""
-    flat = [None if part is None else part.detach().reshape(-1).float() for part in parts]
-    if all(part is None or part.device.type == "cpu" for part in flat):
-        return [None if part is None else part.numpy() for part in flat]
-    device = next(part.device for part in flat if part is not None and part.device.type != "cpu")
-    sizes = [len(part) for part in flat if part is not None]
-    whole = torch.cat([part.to(device) for part in flat if part is not None]).cpu()
-    read = iter(torch.split(whole, sizes))
-    return [None if part is None else next(read).numpy() for part in flat]
+    """Return tensors as lists of numbers, None as it is; several of a device come at once.
+
+    Amid a training step each call of torch or numpy costs ten times what it does in a loop, so these are few.
+    """
+    flat = [part.detach().reshape(-1) for part in parts if part is not None]
+    if any(part.device.type != "cpu" for part in flat):
+        device = next(part.device for part in flat if part.device.type != "cpu")
+        whole = torch.cat([part.to(device, torch.float32) for part in flat]).cpu()
+        flat = list(torch.split(whole, [len(part) for part in flat]))
+    read = (part.tolist() for part in flat)
+    return [None if part is None else next(read) for part in parts]
 
 
 def _raw_loss(outputs: list[Any]) -> Tensor | None:
@@ -353,13 +326,13 @@ def _share(loss: Tensor, items: Tensor) -> float:
 
 _ONE_NUMBER = (
     "the mean of each micro-batch is reported, and which of its samples are hard shows only slowly. To give one loss "
-    "per sample, call self.note_sample_losses(losses) in your compute_loss"
+    "per sample, call self.note_sample_losses(losses) in your compute_loss, or in what it calls"
 )
 _MEANS = (
     "learnit_r8 could not find each sample's share of this training's loss (it is not the cross-entropy or squared "
-    f"error of the model's logits and labels): training is as without it, {_ONE_NUMBER}, or pass "
-    "sample_loss_func=(outputs, labels) -> losses [B] to train on their mean"
+    f"error of the model's logits and labels, nor DPO's 'sigmoid'): training is as without it, {_ONE_NUMBER}"
 )
+_FUNCTION = "sample_loss_func=(outputs, labels) -> losses [B] to train on their mean"
 _UNWEIGHTED = (
     "the strategy draws some samples more often and gives importance weights that make up for it, but learnit_r8 "
     "cannot find each sample's share of this training's loss: the weights are not applied. Call "

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,11 +19,16 @@ from learnit_r8.integrations.huggingface.checks import data_problems, host_probl
 from learnit_r8.integrations.huggingface.loader import EpochLength, Repeated, make_loader
 from learnit_r8.integrations.huggingface.losses import LossWatch
 
+if TYPE_CHECKING:
+    _Trainer: TypeAlias = Any  # the class that is mixed into has all that is used of it here
+else:
+    _Trainer = object
+
 ENDLESS = 1 << 40
 """Epochs, and steps in each, that the Trainer reckons with: where they end is seen when the batches do."""
 
 
-class SampleLossMixin:
+class SampleLossMixin(_Trainer):  # type: ignore[misc]
     """Lets a Trainer draw someone else's batches, and report each micro-batch after its optimizer step.
 
     The loss that is trained on is the Trainer's own. One loss per sample is read off the model's outputs where these
@@ -38,12 +43,14 @@ class SampleLossMixin:
         ConfigError: Arguments that would not be respected; all are listed.
     """
 
+    args: Any
+    compute_loss_func: Any
+
     def __init__(self, *args: Any, sample_loss_func: Callable[[Any, Any], Tensor] | None = None, **kwargs: Any) -> None:
         if problems := data_problems(kwargs.get("train_dataset")):  # the Trainer would advise max_steps for them
             raise ConfigError(problems)
         super().__init__(*args, **kwargs)
-        trainer: Any = self
-        problems = host_problems(trainer, SampleLossMixin, sample_loss_func) + self._problems()
+        problems = host_problems(self, SampleLossMixin, sample_loss_func) + self._problems()
         if problems:
             raise ConfigError(problems)
         self._told: set[str] = set()
@@ -56,13 +63,15 @@ class SampleLossMixin:
         self._sample_loss_func = sample_loss_func
         self._used_func = sample_loss_func is None
         if sample_loss_func is not None:
-            trainer.compute_loss_func = self._mean_of_samples
-        self._watch = LossWatch(trainer, reads=not is_grouped(trainer))
-        self.args = copy.copy(trainer.args)  # some values follow from the sampler; the caller's object stays as it is
+            self.compute_loss_func = self._mean_of_samples
+        self._watch = LossWatch(self, reads=not is_grouped(self))
+        self.args = copy.copy(self.args)  # some values follow from the sampler; the caller's object stays as it is
         self.args.ignore_data_skip = True  # the sampler knows where it stands
-        trainer.callback_handler.callbacks.insert(0, _Callback(self))  # others see the step as it was judged
+        self.callback_handler.callbacks.insert(0, _Callback(self))  # others see the step as it was judged
 
     # What subclasses define -----------------------------------------------------------------
+
+    _times = 1, 1  # how often a batch holds each id, and how often it comes
 
     def _problems(self) -> list[str]:
         return []
@@ -70,7 +79,8 @@ class SampleLossMixin:
     def _batch_sampler(self) -> Sampler[list[int]]:
         raise NotImplementedError
 
-    def _report(self, losses: Any, *, skipped: bool) -> None:
+    def _hand_over(self, reports: list[Tensor], skipped: bool) -> None:
+        """Report the micro-batches of an optimizer step: one loss per sample of each, or their mean."""
         raise NotImplementedError
 
     def _weights(self, loss: Tensor) -> Tensor | None:
@@ -99,22 +109,14 @@ class SampleLossMixin:
 
     def _follow(self, state: Any) -> None:
         """Write down in the Trainer's state where the training stands, and the step that will end it."""
-        trainer: Any = self
         state.epoch, left = self._place()
-        most = int(trainer.args.max_steps)
+        most = int(self.args.max_steps)
         state.max_steps = state.global_step + left if most <= 0 else min(state.global_step + left, most)
 
-    def _on_train_begin(self, control: Any) -> None:
-        pass
-
-    def _on_step_end(self, control: Any) -> None:
-        pass
-
-    def _on_epoch_end(self, control: Any) -> None:
-        pass
-
-    def _on_save(self, folder: str) -> None:
-        pass
+    def _on_train_begin(self, control: Any) -> None: ...
+    def _on_step_end(self, control: Any) -> None: ...
+    def _on_epoch_end(self, control: Any) -> None: ...
+    def _on_save(self, folder: str) -> None: ...
 
     @property
     def _head_losses(self) -> Any:
@@ -137,15 +139,14 @@ class SampleLossMixin:
     def _mean_of_samples(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         """Stand in for `compute_loss_func`; what it returns, the Trainer does not divide any more."""
         assert self._sample_loss_func is not None
-        trainer: Any = self
         losses: Tensor = self._sample_loss_func(outputs, labels)
         if not self._watch.open:
             return losses.mean()
         self._used_func = True
         self._watch.give(losses)
-        averaged = trainer.args.average_tokens_across_devices and num_items_in_batch is not None
-        world = trainer.accelerator.num_processes if averaged else 1
-        mean: Tensor = losses.mean() / (trainer.current_gradient_accumulation_steps * world)
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        world = self.accelerator.num_processes if averaged else 1
+        mean: Tensor = losses.mean() / (self.current_gradient_accumulation_steps * world)
         return mean
 
     def _say(self, key: str, sentence: str) -> None:
@@ -156,18 +157,14 @@ class SampleLossMixin:
 
     # What the Trainer calls -----------------------------------------------------------------
 
-    def _repeats(self) -> tuple[int, int]:
-        """Return how often a batch holds each id, and how often it comes."""
-        return 1, 1
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of the sampler's batches.
 
         Raises:
             ValueError: There is no `train_dataset`.
         """
-        self._sampler = Repeated(self._batch_sampler(), *self._repeats())
-        self._loader = make_loader(self, self._sampler, self._goes_on, self._over)
+        self._sampler = Repeated(self._batch_sampler(), *self._times)
+        self._loader = make_loader(self, self._sampler)
         return self._loader
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
@@ -180,7 +177,7 @@ class SampleLossMixin:
                     "trained on than R8 chooses: leave it out"
                 ]
             )
-        values = list(super().set_initial_training_values(args, dataloader))  # type: ignore[misc]
+        values = list(super().set_initial_training_values(args, dataloader))
         if len(values) != 7 or values[5] != len(dataloader):
             raise ConfigError([_VERSION])
         self._length = EpochLength(values[5])
@@ -194,16 +191,15 @@ class SampleLossMixin:
         """As the Trainer's; the optimizer steps after the last of the micro-batches that are returned."""
         if epoch_iterator is not self._given:
             self._given = self._iterator = epoch_iterator
-        trainer: Any = self
         aligned = num_batches - self._micro % num_batches  # the Trainer also steps at multiples of num_batches
-        samples, items = super().get_batch_samples(self._iterator, aligned, device)  # type: ignore[misc]
+        samples, items = super().get_batch_samples(self._iterator, aligned, device)
         if not samples and self._batches_left():  # after a rollback some come again
             self._iterator = iter(self._loader)
-            samples, items = super().get_batch_samples(self._iterator, aligned, device)  # type: ignore[misc]
+            samples, items = super().get_batch_samples(self._iterator, aligned, device)
         self._micro += len(samples)
         self._length.end = self._micro
         if not samples:
-            trainer.control.should_epoch_stop = True
+            self.control.should_epoch_stop = True
         return samples, items
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +220,7 @@ class SampleLossMixin:
         self._trained = True
         self._watch.notes.clear()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._watch.detach()
 
@@ -255,21 +251,16 @@ class SampleLossMixin:
 
     def _report_notes(self) -> None:
         """Report the micro-batches of an optimizer step."""
-        trainer: Any = self
-        skipped = bool(trainer.accelerator.optimizer_step_was_skipped)
+        skipped = bool(self.accelerator.optimizer_step_was_skipped)
         notes = list(self._watch.notes)
         self._watch.notes.clear()
         found = [self._watch.judge(note) for note in notes]
-        if trainer.args.world_size > 1:  # a report is one loss per sample on all ranks or on none
-            flags = torch.tensor([one is not None for one in found], device=trainer.accelerator.device).int()
+        if self.args.world_size > 1:  # a report is one loss per sample on all ranks or on none
+            flags = torch.tensor([one is not None for one in found], device=self.accelerator.device).int()
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
             found = [one if flag else None for one, flag in zip(found, flags.tolist(), strict=True)]
         means = (note.mean for note in notes)
         self._hand_over([mean if one is None else one for one, mean in zip(found, means, strict=True)], skipped)
-
-    def _hand_over(self, reports: list[Any], skipped: bool) -> None:
-        for losses in reports:
-            self._report(losses, skipped=skipped)
 
 
 class _Callback(TrainerCallback):

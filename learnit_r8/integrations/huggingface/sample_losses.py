@@ -19,35 +19,21 @@ _AT_ONCE = 1 << 26
 
 
 class SampleLosses(NamedTuple):
-    """Losses of one micro-batch.
+    """Losses of one micro-batch."""
 
-    Attributes:
-        sums: Loss of each sample, added up over its labels, `[B]`.
-        numbers: Returns how many labels those are, `[B]`: 1 for a class, the unmasked tokens of a sequence.
-        single: No sample has more than one label.
-    """
-
-    sums: Tensor
-    numbers: Callable[[], Tensor]
-    single: bool = False
+    sums: Tensor  # loss of each sample, added up over its labels, [B]
+    numbers: Callable[[], Tensor]  # how many labels those are, [B]: 1 for a class, the unmasked tokens of a sequence
+    single: bool = False  # no sample has more than one label
 
 
 class Seen(NamedTuple):
-    """What one call of a host's `compute_loss` showed.
+    """What one call of a host's `compute_loss` showed."""
 
-    Attributes:
-        inputs: The batch.
-        outputs: What the model returned, one a call.
-        reference: What a reference model returned, one a call.
-        samples: Number of samples in the batch.
-        host: The trainer.
-    """
-
-    inputs: Mapping[str, Any]
-    outputs: list[Any]
-    reference: list[Any]
-    samples: int
-    host: Any
+    inputs: Mapping[str, Any]  # the batch
+    outputs: list[Any]  # of the model, one a call
+    reference: list[Any]  # of a reference model, one a call
+    samples: int  # in the batch
+    host: Any  # the trainer
 
 
 Reading = Callable[[Seen], SampleLosses | None]

@@ -93,9 +93,13 @@ class R8Mixin(SampleLossMixin):
         ConfigError: Arguments that do not go together; all are listed.
     """
 
+    lr_scheduler: Any
+    _train_batch_size: Any
+    _calculate_rewards: Any
+
     def __init__(self, *args: Any, scheduler: R8Scheduler, **kwargs: Any) -> None:
         self.scheduler = scheduler
-        self._times, self._grouped = (1, 1), False
+        self._grouped = False
         super().__init__(*args, **kwargs)
         self._epochs: Iterator[int] = iter(())
         self._rates: _SchedulerRates | None = None
@@ -108,7 +112,7 @@ class R8Mixin(SampleLossMixin):
         scheduler.add_sink(self._numbers)
         self._tell_replaced()
         self._take_over()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             scheduler.tell(
                 "under DeepSpeed and FSDP no backups in RAM are taken: no loss leads back to an earlier state"
             )
@@ -117,41 +121,39 @@ class R8Mixin(SampleLossMixin):
             scheduler.attach_model(self._backups.capture, self._backups.restore)
 
     def _problems(self) -> list[str]:
-        trainer: Any = self
         problems = []
-        dataset, scheduler = trainer.train_dataset, self.scheduler
+        dataset, scheduler = self.train_dataset, self.scheduler
         size = scheduler.catalog.num_samples
         if hasattr(dataset, "__len__") and len(dataset) != size:
             problems.append(f"train_dataset has {len(dataset)} samples, the scheduler num_samples={size}")
-        shares = [f"{kind}_steps" for kind in ("logging", "eval", "save") if share_of(trainer.args, kind)]
+        shares = [f"{kind}_steps" for kind in ("logging", "eval", "save") if share_of(self.args, kind)]
         if shares and scheduler.total_steps is None:
             problems.append(
                 f"{', '.join(shares)} below 1: a share of the run's steps, and nobody knows how many fit into "
                 "train_duration_seconds; give a number of steps"
             )
-        if trainer.lr_scheduler is not None:
+        if self.lr_scheduler is not None:
             problems.append("optimizers=(optimizer, lr_scheduler): the scheduler sets the learning rate, give None")
-        if trainer.args.dataloader_drop_last and not scheduler.drop_last:
+        if self.args.dataloader_drop_last and not scheduler.drop_last:
             problems.append("dataloader_drop_last=True: give R8Scheduler(drop_last=True)")
-        if scheduler.sharded and str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no":
+        if scheduler.sharded and self.args.save_strategy != "no":
             problems.append(
                 "the Trainer's checkpoints hold rank 0's state only, and each rank has a shard of its own: give "
                 "TrainingArguments(save_strategy='no'), and ShardedScheduler a checkpoint_dir, checkpoint_every and "
                 "save_callback"
             )
-        if trainer.args.world_size != scheduler.world_size:
+        if self.args.world_size != scheduler.world_size:
             problems.append(
-                f"the Trainer runs on {trainer.args.world_size} processes, the scheduler has "
+                f"the Trainer runs on {self.args.world_size} processes, the scheduler has "
                 f"world_size={scheduler.world_size}: create it after TrainingArguments, with "
                 "**learnit_r8.integrations.distributed.rank_arguments()"
             )
-        return problems + (self._group_problems() if is_grouped(trainer) else [])
+        return problems + (self._group_problems() if is_grouped(self) else [])
 
     def _group_problems(self) -> list[str]:
-        trainer: Any = self
         self._grouped = True
-        self._times = trainer.num_generations, trainer.args.steps_per_generation * trainer.num_iterations
-        parts, group = trainer.args.steps_per_generation, trainer.num_generations
+        self._times = self.num_generations, self.args.steps_per_generation * self.num_iterations
+        parts, group = self.args.steps_per_generation, self.num_generations
         if group % parts == 0 or (self.scheduler.drop_last and self._rows() % parts == 0):
             return []
         return [
@@ -161,10 +163,7 @@ class R8Mixin(SampleLossMixin):
 
     def _rows(self) -> int:
         """Return how many rows of the Trainer a full batch of the scheduler has on this process."""
-        return self.scheduler.batch_size // self.scheduler.world_size * self._repeats()[0]
-
-    def _repeats(self) -> tuple[int, int]:
-        return self._times
+        return self.scheduler.batch_size // self.scheduler.world_size * self._times[0]
 
     def _tell_replaced(self) -> None:
         """Name the Trainer's arguments that were given and that the scheduler's own take the place of."""
@@ -178,7 +177,7 @@ class R8Mixin(SampleLossMixin):
         ]
         if given:
             self.scheduler.tell(f"{', '.join(given)} of the Trainer: R8Scheduler's own values count in place of it")
-        most, own, each = args.max_steps, self._place()[1], args.gradient_accumulation_steps * self._repeats()[1]
+        most, own, each = args.max_steps, self._place()[1], args.gradient_accumulation_steps * self._times[1]
         if 0 < most < own:
             self.scheduler.tell(
                 f"max_steps={most} ends the training before R8Scheduler's budget does, so the schedule of the learning "
@@ -188,14 +187,13 @@ class R8Mixin(SampleLossMixin):
             self.scheduler.tell(f"max_steps={most} is not reached: R8Scheduler's budget is spent after {own} steps")
 
     def _take_over(self) -> None:
-        trainer: Any = self
         steps = self.scheduler.total_steps
         self.args.num_train_epochs = MANY if steps is None else -(-steps // self.scheduler.steps_per_epoch)
         rows = self._rows()
         if self._grouped:
-            trainer._calculate_rewards = partial(self._keep_rewards, trainer._calculate_rewards)
-            trainer.args.generation_batch_size = rows * self.scheduler.world_size
-            rows //= trainer.args.steps_per_generation
+            self._calculate_rewards = partial(self._keep_rewards, self._calculate_rewards)
+            self.args.generation_batch_size = rows * self.scheduler.world_size
+            rows //= self.args.steps_per_generation
         self.args.per_device_train_batch_size = self._train_batch_size = rows
 
     # Batches and reports --------------------------------------------------------------------
@@ -205,7 +203,7 @@ class R8Mixin(SampleLossMixin):
 
     def _position(self) -> int:
         """Return the place among the open batches of the one that is being trained on."""
-        return (len(self._parts) + len(self._watch.notes)) // self._repeats()[1]
+        return (len(self._parts) + len(self._watch.notes)) // self._times[1]
 
     def _batch_rows(self) -> int:
         return len(self.scheduler.open_batches[self._position()].indices)
@@ -214,30 +212,26 @@ class R8Mixin(SampleLossMixin):
         weights = self.scheduler.importance_weights(self._position())
         return None if weights is None else torch.from_numpy(weights).to(loss.device)
 
-    def _report(self, losses: Any, *, skipped: bool) -> None:
-        self.scheduler.update_with_loss(losses, skipped=skipped)
+    def _hand_over(self, reports: list[Tensor], skipped: bool) -> None:
+        for losses in self._of_prompts(reports) if self._grouped else reports:
+            self.scheduler.update_with_loss(losses, skipped=skipped)
 
-    def _hand_over(self, reports: list[Any], skipped: bool) -> None:
-        times = self._repeats()[1]
-        if not self._grouped:
-            super()._hand_over(reports, skipped)
-            return
+    def _of_prompts(self, reports: list[Tensor]) -> Iterator[Tensor]:
+        """Yield minus the reward of each prompt of a batch that was trained on, or the mean loss of its completions."""
         for loss in reports:
-            self._parts.append(torch.as_tensor(loss).float().mean())
-            if len(self._parts) == times:
+            self._parts.append(loss.detach().float().mean())
+            if len(self._parts) == self._times[1]:
                 mean, self._parts = torch.stack(self._parts).mean(), []
                 rewards = self._rewards.pop(0) if self._rewards else None
-                known = rewards is not None and bool(torch.isfinite(mean))
-                self._report(-rewards if known else mean, skipped=skipped)  # type: ignore[operator]
+                yield mean if rewards is None or not torch.isfinite(mean) else -rewards
 
     def _keep_rewards(self, calculate: Any, *args: Any, **kwargs: Any) -> Any:
         """Take note of each prompt's mean reward on this process, as TRL computes the rewards of all of them."""
-        trainer: Any = self
         rewards = calculate(*args, **kwargs)
-        if trainer.model.training:
-            group, rank = trainer.num_generations, trainer.args.process_index
-            total = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, group).mean(dim=1)
-            self._rewards.append(total.detach().chunk(trainer.args.world_size)[rank])
+        if self.model.training:
+            group, rank = self.num_generations, self.args.process_index
+            total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, group).mean(dim=1)
+            self._rewards.append(total.detach().chunk(self.args.world_size)[rank])
         return rewards
 
     # Progress -------------------------------------------------------------------------------
@@ -265,7 +259,7 @@ class R8Mixin(SampleLossMixin):
 
     def _steps(self, batches: int, parts: int = 0) -> int:
         """Return how many optimizer steps so many batches of one epoch make, `parts` of the first being done."""
-        return max(-(-(batches * self._repeats()[1] - parts) // int(self.args.gradient_accumulation_steps)), 0)
+        return max(-(-(batches * self._times[1] - parts) // int(self.args.gradient_accumulation_steps)), 0)
 
     def _on_train_begin(self, control: Any) -> None:
         if self._resumed and not (self._rates is not None and self._rates.loaded):
@@ -291,6 +285,14 @@ class R8Mixin(SampleLossMixin):
         control.should_save = self._leaving = True
 
     def _on_save(self, folder: str) -> None:
+        if self._parts:
+            parts, each = self._times[1], int(self.args.gradient_accumulation_steps)
+            self._say(
+                "parts",
+                f"{folder} lies amid the completions of a batch of prompts, and no checkpoint holds them: a resume "
+                f"from it lets the prompts come again. save_steps={math.lcm(parts, each) // each}, or a multiple, "
+                "saves after whole batches",
+            )
         if self._leaving:
             self._leaving = False
             self.scheduler.deliver_signal(
@@ -313,15 +315,14 @@ class R8Mixin(SampleLossMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; the Trainer's own loggers get the scheduler's numbers, as `r8/...`, beside each training loss."""
         more = self._numbers.newest() if "loss" in logs else {}
-        super().log({**logs, **more}, *args, **kwargs)  # type: ignore[misc]
+        super().log({**logs, **more}, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         """Return what the Trainer takes for its learning-rate scheduler."""
-        trainer: Any = self
         if self._rates is not None:
             self._rates.close()
-        self._rates = _SchedulerRates(self.scheduler, optimizer or trainer.optimizer)
-        trainer.lr_scheduler, trainer._created_lr_scheduler = self._rates, True
+        self._rates = _SchedulerRates(self.scheduler, optimizer or self.optimizer)
+        self.lr_scheduler, self._created_lr_scheduler = self._rates, True
         return self._rates
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -392,8 +393,9 @@ class SRSTrainer(SampleLossMixin, Trainer):
         done, updates, most = self.state.global_step, self._updates(), self.args.max_steps
         return done / updates, (most if most > 0 else math.ceil(self.args.num_train_epochs * updates)) - done
 
-    def _report(self, losses: Any, *, skipped: bool) -> None:
-        self.train_sampler.update_difficulties(losses)
+    def _hand_over(self, reports: list[Tensor], skipped: bool) -> None:
+        for losses in reports:
+            self.train_sampler.update_difficulties(losses)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
