@@ -33,17 +33,16 @@ class TrainedState:
 
     def _trained(self) -> dict[str, Tensor]:
         model = self._trainer.model
+        weights, known = dict(model.named_parameters()), self._versions
         if model is not self._model:
             self._model = model
-            self._versions = {name: p._version for name, p in model.named_parameters()}
-        parts = {
-            name: p.detach()
-            for name, p in model.named_parameters()
-            if p.requires_grad or p._version != self._versions.get(name)
+            known = self._versions = {name: p._version for name, p in weights.items()}
+        parts = {name: p.detach() for name, p in weights.items() if p.requires_grad or p._version != known.get(name)}
+        return parts | {
+            name: buffer
+            for name, buffer in model.named_buffers()
+            if buffer.is_floating_point() or name.endswith("num_batches_tracked")
         }
-        parts |= {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-        parts |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
-        return parts
 
     def watch(self) -> None:
         """Take note of the frozen weights as they are now, before training."""

@@ -26,18 +26,12 @@ def default_of(args: Any, name: str) -> Any:
 
 def share_of(args: Any, kind: str) -> bool:
     """Whether logging, evaluation or saving (`kind`) comes at a share of the run's steps."""
-    steps, strategy = getattr(args, f"{kind}_steps"), getattr(args, f"{kind}_strategy")
-    return steps is not None and steps < 1 and str(getattr(strategy, "value", strategy)) == "steps"
+    steps = getattr(args, f"{kind}_steps")
+    return steps is not None and steps < 1 and getattr(args, f"{kind}_strategy") == "steps"  # an enumeration of str
 
 
 def host_problems(trainer: Any, mixin: type, sample_loss_func: Any) -> list[str]:
-    """Return what a trainer does or was told that does not go with someone else's batches.
-
-    Args:
-        trainer: The trainer, constructed.
-        mixin: The class that replaces the loader.
-        sample_loss_func: As the user gave it.
-    """
+    """Return what a trainer does or was told that does not go with the batches of someone who replaces its loader."""
     args = trainer.args
     problems = _own_loaders(type(trainer), mixin)
     if args.auto_find_batch_size:

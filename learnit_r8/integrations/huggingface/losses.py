@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +58,10 @@ class Check(NamedTuple):
         counts = None if one and self.items is not None and not self.given else self.found.numbers()
         items = self.items if isinstance(self.items, Tensor) or self.items is None else torch.tensor(self.items)
         host, sums, numbers, divided, added = _on_cpu((self.host, self.found.sums, counts, items, self.extra))
-        loss, extra, total = fmean(host), fmean(added or (0.0,)), math.fsum(sums)
-        means = sums if self.found.single else [s / max(n, 1) for s, n in zip(sums, numbers, strict=True)]
-        divisors = [] if divided is None or self.given else [fmean(divided)]
+        loss, extra, total = _mean(host), _mean(added or [0.0]), sum(sums)
+        divisors = [] if divided is None or self.given else [_mean(divided)]
         if numbers is not None:
-            divisors.append(max(math.fsum(numbers), 1.0))
+            divisors.append(max(sum(numbers), 1.0))
             if self.given and self.steps > 1:
                 divisors.append(divisors[-1] * self.steps)
         if self.world > 1:  # the host may have multiplied its loss by that
@@ -74,7 +72,10 @@ class Check(NamedTuple):
         gaps = [(abs(loss - side) / (abs(loss) + 1e-3) if finite else 0.0, divisor) for side, divisor in sides]
         gap, divisor = min((gap if gap == gap else math.inf, divisor) for gap, divisor in gaps)
         limit = _EXACT if self.host.dtype in (torch.float32, torch.float64) else _HALF
-        return Result(torch.tensor(means), finite, gap, divisor, gap <= limit)
+        means = self.found.sums.detach()
+        if not self.found.single:
+            means = torch.tensor([one / max(count, 1) for one, count in zip(sums, numbers, strict=True)])
+        return Result(means, finite, gap, divisor, gap <= limit)
 
 
 class Note(NamedTuple):
@@ -288,6 +289,10 @@ class LossWatch:
         part = loss * self._divided
         mean: Tensor = loss - part + part * items.to(loss.device).float().mean() / own
         return mean
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _on_cpu(parts: tuple[Tensor | None, ...]) -> list[Any]:
