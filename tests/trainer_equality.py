@@ -36,6 +36,24 @@ class Reports:
         return self._update(loss, batch, skipped=skipped)
 
 
+class Notices(list[str]):
+    """A sink that keeps what a run says."""
+
+    def record(self, event: Any) -> None:
+        if type(event).__name__ == "Notice":
+            self.append(event.message)
+
+
+def mixed(case: Case, folder: Path, scheduler: R8Scheduler, **options: Any) -> Any:
+    """Return a case's trainer that the scheduler drives."""
+    from learnit_r8.integrations.huggingface import R8Mixin
+
+    both = type("Both", (R8Mixin, case.trainer()), {})
+    always = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
+    args = case.args()(str(folder), **always | case.options | options)
+    return both(case.model(), args=args, train_dataset=case.rows(), scheduler=scheduler, **case.extra())
+
+
 def on_batches(cls: type, epochs: list[list[list[int]]]) -> type:
     """Return a trainer class that draws the given batches, with a loader that nothing has prepared."""
 

@@ -15,7 +15,7 @@ from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies import Prompts
 from tests.trainer_cases import BATCH, CASES, ROWS, TRL_LLAMA, texts, tokenizer
-from tests.trainer_equality import Reports
+from tests.trainer_equality import Reports, mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = texts(prompt=(3, 6))
@@ -54,16 +54,14 @@ class Groups:
         self.trainer.train(resume_from_checkpoint=resume)
 
 
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+PARTS = {"steps_per_generation": 2, "gradient_accumulation_steps": 2}
+TWICE = {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 4}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"steps_per_generation": 2, "gradient_accumulation_steps": 2},
-        {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 4},
-        {"gradient_accumulation_steps": 4},
-    ],
-    ids=["plain", "two parts", "used twice", "accumulated"],
+    ("name", "options"),
+    [("GRPO", {}), ("RLOO", PARTS), ("GRPO", TWICE), ("RLOO", TWICE), ("GRPO", {"gradient_accumulation_steps": 4})],
+    ids=["plain", "two parts", "used twice", "used twice, RLOO", "accumulated"],
 )
 def test_groups_are_completions_of_one_prompt_and_rewards_reach_the_catalog(tmp_path, name, options):
     run = Groups(tmp_path, name, save_strategy="no", **options)
@@ -96,11 +94,10 @@ def test_a_resumed_run_of_groups_draws_the_prompts_that_are_left(tmp_path):
 
 
 def test_a_checkpoint_amid_a_batch_of_groups_says_that_its_prompts_come_again(tmp_path):
-    options = {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 4}
     with pytest.warns(RuntimeWarning, match="save_steps=4, or a multiple") as said:
-        whole = Groups(tmp_path, save_strategy="steps", save_steps=3, **options)
+        whole = Groups(tmp_path, save_strategy="steps", save_steps=3, **TWICE)
     assert sum("come again" in str(one.message) for one in said) == 1
-    again = Groups(tmp_path, save_strategy="no", resume=str(tmp_path / "checkpoint-6"), **options)
+    again = Groups(tmp_path, save_strategy="no", resume=str(tmp_path / "checkpoint-6"), **TWICE)
     assert again.generated[0] == whole.generated[1]  # the second batch, from the start
     assert again.generated == whole.generated[1:]
     assert again.reports.losses == whole.reports.losses[1:]
@@ -113,28 +110,15 @@ def test_parts_that_would_leave_completions_out_are_refused(tmp_path):
 
 
 def test_kto_that_needs_a_fixed_order_is_refused(tmp_path):
-    from learnit_r8.integrations.huggingface import R8Mixin
-
-    case = CASES["kto"]
-    both = type("Both", (R8Mixin, case.trainer()), {})
-    args = case.args()(str(tmp_path), report_to=[], use_cpu=True, bf16=False, loss_type="kto")
     scheduler = R8Scheduler(ROWS, BATCH, num_epochs=1, ui="off", checkpoint_dir=None)
     with pytest.raises(ConfigError, match="apo_zero_unpaired"):
-        both(case.model(), args=args, train_dataset=case.rows(), scheduler=scheduler, **case.extra())
+        mixed(CASES["kto"], tmp_path, scheduler, loss_type="kto")
 
 
 def test_each_pair_of_dpo_gets_the_loss_that_one_computes_by_hand(tmp_path):
-    from learnit_r8.integrations.huggingface import R8Mixin
-
-    case = CASES["dpo"]
-    both = type("Both", (R8Mixin, case.trainer()), {})
-    args = case.args()(
-        str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
-        gradient_accumulation_steps=2, **case.options,
-    )  # fmt: skip
     scheduler = R8Scheduler(ROWS, BATCH, num_epochs=1, initial_lr=1e-12, ui="off", checkpoint_dir=None)
     reports = Reports(scheduler)
-    trainer = both(case.model(), args=args, train_dataset=case.rows(), scheduler=scheduler, **case.extra())
+    trainer = mixed(CASES["dpo"], tmp_path, scheduler, gradient_accumulation_steps=2)
     trainer.train()
 
     def log_probability(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,7 @@ from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ProtocolError
 from tests.integrations.test_trainer_progress import LORA, MODEL, Run
 from tests.trainer_cases import BATCH, CASES, ROWS, Rows, classes, transformers
-from tests.trainer_equality import Reports, trained
-
-
-class Log:
-    def __init__(self) -> None:
-        self.notices: list[str] = []
-
-    def record(self, event: Any) -> None:
-        if type(event).__name__ == "Notice":
-            self.notices.append(event.message)
+from tests.trainer_equality import Notices, Reports, mixed, trained
 
 
 def plain_args(folder: Any, **options: Any) -> Any:
@@ -77,14 +69,14 @@ def test_an_optimizer_that_cannot_load_its_state_is_told_at_the_first_backup(tmp
 
     from learnit_r8.integrations.huggingface import R8Trainer
 
-    model, log = MODEL(), Log()
-    scheduler = R8Scheduler(ROWS, BATCH, num_epochs=2, backup_every=2, ui="off", checkpoint_dir=None, sinks=(log,))
+    model, notices = MODEL(), Notices()
+    scheduler = R8Scheduler(ROWS, BATCH, num_epochs=2, backup_every=2, ui="off", checkpoint_dir=None, sinks=(notices,))
     args = plain_args(tmp_path)
     optimizer = Stubborn(model.parameters(), lr=0.1, momentum=0.9)
     trainer = R8Trainer(model, args, train_dataset=classes(), scheduler=scheduler, optimizers=(optimizer, None))
     with pytest.warns(RuntimeWarning, match="Stubborn cannot load"):
         trainer.train()
-    assert sum("Stubborn" in notice for notice in log.notices) == 1
+    assert sum("Stubborn" in notice for notice in notices) == 1
 
 
 class Weighted:
@@ -102,33 +94,21 @@ class Weighted:
 @pytest.mark.parametrize("name", ["llama", "dpo", "weights in forward", "own compute_loss", "kto"])
 def test_importance_weights_reach_the_loss_or_the_run_says_that_they_do_not(tmp_path, name):
     pytest.importorskip("trl")
-    from learnit_r8.integrations.huggingface import R8Mixin
-
-    case, log = CASES[name], Log()
-    both = type("Both", (R8Mixin, case.trainer()), {})
+    case, notices = CASES[name], Notices()
     scheduler = R8Scheduler(
-        ROWS, BATCH, num_epochs=1, initial_lr=1e-9, strategy=Weighted(), ui="off", checkpoint_dir=None, sinks=(log,)
+        ROWS, BATCH, num_epochs=1, initial_lr=1e-9, strategy=Weighted(), ui="off", checkpoint_dir=None, sinks=(notices,)
     )
     reports = Reports(scheduler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        args = case.args()(
-            str(tmp_path),
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            **case.options,
-        )
-        trainer = both(case.model(), args=args, train_dataset=case.rows(), scheduler=scheduler, **case.extra())
+        trainer = mixed(case, tmp_path, scheduler)
         trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not case.per_sample:
-        assert sum("weights are not applied" in notice for notice in log.notices) == 1
+        assert sum("weights are not applied" in notice for notice in notices) == 1
         assert [losses[0] for losses in reports.losses] == pytest.approx(logged, rel=1e-4)
         return
-    assert not any("weights" in notice for notice in log.notices)
+    assert not any("weights" in notice for notice in notices)
     if name == "dpo":  # the mean of a batch is that of its samples
         assert logged == pytest.approx([losses[3] for losses in reports.losses], rel=1e-4)
     else:
@@ -166,17 +146,10 @@ def test_losses_noted_in_ones_own_compute_loss_are_reported_and_weighted(tmp_pat
 
 
 def test_a_function_that_the_host_does_not_call_is_refused_in_the_first_step(tmp_path):
-    from learnit_r8.integrations.huggingface import R8Mixin
-
-    both = type("Both", (R8Mixin, CASES["own compute_loss"].trainer()), {})
-    args = plain_args(tmp_path)
     scheduler = R8Scheduler(ROWS, BATCH, num_epochs=1, ui="off", checkpoint_dir=None)
-    trainer = both(
-        MODEL(),
-        args,
-        train_dataset=classes(),
-        scheduler=scheduler,
-        sample_loss_func=lambda outputs, labels: labels.float(),
+    case = replace(
+        CASES["own compute_loss"], extra=lambda: {"sample_loss_func": lambda outputs, labels: labels.float()}
     )
+    trainer = mixed(case, tmp_path, scheduler)
     with pytest.raises(ProtocolError, match="sample_loss_func has no effect"):
         trainer.train()

@@ -17,21 +17,10 @@ import torch
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError, ProtocolError
 from tests.trainer_cases import BATCH, ROWS, adapted, bert, classes, transformers
-from tests.trainer_equality import Reports, trained
+from tests.trainer_equality import Notices, Reports, trained
 
 MODEL = bert("BertForSequenceClassification")
 LORA = adapted(MODEL, "LoraConfig", task_type="SEQ_CLS", r=2, target_modules=["query"])
-
-
-class Notices:
-    """Keeps what a run says."""
-
-    def __init__(self, said: list[str]) -> None:
-        self.said = said
-
-    def record(self, event: Any) -> None:
-        if type(event).__name__ == "Notice":
-            self.said.append(event.message)
 
 
 class EveryOtherEpochShort:
@@ -181,9 +170,9 @@ def test_another_batch_size_or_accumulation_on_resume_leaves_no_sample_out(tmp_p
 )
 def test_the_training_ends_at_max_steps_or_with_the_budget(tmp_path, budget, most, steps, told):
     """Ten batches an epoch, three to a step: an epoch is four steps."""
-    notices: list[str] = []
+    notices = Notices()
     args = {"max_steps": most, "save_steps": 3, "logging_steps": 1}
-    run = Run(tmp_path, accumulation=3, sinks=(Notices(notices),), args=args, **budget)
+    run = Run(tmp_path, accumulation=3, sinks=(notices,), args=args, **budget)
     state = run.trainer.state
     assert state.global_step == state.max_steps == (steps or state.global_step)
     assert [told in notice for notice in notices if "max_steps" in notice] == ([] if told is None else [True])
@@ -201,6 +190,9 @@ def test_more_steps_go_on_amid_the_epoch_that_max_steps_ended(tmp_path):
     more = Run(tmp_path, resume=str(tmp_path / "checkpoint-13"), args={"max_steps": 25, "save_strategy": "no"})
     assert torch.equal(more.weights, whole.weights)
     assert more.reports.batches == whole.reports.batches[13:]
+    fewer = Run(tmp_path, resume=str(tmp_path / "checkpoint-13"), args={"max_steps": 10, "save_strategy": "no"})
+    assert not fewer.reports.batches
+    assert fewer.trainer.state.global_step == 13
 
 
 def test_shares_of_the_steps_are_shares_of_the_schedulers(tmp_path):

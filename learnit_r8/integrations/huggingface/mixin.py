@@ -189,6 +189,9 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As the Trainer's; the optimizer steps after the last of the micro-batches that are returned."""
+        if self.state.global_step >= self.state.max_steps:  # a resume from a step that is beyond them
+            self.control.should_training_stop = True
+            return [], None
         if epoch_iterator is not self._given:
             self._given = self._iterator = epoch_iterator
         aligned = num_batches - self._micro % num_batches  # the Trainer also steps at multiples of num_batches
