@@ -111,6 +111,8 @@ def train(
 
 def _points(outcome: Outcome, base: Outcome, name: str) -> float:
     """Return by how many points (accuracy), or percent of the loss, a run is better than another."""
+    if not np.isfinite(base.score):  # weights that overflow
+        return 100.0
     if name in ("regression", "gru"):
         return 100.0 * (outcome.score - base.score) / abs(base.score)
     return 100.0 * (outcome.score - base.score)

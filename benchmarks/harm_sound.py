@@ -407,6 +407,26 @@ def unfreezing(seed: int) -> dict[str, int]:
     return run.counts
 
 
+def another_task(seed: int) -> dict[str, int]:
+    """From the middle on the classes have other numbers, and are learned anew."""
+    import torch
+
+    x, y = _digits()
+    net = _mlp(64, 64, 10)
+    opt = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    run = _Run(len(x), 32, 1000, 0.05, seed, **_Nets(net).callbacks)
+    for k, (ids, lr, report) in enumerate(run):
+        _rates((opt,), lr)
+        rows = torch.from_numpy(ids)
+        target = y[rows] if k < 500 else (y[rows] + 3) % 10
+        losses = torch.nn.functional.cross_entropy(net(x[rows]), target, reduction="none")
+        opt.zero_grad()
+        losses.mean().backward()
+        opt.step()
+        report(losses)
+    return run.counts
+
+
 KINDS: dict[str, Callable[[int], dict[str, int]]] = {
     "GAN, generator": lambda seed: gan(seed, "gan", "g"),
     "GAN, discriminator": lambda seed: gan(seed, "gan", "d"),
@@ -415,7 +435,7 @@ KINDS: dict[str, Callable[[int], dict[str, int]]] = {
     **{f.__name__.replace("_", " "): f for f in (
         vae_annealing, diffusion_b1, grpo_kl, distillation_from_copy, contrastive_queue, fitted_q, harder_curriculum,
         augmentation_switched_on, auxiliary_loss, auxiliary_loss_adam, warm_restarts, batch_of_one, regression_b1,
-        summed_tokens, unfreezing,
+        summed_tokens, unfreezing, another_task,
     )},
 }  # fmt: skip
 

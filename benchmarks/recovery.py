@@ -135,8 +135,7 @@ def pacing(megabytes: int, step_seconds: float, steps: int) -> dict[str, float]:
                     addresses.update(array.ctypes.data for array in slot.copy.tree.values())
     seconds = time.perf_counter() - started
     taken = [event for event in heard.events if isinstance(event, BackupTaken)]
-    stats = scheduler._safety._backups.ring.stats
-    share = (stats.copy_seconds + stats.scan_seconds) / seconds
+    share = scheduler._safety._backups.ring.seconds / seconds
     return {
         "backups": len(taken), "MB": megabytes, "seconds": seconds, "step_ms": step_seconds * 1e3,
         "share": share, "buffers": len(addresses) / len(state),

@@ -7,9 +7,10 @@ after each epoch of which the last three are kept. "plain loop" is a shuffling D
 and `torch.save`; Lightning has ModelCheckpoint and an EarlyStopping that stops at losses that are not finite, as its
 manual advises; the rest is everyone's default. Every run is a process of its own. Composer runs where it is installed.
 
-- "bad pixel": one training image holds infinity. "bad rate": the learning rate is a thousand times too high for three
-  steps, halfway. Counted are the accuracy of the model that the run leaves, the finite checkpoints, and whether the
-  program said that something was wrong.
+- "bad pixel", "3 bad rows", "10 bad rows": so many training images hold infinity. "bad rate", "3 bad rates": the
+  learning rate is a thousand times too high for three steps, halfway or at a quarter, half and three quarters. Counted
+  are the accuracy of the model that the run leaves, the finite checkpoints, and whether the program said that
+  something was wrong.
 - "killed": SIGKILL in the middle of an epoch, then the resume that the library offers. Counted are the steps that are
   done again and the largest difference of a weight at the end to the run that nobody killed (0: resumed to the bit).
 - "step": a whole clean training, microseconds of CPU time a step, rivals in turns, medians; machines are shared.
@@ -44,7 +45,13 @@ from benchmarks.harness import columns, main, progress
 BATCH, PEAK_LR, KEEP = 32, 0.05, 3
 CURVES = ("plain loop", "learnit_r8")
 """Whose losses are kept, for a picture."""
-CORRUPTED, TOO_HIGH, STEPS_TOO_HIGH = 123, 1000.0, 3
+CORRUPTED = [123, 7, 311, 402, 518, 640, 755, 871, 990, 1111]
+TOO_HIGH, STEPS_TOO_HIGH = 1000.0, 3
+FAULTS = {
+    "clean": (0, 0), "bad pixel": (1, 0), "3 bad rows": (3, 0), "10 bad rows": (10, 0), "bad rate": (0, 1),
+    "3 bad rates": (0, 3),
+}  # fmt: skip
+"""Bad training images, and stretches of a bad learning rate."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ class Plan:
 
     folder: Path
     epochs: int
-    bad_pixel: bool = False
-    bad_rate: bool = False
+    bad_rows: int = 0
+    bad_rates: int = 0
     kill_at: int = -1
     resume: bool = False
     save: bool = True
@@ -74,8 +81,7 @@ class Digits(Dataset):
     def __init__(self, plan: Plan, *, named: bool = False) -> None:
         self.x, self.y = (part.clone() for part in digits()[:2])
         self.named = named
-        if plan.bad_pixel:
-            self.x[CORRUPTED, 20] = math.inf
+        self.x[CORRUPTED[: plan.bad_rows], 20] = math.inf
 
     def __len__(self) -> int:
         return len(self.y)
@@ -122,7 +128,9 @@ class FaultySGD(torch.optim.SGD):
                 closure()
         if self.calls == self.plan.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        wrong = self.plan.bad_rate and 0 <= self.calls - self.plan.steps // 2 < STEPS_TOO_HIGH
+        count, steps = self.plan.bad_rates, self.plan.steps
+        began = [steps * (k + 1) // (count + 1) for k in range(count)]
+        wrong = any(start <= self.calls < start + STEPS_TOO_HIGH for start in began)
         self.calls += 1
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
@@ -391,11 +399,11 @@ def train(rival: str, plan: Plan) -> dict[str, Any] | None:
 
 
 def faults(rival: str, epochs: int, root: Path) -> dict[str, Any]:
-    """Return what becomes of a clean run, the two faulty ones, and a killed one."""
+    """Return what becomes of a clean run, the faulty ones, and a killed one."""
     found = {}
-    for name in ("clean", "bad pixel", "bad rate"):
+    for name, (bad_rows, bad_rates) in FAULTS.items():
         progress(f"{rival}: {name}")
-        plan = Plan(root / rival / name, epochs, bad_pixel=name == "bad pixel", bad_rate=name == "bad rate")
+        plan = Plan(root / rival / name, epochs, bad_rows, bad_rates)
         plan.folder.mkdir(parents=True)
         found[name] = train(rival, plan)
     progress(f"{rival}: killed and resumed")
@@ -460,10 +468,10 @@ def table(results: dict[str, Any]) -> str:
     rows = []
     for name, found in results["rivals"].items():
         killed, step = found["killed"], results["step"][name]
-        cells = [cell(found[kind]) for kind in ("clean", "bad pixel", "bad rate")]
+        cells = [cell(found[kind]) for kind in FAULTS]
         differs = f"{killed['difference']:.2g}" if killed["difference"] else "0, to the bit"
         rows.append([name, *cells, killed["steps again"], differs, f"{step['us']:.0f}", f"{step['ratio']:.2f}"])
-    head = ("", "clean", "bad pixel", "bad rate", "steps again", "weights differ", "us/step", "ratio")
+    head = ("", *FAULTS, "steps again", "weights differ", "us/step", "ratio")
     left = [f"{name} is left out: {reason}" for name, reason in results["left out"].items()]
     title = "Accuracy of the model that is left, finite checkpoints, whether the program told; killed and resumed; cost"
     return "\n".join([title, columns(head, rows), *left])

@@ -19,16 +19,15 @@ from benchmarks.harness import columns, main, progress
 from benchmarks.timing import interleave
 from learnit_r8.stability.backups import BackupRing
 from learnit_r8.stability.detector import Detector
-from learnit_r8.stability.thresholds import DetectorSettings
 from learnit_r8.types import Verdict
 
 ACT = (Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE)
 Rule = Callable[[int, float], bool]
 
 
-def ours(settings: DetectorSettings | None = None) -> tuple[Rule, Callable[[int], None]]:
+def ours(**thresholds: Any) -> tuple[Rule, Callable[[int], None]]:
     """Return (rule, notice) of the library's detector; it starts anew after each intervention."""
-    detector = Detector(settings)
+    detector = Detector(**thresholds)
 
     def rule(step: int, loss: float) -> bool:
         if detector.observe(step, loss).verdict not in ACT:
@@ -41,7 +40,7 @@ def ours(settings: DetectorSettings | None = None) -> tuple[Rule, Callable[[int]
 
 def fixed_flags() -> tuple[Rule, Callable[[int], None]]:
     """2 of 3 and 4 of 8 flags always, whatever outliers the run has shown."""
-    return ours(DetectorSettings(chance=1e9, outlier_count=10**9))
+    return ours(chance=1e9, outliers=10**9)
 
 
 def four_ema() -> tuple[Rule, Callable[[int], None]]:

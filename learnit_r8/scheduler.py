@@ -47,11 +47,12 @@ from learnit_r8.loop.control import Control
 from learnit_r8.loop.counters import Progress, Stage, check_state, resumed_arguments
 from learnit_r8.loop.crash import CrashRecorder
 from learnit_r8.loop.in_flight import Loader, Ticket, TicketDesk
+from learnit_r8.loop.judge import Judgement
 from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.output import Presence
 from learnit_r8.loop.ranks import Ranks
-from learnit_r8.loop.safety import Judgement, SafetyNet
+from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.sampling import Chooser
 from learnit_r8.loop.saver import Saver, State, not_saved
 from learnit_r8.loop.shards import Shards, common_checkpoint

@@ -10,7 +10,7 @@ import numbers
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from learnit_r8.errors import ConfigError
 
@@ -188,12 +188,6 @@ class Problems(list[str]):
         if not isinstance(value, str) and pair[1] not in ("min", "max"):
             self.append(f'{name} must end in "min" or "max", got {value!r}')
         return pair[0], pair[1]
-
-    @classmethod
-    def of_settings(cls, settings: Any) -> Self:
-        """Check a dataclass whose fields must all be positive numbers."""
-        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-        return cls(f"{name} must be positive, got {value!r}" for name, value in values.items() if not value > 0)
 
     def raise_if_any(self) -> None:
         """Raise one ConfigError that lists every problem, if there is one."""

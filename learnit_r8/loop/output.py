@@ -14,7 +14,7 @@ from learnit_r8.core.urls import url_of
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, tell
 from learnit_r8.loop.arguments import Arguments
-from learnit_r8.loop.safety import shown
+from learnit_r8.loop.judge import shown
 from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.run.samples_file import CATALOG_FILE, CatalogLog
 from learnit_r8.run.tail import CONSOLE_FILE, EVENTS_FILE

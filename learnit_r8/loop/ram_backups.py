@@ -94,7 +94,7 @@ class RamBackups:
             state = self.capture()
             info = self.keep(state, step, detector)
         except Exception as error:
-            if isinstance(error, TypeError) and not self.ring.stats.taken and self._ranks.world_size == 1:
+            if isinstance(error, TypeError) and not self.ring.taken and self._ranks.world_size == 1:
                 raise  # what cannot be copied at all is better known before anything is trained
             failure = f"{type(error).__name__}: {error}"
         if self._ranks.everyone(bool(failure)).any():
@@ -206,12 +206,11 @@ class RamBackups:
                 return None
             before = lowest + 1
 
-    def state_of(self, step: int) -> Any:
-        """Return a copy of the state as it was before a step, for the caller to keep; None where there is none."""
-        for info in self.ring.backups:
-            if info.step == step:
-                return self.ring.restore(info=info)[1]
-        return None
+    def best(self) -> BackupInfo | None:
+        """Return the backup of the best level, if it is the same one on every rank."""
+        mine = self.ring.best()
+        steps = self._ranks.everyone(-1.0 if mine is None else mine.step)
+        return mine if steps.min() == steps.max() else None
 
     def restore(self, found: BackupInfo) -> tuple[Any, dict[str, Any] | None]:
         """Return a copy of a backup's state for the user to keep, and the detector's state of then."""

@@ -22,12 +22,12 @@ N unknowns get N / B equations an epoch, so nothing identifies them all in fewer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.state import Saved, kind, part, table
 from learnit_r8.samples.batch_losses_fit import LIMIT, MAX_S, BatchHistory, log_std, refine, relative_std
 
 Float32s = NDArray[np.float32]
@@ -53,7 +53,7 @@ _NEWS = 1 / 8
 """Share of the history that must be new: so refinements cost the same share of a run, however long it grows."""
 
 
-class BatchAttribution:
+class BatchAttribution(Saved):
     """Streaming estimates from batch losses, and a history of reports to refine them.
 
     The caller owns the arrays; they start at `PRIOR_ESTIMATE` and `PRIOR_VARIANCE`.
@@ -68,6 +68,11 @@ class BatchAttribution:
         scale: Loss per unit of relative loss.
         additive: A negative loss was reported.
     """
+
+    _saved = table(
+        level=float, scale=float, additive=bool, reports=int, batch_size=float, spread=float, history=part(),
+        news=kind(int, absent=0),
+    )  # fmt: skip
 
     def __init__(self, num_samples: int, *, history_entries: int = 1 << 24) -> None:
         self.num_samples = num_samples
@@ -188,30 +193,6 @@ class BatchAttribution:
         self.level, self.scale, reports, self._batch_size, self._spread, appended = mark
         self._reports = int(reports)
         self._news = max(0, self._news - self._history.forget(int(self._history.appended - appended)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all state: JSON scalars and numpy arrays."""
-        return {
-            "news": self._news,
-            "level": self.level,
-            "scale": self.scale,
-            "additive": self.additive,
-            "reports": self._reports,
-            "batch_size": self._batch_size,
-            "spread": self._spread,
-            "history": self._history.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken, to the bit."""
-        self.level = float(state["level"])
-        self.scale = float(state["scale"])
-        self.additive = bool(state["additive"])
-        self._reports = int(state["reports"])
-        self._batch_size = float(state["batch_size"])
-        self._spread = float(state["spread"])
-        self._history.load_state_dict(state["history"])
-        self._news = int(state.get("news", 0))
 
     def _track(self, estimate: Float32s, variance: Float32s, loss: float, n: int) -> None:
         """Move level, spread and scale."""

@@ -7,11 +7,12 @@ that of `attribution.py`; what is fitted is u, of which a sample's relative loss
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from learnit_r8.core.state import Kind, Saved, table
 
 Floats = NDArray[np.float64]
 
@@ -99,7 +100,7 @@ def relative_std(s: float) -> float:
     return math.sqrt(math.expm1(s * s))
 
 
-class BatchHistory:
+class BatchHistory(Saved):
     """The last reports: flat sample ids, and per batch (size, loss, level, prediction).
 
     Args:
@@ -110,6 +111,11 @@ class BatchHistory:
     Attributes:
         appended: Reports that were ever added, less those that were forgotten.
     """
+
+    _saved = table(
+        ids=Kind(lambda me, _: me.ids.copy(), lambda _, saved: np.array(saved, np.uint32)),
+        records=Kind(lambda me, _: me.records.copy(), lambda _, saved: np.array(saved, np.float64).reshape(-1, 4)),
+    )
 
     def __init__(self, capacity: int, most_ids: float = math.inf) -> None:
         self._capacity = capacity
@@ -170,14 +176,7 @@ class BatchHistory:
         """Size, loss, level and prediction of each batch, float64 `[count, 4]`."""
         return self._records[: self.count]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of both."""
-        return {"ids": self.ids.copy(), "records": self.records.copy()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._ids = np.array(state["ids"], np.uint32)
-        self._records = np.array(state["records"], np.float64).reshape(-1, 4)
+    def _state_taken(self) -> None:
         self.entries = len(self._ids)
         self.count = self.appended = len(self._records)
 

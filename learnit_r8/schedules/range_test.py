@@ -26,14 +26,12 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.errors import ConfigError
+from learnit_r8.core.config import Problems
 
 MAX_STEPS = 100
 """Steps of a full search: 12 a decade between 1e-7 and 10 (fastai's default)."""
@@ -110,12 +108,18 @@ class LrFinder:
         smoothing: float | None = None,
         divergence: float = 4.0,
     ) -> None:
-        problems = _problems(num_steps, min_lr, max_lr, smoothing, divergence)
-        if problems:
-            raise ConfigError(problems)
-        self.num_steps, self.min_lr, self.max_lr = int(num_steps), float(min_lr), float(max_lr)
+        problems = Problems()
+        self.num_steps = problems.integer("num_steps", num_steps, 2)
+        self.min_lr = low = problems.real("min_lr", min_lr, 0.0, open_low=True)
+        self.max_lr = high = problems.real("max_lr", max_lr, 0.0, open_low=True)
+        if low and high and not (low < high and high / low < math.inf):
+            problems.append(f"min_lr must be below max_lr={max_lr!r}, got {min_lr!r}")
+        if smoothing is not None and problems.real("smoothing", smoothing, 0.0) >= 1.0:
+            problems.append(f"smoothing must be None or a number in [0, 1), got {smoothing!r}")
+        problems.real("divergence", divergence, 1.0, open_low=True)
+        problems.raise_if_any()
         if smoothing is None:
-            decades_per_step = math.log10(max_lr / min_lr) / (num_steps - 1)
+            decades_per_step = math.log10(high / low) / (self.num_steps - 1)
             smoothing = min(MAX_SMOOTHING, math.exp(-decades_per_step / MEMORY_DECADES))
         self.smoothing, self.divergence = float(smoothing), float(divergence)
         self._losses: list[float] = []
@@ -166,32 +170,6 @@ class LrFinder:
         steep = self._lr_at(self._skip + start + int(np.argmin(np.diff(losses[start : end + 1]))))
         minimum = max(self.min_lr, self._lr_at(self._skip + int(np.argmin(losses))) / 10.0)
         return LrSuggestion(valley, valley, steep, minimum, lrs, curve)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the search as JSON data."""
-        return {
-            "num_steps": self.num_steps,
-            "min_lr": self.min_lr,
-            "max_lr": self.max_lr,
-            "smoothing": self.smoothing,
-            "divergence": self.divergence,
-            "losses": list(self._losses),
-            "end": self._end,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the search that `state_dict` described; a bad one changes nothing.
-
-        Raises:
-            ConfigError: Bad settings, or losses that no search can have.
-            KeyError: Something is missing.
-        """
-        other = LrFinder(*(state[key] for key in ("num_steps", "min_lr", "max_lr", "smoothing", "divergence")))
-        losses = [float(loss) for loss in state["losses"]]
-        if len(losses) > other.num_steps or not all(other._add(loss) for loss in losses):
-            raise ConfigError([f"losses must be at most {other.num_steps} finite numbers, got {len(losses)}"])
-        other._end = str(state["end"])
-        self.__dict__.update(other.__dict__)
 
     @property
     def _skip(self) -> int:
@@ -259,20 +237,3 @@ def longest_valley(losses: NDArray[np.float64]) -> tuple[int, int]:
         else:
             tails[length] = loss
     return max(0, best_end - len(tails)), best_end
-
-
-def _problems(num_steps: Any, min_lr: Any, max_lr: Any, smoothing: Any, divergence: Any) -> list[str]:
-    problems = []
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 2:
-        problems.append(f"num_steps must be an int of at least 2, got {num_steps!r}")
-    if not (_is_number(min_lr) and _is_number(max_lr) and 0.0 < min_lr < max_lr and max_lr / min_lr < math.inf):
-        problems.append(f"min_lr and max_lr must be finite with 0 < min_lr < max_lr, got {min_lr!r} and {max_lr!r}")
-    if smoothing is not None and not (_is_number(smoothing) and 0.0 <= smoothing < 1.0):
-        problems.append(f"smoothing must be None or a number in [0, 1), got {smoothing!r}")
-    if not (_is_number(divergence) and divergence > 1.0):
-        problems.append(f"divergence must be a finite number above 1, got {divergence!r}")
-    return problems
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

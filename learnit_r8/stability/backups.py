@@ -18,10 +18,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from learnit_r8.errors import ConfigError
 from learnit_r8.stability.changes import UNKNOWN, Habits, copied, relative_changes
 from learnit_r8.stability.tree_copy import CopyPlan, Pool, TreeCopy
 
+_CAPACITY = 3
+_PROOF = 8
+"""Calm losses that verify a backup, as measured: NaN in momentum takes up to that long to show in the loss."""
 _REACH = 4  # intervals between two backups
 _WARY = 8  # backups after a restore, during which the oldest one stays
 _NAMED = 3  # arrays that a sentence names
@@ -46,7 +48,6 @@ class BackupInfo:
         seconds: Time that the copy took.
         initial: The state before training: eligible without proof when nothing else is.
         status: CANDIDATE, VERIFIED or DISCARDED.
-        scan_seconds: Time that looking for NaN and infinity took, once that was done.
         damaged: DISCARDED only: paths of the arrays that were finite in an earlier backup and are not in this one.
         level: VERIFIED only: median of the losses that proved it; NaN where that is not known.
         path: Sum of the learning rates of all steps before it.
@@ -59,7 +60,6 @@ class BackupInfo:
     seconds: float
     initial: bool
     status: BackupStatus
-    scan_seconds: float = 0.0
     damaged: tuple[str, ...] = ()
     level: float = math.nan
     path: float = 0.0
@@ -79,6 +79,11 @@ class Look(NamedTuple):
     jumped: tuple[str, ...]
     since: int = -1
 
+    @property
+    def damaged(self) -> bool:
+        """Whether anything was found."""
+        return bool(self.nonfinite or self.jumped)
+
     def __str__(self) -> str:
         if self.nonfinite:
             return f"NaN or infinity in {names(self.nonfinite)}"
@@ -89,18 +94,6 @@ def names(paths: Sequence[str]) -> str:
     """Return the first paths of arrays, and how many more there are."""
     more = f" and {len(paths) - _NAMED} more arrays" if len(paths) > _NAMED else ""
     return ", ".join(path.lstrip("/") for path in paths[:_NAMED]) + more
-
-
-@dataclass(frozen=True, slots=True)
-class BackupStats:
-    """Totals of a run; seconds are wall-clock time."""
-
-    taken: int = 0
-    verified: int = 0
-    discarded: int = 0
-    restored: int = 0
-    copy_seconds: float = 0.0
-    scan_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -122,33 +115,21 @@ class BackupRing:
     for a fault that grows unseen, and it is the best one of a run whose level rises.
 
     Args:
-        capacity: Number of copies kept, at least 3.
-        proof: Calm losses that verify a backup. 8, as measured: NaN in momentum takes up to that
-            long to show in the loss.
         clock: Returns seconds; only differences are used.
 
     Attributes:
-        stats: Totals so far.
+        taken: Backups so far.
+        seconds: What copying and scanning them took.
     """
 
-    def __init__(self, capacity: int = 3, *, proof: int = 8, clock: Callable[[], float] = time.perf_counter) -> None:
-        problems = []
-        if capacity < 3:
-            problems.append(f"capacity must be at least 3 (verified, being proved, newest), got {capacity!r}")
-        if proof < 1:
-            problems.append(f"proof must be at least 1, got {proof!r}")
-        if problems:
-            raise ConfigError(problems)
-        self.stats = BackupStats()
-        self._capacity = capacity
-        self._proof = proof
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.taken, self.seconds = 0, 0.0
         self._clock = clock
         self._slots: list[_Slot] = []
         self._spare: Pool | None = None
-        self._next_id = 0
         self._since_restore = _WARY  # backups
         self._habits = Habits()
-        self._harmless: frozenset[str] | None = None
+        self._harmless: frozenset[str] = frozenset()  # arrays that may hold infinity: a mask is part of many models
         self._sound: frozenset[str] = frozenset()  # arrays that were finite once
 
     @property
@@ -176,7 +157,7 @@ class BackupRing:
         if state is None:
             raise TypeError("a backup needs the model's state, got None: does state_callback return it?")
         start = self._clock()
-        victim = self._victim(step) if len(self._slots) >= self._capacity else None
+        victim = self._victim(step) if len(self._slots) >= _CAPACITY else None
         plan = CopyPlan(state, victim.copy.pool if victim else self._spare)
         if victim:
             self._slots.remove(victim)
@@ -184,20 +165,19 @@ class BackupRing:
         copy = plan.fill()
         seconds = self._clock() - start
         initial = step == 0 if initial is None else initial
-        info = BackupInfo(self._next_id, step, copy.nbytes, seconds, initial, BackupStatus.CANDIDATE, path=path)
-        if step == 0 and self._harmless is None:  # a mask of -inf is part of many models
-            self._harmless = self._scan(copy)
+        info = BackupInfo(self.taken, step, copy.nbytes, seconds, initial, BackupStatus.CANDIDATE, path=path)
+        if step == 0 and not self.taken:
+            self._harmless = copy.nonfinite()
         slot, earlier = _Slot(info, copy), self._find(step)
         if earlier is not None:
-            start = self._clock()
             slot.changes = relative_changes(copy, earlier.copy, sampled=True)
             slot.stretch = path - earlier.info.path
             moved = self._beyond_habit(copy, slot.changes, slot.stretch, unknown=math.inf)
-            slot.info = info = replace(info, moved=moved, scan_seconds=self._clock() - start)
-        self._next_id += 1
+            slot.info = info = replace(info, moved=moved)
+        self.taken += 1
+        self.seconds += self._clock() - start
         self._since_restore += 1
         self._slots.append(slot)
-        self.stats = replace(self.stats, taken=self.stats.taken + 1, copy_seconds=self.stats.copy_seconds + seconds)
         return info
 
     def look(self, state: Any, path: float, before: int | None = None, *, calm: bool = False) -> Look:
@@ -211,7 +191,7 @@ class BackupRing:
         """
         copy = CopyPlan(state, self._spare).fill()
         self._spare = copy.pool
-        found = self._scan(copy) - (self._harmless or frozenset())
+        found = copy.nonfinite() - self._harmless
         bad = tuple(sorted(found & self._sound if calm else found))
         slot = self._find(before)
         if bad or slot is None:
@@ -243,14 +223,13 @@ class BackupRing:
             if slot.info.status is not BackupStatus.CANDIDATE or slot.info.step > step:
                 continue
             slot.healthy += 1
-            if slot.healthy < self._proof:
+            if slot.healthy < _PROOF:
                 continue
-            before = self.stats.scan_seconds
-            bad = self._scan(slot.copy)
-            # A mask of -inf is part of many models: what was never finite is no fault, as these losses were calm.
-            self._harmless = (self._harmless or frozenset()) | (bad - self._sound)
+            start = self._clock()
+            bad = slot.copy.nonfinite()
+            self.seconds += self._clock() - start
+            self._harmless |= bad - self._sound  # what was never finite is no fault, as these losses were calm
             bad -= self._harmless
-            slot.info = replace(slot.info, scan_seconds=self.stats.scan_seconds - before)
             if bad:
                 slot.info = replace(slot.info, damaged=tuple(sorted(bad & self._sound)))
                 decided.append(self._drop(slot))
@@ -258,7 +237,6 @@ class BackupRing:
             self._sound |= slot.copy.paths - self._harmless
             self._habits.learn(slot.changes, slot.stretch)
             slot.info = replace(slot.info, status=BackupStatus.VERIFIED, level=level)
-            self.stats = replace(self.stats, verified=self.stats.verified + 1)
             decided.append(slot.info)
         return tuple(decided)
 
@@ -304,13 +282,7 @@ class BackupRing:
             raise LookupError(f"no verified backup{limit}; the ring holds {list(self.backups)}")
         plan = CopyPlan(slot.copy.tree, self._donated(slot))
         tree = plan.fill().tree
-        self.stats = replace(self.stats, restored=self.stats.restored + 1)
         return slot.info, tree
-
-    def discard(self, info: BackupInfo) -> None:
-        """Forget a backup that led to trouble; unknown ones are ignored."""
-        for slot in [slot for slot in self._slots if slot.info.id == info.id]:
-            self._drop(slot)
 
     def discard_after(self, step: int) -> None:
         """Forget the backups of later steps: the run went back to `step`, they never happened."""
@@ -331,7 +303,7 @@ class BackupRing:
         return next((slot for slot in self._slots if slot.info.initial and self._is_finite(slot)), None)
 
     def _is_finite(self, slot: _Slot) -> bool:
-        return not self._scan(slot.copy) - (self._harmless or frozenset())
+        return not slot.copy.nonfinite() - self._harmless
 
     def _donated(self, kept: _Slot) -> Pool | None:
         if self._spare is not None:
@@ -356,21 +328,14 @@ class BackupRing:
                 return verified[0] if old and not best else verified[-2]
             if not best:
                 return verified[0]
-            if len(self._slots) <= self._capacity:
+            if len(self._slots) <= _CAPACITY:
                 return None
         return next(slot for slot in reversed(self._slots) if slot.info.status is BackupStatus.CANDIDATE)
 
     def _drop(self, slot: _Slot) -> BackupInfo:
         self._slots.remove(slot)
         self._spare = slot.copy.pool
-        self.stats = replace(self.stats, discarded=self.stats.discarded + 1)
         return replace(slot.info, status=BackupStatus.DISCARDED)
-
-    def _scan(self, copy: TreeCopy) -> frozenset[str]:
-        start = self._clock()
-        found = copy.nonfinite()
-        self.stats = replace(self.stats, scan_seconds=self.stats.scan_seconds + self._clock() - start)
-        return found
 
 
 def chosen_interval(nbytes: int) -> int:

@@ -46,10 +46,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.stability.level import Level
-from learnit_r8.stability.thresholds import DetectorSettings
-from learnit_r8.stability.windows import HARMLESS_AFTER, Composition, HarmlessOutliers, SortedWindow
+from learnit_r8.stability.windows import (
+    HARMLESS_AFTER,
+    Composition,
+    HarmlessOutliers,
+    SortedWindow,
+    numbers,
+    take_numbers,
+)
 from learnit_r8.types import Verdict
 
+WARMUP, _WINDOW = 16, 64
+"""Losses before the detector is active (until then only far flags count), and those that are compared with."""
+_HARD_SCORE, _HARD_RISE = 16.0, 1.0
+_SOFT_SCORE, _SOFT_RISE = 6.0, 0.5
+_CHANCE, _OUTLIERS, _OUTLIER_MEMORY = 2.5e-6, 2, 1024  # steps
+_FALL = 16  # losses in a row below the median: a steep fall, the window keeps only them
+_EASE, _EASED_STEPS = 3.0, 128  # factor on all thresholds after an announced change, and for how long
 _MAD_TO_STD = 1.4826  # of a normal distribution
 _NORMAL_Q90 = 1.2816  # standard deviations from the median to the 90% quantile
 _MOST_SKEW = 4.0  # times the MAD's: a loss that grows exponentially moves the quantile before it is flagged
@@ -87,8 +100,11 @@ class Reading(NamedTuple):
 class Detector:
     """Reads losses one by one; O(log window) a step, no array is allocated.
 
+    Args:
+        chance: Bound on the probability, per step, that independent outliers pass for a spike.
+        outliers: A loss is flagged only where it rises further than the so-manieth highest harmless outlier.
+
     Attributes:
-        settings: As given.
         first_suspect_step: Step at which the present run of suspect losses began, None while all is calm. Backups of
             earlier steps are not touched by it.
         level: The level of the loss over longer times.
@@ -96,18 +112,17 @@ class Detector:
         whole_batch: The last loss that was flagged stood out for more than a few samples, as far as is known.
     """
 
-    def __init__(self, settings: DetectorSettings | None = None) -> None:
-        self.settings = settings or DetectorSettings()
+    def __init__(self, *, chance: float = _CHANCE, outliers: int = _OUTLIERS) -> None:
         self.first_suspect_step: int | None = None
         self.whole_batch = False
         self.last = math.nan
-        self._needed_hard = _limits(_HARD_SPAN, 2, self.settings.chance)
-        self._needed_soft = _limits(_SOFT_SPAN, 4, self.settings.chance)
-        self._window = SortedWindow(self.settings.window)
+        self._needed_hard = _limits(_HARD_SPAN, 2, chance)
+        self._needed_soft = _limits(_SOFT_SPAN, 4, chance)
+        self._window = SortedWindow(_WINDOW)
         self.level = Level()
         self._composition = Composition()
-        self._outliers = HarmlessOutliers(self.settings.outlier_memory, self.settings.outlier_count)
-        self._jumps = HarmlessOutliers(_JUMP_MEMORY, self.settings.outlier_count)
+        self._outliers = HarmlessOutliers(_OUTLIER_MEMORY, outliers)
+        self._jumps = HarmlessOutliers(_JUMP_MEMORY, outliers)
         self._first_level = math.nan
         self._untrained = 0.0  # highest of the first losses
         self._relaxed_until = -1
@@ -119,25 +134,24 @@ class Detector:
     @property
     def active(self) -> bool:
         """Say whether there are enough losses to compare with."""
-        return len(self._window) >= self.settings.warmup
-
-    @property
-    def lost_all(self) -> bool:
-        """Say whether the level is that of the untrained model, or higher, after losses that were a third of it."""
-        learned = self.active and self._window.median() < self._first_level / 3
-        return learned and self.level.now > 0.9 * self._first_level
+        return len(self._window) >= WARMUP
 
     @property
     def median(self) -> float:
         """Return the median of the last accepted losses; NaN where there is none."""
         return self._window.median() if len(self._window) else math.nan
 
+    @property
+    def just_lost(self) -> bool:
+        """Say whether the last losses are the untrained model's, after a level of a third of that."""
+        return self.level.just_lost(self._first_level)
+
     def ordinary(self, loss: float) -> bool:
         """Say whether a loss would not stand out; true while too little is known."""
         if not self.active:
             return True
         m = self._window.median()
-        return loss - m <= max(self.settings.soft_score * self._scale(m), self.settings.soft_rise * abs(m))
+        return loss - m <= max(_SOFT_SCORE * self._scale(m), _SOFT_RISE * abs(m))
 
     def observe(
         self,
@@ -175,7 +189,7 @@ class Detector:
             corrected = loss
         if not -_HUGE < corrected < _HUGE:
             corrected = math.copysign(_HUGE, corrected)
-        if len(self._window) < self.settings.warmup:
+        if len(self._window) < WARMUP:
             reading = self._learn(step, corrected, easy)
         else:
             reading = self._judge(step, corrected, corrected - loss, samples, easy)
@@ -192,7 +206,7 @@ class Detector:
         """
         if not self.active:  # nothing to compare with yet: this is the schedule's warm-up
             return
-        self._relaxed_until = step + self.settings.regime_steps
+        self._relaxed_until = step + _EASED_STEPS
 
     def rebaseline(self) -> None:
         """Accept the present level: forget what losses were compared with, and learn again."""
@@ -210,9 +224,11 @@ class Detector:
             state: `state_dict()` of the time of the backup. None, or one that had no level yet, keeps the window,
                 which holds only losses that were accepted.
         """
-        if state is not None and len(state["window"]) >= self.settings.warmup:
+        if state is not None and len(state["window"]) >= WARMUP:
             announced, lowest = self._relaxed_until, (self.level.lowest, self.level.lowest_step)
+            learned = self.level.learned  # what was lost once must be learned again before it can be lost again
             self.load_state_dict(state)
+            self.level.learned = learned
             self._relaxed_until = max(announced, self._relaxed_until)  # the learning rate does not go back
             self.level.lowest, self.level.lowest_step = min(lowest, (self.level.lowest, self.level.lowest_step))
         self.level.restart(forget_best=False)
@@ -220,11 +236,8 @@ class Detector:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later readings depend on, as plain numbers and lists."""
-        state: dict[str, Any] = {name.strip("_"): getattr(self, name) for name in _SCALARS}
-        # Strict JSON knows no infinity or NaN: what is not there yet is None.
-        state = {name: value if value is None or math.isfinite(value) else None for name, value in state.items()}
         return {
-            **state,
+            **numbers(self, _NUMBERS),
             "window": list(self._window.arrivals),
             "composition": self._composition.state_dict(),
             "level": self.level.state_dict(),
@@ -234,9 +247,7 @@ class Detector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name, (kind, absent) in _SCALARS.items():
-            value = state[name.strip("_")]
-            setattr(self, name, absent if value is None else kind(value))
+        take_numbers(self, _NUMBERS, state)
         self._window.fill(state["window"])
         self._composition.fill(state["composition"])
         self.level.load_state_dict(state["level"])
@@ -272,7 +283,6 @@ class Detector:
         return far
 
     def _judge(self, step: int, loss: float, shift: float, samples: NDArray[Any] | None, easy: bool) -> Reading:
-        settings = self.settings
         m = self._window.median()
         s = self._scale(m)
         rise = loss - m
@@ -280,16 +290,16 @@ class Detector:
         ease = 1.0
         if self._relaxed_until >= 0:
             if step < self._relaxed_until:
-                ease = settings.regime_factor
+                ease = _EASE
             else:
                 self._relaxed_until = -1
                 self.level.restart(forget_best=True)
-        stands_out = z > settings.soft_score
+        stands_out = z > _SOFT_SCORE
         far = (self._far_bits or loss > _FAR * self._untrained) and self._far(loss if stands_out else -_HUGE, m)
         soft, hard = self._flags(rise, z, m, s, ease)
         if soft and samples is not None and len(samples) >= _MIN_BATCH:
             rest = bulk_mean(samples) + shift
-            if rest - m <= max(settings.soft_score * s, settings.soft_rise * abs(m)) * ease:
+            if rest - m <= max(_SOFT_SCORE * s, _SOFT_RISE * abs(m)) * ease:
                 self._shift_flags(soft=False, hard=False)
                 self._far_bits &= ~1
                 self._mark_suspect(step)
@@ -320,15 +330,14 @@ class Detector:
 
     def _flags(self, rise: float, z: float, m: float, s: float, ease: float) -> tuple[bool, bool]:
         """Return whether a loss is soft- and hard-flagged, and remember it as an outlier where it stands out."""
-        settings = self.settings
         soft = hard = False
         self._outliers.pass_step()
         self._jumps.pass_step()
-        if z > settings.soft_score * ease:
+        if z > _SOFT_SCORE * ease:
             a = rise / max(abs(m), 2.0 * s)
-            if a > settings.soft_rise * ease:
+            if a > _SOFT_RISE * ease:
                 soft = rise > max(self._outliers.envelope, _JUMP_MARGIN * self._jumps.envelope)
-                hard = soft and z > settings.hard_score * ease and a > settings.hard_rise * ease
+                hard = soft and z > _HARD_SCORE * ease and a > _HARD_RISE * ease
                 self._outliers.add(rise)
         return soft, hard
 
@@ -336,13 +345,13 @@ class Detector:
         """Let a loss be compared with from now on; forget what was before a steep fall."""
         self._window.push(loss)
         self._falling = self._falling + 1 if loss < m else 0
-        if self._falling >= self.settings.fall:
+        if self._falling >= _FALL:
             fallen = sorted(list(self._window.arrivals)[-self._falling :])
             if m - fallen[len(fallen) // 2] > _STEEP * abs(m):
                 self._falling = 0
-                self._window.keep_newest(self.settings.fall)
-            elif self._falling >= self.settings.window:
-                self._falling = self.settings.fall
+                self._window.keep_newest(_FALL)
+            elif self._falling >= _WINDOW:
+                self._falling = _FALL
 
     def _scale(self, m: float) -> float:
         """Return s, the spread that is usual around the median `m`."""
@@ -373,20 +382,12 @@ class Detector:
         self.first_suspect_step, self._jump = None, 0.0
 
 
-# Attributes that are saved, their type, and their value where nothing is known yet.
-_SCALARS: dict[str, tuple[type[int] | type[float], Any]] = {
-    "first_suspect_step": (int, None),
-    "_first_level": (float, math.nan),
-    "_untrained": (float, 0.0),
-    "_jump": (float, 0.0),
-    "_relaxed_until": (int, -1),
-    "_falling": (int, 0),
-    "_soft_bits": (int, 0),
-    "_hard_bits": (int, 0),
-    "_far_bits": (int, 0),
-    "_soft_rate": (float, _RATE_PRIOR),
-    "_hard_rate": (float, _RATE_PRIOR),
-}
+_NUMBERS: dict[str, float | int | None] = {
+    "first_suspect_step": None, "_first_level": math.nan, "_untrained": 0.0, "_jump": 0.0, "_relaxed_until": -1,
+    "_falling": 0, "_soft_bits": 0, "_hard_bits": 0, "_far_bits": 0, "_soft_rate": _RATE_PRIOR,
+    "_hard_rate": _RATE_PRIOR,
+}  # fmt: skip
+"""What is saved, and its value where nothing is known yet."""
 
 
 def bulk_mean(losses: NDArray[Any]) -> float:

@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from learnit_r8.stability.windows import HarmlessOutliers
+from learnit_r8.stability.windows import HarmlessOutliers, numbers, take_numbers
 
 _RECENT, _BEFORE, _EVERY = 48, 96, 16
 _GROWTH, _NEXT_GROWTH = 4.0, 10.0
 _SHIFT, _ERRORS = 0.15, 7.0
+_LEARNED, _LOST = 1 / 3, 0.75  # of the untrained model's level
 _STANDARD_ERROR = 0.22
 """Of the difference of the two medians, in standard deviations of a loss: 1.25 sqrt(1/48 + 1/96)."""
 _SWING, _SWING_MEMORY = 1.25, 64  # blocks of `_RECENT + _BEFORE` losses
@@ -38,11 +39,14 @@ class Level:
         lowest: The lowest that it ever was.
         lowest_step: The step of that.
         scale: What counts as one best level.
+        learned: It was below a third of the untrained model's, and was not lost since.
+        lost: It has come back to the untrained model's; whoever acts on it says False.
     """
 
     def __init__(self) -> None:
         self.now, self.best, self.scale, self.best_step = math.nan, math.inf, 0.0, 0
         self.lowest, self.lowest_step = math.inf, 0
+        self.learned = self.lost = False
         self._growth = _GROWTH
         self._highest = 0.0  # shift since the last block
         self._shifted = False
@@ -60,14 +64,25 @@ class Level:
         """
         self._losses.append(loss)
         self._count += 1
-        if self._count % _EVERY or len(self._losses) < _RECENT:
+        if self._count % _EVERY:
             return ""
         losses = list(self._losses)
+        if not self.learned and _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level:
+            self.learned = True
+        if len(losses) < _RECENT:
+            return ""
         recent = sorted(losses[-_RECENT:])
         self.now = _median(recent)
         if self.now < self.lowest:
             self.lowest, self.lowest_step = self.now, step
+        if self.learned and recent[_RECENT // 8] > _LOST * first_level:
+            self.learned, self.lost = False, True
         return self._grown(step, recent, first_level) or self._has_shifted(losses, first_level)
+
+    def just_lost(self, first_level: float) -> bool:
+        """Say whether the last losses are the untrained model's, though it may be too early to call that the level."""
+        last = sorted(list(self._losses)[-_EVERY:])
+        return self.learned and len(last) >= _EVERY and _median(last) > _LOST * first_level
 
     def far_above_best(self) -> bool:
         """Say whether the level is twice its best, or more, and beyond its spread."""
@@ -118,35 +133,20 @@ class Level:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers and lists; strict JSON knows no infinity."""
-        numbers = {name: _plain(getattr(self, name)) for name in _NUMBERS}
-        return {**numbers, "losses": list(self._losses), "swings": self._swings.state_dict()}
+        return {**numbers(self, _NUMBERS), "losses": list(self._losses), "swings": self._swings.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name, absent in _NUMBERS.items():
-            value = state[name]
-            setattr(self, name, absent if value is None else type(absent)(value))
+        take_numbers(self, _NUMBERS, state)
         self._losses = deque((float(loss) for loss in state["losses"]), maxlen=_RECENT + _BEFORE)
         self._swings.fill(state["swings"])
 
 
 _NUMBERS: dict[str, float | int | bool] = {
-    "now": math.nan,
-    "best": math.inf,
-    "scale": 0.0,
-    "best_step": 0,
-    "lowest": math.inf,
-    "lowest_step": 0,
-    "_growth": _GROWTH,
-    "_highest": 0.0,
-    "_shifted": False,
-    "_count": 0,
-}
+    "now": math.nan, "best": math.inf, "scale": 0.0, "best_step": 0, "lowest": math.inf, "lowest_step": 0,
+    "learned": False, "lost": False, "_growth": _GROWTH, "_highest": 0.0, "_shifted": False, "_count": 0,
+}  # fmt: skip
 """What is saved, and its value where nothing is known yet."""
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _median(ordered: list[float]) -> float:

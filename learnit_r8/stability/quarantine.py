@@ -10,11 +10,13 @@ often by chance, N P(Binomial(faults, named / N) >= times), is at most 0.05.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from learnit_r8.core.state import Kind, Saved, each, row, table
 
 _MAX_EXPECTED = 0.05  # samples quarantined by chance
 _FAULTS_KEPT = 10
@@ -24,12 +26,17 @@ _FAR_OUT = 20.0  # robust standard deviations above the batch's median
 Ids = NDArray[np.int64]
 
 
-class Quarantine:
+_IDS = Kind(lambda _, ids: ids.tolist(), lambda _, saved: np.array(saved, np.int64))
+
+
+class Quarantine(Saved):
     """Counts how often faults name a sample.
 
     Args:
         num_samples: Samples in the data set.
     """
+
+    _saved = table(run=each(row(bool, _IDS)), faults=each(_IDS), calm_run=int)
 
     def __init__(self, num_samples: int) -> None:
         self._num_samples = num_samples
@@ -67,22 +74,6 @@ class Quarantine:
         ids, counts = np.unique(np.concatenate(self._faults), return_counts=True)
         share = min(1.0, max(other.size for other in self._faults) / self._num_samples)
         return tuple(int(i) for i in ids[counts >= self._needed(len(self._faults), share)])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as numpy arrays, numbers and lists."""
-        return {
-            "precise": [is_precise for is_precise, _ in self._run],
-            "run": [ids.tolist() for _, ids in self._run],
-            "faults": [ids.tolist() for ids in self._faults],
-            "calm_run": self._calm_run,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        run = [np.asarray(ids, np.int64) for ids in state["run"]]
-        self._run = list(zip([bool(p) for p in state["precise"]], run, strict=True))
-        self._faults = [np.asarray(ids, np.int64) for ids in state["faults"]]
-        self._calm_run = int(state["calm_run"])
 
     def _needed(self, faults: int, share: float) -> int:
         """Return how many of the faults must name a sample; more than there are if none will do."""

@@ -27,6 +27,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any, NamedTuple
 
+from learnit_r8.core.state import Saved, each, maybe, table
 from learnit_r8.errors import ProtocolError
 from learnit_r8.types import SAMPLES_TOLD
 
@@ -172,7 +173,7 @@ _PLAIN = {kind: Action(kind) for kind in Kind}
 _ACCEPT = _PLAIN[TABLE[Phase.HEALTHY, Cause.CALM].kind]  # what nearly every step gets
 
 
-class RecoveryMachine:
+class RecoveryMachine(Saved):
     """The state machine of `TABLE` with its counters.
 
     Args:
@@ -188,6 +189,14 @@ class RecoveryMachine:
         lacks: NaN came back so soon, from calm losses, that the backup must lack something.
         failing_batches: Sample ids of the last faulty batches, oldest first, at most 3.
     """
+
+    _saved = table(
+        phase=Phase, used=maybe(each(maybe(int))), failing_batches=each(each(int)), source=str, factor=float,
+        before_step=maybe(int), older=maybe(int),
+        **dict.fromkeys(("lacks", "proven", "callback_failed", "unproven", "explained", "grew"), bool),
+        **dict.fromkeys(("flagged", "nonfinite", "calm", "calm_since", "reports_since", "returns", "uses"), int),
+        **dict.fromkeys(("soon", "unrestorable", "until", "stable_until", "attempts", "skip", "same", "delay"), int),
+    )  # fmt: skip
 
     def __init__(self, hold: int = 100) -> None:
         self.phase = Phase.HEALTHY
@@ -327,20 +336,12 @@ class RecoveryMachine:
         if self.phase is Phase.ROLLBACK:
             self._move(Signal.UNRESTORABLE)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that later actions depend on, as plain numbers, strings and lists."""
-        return {name.strip("_"): getattr(self, name) for name in _SAVED} | {"phase": str(self.phase)}
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; a run that had diverged may be tried again."""
-        phase = Phase(state["phase"])
-        if phase not in _LIVE:
+        """Restore what `state_dict` returned; a run that had diverged, or was amid a restore, is tried anew."""
+        if Phase(state["phase"]) in _LIVE:
+            super().load_state_dict(state)
+        else:
             self.__init__(self.hold)  # type: ignore[misc]
-            return
-        self.phase = phase
-        for name in _SAVED:
-            value = state[name.strip("_")]
-            setattr(self, name, [*value] if isinstance(value, list) else value)
 
     def _on_calm(self) -> Action:
         self.flagged = self.nonfinite = self._unrestorable = 0
@@ -412,10 +413,3 @@ class RecoveryMachine:
             raise ProtocolError(f"{signal} cannot happen in phase {self.phase}: report how the restore went first")
         self.phase = move.phase
         return replace(_PLAIN[move.kind], reason=reason) if reason else _PLAIN[move.kind]
-
-
-_SAVED = (
-    "flagged", "nonfinite", "used", "lacks", "failing_batches", "_calm", "_calm_since", "_reports_since", "_returns",
-    "_uses", "_soon", "_unrestorable", "_factor", "_until", "_stable_until", "_source", "_attempts", "_skip",
-    "_before_step", "_older", "_callback_failed", "_unproven", "_explained", "_same", "_delay", "_grew", "proven",
-)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,19 @@ from typing import Any
 
 HARMLESS_AFTER = 8  # steps that pass over an outlier before it counts as harmless
 _SLOPE_MEMORY = 64  # calm losses
+
+
+def numbers(thing: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes as strict JSON, which knows no infinity or NaN: what is not there yet is None."""
+    values = {name.strip("_"): getattr(thing, name) for name in names}
+    return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+
+
+def take_numbers(thing: Any, names: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Restore what `numbers` returned; `names` says what each attribute is where nothing is known yet."""
+    for name, absent in names.items():
+        value = state[name.strip("_")]
+        setattr(thing, name, absent if value is None else (int if absent is None else type(absent))(value))
 
 
 class SortedWindow:

@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -235,32 +234,6 @@ def test_no_losses_make_it_raise_or_leave_the_range(losses, num_steps, span, smo
     rates = (found.lr, found.valley, found.steep, found.minimum)
     assert all(rate is None for rate in rates) or all(low <= rate <= high for rate in rates)
     assert (found.lr is None) == bool(found.reason)
-
-
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=60), st.data())
-def test_saved_anywhere_and_restored_it_goes_on_the_same(losses, data):
-    cut = data.draw(st.integers(0, len(losses)))
-    whole, first, second = LrFinder(60), LrFinder(60), LrFinder(7, 1e-3, 1.0)
-    for loss in losses[:cut]:
-        first.record(loss)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
-    for loss in losses[cut:]:
-        assert second.next_lr() == first.next_lr()
-        assert second.record(loss) == first.record(loss)
-    for loss in losses:
-        whole.record(loss)
-    assert second.result() == whole.result()
-    assert second.state_dict() == whole.state_dict()
-
-
-@pytest.mark.parametrize("change", [{"losses": [1.0] * 101}, {"losses": [math.nan]}, {"divergence": 0.5}])
-def test_a_bad_state_is_refused_and_changes_nothing(change):
-    finder = LrFinder(50)
-    finder.record(2.0)
-    before = finder.state_dict()
-    with pytest.raises(ConfigError):
-        finder.load_state_dict({**LrFinder(100).state_dict(), **change})
-    assert finder.state_dict() == before
 
 
 def test_all_bad_settings_are_listed_at_once():

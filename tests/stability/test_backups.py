@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from learnit_r8.errors import ConfigError
 from learnit_r8.stability.backups import BackupRing, BackupStatus, chosen_interval
 from learnit_r8.stability.tree_copy import CopyPlan, all_finite
 
@@ -353,7 +352,6 @@ def test_one_nonfinite_number_anywhere_discards_a_backup(dtype, value):
     decided = proved(ring, 1)
     assert [(i.step, i.status) for i in decided] == [(0, BackupStatus.VERIFIED), (1, BackupStatus.DISCARDED)]
     assert [i.step for i in ring.backups] == [0]
-    assert ring.stats.discarded == 1
 
 
 def test_the_scan_is_exact_where_sums_cancel_or_overflow():
@@ -426,20 +424,13 @@ def test_a_restore_takes_the_memory_of_a_backup_that_is_of_no_more_use():
     assert a["w"][0] == 10
 
 
-def test_the_abandoned_future_and_discarded_backups_are_forgotten():
+def test_the_abandoned_future_is_forgotten():
     ring = BackupRing()
     for step in (0, 10, 20):
         ring.take([np.full(3, step)], step)
         proved(ring, step)
     ring.discard_after(10)
     assert [i.step for i in ring.backups] == [0, 10]
-    ring.discard(ring.backups[1])
-    assert [i.step for i in ring.backups] == [0]
-
-
-def test_bad_arguments_are_listed_together():
-    with pytest.raises(ConfigError, match="2 problems"):
-        BackupRing(1, proof=0)
 
 
 @pytest.mark.parametrize(("nbytes", "steps"), [(0, 8), (1e6, 8), (4e6, 16), (1e8, 80), (1e9, 253), (1e12, 512)])

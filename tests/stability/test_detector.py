@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnit_r8.errors import ConfigError
 from learnit_r8.stability.detector import Detector
-from learnit_r8.stability.thresholds import DetectorSettings
 from learnit_r8.stability.windows import SortedWindow
 from learnit_r8.types import Verdict
 
@@ -238,11 +236,6 @@ def test_median_and_deviation_agree_with_numpy(values):
     assert window.median() == pytest.approx(np.median(last))
     distances = np.sort(np.abs(last - window.median()))
     assert window.deviation(window.median()) == distances[last.size // 2]
-
-
-def test_bad_settings_are_listed_together():
-    with pytest.raises(ConfigError, match="3 problems"):
-        DetectorSettings(hard_score=-1, chance=0.0, warmup=100)
 
 
 @pytest.mark.parametrize("after", [80, 100, 150])

@@ -33,6 +33,16 @@ def test_a_run_with_faults_ends_as_the_clean_one_and_no_worse_than_doing_less(ki
     assert saved.score > less.score - 0.025
 
 
+def test_what_fifty_batches_with_wrong_labels_destroyed_comes_back_from_the_best_backup():
+    at = {"kind": "50 garbage batches", "at": [229]}
+    assert harm.train("mlp", 1, STEPS, net=False, **at).score < 0.2
+    assert harm.train("mlp", 1, STEPS, net=True, **at).score > 0.94
+
+
+def test_another_task_is_taken_for_a_loss_of_the_old_one_at_most_once():
+    assert harm_sound.KINDS["another task"](0)["rollbacks"] <= 1
+
+
 @pytest.mark.parametrize("batch", [8, 32, 128])
 @pytest.mark.parametrize("count", harm.ROWS)
 def test_rows_that_hold_nan_are_named_at_their_first_fault_and_cost_nothing_else(count, batch):
@@ -52,8 +62,8 @@ def test_the_same_run_under_three_clocks_is_the_same():
 
 def _left_alone(kind, seed):
     torch.manual_seed(seed)
-    granted = 1 if kind in ("fitted q", "auxiliary loss", "augmentation switched on", "unfreezing") else 0
-    assert harm_sound.KINDS[kind](seed)["rollbacks"] <= granted
+    switched = ("fitted q", "auxiliary loss", "augmentation switched on", "unfreezing", "another task")
+    assert harm_sound.KINDS[kind](seed)["rollbacks"] <= (kind in switched)
 
 
 @pytest.mark.parametrize("kind", ["GAN, generator", "grpo kl", "fitted q", "auxiliary loss adam", "regression b1"])
