@@ -301,7 +301,7 @@ class Judge:
         """
         flagged = self._machine.flagged + 1
         if self._backups.capture is None:
-            lost = self._detector.level.lost and flagged >= HELD_UNSEEN
+            lost = flagged >= HELD_UNSEEN and self._detector.just_lost
             return f"{flagged} losses in a row as high as those of the untrained model" if lost else ""
         if self._looked:
             return ""

@@ -22,6 +22,7 @@ _RECENT, _BEFORE, _EVERY = 48, 96, 16
 _GROWTH, _NEXT_GROWTH = 4.0, 10.0
 _SHIFT, _ERRORS = 0.15, 7.0
 _LEARNED, _LOST = 1 / 3, 0.75  # of the untrained model's level
+_SUDDEN = 6  # looks
 _STANDARD_ERROR = 0.22
 """Of the difference of the two medians, in standard deviations of a loss: 1.25 sqrt(1/48 + 1/96)."""
 _SWING, _SWING_MEMORY = 1.25, 64  # blocks of `_RECENT + _BEFORE` losses
@@ -39,14 +40,15 @@ class Level:
         lowest: The lowest that it ever was.
         lowest_step: The step of that.
         scale: What counts as one best level.
-        learned: It was below a third of the untrained model's, and was not lost since.
-        lost: It has come back to the untrained model's; whoever acts on it says False.
+        learned: Looks left in which a return to the untrained model's level would be sudden: 6 after a look at which it
+            was below a third of that, 0 once it was lost.
+        lost: It has come back to the untrained model's, suddenly; whoever acts on it says False.
     """
 
     def __init__(self) -> None:
         self.now, self.best, self.scale, self.best_step = math.nan, math.inf, 0.0, 0
         self.lowest, self.lowest_step = math.inf, 0
-        self.learned = self.lost = False
+        self.learned, self.lost = 0, False
         self._growth = _GROWTH
         self._highest = 0.0  # shift since the last block
         self._shifted = False
@@ -67,8 +69,8 @@ class Level:
         if self._count % _EVERY:
             return ""
         losses = list(self._losses)
-        if not self.learned and _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level:
-            self.learned = True
+        low = _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level
+        self.learned = _SUDDEN if low else max(0, self.learned - 1)
         if len(losses) < _RECENT:
             return ""
         recent = sorted(losses[-_RECENT:])
@@ -76,13 +78,13 @@ class Level:
         if self.now < self.lowest:
             self.lowest, self.lowest_step = self.now, step
         if self.learned and recent[_RECENT // 8] > _LOST * first_level:
-            self.learned, self.lost = False, True
+            self.learned, self.lost = 0, True
         return self._grown(step, recent, first_level) or self._has_shifted(losses, first_level)
 
     def just_lost(self, first_level: float) -> bool:
         """Say whether the last losses are the untrained model's, though it may be too early to call that the level."""
         last = sorted(list(self._losses)[-_EVERY:])
-        return self.learned and len(last) >= _EVERY and _median(last) > _LOST * first_level
+        return self.learned > 0 and len(last) >= _EVERY and _median(last) > _LOST * first_level
 
     def far_above_best(self) -> bool:
         """Say whether the level is twice its best, or more, and beyond its spread."""
@@ -144,7 +146,7 @@ class Level:
 
 _NUMBERS: dict[str, float | int | bool] = {
     "now": math.nan, "best": math.inf, "scale": 0.0, "best_step": 0, "lowest": math.inf, "lowest_step": 0,
-    "learned": False, "lost": False, "_growth": _GROWTH, "_highest": 0.0, "_shifted": False, "_count": 0,
+    "learned": 0, "lost": False, "_growth": _GROWTH, "_highest": 0.0, "_shifted": False, "_count": 0,
 }  # fmt: skip
 """What is saved, and its value where nothing is known yet."""
 
