@@ -46,6 +46,9 @@ for pause in 0.1 0.4; do
     set -- $(stty size)
     [ "${2:-0}" -gt 2 ] && stty cols $(($2 - 1)) && sleep 0.1 && stty cols "$2"
 done
+# A shell that does not edit lines draws none anew.
+stty -a | grep -q -e -icanon || printf '[r8] Enter shows the prompt, where there is none
+'
 """.replace("LAST_LINES", str(LAST_LINES))
 
 
@@ -92,7 +95,7 @@ class Guardian:
             os.close(reader)
         # At the end it has to be quicker than the shell's prompt; only root may ask for that.
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, -10)
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, -20)
 
     def tell(self, word: str) -> None:
         """Let it know that the screen is "in" or "out", or that the newest checkpoint is "at" a path."""
