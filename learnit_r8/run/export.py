@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from learnit_r8.run.model import DashboardModel
 
 
+_SILENT_STEPS = 20
+"""So many steps' time without an event is no reason to worry."""
+
+
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
@@ -24,6 +28,13 @@ def state(model: DashboardModel) -> str:
     if model.paused:
         return "paused"
     return "waiting" if math.isnan(model.last_report) else "running"
+
+
+def silent_for(model: DashboardModel, now: float, least: float) -> float:
+    """Return the seconds without an event where they are more than `least` and than 20 steps take, else 0."""
+    step = model.pace.step_seconds
+    silent = now - model.last_time
+    return silent if silent > max(least, _SILENT_STEPS * step if math.isfinite(step) else 0.0) else 0.0
 
 
 def numbers(model: DashboardModel) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from typing import Any
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import Event
 from learnit_r8.run import formats as f
+from learnit_r8.run.export import silent_for
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.tail import CHUNK, CONSOLE_FILE, EVENTS_FILE, ConsoleTail, EventTail
 
 STALE_SECONDS = 60.0
-STALE_STEPS = 20
-"""So many steps' time without an event is still no reason to worry."""
 _CONSOLE_BYTES = 1 << 20
 """Of a console file only so much of its end is read."""
 
@@ -89,9 +88,7 @@ class WatchedRun:
             return "ended"
         if math.isnan(model.last_time):
             return "waiting"
-        step = model.pace.step_seconds
-        patience = max(STALE_SECONDS, STALE_STEPS * step if math.isfinite(step) else 0.0)
-        return "stale" if self.silence(now) > patience else "live"
+        return "stale" if silent_for(model, now, STALE_SECONDS) else "live"
 
     def silence(self, now: float) -> float:
         """Return the seconds since the last event; NaN before the first."""

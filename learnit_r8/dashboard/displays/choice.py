@@ -70,13 +70,8 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "log": (("stdout_open", "standard output is closed"),),
     "off": (),
 }
-_BELOW: dict[str, tuple[str, ...]] = {
-    "curses": ("curses", "rich", "log", "off"),
-    "rich": ("rich", "log", "off"),
-    "notebook": ("notebook", "log", "off"),
-    "log": ("log", "off"),
-    "off": ("off",),
-}
+_ORDER = ("curses", "rich", "log", "off")
+_BELOW = {name: _ORDER[i:] for i, name in enumerate(_ORDER)} | {"notebook": ("notebook", *_ORDER[2:])}
 # Environments in which "auto" starts lower: (fact, best display, reason). The first that holds decides.
 _AUTO_STARTS: tuple[tuple[str, str, str], ...] = (
     ("rank", "off", "only rank 0 shows a dashboard"),

@@ -7,13 +7,12 @@ from learnit_r8.dashboard.drawing.glyphs import bar
 from learnit_r8.dashboard.drawing.layout import WIDE
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run import formats as f
-from learnit_r8.run.export import state
+from learnit_r8.run.export import silent_for, state
 from learnit_r8.run.metric import is_validation
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.styles import Style
 
 IDLE_SECONDS = 30.0
-IDLE_STEPS = 20
 _STATES = {
     "running": ("● RUN", Style.GOOD),
     "waiting": ("○ WAIT", Style.DIM),
@@ -28,11 +27,8 @@ _STATES = {
 def status(model: DashboardModel, now: float) -> tuple[str, Style]:
     """Return the run's state as a word, with how long it has been silent where that is unusual."""
     name = state(model)
-    if name == "running":
-        silent = now - model.last_time
-        usual = model.pace.step_seconds
-        if silent > max(IDLE_SECONDS, IDLE_STEPS * usual if usual == usual else 0.0):
-            return f"○ SILENT {f.span(silent)}", Style.WARN
+    if name == "running" and (silent := silent_for(model, now, IDLE_SECONDS)):
+        return f"○ SILENT {f.span(silent)}", Style.WARN
     return _STATES.get(name, (f"○ {name.upper()}", Style.WARN))
 
 

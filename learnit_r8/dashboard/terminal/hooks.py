@@ -46,18 +46,18 @@ class TalkHooks:
         self._debugging = contextlib.ExitStack()
         self._talking = False
         for owner, name in ((builtins, "input"), (code.InteractiveConsole, "interact")):
-            self._wrap(owner, name, self._around)
+            self._wrap(owner, name, self._suspend)
         if POSIX:
             self._wrap(getpass, "_raw_input", self._unseen)
         else:
-            self._wrap(getpass, "getpass", self._around)
-        self._wrap(pdb.Pdb, "interaction", self._before)
+            self._wrap(getpass, "getpass", self._suspend)
+        self._wrap(pdb.Pdb, "interaction", self._debugger_begins)
         for name in ("set_continue", "set_quit"):
-            self._wrap(pdb.Pdb, name, self._after)
-        self._wrap(sys, "excepthook", self._closing)
+            self._wrap(pdb.Pdb, name, self._debugger_ends)
+        self._wrap(sys, "excepthook", self._for_good)
         if os.environ.get("PYTHONBREAKPOINT", "") not in _DEBUGGERS:
             # When a foreign debugger lets go cannot be known.
-            self._wrap(sys, "breakpointhook", self._closing)
+            self._wrap(sys, "breakpointhook", self._for_good)
         self._stdin: Any = sys.stdin
         self._reader: Any = _Reader(sys.stdin, suspend)
         with contextlib.suppress(AttributeError, ValueError):
@@ -65,7 +65,7 @@ class TalkHooks:
                 sys.stdin = self._reader
         for module, (kind, name) in _LATE.items():
             if module in sys.modules:
-                self._wrap(getattr(sys.modules[module], kind), name, self._around)
+                self._wrap(getattr(sys.modules[module], kind), name, self._suspend)
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
@@ -80,54 +80,44 @@ class TalkHooks:
         self._wrapped.clear()
         self._debugging.close()
 
-    def _wrap(self, owner: Any, name: str, how: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def _wrap(self, owner: Any, name: str, around: Suspend) -> None:
         before = getattr(owner, name, None)
-        if before is not None:
-            mine = wraps(before)(how(before))
-            setattr(owner, name, mine)
-            self._wrapped.append((owner, name, before, mine))
+        if before is None:
+            return
 
-    def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(before)
         def mine(*args: Any, **kwargs: Any) -> Any:
-            with self._suspend():
-                return call(*args, **kwargs)
+            with around():
+                return before(*args, **kwargs)
 
-        return mine
+        setattr(owner, name, mine)
+        self._wrapped.append((owner, name, before, mine))
 
-    def _unseen(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
         """For `getpass`, which has turned off the echo of modes that `suspend` replaces by the user's."""
+        with self._suspend(), _no_echo():
+            yield
 
-        def mine(*args: Any, **kwargs: Any) -> Any:
-            with self._suspend(), _no_echo():
-                return call(*args, **kwargs)
+    @contextlib.contextmanager
+    def _debugger_begins(self) -> Iterator[None]:
+        if not self._talking:
+            self._talking = True
+            self._debugging.enter_context(self._suspend())
+        yield
 
-        return mine
+    @contextlib.contextmanager
+    def _debugger_ends(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._talking = False
+            self._debugging.close()
 
-    def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def mine(*args: Any, **kwargs: Any) -> Any:
-            if not self._talking:
-                self._talking = True
-                self._debugging.enter_context(self._suspend())
-            return call(*args, **kwargs)
-
-        return mine
-
-    def _after(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def mine(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._talking = False
-                self._debugging.close()
-
-        return mine
-
-    def _closing(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def mine(*args: Any, **kwargs: Any) -> Any:
-            self._close()
-            return call(*args, **kwargs)
-
-        return mine
+    @contextlib.contextmanager
+    def _for_good(self) -> Iterator[None]:
+        self._close()
+        yield
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         """Wrap a module of `_LATE` once it is loaded; part of the protocol of `sys.meta_path`."""
@@ -147,7 +137,7 @@ class TalkHooks:
             execute(module)
             if self in sys.meta_path:
                 kind, method = _LATE[name]
-                self._wrap(getattr(module, kind), method, self._around)
+                self._wrap(getattr(module, kind), method, self._suspend)
 
         loader.exec_module = execute_and_wrap
         return spec

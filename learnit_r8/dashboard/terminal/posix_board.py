@@ -25,13 +25,7 @@ _PIECE = 4096
 
 
 class PosixBoard(Board):
-    """Owns the terminal while it is shown.
-
-    Args:
-        environment: For NO_COLOR and COLORFGBG.
-        console: File for the prints; a temporary one when None.
-        prints: Keep this process's prints.
-    """
+    """Owns the terminal while it is shown; the arguments are those of `open_board`."""
 
     def __init__(self, environment: Mapping[str, str], console: Path | None, prints: bool) -> None:
         self._keys = KeyDecoder()

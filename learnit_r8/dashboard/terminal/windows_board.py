@@ -112,13 +112,7 @@ class StreamCapture(ConsoleFile):
 
 
 class WindowsBoard(Board):
-    """Owns the console while it is shown.
-
-    Args:
-        environment: For NO_COLOR.
-        console: File for the prints; a temporary one when None.
-        prints: Keep this process's prints.
-    """
+    """Owns the console while it is shown; the arguments are those of `open_board`."""
 
     key_seconds = 0.05
 
