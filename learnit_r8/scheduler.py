@@ -50,7 +50,7 @@ from learnit_r8.loop.in_flight import Loader, Ticket, TicketDesk
 from learnit_r8.loop.judge import Judgement
 from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
-from learnit_r8.loop.output import Presence
+from learnit_r8.loop.output import Output
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.sampling import Chooser
@@ -212,7 +212,7 @@ class R8Scheduler:
         saves = config.checkpoint_dir is not None
         self._control = Control(self._bus, self._ranks, args.clock, saves=saves, signals=config.signals)
         self._control.together = self._together is not None or config.shard is not None
-        self._presence = Presence(args, self._bus, self._catalog, self._guard, self._ranks.rank)
+        self._output = Output(args, self._bus, self._catalog, self._guard, self._ranks.rank)
         self._replays = config.rollback_data == "replay"
         self._ones = np.ones(config.batch_size, np.float32)
         self._progress = Progress()
@@ -727,7 +727,7 @@ class R8Scheduler:
             )
         )
         self._guard_epoch()
-        self._presence.log_catalog(ended.global_step)
+        self._output.log_catalog(ended.global_step)
         if self._control.stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
 
@@ -1149,7 +1149,7 @@ class R8Scheduler:
         _running.add(self)
         if self._ranks.writes:
             self._saver.begin()
-        self._presence.begin(self._progress.global_step, self._budget.elapsed, resumed=self._resumed)
+        self._output.begin(self._progress.global_step, self._budget.elapsed, resumed=self._resumed)
         if out := self._config.left_out:
             message = (
                 f"each epoch leaves out {out} samples, others each time: its last batch gives all "
@@ -1165,7 +1165,7 @@ class R8Scheduler:
             self._begun = False
             self._budget.stop()
             levels, warning = self._safety.levels(), self._safety.ending(self._progress.global_step)
-            self._presence.end(self._progress.global_step, reason, self._budget.elapsed, levels, warning)
+            self._output.end(self._progress.global_step, reason, self._budget.elapsed, levels, warning)
         self._saver.close()
 
     def _over(self) -> bool:
@@ -1181,7 +1181,7 @@ class R8Scheduler:
 
         `input()`, `getpass`, reads from `sys.stdin` and debuggers need no such line.
         """
-        return self._presence.terminal()
+        return self._output.terminal()
 
     def close(self) -> None:
         """Save what the cadence owes, release terminal, log, directory and signal handlers; any number of times."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from learnit_r8.checkpoint.background import Background
 
 
-class Presence:
+class Output:
     """Opens what is to be seen of a run when it begins, and closes it when it ends.
 
     Args:
