@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.integrations.torch.sharded_model import ShardedModel, collective
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make
+from learnit_r8.strategies.contract import Rules
 from learnit_r8.types import Indices, LossReport
 
 __all__ = ["FromRank0", "ShardedModel", "collective", "make_all_gather", "rank_arguments", "torch_all_gather"]
@@ -166,12 +167,11 @@ class FromRank0:
 
     def __init__(self, strategy: str | Strategy) -> None:
         self.wrapped: Any = make(strategy)
-        if hasattr(self.wrapped, "start_epoch") and not hasattr(self.wrapped, "load_state_dict"):
+        self._rules = rules = Rules(self.wrapped)
+        if rules.has("start_epoch") and not rules.has("load_state_dict"):
             raise ConfigError([f"{strategy!r} plans epochs: FromRank0 needs its state_dict() and load_state_dict()"])
         self.name = strategy if isinstance(strategy, str) else getattr(strategy, "name", type(strategy).__name__)
-        self.catalogs = getattr(self.wrapped, "catalogs", True)
-        self.covers = getattr(self.wrapped, "covers", False)
-        self.replacement = getattr(self.wrapped, "replacement", False)
+        self.catalogs, self.covers, self.replacement = rules.catalogs, rules.covers, rules.replacement
         self._decisions: list[tuple[str, str, float]] = []
 
     @property
@@ -193,13 +193,11 @@ class FromRank0:
         """Let rank 0 plan the epoch; return its number of samples."""
         message = None
         if self._leads:
-            start = getattr(self.wrapped, "start_epoch", None)
-            samples = start(request) if start is not None else None
+            samples = self._rules.start_epoch(request)
             message = np.array([-1 if samples is None else samples])
         samples = int(self._broadcast(message)[0])
-        pop = getattr(self.wrapped, "pop_decisions", None)
-        if pop is not None:  # a detector that is warned on one rank only would judge differently there
-            told: list[Any] = [pop() if self._leads else None]
+        if self._rules.has("pop_decisions"):  # a detector that is warned on one rank only would judge differently
+            told: list[Any] = [self._rules.pop_decisions() if self._leads else None]
             dist.broadcast_object_list(told, 0, device=_device(None))
             self._decisions += told[0]
         return None if samples < 0 else samples
@@ -232,23 +230,19 @@ class FromRank0:
 
     def observe(self, report: LossReport) -> None:
         """Let rank 0's strategy hear the report."""
-        observe = getattr(self.wrapped, "observe", None)
-        if observe is not None and self._leads:
-            observe(report)
+        if self._leads:
+            self._rules.observe(report)
 
     def forget(self, indices: Indices) -> None:
         """Let rank 0's strategy know what will not be reported."""
-        forget = getattr(self.wrapped, "forget", None)
-        if forget is not None and self._leads:
-            forget(indices)
+        if self._leads:
+            self._rules.forget(indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's state; rank 0's is the one that counts."""
-        save = getattr(self.wrapped, "state_dict", None)
-        return {"strategy": None if save is None else save()}
+        return {"strategy": self._rules.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        load = getattr(self.wrapped, "load_state_dict", None)
-        if load is not None and state["strategy"] is not None:
-            load(state["strategy"])
+        if state["strategy"] is not None:
+            self._rules.load_state_dict(state["strategy"])

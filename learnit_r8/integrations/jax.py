@@ -114,7 +114,17 @@ def with_lr(opt_state: Any, lr: float) -> Any:
     Raises:
         ConfigError: The state holds no learning rate.
     """
-    new, found = _replaced(opt_state, lr)
+    found = False
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        nonlocal found
+        if [getattr(key, "key", getattr(key, "name", None)) for key in path[-2:]] != ["hyperparams", _RATE]:
+            return leaf
+        found = True
+        # A Python float would be weakly typed, which is another signature for jit.
+        return jnp.asarray(lr, getattr(leaf, "dtype", jnp.float32))
+
+    new = jax.tree_util.tree_map_with_path(replaced, opt_state)
     if not found:
         raise ConfigError(
             [
@@ -217,21 +227,3 @@ def _is_key(leaf: Any) -> bool:
 
 def _is_special(leaf: Any) -> bool:
     return isinstance(leaf, (_Key, _Placed))
-
-
-def _replaced(state: Any, lr: float) -> tuple[Any, bool]:
-    """Return a state with its learning rates replaced, and whether there was any."""
-    hyperparams = getattr(state, "hyperparams", None)
-    if isinstance(hyperparams, dict) and _RATE in hyperparams:
-        # A Python float would be weakly typed, which is another signature for jit.
-        dtype = getattr(hyperparams[_RATE], "dtype", jnp.float32)
-        return state._replace(hyperparams={**hyperparams, _RATE: jnp.asarray(lr, dtype)}), True
-    if isinstance(state, dict):
-        parts = {key: _replaced(value, lr) for key, value in state.items()}
-        return {key: part for key, (part, _) in parts.items()}, any(found for _, found in parts.values())
-    if isinstance(state, tuple):
-        items = [_replaced(value, lr) for value in state]
-        new = [part for part, _ in items]
-        rebuilt = type(state)(*new) if hasattr(state, "_fields") else tuple(new)
-        return rebuilt, any(found for _, found in items)
-    return state, False

@@ -184,13 +184,15 @@ def common_checkpoint(directory: Path, rank: int, world_size: int, all_gather: G
         FileNotFoundError: No rank has a checkpoint.
         CheckpointError: There is none that all have.
     """
-    gather = all_gather or np.asarray
+
+    def every(*numbers: float) -> NDArray[np.int64]:
+        return np.asarray((all_gather or np.asarray)(np.array(numbers, np.float64))).astype(np.int64)
+
     worlds = {int(found[2]) for entry in directory.glob("shard-*") if (found := _FOLDER.fullmatch(entry.name))}
-    strange = np.asarray(gather(np.array([max(worlds - {world_size}, default=0)], np.float64)))
-    known = np.asarray(gather(np.array([world_size in worlds], np.float64)))
-    if strange.any() and not known.any():
+    strange = every(max(worlds - {world_size}, default=0))
+    if not every(world_size in worlds).any() and strange.any():
         raise CheckpointError(
-            f"the checkpoints in {directory} are of {int(strange.max())} shards, this run has {world_size}: resume it "
+            f"the checkpoints in {directory} are of {strange.max()} shards, this run has {world_size}: resume it "
             "on as many ranks, each with its shard"
         )
     if not worlds and (directory / MANIFEST).is_file():
@@ -201,8 +203,7 @@ def common_checkpoint(directory: Path, rank: int, world_size: int, all_gather: G
     for entry in store.of_last_run():
         if entry.manifest is not None:
             held.setdefault(entry.manifest.step, entry.path)
-    sizes = np.asarray(gather(np.array([len(held)], np.float64))).astype(int)
-    steps = np.asarray(gather(np.array(list(held), np.float64))).astype(int)
+    sizes, steps = every(len(held)), every(*held)
     by_rank = np.split(steps, np.cumsum(sizes)[:-1])
     if not len(steps):
         raise FileNotFoundError(f"no checkpoint in {directory} on any of {world_size} ranks")
@@ -214,7 +215,7 @@ def common_checkpoint(directory: Path, rank: int, world_size: int, all_gather: G
             store.load(held[step])
         except CheckpointError:
             whole = False
-        if np.asarray(gather(np.array([whole], np.float64))).all():
+        if every(whole).all():
             return held[step]
     newest = [f"rank {number}: {each.tolist() or 'none'}" for number, each in enumerate(by_rank)]
     raise CheckpointError(
