@@ -86,6 +86,7 @@ def alone(text):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_python_of_all_documents_type_checks_strictly_against_the_installed_package(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("mypy")
