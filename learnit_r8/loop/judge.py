@@ -25,7 +25,7 @@ from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.stability.detector import Detector, Reading
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.stability.quarantine import Quarantine, not_finite
-from learnit_r8.stability.recovery import HELD_UNSEEN, Action, Cause, Kind, RecoveryMachine
+from learnit_r8.stability.recovery import Action, Cause, Kind, RecoveryMachine
 from learnit_r8.types import Indices, Verdict
 
 _MOST = 0.9
@@ -180,13 +180,14 @@ class Judge:
                 if judgement := self._undo_if_moved(step, reading, indices, since, why):
                     return judgement
         level = self._detector.level
-        if level.lost and self._backups.capture is not None:
+        if level.lost:
             level.lost = False
             best = self._backups.best()
             # It may be a new task that is not learned yet: it is undone again only after it was learned again.
-            if best is not None:
+            if best is not None or self._backups.capture is None:
+                since = (level.lowest_step if best is None else best.step) + 1
                 why = "the loss has been that of the untrained model for dozens of steps"
-                return self._undo_if_moved(step, reading, indices, best.step + 1, why)
+                return self._undo_if_moved(step, reading, indices, since, why)
         return None
 
     def _undo_if_moved(self, step: int, reading: Reading, indices: Indices, since: int, why: str) -> Judgement | None:
@@ -299,11 +300,7 @@ class Judge:
 
         The first look counts: what moved the losses moved the weights before them; later they follow the losses.
         """
-        flagged = self._machine.flagged + 1
-        if self._backups.capture is None:
-            lost = flagged >= HELD_UNSEEN and self._detector.just_lost
-            return f"{flagged} losses in a row as high as those of the untrained model" if lost else ""
-        if self._looked:
+        if self._looked or self._backups.capture is None:
             return ""
         if self._machine.just_restored:  # sound weights give such losses: it is not the weights
             self._backups.excuse(step)

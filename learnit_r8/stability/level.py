@@ -84,7 +84,8 @@ class Level:
     def just_lost(self, first_level: float) -> bool:
         """Say whether the last losses are the untrained model's, though it may be too early to call that the level."""
         last = sorted(list(self._losses)[-_EVERY:])
-        return self.learned > 0 and len(last) >= _EVERY and _median(last) > _LOST * first_level
+        level = _median(last) if len(last) == _EVERY else self.now
+        return self.learned > 0 and level > _LOST * first_level
 
     def far_above_best(self) -> bool:
         """Say whether the level is twice its best, or more, and beyond its spread."""

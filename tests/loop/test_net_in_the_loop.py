@@ -282,3 +282,18 @@ def test_a_stop_or_a_signal_ends_the_search_for_a_rate_at_once():
             pass
         assert handed == 4
         assert scheduler.global_step == 0
+
+
+@pytest.mark.parametrize("high", [2.4, 1.0])
+def test_losses_of_the_untrained_model_restore_one_that_nobody_can_see_and_lower_ones_do_not(high):
+    heard = Ears()
+    scheduler = R8Scheduler(
+        800, 4, num_epochs=1, load_callback=lambda state: None, checkpoint_dir=None, ui="off", sinks=[heard], seed=0
+    )
+    with scheduler:
+        for batch in scheduler.batch_iterator():
+            if batch.step == 90:
+                scheduler.update_cpu_backup({"w": np.ones(3)})
+            level = 2.3 * 0.95**batch.step + 0.05 if batch.step < 110 else high
+            scheduler.update_with_loss(np.full(4, level * (1 + 0.01 * (batch.step % 3))))
+    assert len(heard.of(events.RolledBack)) == (high > 2)
