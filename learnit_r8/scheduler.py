@@ -46,14 +46,14 @@ from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.control import Control
 from learnit_r8.loop.counters import Progress, Stage, check_state, resumed_arguments
 from learnit_r8.loop.crash import CrashRecorder
-from learnit_r8.loop.in_flight import Loader, Ticket, TicketDesk
+from learnit_r8.loop.in_flight import InFlight, Loader, Ticket
 from learnit_r8.loop.judge import Judgement
 from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.output import Output
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.safety import SafetyNet
-from learnit_r8.loop.sampling import Chooser
+from learnit_r8.loop.sampling import Sampling
 from learnit_r8.loop.saver import Saver, State, not_saved
 from learnit_r8.loop.shards import Shards, common_checkpoint
 from learnit_r8.loop.signals import say
@@ -182,8 +182,8 @@ class R8Scheduler:
         self._streams = RandomStreams(config.seed, config.shard and config.shard[0])
         self._catalog = self._ranks.new_catalog(config.num_samples)
         agreed = None if config.shard is None else self._ranks.least
-        self._chooser = Chooser(args.strategy, config, self._catalog, self._streams, agreed)
-        self._desk = TicketDesk(config.lookahead)
+        self._chooser = Sampling(args.strategy, config, self._catalog, self._streams, agreed)
+        self._desk = InFlight(config.lookahead)
         seeking = not getattr(args.strategy, "covers", False)
         self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
         self._together = None

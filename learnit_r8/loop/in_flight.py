@@ -61,7 +61,7 @@ _LEFT_OUT = (
 )
 
 
-class TicketDesk:
+class InFlight:
     """Open tickets in the order of issue, and drawn batches that wait to be issued again.
 
     Args:

@@ -16,7 +16,7 @@ from learnit_r8.strategies.uniform import Uniform
 from learnit_r8.types import Indices, Losses, LossReport, Mask
 
 
-class Chooser:
+class Sampling:
     """Asks the strategy, or in the first epoch the cataloger, for the next batch.
 
     Args:
