@@ -184,7 +184,7 @@ class R8Scheduler:
         agreed = None if config.shard is None else self._ranks.least
         self._chooser = Sampling(args.strategy, config, self._catalog, self._streams, agreed)
         self._desk = InFlight(config.lookahead)
-        seeking = not getattr(args.strategy, "covers", False)
+        seeking = not self._chooser.rules.covers
         self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
         self._together = None
         if args.save is not None and args.save.collective and self._ranks.world_size > 1:
@@ -266,7 +266,7 @@ class R8Scheduler:
     @property
     def strategy(self) -> Strategy:
         """What chooses the samples once they are cataloged."""
-        return self._chooser.strategy
+        return self._chooser.rules.strategy  # type: ignore[no-any-return]
 
     @property
     def noise_guard(self) -> NoiseGuard:
@@ -697,7 +697,7 @@ class R8Scheduler:
             self._bus.emit(events.QuadrantsRefreshed(step=step, epoch=epoch, **asdict(table)))
         alike = self._guard.undecided(done / total)
         self._chooser.start_epoch(epoch, step, done / total, excluded, alike=alike)
-        decisions = self._chooser.pop_decisions()
+        decisions = self._chooser.rules.pop_decisions()
         for decision, reason, figure in decisions:
             self._bus.emit(events.StrategyDecided(step=step, decision=decision, reason=reason, figure=figure))
         if self._ranks.any_of(bool(decisions)):

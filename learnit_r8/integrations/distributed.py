@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.integrations.torch.sharded_model import ShardedModel, collective
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make
-from learnit_r8.strategies.contract import Rules
+from learnit_r8.strategies.contract import Rules, sound
 from learnit_r8.types import Indices, LossReport
 
 __all__ = ["FromRank0", "ShardedModel", "collective", "make_all_gather", "rank_arguments", "torch_all_gather"]
@@ -147,6 +147,7 @@ def rank_arguments(mesh: Any = None) -> dict[str, Any]:
     return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "all_gather": torch_all_gather}
 
 
+@sound  # as far as what it wraps is
 class FromRank0:
     """A strategy whose every choice is made on rank 0 and broadcast: `strategy=FromRank0("prioritized")`.
 
@@ -211,8 +212,7 @@ class FromRank0:
         """Return rank 0's choice."""
         message = None
         if self._leads:
-            chosen = self.wrapped.draw(request)
-            draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
+            draw = Draw.of(self.wrapped.draw(request))
             columns = [c for c in (draw.probabilities, draw.weights) if c is not None]
             kind = (draw.probabilities is not None) + 2 * (draw.weights is not None)
             message = np.concatenate([[kind], draw.indices, *columns])

@@ -11,7 +11,8 @@ from learnit_r8.core.config import Config
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ProtocolError, tell
 from learnit_r8.samples.catalog import LossCatalog
-from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, complaint
+from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
+from learnit_r8.strategies.contract import Rules
 from learnit_r8.strategies.uniform import Uniform
 from learnit_r8.types import Indices, Losses, LossReport, Mask
 
@@ -40,27 +41,24 @@ class Sampling:
         streams: RandomStreams,
         agreed: Callable[[int], int] | None = None,
     ) -> None:
-        self.strategy = strategy
+        self.rules = Rules(strategy)
         self._agreed = agreed
         self.batches = 0
         self.drawn = 0
         self._config = config
         self._catalog = catalog
         self._streams = streams
-        self._cataloger = Uniform()
+        self._cataloger = Rules(Uniform())
         self._cataloging = False
         self._left = 0  # samples of the plan that are not drawn yet
         self._excluded: Mask | None = None
-        self._observe = getattr(strategy, "observe", None)
-        chain = strategy, getattr(strategy, "wrapped", strategy)  # FromRank0 passes on what another one chose
-        self._trusted = all(type(one).__module__.startswith("learnit_r8.") for one in chain)
         self._warned = False
         self._fast: Callable[[int], Indices | None] | None = None  # a plan's next batch, without a request
 
     @property
     def each_once(self) -> bool:
         """Whether it is certain that this epoch draws no sample twice."""
-        return self._cataloging or (self._trusted and bool(getattr(self.strategy, "covers", False)))
+        return self._active.sound and self._active.covers
 
     @property
     def phase(self) -> str:
@@ -68,11 +66,15 @@ class Sampling:
         return "cataloging" if self._cataloging else self._config.strategy
 
     @property
-    def _active(self) -> Strategy:
-        return self._cataloger if self._cataloging else self.strategy
+    def _active(self) -> Rules:
+        return self._cataloger if self._cataloging else self.rules
+
+    def _require(self, fault: str) -> None:
+        if fault:
+            raise ProtocolError(f"{type(self._active.strategy).__name__}.{fault}")
 
     def _find_fast(self) -> Callable[[int], Indices | None] | None:
-        return getattr(self._active, "next_planned", None) if self._trusted or self._cataloging else None
+        return getattr(self._active.strategy, "next_planned", None) if self._active.sound else None
 
     def start_epoch(
         self, epoch: int, step: int, progress: float, excluded: Mask | None, *, alike: bool = False
@@ -86,20 +88,15 @@ class Sampling:
             excluded: Samples to leave out, or None.
             alike: Draw every sample equally often: go on cataloging, unless the strategy does that itself.
         """
-        first = epoch == 0 and getattr(self.strategy, "catalogs", True)
-        self._cataloging = first or (alike and not getattr(self.strategy, "covers", False))
+        self._cataloging = (epoch == 0 and self.rules.catalogs) or (alike and not self.rules.covers)
         self._excluded = _read_only(excluded)
         self.drawn = 0
         request = self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN)
-        start = getattr(self._active, "start_epoch", None)
-        samples = start(request) if start is not None else None
+        samples = self._active.start_epoch(request)
+        if not self._active.sound:
+            self._require(self._active.length_fault(samples))
         if samples is None:
             samples = self._config.num_samples - (0 if excluded is None else int(np.count_nonzero(excluded)))
-        elif not self._trusted and (not isinstance(samples, (int, np.integer)) or samples < 1):
-            raise ProtocolError(
-                f"{type(self._active).__name__}.start_epoch must return how many samples the epoch will draw, a whole "
-                f"number >= 1, or None for all that are not excluded: got {samples!r}"
-            )
         self._left = int(samples)
         self._fast = self._find_fast()
         self.batches = self._count()
@@ -123,7 +120,7 @@ class Sampling:
         self.drawn += 1
         self._left -= count
         if count < size:
-            if (self._trusted or self._cataloging) and count % self._config.world_size:  # the ranks get equally many
+            if self._active.sound and count % self._config.world_size:  # the ranks get equally many
                 whole = count - count % self._config.world_size
                 indices, weights = indices[:whole], None if weights is None else weights[:whole]
             self._plan_longer(count, size)
@@ -132,9 +129,8 @@ class Sampling:
     @np.errstate(all="ignore")
     def _ask(self, request: BatchRequest) -> tuple[Indices, Losses | None, int]:
         """Return ids and weights that the strategy draws, and how many it drew: a stranger's may be fewer now."""
-        chosen = self._active.draw(request)
-        draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
-        if self._trusted or self._cataloging:
+        draw = Draw.of(self._active.draw(request))
+        if self._active.sound:
             indices, weights = draw.indices.astype(np.int64), draw.importance(self._config.num_samples)
         else:
             indices, weights = self._checked(draw, request)
@@ -144,15 +140,15 @@ class Sampling:
         """Let the epoch go on until all of its samples were drawn."""
         if self._agreed is None:
             self.batches = self._planned()
-        elif not self._trusted:
-            raise ProtocolError(
-                f"{type(self._active).__name__}.draw returned {count} ids where {asked} were asked for: under "
-                "ShardedScheduler, whose ranks take steps together, each batch has to be full"
+        elif not self._active.sound:
+            self._require(
+                f"draw returned {count} ids where {asked} were asked for: under ShardedScheduler, whose ranks take "
+                "steps together, each batch has to be full"
             )
 
     def _planned(self) -> int:
         """Return how many batches the epoch has: full ones from here on, unless the strategy knows better."""
-        left = getattr(self._active, "batches_left", None)
+        left = self._active.batches_left
         return self.drawn + (self._config.batches(self._left) if left is None else left)
 
     def _request(
@@ -174,78 +170,39 @@ class Sampling:
 
     def _checked(self, draw: Draw, request: BatchRequest) -> tuple[Indices, Losses | None]:
         """Return copies of what a stranger drew, which may go on writing into its arrays."""
-        name = type(self._active).__name__
-        indices = np.asarray(draw.indices)
-        if indices.ndim != 1 or indices.dtype.kind not in "iu" or not 1 <= len(indices) <= request.size:
-            raise ProtocolError(
-                f"{name}.draw must return 1 to {request.size} sample ids in a 1-D integer array, "
-                f"got {type(draw.indices).__name__} of shape {indices.shape} and dtype {indices.dtype}"
-            )
-        if indices.min() < 0 or indices.max() >= self._config.num_samples:
-            raise ProtocolError(
-                f"{name}.draw returned ids from {indices.min()} to {indices.max()}, allowed are 0 to "
-                f"{self._config.num_samples - 1}"
-            )
-        if not getattr(self._active, "replacement", False) and len(np.unique(indices)) < len(indices):
-            raise ProtocolError(
-                f"{name}.draw returned a sample twice in one batch: draw without replacement, or set the class "
-                "attribute replacement = True"
-            )
-        weights = self._checked_weights(draw, name)
-        indices = indices.astype(np.int64)
+        self._require(self._active.draw_fault(draw, request.size, self._config.num_samples))
+        indices, weights = np.array(draw.indices, np.int64), draw.importance(self._config.num_samples)
+        weights = None if weights is None else weights.copy()
         if request.excluded is None or not request.excluded[indices].any():
             return indices, weights
-        return self._without_excluded(indices, weights, ~request.excluded[indices], name)
+        return self._without_excluded(indices, weights, ~request.excluded[indices])
 
-    def _checked_weights(self, draw: Draw, name: str) -> Losses | None:
-        given = draw.probabilities if draw.weights is None else draw.weights
-        kind = "probabilities" if draw.weights is None else "weights"
-        if given is None:
-            return None
-        values = np.asarray(given)
-        if (wanted := complaint(kind, values, len(draw.indices))) is not None:
-            raise ProtocolError(
-                f"{name}.draw must return {kind} that are {wanted}: got shape "
-                f"{values.shape}, {np.array2string(values, threshold=8)}, for {len(draw.indices)} samples"
-            )
-        weights = draw.importance(self._config.num_samples)
-        return None if weights is None else weights.copy()
-
-    def _without_excluded(
-        self, indices: Indices, weights: Losses | None, kept: Mask, name: str
-    ) -> tuple[Indices, Losses | None]:
+    def _without_excluded(self, indices: Indices, weights: Losses | None, kept: Mask) -> tuple[Indices, Losses | None]:
         """Take out what must not be trained on. To stop would punish a run for a quarantine that came hours into it."""
-        advice = f"{name}.draw returned samples of request.excluded (quarantine, noise guard): leave these out"
+        advice = "draw returned samples of request.excluded (quarantine, noise guard): leave these out"
         remain = np.flatnonzero(kept)
         remain = remain[: len(remain) - len(remain) % self._config.world_size]
         if not len(remain):
-            raise ProtocolError(f"{advice}; too few of a batch remain")
+            self._require(f"{advice}; too few of a batch remain")
         if not self._warned:
             self._warned = True
-            tell(f"{advice}; until then they are taken out of its batches", stacklevel=2)
+            name = type(self._active.strategy).__name__
+            tell(f"{name}.{advice}; until then they are taken out of its batches", stacklevel=2)
         return indices[remain], None if weights is None else weights[remain]
 
     @property
     def listens(self) -> bool:
         """Whether the strategy wants to hear reports."""
-        return self._observe is not None
+        return self.rules.has("observe")
 
     @np.errstate(all="ignore")
     def observe(self, report: LossReport) -> None:
         """Let the strategy hear an accepted report."""
-        if self._observe is not None:
-            self._observe(report)
-
-    def pop_decisions(self) -> list[tuple[str, str, float]]:
-        """Return (decision, reason, figure) of what the strategy decided since the last call."""
-        pop = getattr(self.strategy, "pop_decisions", None)
-        return [] if pop is None else pop()
+        self.rules.observe(report)
 
     def forget(self, indices: Indices) -> None:
         """Tell the strategy that these were drawn and will not be reported."""
-        forget = getattr(self._active, "forget", None)
-        if forget is not None:
-            forget(indices)
+        self._active.forget(indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plan's position and the strategy's own state."""
@@ -256,7 +213,7 @@ class Sampling:
             "cataloging": self._cataloging,
             "excluded": None if self._excluded is None else np.packbits(self._excluded),
             "cataloger": self._cataloger.state_dict(),
-            "strategy": _state(self.strategy),
+            "strategy": self.rules.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], epoch: int, step: int, progress: float) -> None:
@@ -267,13 +224,11 @@ class Sampling:
         self._excluded = None if packed is None else _read_only(np.unpackbits(packed, count=count).astype(bool))
         self._cataloger.load_state_dict(state["cataloger"])
         self._fast = self._find_fast()
-        load = getattr(self.strategy, "load_state_dict", None)
-        start = getattr(self.strategy, "start_epoch", None)
-        if load is not None:
-            load(state["strategy"])
-        elif start is not None and not self._cataloging and state["batches"]:
+        if self.rules.has("load_state_dict"):
+            self.rules.load_state_dict(state["strategy"])
+        elif not self._cataloging and state["batches"]:
             self.drawn = 0
-            start(self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN))
+            self.rules.start_epoch(self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN))
         self.drawn, self._left = int(state["drawn"]), int(state["left"])
         # The batch size may have changed since: count again what is left.
         self.batches = self._count() if state["batches"] else 0
@@ -285,8 +240,3 @@ def _read_only(mask: Mask | None) -> Mask | None:
     view = mask.view()
     view.flags.writeable = False
     return view
-
-
-def _state(strategy: Strategy) -> dict[str, Any] | None:
-    save = getattr(strategy, "state_dict", None)
-    return None if save is None else save()

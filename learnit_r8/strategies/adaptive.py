@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.strategies.base import BatchRequest, register
+from learnit_r8.strategies.contract import sound
 from learnit_r8.strategies.weighting import (
     Floats,
     WeightedSampler,
@@ -52,6 +53,7 @@ def _check(problems: Problems, learning_rate: float, momentum: float) -> tuple[f
 
 
 @register("adaptive")
+@sound
 class Adaptive(WeightedStrategy):
     """Draws by weights that are boosted where losses stay high, and corrects the bias.
 

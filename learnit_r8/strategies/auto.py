@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Kind, Saved, each, maybe, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, register
+from learnit_r8.strategies.contract import sound
 from learnit_r8.strategies.weighting import SAMPLER, Floats, MixtureSampler, draw_stable, fill_unseen
 from learnit_r8.types import LossReport, Mask
 
@@ -63,6 +64,7 @@ _COLUMNS = Kind(
 
 
 @register("auto")
+@sound
 class Auto(Saved):
     """Leans to hard samples as far as they turn out learnable; avoids the unexplained. Experimental.
 

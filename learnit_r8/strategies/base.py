@@ -9,22 +9,7 @@ A user's own strategy needs nothing from this module:
                 ids = ids[~request.excluded]
             return request.rng.permutation(ids)[: request.size]
 
-Optional methods, used where present:
-
-* `start_epoch(request) -> int | None`: the epoch's plan is due; the number of samples that
-  the epoch will draw, at least 1 (None: as many as there are samples, less `request.excluded`).
-  The epoch goes on until so many are drawn, also where draws return fewer ids than asked for.
-* `observe(report)`: an accepted `LossReport`.
-* `forget(indices)`: these were drawn but will never be reported.
-* `state_dict() -> dict` and `load_state_dict(state)`: needed when a draw depends on anything
-  but the request. Values: JSON scalars, lists, dicts and numpy arrays, all of them copies.
-* `pop_decisions() -> list`: (decision, reason, figure) of what it decided since the last call, asked for at
-  epoch starts; each becomes an event.
-* `catalogs`: class attribute, False when it draws the first epoch, too, in place of the cataloging.
-* `batches_left`: how many batches of the epoch are still to be drawn, where they are not full ones.
-* `covers`: class attribute, True when one epoch draws each sample exactly once. Where it is not, `noise_guard="cap"`
-  has every sample drawn alike until it has judged.
-* `replacement`: class attribute, True when one batch may hold a sample twice.
+What else it may have stands in `strategies/contract.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +23,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ConfigError
+from learnit_r8.strategies.contract import Rules
 from learnit_r8.types import Indices, Losses, Mask
 
 if TYPE_CHECKING:
@@ -87,16 +73,6 @@ class BatchRequest(NamedTuple):
         return self.streams.at(self.purpose, self.epoch, self.cursor)
 
 
-def complaint(kind: str, values: NDArray[Any], count: int) -> str | None:
-    """Return what the "probabilities" or "weights" of `count` drawn samples should be, or None where they are."""
-    zeros = kind == "weights"  # of a sample that is drawn but does not count
-    if values.shape == (count,) and values.dtype.kind in "fiu" and np.isfinite(values).all():
-        low = values.min()
-        if low > 0 or (zeros and low == 0 and values.any()):
-            return None
-    return f"{'finite, not negative and not all 0' if zeros else 'finite and positive'}, one per sample"
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
     """The chosen samples and, for a biased choice, how likely each was.
@@ -113,6 +89,11 @@ class Draw:
     probabilities: NDArray[np.floating[Any]] | None = None
     weights: NDArray[np.floating[Any]] | None = None
 
+    @classmethod
+    def of(cls, chosen: Draw | Indices) -> Draw:
+        """Return what a strategy chose as a draw."""
+        return chosen if isinstance(chosen, Draw) else cls(chosen)
+
     def importance(self, num_samples: int) -> Losses | None:
         """Return the importance weights of the chosen samples, float32 `[n]`, or None for ones."""
         weights = self.weights
@@ -123,7 +104,7 @@ class Draw:
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Chooses samples. See the module's text for the optional methods."""
+    """Chooses samples. What it may have besides stands in `strategies/contract.py`."""
 
     def draw(self, request: BatchRequest) -> Draw | Indices:
         """Return `request.size` sample ids, or fewer, at least one: the epoch then takes more batches."""
@@ -165,8 +146,6 @@ def make(strategy: str | Strategy) -> Strategy:
         )
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):
         raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
-    saves, loads = (hasattr(strategy, name) for name in ("state_dict", "load_state_dict"))
-    if saves != loads:
-        has, lacks = ("state_dict", "load_state_dict") if saves else ("load_state_dict", "state_dict")
-        raise ConfigError([f"strategy {type(strategy).__name__} has {has} but no {lacks}: a resume needs both"])
+    if fault := Rules(strategy).state_fault():
+        raise ConfigError([f"strategy {type(strategy).__name__} {fault}"])
     return strategy

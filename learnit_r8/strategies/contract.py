@@ -15,8 +15,13 @@ from learnit_r8.types import Indices, LossReport
 if TYPE_CHECKING:
     from learnit_r8.strategies.base import BatchRequest, Draw
 
-SOUND: set[type] = set()
-"""Strategies whose draws need no check in every step: their tests call `check_strategy`."""
+_SOUND: set[type] = set()
+
+
+def sound(cls: type) -> type:
+    """Class decorator: draws of this strategy need no check in every step, since its tests call `check_strategy`."""
+    _SOUND.add(cls)
+    return cls
 
 
 class Rules:
@@ -26,7 +31,7 @@ class Rules:
         strategy: An object with `draw(request)`.
 
     Attributes:
-        sound: Its draws need no check.
+        sound: Its draws need no check; a subclass's do.
     """
 
     catalogs = True
@@ -40,10 +45,15 @@ class Rules:
     def __init__(self, strategy: Any) -> None:
         self.strategy, self.draw, self._name = strategy, strategy.draw, type(strategy).__name__
         # FromRank0 passes on what another one chose.
-        self.sound = {type(strategy), type(getattr(strategy, "wrapped", strategy))} <= SOUND
+        self.sound = {type(strategy), type(getattr(strategy, "wrapped", strategy))} <= _SOUND
         for name in OPTIONAL:
-            if hasattr(strategy, name):
+            if hasattr(strategy, name) and not isinstance(vars(Rules)[name], property):
                 setattr(self, name, getattr(strategy, name))
+
+    @property
+    def batches_left(self) -> int | None:
+        """How many batches of the epoch are still to be drawn, where they are not full ones."""
+        return getattr(self.strategy, "batches_left", None)
 
     def start_epoch(self, request: BatchRequest) -> int | None:
         """Plan an epoch; return the number of samples that it will draw, at least 1.
@@ -71,7 +81,7 @@ class Rules:
 
     def has(self, name: str) -> bool:
         """Say whether the strategy itself has an optional member."""
-        return name in vars(self)
+        return hasattr(self.strategy, name)
 
     # What is wrong, as a sentence that begins with the member's name; "" where nothing is.
 

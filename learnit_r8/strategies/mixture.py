@@ -17,6 +17,7 @@ from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Saved, sized, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies.base import BatchRequest, Draw
+from learnit_r8.strategies.contract import sound
 from learnit_r8.strategies.weighting import next_phase
 from learnit_r8.types import Indices, LossReport, Mask
 
@@ -24,6 +25,7 @@ _LOSS_RATE = 0.1
 """Weight of a batch in a source's average loss."""
 
 
+@sound
 class Mixture(Saved):
     """Draws from several sources in given shares, on any number of ranks.
 

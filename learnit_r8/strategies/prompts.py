@@ -8,9 +8,11 @@ from learnit_r8.core.state import Kind, Saved, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.prompts import PromptScheduler
 from learnit_r8.strategies.base import BatchRequest
+from learnit_r8.strategies.contract import sound
 from learnit_r8.types import Indices, LossReport
 
 
+@sound
 class Prompts(Saved):
     """Draws prompts whose groups of completions are likely to teach, inside `R8Scheduler`; see `PromptScheduler`.
 

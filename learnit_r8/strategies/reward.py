@@ -13,6 +13,7 @@ from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import row, table
 from learnit_r8.strategies.base import BatchRequest, register
+from learnit_r8.strategies.contract import sound
 from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, WeightedSampler, WeightedStrategy, reported
 from learnit_r8.types import LossReport
 
@@ -53,6 +54,7 @@ def _check(rewards: ArrayLike | None, temperature: float, seed: int = 0, defensi
 
 
 @register("reward")
+@sound
 class RewardWeighted(WeightedStrategy):
     """Draws samples of high reward more often, and corrects the bias.
 

@@ -28,6 +28,7 @@ from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, Saved, maybe, part, table
 from learnit_r8.errors import ProtocolError
 from learnit_r8.strategies.base import BatchRequest, Draw, register
+from learnit_r8.strategies.contract import sound
 from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
 from learnit_r8.strategies.weighting import as_ids, draw_stable, reported
 from learnit_r8.structures.moving_stats import ExponentialMovingStats
@@ -37,6 +38,7 @@ __all__ = ["ExponentialMovingStats", "SpacedRepetition", "SpacedRepetitionSample
 
 
 @register("spaced")
+@sound
 class SpacedRepetition(Saved):
     """Chooses by review date. It meets unseen samples by itself, so there is no cataloging epoch.
 

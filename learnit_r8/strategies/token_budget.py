@@ -11,11 +11,13 @@ from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Saved, table
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.strategies.base import BatchRequest, Draw
+from learnit_r8.strategies.contract import sound
 
 _WINDOW = 2048
 """Samples that are packed together: enough for a fill of 95 to 99%, few enough for a batch to stay random."""
 
 
+@sound
 class TokenBudget(Saved):
     """Batches whose samples fit into a number of tokens; their own number varies, `batch_size` is the most.
 

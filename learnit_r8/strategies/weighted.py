@@ -17,11 +17,13 @@ from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.state import Saved, sized, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies.base import BatchRequest, Draw
+from learnit_r8.strategies.contract import sound
 from learnit_r8.strategies.weighting import as_ids, next_phase
 from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.types import Mask
 
 
+@sound
 class Weighted(Saved):
     """Draws each sample in proportion to its weight, on any number of ranks.
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.samples.catalog import LossCatalog
-from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, complaint
+from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
+from learnit_r8.strategies.contract import Rules
 from learnit_r8.testing.states import equal, require, round_trip
 from learnit_r8.types import Indices, LossReport, Mask
 
@@ -60,10 +61,8 @@ def _check_factory(factory: Callable[[], Strategy]) -> None:
     strategy = factory()
     require(isinstance(strategy, Strategy), "the strategy has no draw(request): add one that returns sample ids")
     require(factory() is not strategy, "the factory made one strategy for two calls: let it make a new one at each")
-    require(
-        hasattr(strategy, "state_dict") == hasattr(strategy, "load_state_dict"),
-        "the strategy has only one of state_dict() and load_state_dict(state): a resume needs both",
-    )
+    fault = Rules(strategy).state_fault()
+    require(not fault, f"the strategy {fault}")
 
 
 # How a strategy is run ----------------------------------------------------------------------
@@ -83,7 +82,7 @@ class _Run:
         reports: bool = True,
         progress: float = 0.3,
     ) -> None:
-        self.strategy: Any = strategy
+        self.rules = Rules(strategy)
         self.size = size
         self.excluded: Mask | None = None
         self.exclude(excluded)
@@ -117,13 +116,8 @@ class _Run:
 
     def start_epoch(self) -> None:
         self.cursor = 0
-        start = getattr(self.strategy, "start_epoch", None)
-        samples = start(self.request(Purpose.PLAN, self.size)) if start is not None else None
-        self._require(
-            samples is None or bool(isinstance(samples, (int, np.integer)) and samples >= 1),
-            f"start_epoch returned {samples!r}: return how many samples the epoch will draw, a whole number >= 1, or "
-            "None for all that are not excluded",
-        )
+        samples = self.rules.start_epoch(self.request(Purpose.PLAN, self.size))
+        self._require(self.rules.length_fault(samples))
         self.left = self._allowed if samples is None else int(samples)
 
     def advance(self, *, stable_only: bool = False) -> Draw:
@@ -132,8 +126,7 @@ class _Run:
             self.epoch += self.step > 0
             self.start_epoch()
         asked = min(self.size, self.left)
-        chosen = self.strategy.draw(self.request(Purpose.BATCH, asked, stable_only=stable_only))
-        draw = chosen if isinstance(chosen, Draw) else Draw(chosen)
+        draw = Draw.of(self.rules.draw(self.request(Purpose.BATCH, asked, stable_only=stable_only)))
         ids = self._checked(draw, asked)
         self.left -= len(ids)
         self.cursor += 1
@@ -141,9 +134,7 @@ class _Run:
             jitter = np.random.default_rng(self.step).lognormal(0.0, 0.1, len(ids)).astype(np.float32)
             losses = self.losses[ids] * jitter
             self.catalog.record(self.catalog.look_up(ids), losses, self.step)
-            observe = getattr(self.strategy, "observe", None)
-            if observe is not None:
-                observe(LossReport(ids, losses, float(losses.mean()), True, self.step, self.epoch))
+            self.rules.observe(LossReport(ids, losses, float(losses.mean()), True, self.step, self.epoch))
         self.step += 1
         return draw
 
@@ -156,40 +147,15 @@ class _Run:
                 return iter(draws)
 
     def _checked(self, draw: Draw, asked: int) -> Indices:
-        ids = np.asarray(draw.indices)
-        self._require(
-            ids.ndim == 1 and ids.dtype.kind in "iu",
-            f"draw returned {type(draw.indices).__name__} of shape {ids.shape} and dtype {ids.dtype}: return a 1-D "
-            "integer array of sample ids",
-        )
-        self._require(
-            1 <= len(ids) <= asked,
-            f"draw returned {len(ids)} ids where {asked} were asked for: return request.size of them, or fewer, at "
-            "least one; the epoch goes on until it has drawn as many samples as start_epoch returned",
-        )
-        ids = ids.astype(np.int64)
-        self._require(
-            ids.min() >= 0 and ids.max() < self.catalog.num_samples,
-            f"draw returned ids from {ids.min()} to {ids.max()}: allowed are 0 to {self.catalog.num_samples - 1}",
-        )
-        self._require(
-            getattr(self.strategy, "replacement", False) or len(np.unique(ids)) == len(ids),
-            "draw returned a sample twice in one batch: draw without replacement, or set the class attribute "
-            "replacement = True",
-        )
-        self._require(
-            self.excluded is None or not self.excluded[ids].any(),
-            "draw returned a sample of request.excluded: leave these out",
-        )
-        for name, values in (("probabilities", draw.probabilities), ("weights", draw.weights)):
-            if values is not None:
-                array = np.asarray(values)
-                demand = complaint(name, array, len(ids))
-                self._require(demand is None, f"{name} must be {demand}: got {array!r} for {len(ids)} samples")
+        for one in (draw, Draw(draw.indices, draw.probabilities)):
+            self._require(self.rules.draw_fault(one, asked, self.catalog.num_samples))
+        ids = np.asarray(draw.indices).astype(np.int64)
+        if self.excluded is not None and self.excluded[ids].any():
+            self._require("draw returned a sample of request.excluded: leave these out")
         return ids
 
-    def _require(self, holds: bool, otherwise: str) -> None:
-        require(holds, f"{otherwise} (num_samples={self.catalog.num_samples}, batch_size={self.size})")
+    def _require(self, fault: str) -> None:
+        require(not fault, f"{fault} (num_samples={self.catalog.num_samples}, batch_size={self.size})")
 
 
 def _check_exclusion(factory: Callable[[], Strategy]) -> None:
@@ -214,7 +180,7 @@ def _check_stable(factory: Callable[[], Strategy]) -> None:
 
 
 def _check_coverage(factory: Callable[[], Strategy]) -> None:
-    if getattr(factory(), "covers", False):
+    if Rules(factory()).covers:
         ids = np.concatenate(_ids(_Run(factory(), 101, 16).epochs(1)))
         require(
             len(ids) == 101 and len(np.unique(ids)) == 101,
@@ -227,8 +193,7 @@ def _check_restore(factory: Callable[[], Strategy]) -> None:
         run = _Run(factory(), 300, 16)
         for _ in range(cut):
             run.advance()
-        save = getattr(run.strategy, "state_dict", None)
-        state = None if save is None else save()
+        state = run.rules.state_dict()
         saved = None if state is None else round_trip(state)
         rows = run.catalog.state_dict()
         position = (run.step, run.epoch, run.cursor, run.left)
@@ -239,7 +204,7 @@ def _check_restore(factory: Callable[[], Strategy]) -> None:
             again.catalog.load_state_dict(rows)
             again.step, again.epoch, again.cursor, again.left = position
             if given is not None:
-                again.strategy.load_state_dict(given)
+                again.rules.load_state_dict(given)
             elif cut:
                 again.start_epoch()
                 again.cursor, again.left = position[2:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.events import SampleQuarantined
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.strategies import Draw, base, make
+from learnit_r8.strategies.contract import OPTIONAL, Rules
+from learnit_r8.strategies.uniform import Uniform
 from learnit_r8.testing import check_strategy
 
 
@@ -99,12 +103,12 @@ class Scribbles(Sound):
 @pytest.mark.parametrize(
     ("factory", "complaint"),
     [
-        (returns(lambda ids: ids[:0]), "0 ids where 1 were asked for.*num_samples=1, batch_size=1"),
+        (returns(lambda ids: ids[:0]), "draw must return 1 to 1 sample ids.*shape .0,..*num_samples=1, batch_size=1"),
         (returns(lambda ids: None), "NoneType of shape"),
         (returns(lambda ids: Draw(ids, weights=["1"] * len(ids))), "not all 0, one per sample"),
         (returns(lambda ids: Draw(ids, weights=np.ones(len(ids) + 1))), "one per sample"),
-        (plans(0), "start_epoch returned 0: return how many"),
-        (plans("ten"), "start_epoch returned 'ten'"),
+        (plans(0), "start_epoch must return how many .* got 0"),
+        (plans("ten"), "start_epoch must return .* got .ten."),
         (LeaksItsState, r"state_dict\(\) return copies"),
         (KeepsTheGivenState, r"load_state_dict\(\) take copies"),
         (SavesASet, r"cannot be saved: state\['turn'\] is a set"),
@@ -128,7 +132,7 @@ def test_the_check_passes_sound_strategies():
 
 def test_the_strategy_in_the_protocols_text_is_sound():
     start = base.__doc__.index("    class Shuffled:")
-    lines = base.__doc__[start : base.__doc__.index("Optional methods")].splitlines()
+    lines = base.__doc__[start : base.__doc__.index("What else it may have")].splitlines()
     names = {"np": np}
     exec("\n".join(line[4:] for line in lines), names)
     check_strategy(names["Shuffled"], thorough=False)
@@ -320,3 +324,18 @@ def test_a_strategy_without_a_plan_that_draws_few_takes_more_batches(count):
     sizes = [len(ids) for epoch, ids, _ in seen if epoch == 1]
     assert sum(sizes) == 20
     assert max(sizes) == count
+
+
+def test_the_guide_names_all_that_a_strategy_may_have():
+    guide = (Path(__file__).parents[1] / "docs" / "write-a-strategy.md").read_text(encoding="utf-8")
+    table = guide[guide.index("## All that a strategy may have") :]
+    assert len(OPTIONAL) == 10
+    assert not [name for name in OPTIONAL if f"`{name}" not in table]
+
+
+def test_what_a_strategy_has_not_does_nothing():
+    rules = Rules(Sound())
+    assert rules.start_epoch(None) is rules.observe(None) is rules.state_dict() is None
+    assert (rules.pop_decisions(), rules.catalogs, rules.covers, rules.replacement) == ([], True, False, False)
+    assert not any(map(rules.has, OPTIONAL))
+    assert (Rules(Uniform()).sound, rules.sound) == (True, False)
