@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
+from learnit_r8.core.arrays import in_any
 from learnit_r8.core.config import DEFAULT_DIR, Checkpoints
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.core.rng import Purpose, RandomStreams
@@ -58,7 +59,7 @@ from learnit_r8.loop.saver import Saver, State, not_saved
 from learnit_r8.loop.shards import Shards, common_checkpoint
 from learnit_r8.loop.signals import say
 from learnit_r8.loop.together import SaveTogether
-from learnit_r8.noise.guard import NoiseGuard, either
+from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.samples.catalog import LossCatalog, Rows
 from learnit_r8.sinks import EventBus
 from learnit_r8.stability.policy import Recovery
@@ -691,7 +692,7 @@ class R8Scheduler:
         step, epoch = self._progress.global_step, self._progress.epoch
         done, total = self._budget.position(epoch, 0, 1, step)
         rng = self._streams.at(Purpose.EXCLUSION, epoch)
-        excluded = either(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
+        excluded = in_any(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
         table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, epoch, 1), excluded)
         if table is not None:
             self._bus.emit(events.QuadrantsRefreshed(step=step, epoch=epoch, **asdict(table)))

@@ -1,4 +1,4 @@
-"""Any framework's numbers as numpy arrays."""
+"""Any framework's numbers as numpy arrays, read-only views, and masks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a view that nobody can write through."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def in_any(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Return what is true in one of two masks, or None where neither is given."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
 
 
 def as_losses(values: Any) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ import base64
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,6 @@ _PIECE = 48 << 20
 JSON_SIZE = 100_000
 """Largest array that a sampler's state has as a list: with millions of numbers text takes seconds."""
 
-Class = TypeVar("Class", bound=type)
-
 
 class PortableArray(np.ndarray[Any, Any]):
     """An array that is pickled as plain data."""
@@ -39,31 +37,6 @@ class PortableArray(np.ndarray[Any, Any]):
         if not _is_plain(self.dtype):
             return super().__reduce_ex__(protocol)
         return OrderedDict, (list(_packed_array(self).items()),)
-
-
-def plain_state(*, as_json: int = 0) -> Callable[[Class], Class]:
-    """Make a class's `state_dict` and `load_state_dict` give and take plain data.
-
-    Args:
-        as_json: Arrays of up to this many numbers become lists.
-    """
-
-    def decorate(cls: Class) -> Class:
-        save, load = cls.state_dict, cls.load_state_dict  # type: ignore[attr-defined]
-
-        def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = save(self, *args, **kwargs)
-            return portable(state, as_json)
-
-        def load_state_dict(self: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-            return load(self, unpacked(state), *args, **kwargs)
-
-        for new, old in ((state_dict, save), (load_state_dict, load)):
-            new.__doc__, new.__qualname__, new.__wrapped__ = old.__doc__, old.__qualname__, old  # type: ignore[attr-defined]
-            setattr(cls, old.__name__, new)
-        return cls
-
-    return decorate
 
 
 def portable(tree: Any, as_json: int = 0) -> Any:

@@ -9,6 +9,7 @@ how the value becomes plain data and comes back. A subclass's table is added to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -63,6 +64,14 @@ def kind(given: Any, *, of: str = "", absent: Any = _NEEDED) -> Kind:
 def table(**entries: Any) -> dict[str, Kind]:
     """Return a class's table: the kind of each entry, or what `kind` takes."""
     return {name: entry if isinstance(entry, Kind) else kind(entry) for name, entry in entries.items()}
+
+
+def finite(otherwise: float) -> Kind:
+    """A float that is None in the state where it is not finite, which JSON does not know, and then loaded as this."""
+    return Kind(
+        lambda _, value: value if math.isfinite(value) else None,
+        lambda _, saved: otherwise if saved is None else float(saved),
+    )
 
 
 def maybe(inner: Any) -> Kind:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from learnit_r8.core.arrays import read_only
 from learnit_r8.core.config import Config
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ProtocolError, tell
@@ -89,7 +90,7 @@ class Sampling:
             alike: Draw every sample equally often: go on cataloging, unless the strategy does that itself.
         """
         self._cataloging = (epoch == 0 and self.rules.catalogs) or (alike and not self.rules.covers)
-        self._excluded = _read_only(excluded)
+        self._excluded = None if excluded is None else read_only(excluded)
         self.drawn = 0
         request = self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN)
         samples = self._active.start_epoch(request)
@@ -221,7 +222,7 @@ class Sampling:
         self._cataloging = bool(state["cataloging"])
         packed = state["excluded"]
         count = self._config.num_samples
-        self._excluded = None if packed is None else _read_only(np.unpackbits(packed, count=count).astype(bool))
+        self._excluded = None if packed is None else read_only(np.unpackbits(packed, count=count).astype(bool))
         self._cataloger.load_state_dict(state["cataloger"])
         self._fast = self._find_fast()
         if self.rules.has("load_state_dict"):
@@ -232,11 +233,3 @@ class Sampling:
         self.drawn, self._left = int(state["drawn"]), int(state["left"])
         # The batch size may have changed since: count again what is left.
         self.batches = self._count() if state["batches"] else 0
-
-
-def _read_only(mask: Mask | None) -> Mask | None:
-    if mask is None:
-        return None
-    view = mask.view()
-    view.flags.writeable = False
-    return view

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.state import Saved, table
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.types import Losses, Mask
 
 
-class LossesSince:
+class LossesSince(Saved):
     """What has been reported of each sample since this was made; 8 bytes a sample.
 
     Args:
@@ -20,8 +18,15 @@ class LossesSince:
         uses: How many they were, uint32 `[N]`.
     """
 
+    _saved = table(mean=np.float32, uses=np.uint32)
+
     def __init__(self, mean: Losses, uses: NDArray[np.uint32]) -> None:
         self._mean, self._uses = np.array(mean, np.float32), np.array(uses, np.uint32)
+
+    @classmethod
+    def empty(cls) -> LossesSince:
+        """Return one to load a state into."""
+        return cls(np.empty(0, np.float32), np.empty(0, np.uint32))
 
     def means(self, catalog: LossCatalog, mask: Mask) -> NDArray[np.float64]:
         """Return the mean loss since then of those samples in a mask that have any, `[<= N]`."""
@@ -40,12 +45,3 @@ class LossesSince:
         times = np.maximum(catalog.uses.astype(np.int64) - self._uses, 0)  # a rollback may have taken some back
         total = catalog.mean_loss.astype(np.float64) * (self._uses + times) - self._mean.astype(np.float64) * self._uses
         return np.where(times > 0, total, 0.0), times
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of both arrays."""
-        return {"mean": self._mean.copy(), "uses": self._uses.copy()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> LossesSince:
-        """Restore what `state_dict` returned."""
-        return cls(state["mean"], state["uses"])

@@ -34,7 +34,6 @@ al. 2019, "Unsupervised label noise modeling and loss correction"); here only dr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -42,6 +41,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.arrays import read_only
+from learnit_r8.core.state import Saved, finite, mask, maybe, part, table
 from learnit_r8.noise.cut import Classes, agreement, even_loss, half_way
 from learnit_r8.noise.evidence import LossesSince
 from learnit_r8.samples.catalog import LossCatalog
@@ -128,7 +129,10 @@ class GuardReport:
     figure: float
 
 
-class NoiseGuard:
+_MASK = mask(lambda guard: guard.num_samples)
+
+
+class NoiseGuard(Saved):
     """Names wrong samples and keeps them out of epochs.
 
     It owns 10 bytes a sample from the trial on, one before it.
@@ -143,6 +147,19 @@ class NoiseGuard:
     Attributes:
         untrained: Loss of a model that knows nothing; NaN until the first epoch has ended.
     """
+
+    _saved = table(
+        untrained=finite(math.nan),
+        stage=Stage,
+        turn=float,
+        trials=int,
+        confirming=bool,
+        suspect=_MASK,
+        doubtful=maybe(_MASK),
+        candidate=maybe(_MASK),
+        phase=maybe(np.uint8),
+        since=maybe(part(lambda *_: LossesSince.empty())),
+    )
 
     def __init__(
         self, mode: str, num_samples: int, groups: NDArray[np.integer[Any]] | None = None, *, seeking: bool = False
@@ -165,9 +182,7 @@ class NoiseGuard:
     @property
     def flagged(self) -> Mask:
         """The current suspects, bool `[N]`, read-only."""
-        view = self._suspect.view()
-        view.flags.writeable = False
-        return view
+        return read_only(self._suspect)
 
     def undecided(self, progress: float) -> bool:
         """Whether every sample should be drawn alike for now: "cap" has yet to judge them.
@@ -351,55 +366,9 @@ class NoiseGuard:
         bounds = _CUT[0] * self.untrained, _CUT[1] * self.untrained
         return agreement(catalog.expected_loss[judged], int(np.count_nonzero(found)), *bounds)
 
-    # State --------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of everything; arrays and JSON scalars."""
-        return {
-            "untrained": None if math.isnan(self.untrained) else self.untrained,
-            "stage": self._stage.value,
-            "turn": self._turn,
-            "trials": self._trials,
-            "confirming": self._confirming,
-            "suspect": _pack(self._suspect),
-            "doubtful": _pack(self._doubtful),
-            "candidate": _pack(self._candidate),
-            "phase": None if self._phase is None else self._phase.copy(),
-            "since": None if self._since is None else self._since.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        n = self.num_samples
-        suspect = _unpack(state["suspect"], n)
-        assert suspect is not None
-        self.untrained = math.nan if state["untrained"] is None else float(state["untrained"])
-        self._stage, self._turn = Stage(state["stage"]), float(state["turn"])
-        self._trials = int(state["trials"])
-        self._confirming = bool(state["confirming"])
-        self._suspect, self._candidate = suspect, _unpack(state["candidate"], n)
-        self._doubtful = _unpack(state["doubtful"], n)
-        self._phase = None if state["phase"] is None else np.array(state["phase"], np.uint8)
-        self._since = None if state["since"] is None else LossesSince.from_state(state["since"])
-
-
-def either(one: Mask | None, other: Mask | None) -> Mask | None:
-    """Return the samples that one of two masks leaves out, or None where neither leaves out any."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one | other
-
 
 def _largest(scores: Scores, k: int) -> Indices:
     if k <= 0:
         return np.empty(0, np.int64)
     worst = np.argpartition(scores, -k)[-k:]
     return worst[np.argsort(-scores[worst], kind="stable")]
-
-
-def _pack(mask: Mask | None) -> NDArray[np.uint8] | None:
-    return None if mask is None else np.packbits(mask)
-
-
-def _unpack(bits: Any, count: int) -> Mask | None:
-    return None if bits is None else np.unpackbits(np.asarray(bits, np.uint8), count=count).astype(np.bool_)

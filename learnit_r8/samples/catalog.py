@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.core.portable import plain_state
+from learnit_r8.core.arrays import read_only
+from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
 from learnit_r8.samples.quartiles import Quadrants, QuadrantTable
 from learnit_r8.types import Indices, Losses, Mask
@@ -69,7 +70,6 @@ class Rows(NamedTuple):
     unseen: int
 
 
-@plain_state()
 class LossCatalog:
     """Per-sample loss statistics.
 
@@ -118,7 +118,7 @@ class LossCatalog:
         estimate = self._rows["estimate"]
         if self._attribution is not None:
             estimate = np.where(self._rows["uses"] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
-        return _frozen(estimate)
+        return read_only(estimate)
 
     def expected_of(self, indices: Indices) -> Losses:
         """Return the estimated current loss of some samples, float32 `[n]`, without touching the others."""
@@ -134,22 +134,22 @@ class LossCatalog:
         From per-sample losses: the exponentially weighted mean of the squared surprise. From
         one loss a batch: the share of the prior variance that is left, 1 for a sample never seen.
         """
-        return _frozen(self._rows["variance"])
+        return read_only(self._rows["variance"])
 
     @property
     def uses(self) -> NDArray[np.uint32]:
         """How often each sample was trained on, uint32 `[N]`, read-only; 0 means unseen."""
-        return _frozen(self._rows["uses"])
+        return read_only(self._rows["uses"])
 
     @property
     def last_seen(self) -> NDArray[np.uint32]:
         """Global step of each sample's last accepted report, uint32 `[N]`, read-only."""
-        return _frozen(self._rows["last_seen"])
+        return read_only(self._rows["last_seen"])
 
     @property
     def mean_loss(self) -> Losses:
         """Mean of all losses reported for each sample, float32 `[N]`, read-only; 0 where unseen."""
-        return _frozen(self._rows["mean"])
+        return read_only(self._rows["mean"])
 
     @property
     def variability(self) -> Losses:
@@ -158,7 +158,7 @@ class LossCatalog:
         With `mean_loss` and `correctness` it makes the data map of Swayamdipta et al. 2020
         ("Dataset Cartography"), there over the probability of the true class, here over the loss.
         """
-        return _frozen(np.sqrt(self._rows["m2"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
+        return read_only(np.sqrt(self._rows["m2"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
 
     @property
     def correctness(self) -> Losses:
@@ -166,12 +166,12 @@ class LossCatalog:
 
         For a cross-entropy these are (at least) the times that it was classified correctly.
         """
-        return _frozen((self._rows["correct"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
+        return read_only((self._rows["correct"] / np.maximum(self._rows["uses"], 1)).astype(np.float32))
 
     @property
     def left_out(self) -> Indices:
         """Ids of the samples that are kept out of batches since faults named them, int64, ascending, read-only."""
-        return _frozen(self._left_out)
+        return read_only(self._left_out)
 
     def leave_out(self, ids: Iterable[int]) -> tuple[int, ...]:
         """Keep samples out of batches from now on; return those that are new."""
@@ -513,7 +513,7 @@ class LossCatalog:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything; arrays and JSON scalars."""
-        return {
+        state = {
             "rows": self._rows.view(np.uint8).copy(),
             "edges": None if self._quadrants.edges is None else self._quadrants.edges.copy(),
             "sum": self._sum,
@@ -521,6 +521,7 @@ class LossCatalog:
             "left_out": self._left_out,
             "attribution": None if self._attribution is None else self._attribution.state_dict(),
         }
+        return portable(state)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, bit for bit.
@@ -528,21 +529,21 @@ class LossCatalog:
         Raises:
             ValueError: The state belongs to a data set of another size.
         """
+        state = unpacked(state)
         rows = np.asarray(state["rows"], dtype=np.uint8)
         if rows.nbytes != self._rows.nbytes:
             saved = rows.nbytes // _ROW.itemsize
             raise ValueError(f"the state has {saved} samples, this run has num_samples={self.num_samples}")
+        attribution = None if state["attribution"] is None else BatchAttribution(self.num_samples)
+        if attribution is not None:
+            attribution.load_state_dict(state["attribution"])
+        edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
         self._waiting.clear()
         self._ahead.clear()
-        self._rows.view(np.uint8)[:] = rows
-        self._quadrants.edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
-        self._sum = float(state["sum"])
-        self._num_seen = int(state["num_seen"])
+        self._sum, self._num_seen = float(state["sum"]), int(state["num_seen"])
         self._left_out = np.asarray(state.get("left_out", ()), np.int64)
-        self._attribution = None
-        if state["attribution"] is not None:
-            self._attribution = BatchAttribution(self.num_samples)
-            self._attribution.load_state_dict(state["attribution"])
+        self._attribution, self._quadrants.edges = attribution, edges
+        self._rows.view(np.uint8)[:] = rows  # in place: they may be most of the memory
         self._forget_journal()
 
 
@@ -563,9 +564,3 @@ def _total(values: NDArray[Any]) -> float:
 
 def _size(rows: Rows) -> int:
     return rows.block.nbytes + rows.indices.nbytes + _ENTRY_BYTES
-
-
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    view = array.view()
-    view.flags.writeable = False
-    return view

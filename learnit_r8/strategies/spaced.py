@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from learnit_r8.core.arrays import as_losses
+from learnit_r8.core.arrays import as_losses, read_only
 from learnit_r8.core.config import Problems
 from learnit_r8.core.portable import JSON_SIZE
 from learnit_r8.core.rng import Purpose, RandomStreams
@@ -237,16 +237,12 @@ class SpacedRepetitionSampler(Saved):
     @property
     def difficulties(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Average loss of each sample, float32 `[N]`, read-only; 0 before its first report."""
-        view = self._queue.difficulty.view()
-        view.flags.writeable = False
-        return view
+        return read_only(self._queue.difficulty)
 
     @property
     def intervals(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Review interval of each sample, float32 `[N]`, read-only; 0 before its first report."""
-        view = self._queue.interval.view()
-        view.flags.writeable = False
-        return view
+        return read_only(self._queue.interval)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Start a pass; after `load_state_dict`, go on with the interrupted one.

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from learnit_r8.core.arrays import read_only
 from learnit_r8.core.portable import JSON_SIZE
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, Saved, each, kind, maybe, part, same, table
@@ -300,8 +301,7 @@ class WeightedSampler(Saved):
         """Preference of each sample before the mixture with uniform, read-only, adds up to 1."""
         total = self._sampler.weights.sum()
         shares = self._sampler.weights / total if total > 0 else np.full(len(self), 1 / len(self))
-        shares.flags.writeable = False
-        return shares
+        return read_only(shares)
 
     def sample(self, n: int | None = None, *, batch_size: int | None = None) -> tuple[Indices, NDArray[np.float32]]:
         """Draw a batch of different samples.
