@@ -6,6 +6,7 @@ import math
 
 from learnit_r8.core.clock import Clock
 from learnit_r8.core.config import Config
+from learnit_r8.core.state import Kind, Saved, table
 from learnit_r8.schedules import Schedule
 
 VIRTUAL_STEPS = 10_000
@@ -16,7 +17,7 @@ _POINTS = 256
 """Where the rest of a schedule is looked at, to find its highest rate."""
 
 
-class Budget:
+class Budget(Saved):
     """Epochs, steps or seconds, and where the run stands in them.
 
     Args:
@@ -24,6 +25,12 @@ class Budget:
         schedule: (position, total) -> factor in [0, 1].
         clock: Measures seconds; they count across resumes.
     """
+
+    _saved = table(
+        elapsed=Kind(lambda budget, _: budget.elapsed, lambda _, saved: float(saved), "_before"),
+        peak=float,
+        offset=float,
+    )
 
     def __init__(self, config: Config, schedule: Schedule, clock: Clock) -> None:
         self._config = config
@@ -123,12 +130,6 @@ class Budget:
         self.peak = peak
         self._offset = self.elapsed
 
-    def state_dict(self) -> dict[str, float]:
-        """Return the seconds spent and the peak."""
-        return {"elapsed": self.elapsed, "peak": self.peak, "offset": self._offset}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what `state_dict` returned; the clock goes on from there."""
-        self._before, self.peak, self._offset = float(state["elapsed"]), float(state["peak"]), float(state["offset"])
-        if self._started is not None:
+    def _state_taken(self) -> None:
+        if self._started is not None:  # the clock goes on from there
             self._started = self._clock.monotonic()
