@@ -61,10 +61,6 @@ def kind(given: Any, *, of: str = "", absent: Any = _NEEDED) -> Kind:
     return replace(made, of=of or made.of, absent=absent)
 
 
-AS_IT_IS = Kind(lambda _, value: [*value] if type(value) is list else value, lambda _, saved: saved)
-"""JSON scalars and lists of them."""
-
-
 def table(**entries: Any) -> dict[str, Kind]:
     """Return a class's table: the kind of each entry, or what `kind` takes."""
     return {name: entry if isinstance(entry, Kind) else kind(entry) for name, entry in entries.items()}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.arrays import read_only
 from learnit_r8.core.portable import portable, unpacked
-from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution
+from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution, Exact
 from learnit_r8.samples.quartiles import Quadrants, QuadrantTable
 from learnit_r8.types import Indices, Losses, Mask
 
@@ -86,7 +86,7 @@ class LossCatalog:
         self._waiting: deque[tuple[Rows, Losses, int]] = deque()
         # By their identity, batches that were looked up ahead: ids, rows, sum of their estimates, number unseen.
         self._ahead: dict[int, tuple[Indices, NDArray[Any], float, int]] = {}
-        self._attribution: BatchAttribution | None = None
+        self._estimator: Exact | BatchAttribution = Exact()
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
         # Step, number of the edges, rows, and where the attribution stood.
@@ -115,17 +115,11 @@ class LossCatalog:
     @property
     def expected_loss(self) -> Losses:
         """Estimated current loss of each sample, float32 `[N]`, read-only; 0 where unseen."""
-        estimate = self._rows["estimate"]
-        if self._attribution is not None:
-            estimate = np.where(self._rows["uses"] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
-        return read_only(estimate)
+        return read_only(self._estimator.losses(self._rows))
 
     def expected_of(self, indices: Indices) -> Losses:
         """Return the estimated current loss of some samples, float32 `[n]`, without touching the others."""
-        estimate = self._rows["estimate"][indices]
-        if self._attribution is None:
-            return estimate
-        return np.where(self._rows["uses"][indices] > 0, self._attribution.to_loss(estimate), 0).astype(np.float32)
+        return self._estimator.losses(self._rows, indices)
 
     @property
     def variance(self) -> Losses:
@@ -182,7 +176,7 @@ class LossCatalog:
     @property
     def attributed(self) -> bool:
         """Whether losses were reported one a batch, so that all figures of samples are estimates."""
-        return self._attribution is not None
+        return self._estimator.attributed
 
     @property
     def num_seen(self) -> int:
@@ -199,9 +193,7 @@ class LossCatalog:
         """Mean of the expected loss over the samples that were seen; NaN while none was."""
         if not self._num_seen:
             return math.nan
-        if self._attribution is None:
-            return self._sum / self._num_seen
-        return self._attribution.expected_mean(self._sum / self.num_samples)
+        return self._estimator.mean_of(self._sum, self._num_seen, self.num_samples)
 
     @property
     def nbytes(self) -> int:
@@ -215,9 +207,7 @@ class LossCatalog:
         From per-sample losses: the share of samples that were seen. From one loss a batch
         there are N unknowns and N/B equations an epoch, so it takes many epochs.
         """
-        if self._attribution is not None:
-            return self._attribution.confidence(self._rows["variance"])
-        return self._num_seen / self.num_samples
+        return self._estimator.known(self._rows["variance"], self._num_seen / self.num_samples)
 
     def quadrants(self) -> NDArray[np.uint8]:
         """Return each sample's loss quartile, uint8 `[N]`: 0 (lowest) to 3; 255 where unseen.
@@ -249,8 +239,7 @@ class LossCatalog:
             raise TypeError(f"k must be a whole number, got {k!r}")
         if k < 0:
             raise ValueError(f"k must be >= 0, got {k}")
-        score = self._rows["mean"] if self._attribution is None else self._rows["estimate"]
-        score = np.where(self._rows["uses"] > 0, score, -np.inf)
+        score = np.where(self._rows["uses"] > 0, self._rows[self._estimator.telling], -np.inf)
         score[self._left_out] = np.inf
         k = min(int(k), int(np.count_nonzero(score > -np.inf)))
         if k == 0:
@@ -266,7 +255,7 @@ class LossCatalog:
         Args:
             batches: Sample ids of each, int64; no sample is in two of them, or is reported otherwise before.
         """
-        if self._attribution is not None:
+        if self._estimator.attributed:
             return
         blocks = np.split(self._opaque.take(np.concatenate(batches)), np.cumsum([len(ids) for ids in batches])[:-1])
         full = [block for block in blocks if len(block) == len(blocks[0])]
@@ -278,7 +267,7 @@ class LossCatalog:
 
     def expects(self, indices: Indices) -> bool:
         """Whether a batch was looked up ahead, or need not be."""
-        return id(indices) in self._ahead or self._attribution is not None
+        return id(indices) in self._ahead or self._estimator.attributed
 
     def _unseen(self, block: NDArray[Any]) -> int:
         if self._num_seen == self.num_samples:
@@ -296,11 +285,8 @@ class LossCatalog:
             unseen, total = self._unseen(block), _total(block.view(np.float32)[_ESTIMATE])
         if unseen == size:
             return Rows(indices, block, math.nan, unseen)
-        if self._attribution is not None:
-            return Rows(indices, block, self._attribution.expected_mean(total / size), unseen)
-        if unseen:  # an unseen sample is expected to be like the others
-            total += unseen * self._sum / self._num_seen
-        return Rows(indices, block, total / size, unseen)
+        expected = self._estimator.expected_of(total, size, unseen, (self._sum, self._num_seen))
+        return Rows(indices, block, expected, unseen)
 
     def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
         """Take one finite loss per sample of a batch; return them.
@@ -313,7 +299,7 @@ class LossCatalog:
             once: None of the samples is reported again before the rows are read: then reports of many steps are
                 written together, which costs a fraction.
         """
-        if once and mean is not None and self._attribution is None and rows.unseen in (0, len(losses)):
+        if once and mean is not None and not self._estimator.attributed and rows.unseen in (0, len(losses)):
             # What `change` below adds up to.
             self._sum += (mean - rows.expected) * len(losses) * SMOOTHING if not rows.unseen else _total(losses)
             self._num_seen += rows.unseen
@@ -326,7 +312,7 @@ class LossCatalog:
             self._ahead.clear()
         with np.errstate(all="ignore"):
             change = self._write(rows, losses, step)
-        if mean is None or rows.unseen or self._attribution is not None:
+        if mean is None or rows.unseen or self._estimator.attributed:
             self._sum += _total(change)
         else:
             self._sum += (mean - rows.expected) * len(losses) * SMOOTHING
@@ -356,8 +342,7 @@ class LossCatalog:
         block = rows.block.copy()
         floats, words = block.view(np.float32), block.view(np.uint32)
         estimate, variance = floats[_ESTIMATE], floats[_VARIANCE]
-        values = losses if self._attribution is None else self._attribution.from_loss(losses)
-        change = values - estimate
+        change = self._estimator.from_loss(losses) - estimate
         if rows.unseen:
             fresh = words[_USES] == 0
             change *= np.where(fresh, np.float32(1), _HALF)
@@ -376,11 +361,9 @@ class LossCatalog:
     @np.errstate(all="ignore")
     def record_batch(self, rows: Rows, loss: float, step: int) -> Losses:
         """Take one finite mean loss for a whole batch; return the new estimates of its samples."""
-        self._ahead.clear()
-        if self._attribution is None:
             rows = self._start_attribution(rows)
-        assert self._attribution is not None
-        attribution = self._attribution
+        attribution = self._estimator
+        assert isinstance(attribution, BatchAttribution)
         units = attribution.additive, attribution.additive and attribution.scale
         self._mark = attribution.mark()
         attribution.update(self._rows["estimate"], self._rows["variance"], rows.indices, loss)
@@ -424,7 +407,7 @@ class LossCatalog:
             variance[seen] = PRIOR_VARIANCE / 10  # reported exactly, but by an older model
         estimate[~seen] = PRIOR_ESTIMATE
         variance[~seen] = PRIOR_VARIANCE
-        self._attribution = attribution
+        self._estimator = attribution
         self._quadrants.edges = None  # they were in other units
         self._resum()
         self._forget_journal()
@@ -434,12 +417,11 @@ class LossCatalog:
         """Sum the estimates anew: of the seen samples, or with attribution of all (unseen ones are at the mean)."""
         seen = self._rows["uses"] > 0
         self._num_seen = int(np.count_nonzero(seen))  # a batch may have held an unseen sample twice
-        counted: Any = True if self._attribution is not None else seen
-        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=counted))
+        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=self._estimator.counted(seen)))
 
     def end_epoch(self) -> None:
         """Refine the estimates over the reported batches of the last epochs; O(N) and more."""
-        if self._attribution is not None and self._attribution.refine(self._rows["estimate"], self._rows["variance"]):
+        if self._estimator.refine(self._rows["estimate"], self._rows["variance"]):
             self._resum()
             self._forget_journal()
 
@@ -463,10 +445,7 @@ class LossCatalog:
         if moved is None:
             return None
         self._resum()  # drops rounding drift
-        return self._quadrants.table(moved, self._in_loss_units, self.num_samples - self._num_seen)
-
-    def _in_loss_units(self, estimate: NDArray[Any]) -> NDArray[Any]:
-        return estimate if self._attribution is None else self._attribution.to_loss(estimate)
+        return self._quadrants.table(moved, self._estimator.to_loss, self.num_samples - self._num_seen)
 
     # Undo, for rollbacks ------------------------------------------------------------------
 
@@ -492,8 +471,8 @@ class LossCatalog:
         while self._journal and self._journal[-1][0] >= step:
             _, edges, rows, mark = self._journal.pop()
             self._journal_bytes -= _size(rows)
-            if mark is not None and self._attribution is not None:
-                self._attribution.back_to(mark)
+            if mark is not None:
+                self._estimator.back_to(mark)
             if edges != self._quadrants.number:
                 rows = rows._replace(block=self._in_present_quadrants(rows))
             before, now = rows.block.view(_ROW)["estimate"], self._rows["estimate"][rows.indices]
@@ -519,7 +498,7 @@ class LossCatalog:
             "sum": self._sum,
             "num_seen": self._num_seen,
             "left_out": self._left_out,
-            "attribution": None if self._attribution is None else self._attribution.state_dict(),
+            "attribution": self._estimator.state_dict(),
         }
         return portable(state)  # type: ignore[no-any-return]
 
@@ -534,15 +513,16 @@ class LossCatalog:
         if rows.nbytes != self._rows.nbytes:
             saved = rows.nbytes // _ROW.itemsize
             raise ValueError(f"the state has {saved} samples, this run has num_samples={self.num_samples}")
-        attribution = None if state["attribution"] is None else BatchAttribution(self.num_samples)
-        if attribution is not None:
-            attribution.load_state_dict(state["attribution"])
+        estimator = Exact()
+        if state["attribution"] is not None:
+            estimator = BatchAttribution(self.num_samples)
+            estimator.load_state_dict(state["attribution"])
         edges = None if state["edges"] is None else np.array(state["edges"], np.float32)
         self._waiting.clear()
         self._ahead.clear()
         self._sum, self._num_seen = float(state["sum"]), int(state["num_seen"])
         self._left_out = np.asarray(state.get("left_out", ()), np.int64)
-        self._attribution, self._quadrants.edges = attribution, edges
+        self._estimator, self._quadrants.edges = estimator, edges
         self._rows.view(np.uint8)[:] = rows  # in place: they may be most of the memory
         self._forget_journal()
 
