@@ -114,7 +114,7 @@ class Sampling:
         if indices is not None:
             count = len(indices)
             if not self._catalog.expects(indices) and self.each_once:
-                self._catalog.expect([indices, *self._active.planned_ahead()])  # type: ignore[attr-defined]
+                self._catalog.expect([indices, *self._active.strategy.planned_ahead()])
         else:
             request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)
             indices, weights, count = self._ask(request)

@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,41 +28,6 @@ from learnit_r8.replay.trees import (
     unflatten,
 )
 from learnit_r8.types import Indices
-
-
-class Storage(Protocol):
-    """Numbered slots for experiences."""
-
-    def stack(self, experiences: Any, *, stacked: bool) -> tuple[int, Any]:
-        """Return how many experiences these are, and the form that `write` takes."""
-        ...
-
-    def write(self, slots: Indices, experiences: Any) -> None:
-        """Overwrite slots with what `stack` returned; of more experiences than slots, the last count."""
-        ...
-
-    def read(self, slots: Indices) -> Any:
-        """Return the experiences of these slots."""
-        ...
-
-    def copied(self) -> Storage:
-        """Return a storage with the same experiences in slots of its own."""
-        ...
-
-    def state_dict(self, count: int, head: int, *, contents: bool, copy: bool = True) -> dict[str, Any] | None:
-        """Return the first `count` slots; without `contents`, what is needed to find them again.
-
-        Args:
-            count: How many.
-            head: The slot that is written next.
-            contents: See above.
-            copy: False: views of the slots, for a caller who is done with them before the next write.
-        """
-        ...
-
-    def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
-        """Restore the first `count` slots; where that is not possible nothing is changed."""
-        ...
 
 
 class ObjectStorage:
@@ -103,7 +68,14 @@ class ObjectStorage:
         return other
 
     def state_dict(self, count: int, head: int, *, contents: bool, copy: bool = True) -> dict[str, Any] | None:
-        """Return the experiences in a new list. The experiences themselves are not copied."""
+        """Return the first `count` experiences in a new list; they themselves are not copied. Without `contents`: None.
+
+        Args:
+            count: How many.
+            head: The slot that is written next.
+            contents: See above.
+            copy: False: views of the slots, for a caller who is done with them before the next write.
+        """
         return {"kind": "objects", "experiences": self._slots[:count]} if contents else None
 
     def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
@@ -353,6 +325,9 @@ def _may_cast(given: np.dtype[Any], held: np.dtype[Any]) -> bool:
     return given == held or (
         (given.kind == held.kind or {given.kind, held.kind} <= set("biufc")) and np.can_cast(given, held, "same_kind")
     )
+
+
+Storage = ObjectStorage | ArrayStorage
 
 
 def make_storage(kind: str, capacity: int, path: str | Path | None) -> Storage:

@@ -361,6 +361,8 @@ class LossCatalog:
     @np.errstate(all="ignore")
     def record_batch(self, rows: Rows, loss: float, step: int) -> Losses:
         """Take one finite mean loss for a whole batch; return the new estimates of its samples."""
+        self._ahead.clear()
+        if not isinstance(self._estimator, BatchAttribution):
             rows = self._start_attribution(rows)
         attribution = self._estimator
         assert isinstance(attribution, BatchAttribution)

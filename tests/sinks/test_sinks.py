@@ -387,3 +387,19 @@ def test_a_bus_without_sinks_is_false():
     assert not bus.commanding
     bus.add(Ear())
     assert bus
+
+
+def test_fields_of_an_event_are_named_so_that_none_is_exchanged_for_another():
+    with pytest.raises(TypeError, match="positional"):
+        events.MetricLogged(1.0, 2, "accuracy", 0.5)
+
+
+def test_a_log_of_an_older_version_lacks_what_has_a_default_and_nothing_else():
+    ended = events.RunEnded(time=1.0, step=2, reason="finished", seconds=3.0, best_level=0.5)
+    data = events.to_json(ended)
+    for name in ("final_level", "best_step", "left_out"):
+        del data[name]
+    assert events.from_json({**data, "unheard_of": [1]}) == ended
+    del data["seconds"]
+    with pytest.raises(ValueError, match="incomplete RunEnded: seconds"):
+        events.from_json(data)
