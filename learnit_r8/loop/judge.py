@@ -304,6 +304,7 @@ class Judge:
             return ""
         if self._machine.just_restored:  # sound weights give such losses: it is not the weights
             self._backups.excuse(step)
+            self._detector.level.learned = 0  # nor was anything lost
             return ""
         look = self._backups.look(step + 1, self._detector.first_suspect_step)
         if look is not None and look.damaged:
