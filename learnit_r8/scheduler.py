@@ -816,6 +816,7 @@ class R8Scheduler:
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
         self._saver.settle(wait=False)
+        self._saver.prepare(self._progress.global_step)
         if self._control.interrupted and not self.host_saves:
             self._save_if_possible()
             if self._ranks.world_size > 1:

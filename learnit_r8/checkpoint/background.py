@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -50,3 +51,25 @@ def wait_for_all() -> None:
 
 
 _under_way: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
+
+
+class _Alone:
+    """Excludes other threads of this process, as locks on files do not; a forked child begins with a free one."""
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+ALONE = _Alone()
+"""Held while a directory's checkpoints are counted, renamed and removed."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from learnit_r8.checkpoint.background import wait_for_all
 from learnit_r8.checkpoint.directory import NAME
-from learnit_r8.checkpoint.manifest import MANIFEST, contents
+from learnit_r8.checkpoint.manifest import MANIFEST, LoadedCheckpoint, contents
 from learnit_r8.checkpoint.remote import remote
 from learnit_r8.checkpoint.remote_store import open_store
-from learnit_r8.checkpoint.store import LoadedCheckpoint, reported
+from learnit_r8.checkpoint.writing import reported
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError
 

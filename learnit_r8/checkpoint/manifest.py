@@ -59,6 +59,47 @@ class Manifest:
         return bool(self.files.keys() - {STATE, ARRAYS})
 
 
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """A checkpoint that is durable.
+
+    Attributes:
+        path: Its directory.
+        nbytes: Size of all its files.
+        seconds: Time that `save` took.
+        problems: What went wrong after it was durable (an old one that could not be removed, ...).
+    """
+
+    path: Path
+    nbytes: int
+    seconds: float
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedCheckpoint:
+    """A checkpoint whose every byte has been verified.
+
+    Attributes:
+        path: Its directory.
+        state: What `save` got. Its arrays are writable views of one buffer: copy a small one that is kept for long.
+        model_path: What `write_model` got, now inside `path`; nothing is there if it wrote nothing.
+        step: Global step that it was saved at.
+        manifest: The rest of what it says of itself.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    model_path: Path
+    step: int
+    manifest: Manifest
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether `write_model` wrote anything."""
+        return self.manifest.holds_model
+
+
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the text of manifest.json: the one and only spelling of its content, hashed in itself."""
     body: dict[str, Any] = {

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from learnit_r8.checkpoint.directory import METRICS, NAME, RUN, Entry
-from learnit_r8.checkpoint.manifest import MANIFEST, read_manifest
+from learnit_r8.checkpoint.manifest import MANIFEST, LoadedCheckpoint, SavedCheckpoint, read_manifest
 from learnit_r8.checkpoint.remote import Remote, behind, remote, shown
 from learnit_r8.checkpoint.storage import FileRecord
-from learnit_r8.checkpoint.store import CheckpointStore, Draft, LoadedCheckpoint, SavedCheckpoint
+from learnit_r8.checkpoint.store import CheckpointStore, Draft
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointError
 

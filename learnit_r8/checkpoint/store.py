@@ -22,112 +22,45 @@ Reading needs no lock. Several runs may use a directory: see `directory.py`.
 
 from __future__ import annotations
 
-import errno
 import operator
-import os
 import re
-import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from learnit_r8.checkpoint.background import ALONE
 from learnit_r8.checkpoint.directory import CheckpointDirectory, Entry
 from learnit_r8.checkpoint.manifest import (
     ARRAYS,
     MODEL,
     STATE,
+    LoadedCheckpoint,
     Manifest,
+    SavedCheckpoint,
     read_manifest,
 )
 from learnit_r8.checkpoint.remote import shown
 from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.state_codec import decode, encode
-from learnit_r8.checkpoint.storage import (
-    Bytes,
-    FileRecord,
-    FileSystem,
-    hash_file,
-    regular_size,
-)
-from learnit_r8.checkpoint.writing import Later, call_writer, fill, hashing_threads, write_manifest
+from learnit_r8.checkpoint.storage import Bytes, FileRecord, FileSystem, hash_file, regular_size
+from learnit_r8.checkpoint.writing import Later, call_writer, fill, hashing_threads, reported, write_manifest
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
 
 
-class _Saving:
-    """Excludes other threads of this process, as locks on files do not; a forked child begins with a free one."""
-
-    def __init__(self) -> None:
-        self._renew()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._renew)
-
-    def _renew(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-
-_SAVING = _Saving()
-
-
-@dataclass(frozen=True, slots=True)
-class SavedCheckpoint:
-    """A checkpoint that is durable.
-
-    Attributes:
-        path: Its directory.
-        nbytes: Size of all its files.
-        seconds: Time that `save` took.
-        problems: What went wrong after it was durable (an old one that could not be removed, ...).
-    """
-
-    path: Path
-    nbytes: int
-    seconds: float
-    problems: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LoadedCheckpoint:
-    """A checkpoint whose every byte has been verified.
-
-    Attributes:
-        path: Its directory.
-        state: What `save` got. Its arrays are writable views of one buffer: copy a small one that is kept for long.
-        model_path: What `write_model` got, now inside `path`; nothing is there if it wrote nothing.
-        step: Global step that it was saved at.
-        manifest: The rest of what it says of itself.
-    """
-
-    path: Path
-    state: dict[str, Any]
-    model_path: Path
-    step: int
-    manifest: Manifest
-
-    @property
-    def holds_model(self) -> bool:
-        """Whether `write_model` wrote anything."""
-        return self.manifest.holds_model
-
-
+@dataclass(slots=True)
 class Draft:
     """A checkpoint that is begun: the user's function has run, the rest may be done by another thread.
 
     As a context manager it removes what it has written where the body fails.
 
-    Args:
+    Attributes:
         store: Where it becomes a checkpoint.
         path: Its temporary directory.
         step: As for `CheckpointStore.save`.
@@ -135,28 +68,23 @@ class Draft:
         start: When it was begun.
         state: What `state_codec.encode` returned.
         has_writer: A function of the user's was to write the model.
+        later: The rest of that function.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        path: Path,
-        step: int,
-        tag: str,
-        start: float,
-        state: tuple[bytes, list[Bytes]],
-        has_writer: bool,
-    ) -> None:
-        self.path, self.step, self.tag, self.start, self.has_writer = path, step, tag, start, has_writer
-        self.later: Later | None = None
-        self._store = store
-        self._state = state
+    store: CheckpointStore
+    path: Path
+    step: int
+    tag: str
+    start: float
+    state: tuple[bytes, list[Bytes]]
+    has_writer: bool
+    later: Later | None = None
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is not None:
-            self._store._directory.drop(self.path)
+            self.store._directory.drop(self.path)
 
     def finish(self) -> SavedCheckpoint:
         """Write what is missing; when this returns the checkpoint survives a power cut.
@@ -164,10 +92,10 @@ class Draft:
         Raises:
             CheckpointError: As for `CheckpointStore.save`.
         """
-        store = self._store
+        store = self.store
         with self, store._saving(self.step):
-            files = fill(store._fs, self.path, *self._state, self.later)
-            with _SAVING:
+            files = fill(store._fs, self.path, *self.state, self.later)
+            with ALONE:
                 saved = store._commit(self, files)
             return store._publish(self, saved)
 
@@ -442,7 +370,7 @@ class CheckpointStore:
             CheckpointError: The directory cannot be written to.
         """
         if self.directory.is_dir():
-            with _SAVING, reported(f"{self.directory} cannot be written to"):
+            with ALONE, reported(f"{self.directory} cannot be written to"):
                 self._directory.note_run(self.run)
 
     def adopt(self, loaded: LoadedCheckpoint) -> bool:
@@ -504,20 +432,3 @@ def _checked(step: int, tag: str) -> int:
     if problems:
         raise ConfigError(problems)
     return step
-
-
-@contextmanager
-def reported(what: str, *, missing: bool = True) -> Iterator[None]:
-    """Turn what the system says into a CheckpointError that says what it means."""
-    advice = {
-        errno.ENOSPC: "; free some space, or keep fewer checkpoints",
-        errno.EDQUOT: "; free some space, or keep fewer checkpoints",
-        errno.EROFS: "; the file system is read-only",
-        errno.EACCES: "; check who owns the directory",
-    }
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not missing:
-            raise
-        raise CheckpointError(f"{what}: {error}{advice.get(error.errno or 0, '')}") from error

@@ -5,6 +5,7 @@ The user's function runs where the model stands between two steps. All else may 
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -124,3 +125,20 @@ def call_writer(write: Callable[..., object], *args: Any) -> Later | None:
     if result is False or (isinstance(result, np.bool_) and not result):
         raise CheckpointError("the save callback returned False")
     return result if isinstance(result, partial) else None
+
+
+@contextmanager
+def reported(what: str, *, missing: bool = True) -> Iterator[None]:
+    """Turn what the system says into a CheckpointError that says what it means."""
+    advice = {
+        errno.ENOSPC: "; free some space, or keep fewer checkpoints",
+        errno.EDQUOT: "; free some space, or keep fewer checkpoints",
+        errno.EROFS: "; the file system is read-only",
+        errno.EACCES: "; check who owns the directory",
+    }
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not missing:
+            raise
+        raise CheckpointError(f"{what}: {error}{advice.get(error.errno or 0, '')}") from error

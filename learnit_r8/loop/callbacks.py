@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from learnit_r8.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from learnit_r8.checkpoint.background import Background
 
 
 class SaveCallback:
@@ -31,6 +35,12 @@ class SaveCallback:
         self._with_state = accepts(function, 2) and not _wants_only_a_path(function)
         if not self._with_state and not accepts(function, 1):
             raise TypeError("save_callback must take (state_dict, filepath) or (filepath)")
+
+    def prepare(self) -> None:
+        """Do what makes the first save as fast as the later ones; a failure shows there."""
+        if isinstance(self._function, BackgroundSave):
+            with suppress(Exception):
+                self._function.prepare()
 
     def __call__(self, state: Callable[[], dict[str, Any]], path: Path) -> Callable[[], object] | None:
         """Save the model at `path`; return what is left to be done, by any thread.
@@ -68,11 +78,24 @@ class BackgroundSave:
         self._capture = capture
         self._write = write
         self._buffers: Any = None  # of the last copy; one save is under way at most
+        self._preparing: Background[Any] | None = None
+
+    def prepare(self) -> None:
+        """Get the memory for the copy, in the background: copying into new memory takes several times as long."""
+        from learnit_r8.checkpoint.background import Background
+        from learnit_r8.stability.tree_copy import CopyPlan
+
+        plan = CopyPlan(self._capture())
+        self._preparing = Background(lambda: plan.fill().pool)  # of whatever is there: only the memory counts
 
     def begin(self, filepath: str) -> Callable[[], object]:
         """Make the copy; return the function that writes it."""
         from learnit_r8.stability.tree_copy import CopyPlan
 
+        if self._preparing is not None:
+            with suppress(Exception):
+                self._buffers = self._preparing.result()
+            self._preparing = None
         copied = CopyPlan(self._capture(), self._buffers).fill()
         self._buffers = copied.pool
         return partial(self._write, copied.tree, filepath)

@@ -43,7 +43,7 @@ class Saver:
         self._store: CheckpointStore | None = None
         self._logged: tuple[int, float] | None = None  # step and value of the metric that `keep_best` names
         self._best: float | None = None
-        self.best_due = False
+        self.best_due = self._prepared = False
         self._under_way: tuple[int, bool, Background[SavedCheckpoint]] | None = None  # step, for a new best value
 
     @property
@@ -113,6 +113,14 @@ class Saver:
         if every == "epoch":
             return finished_epoch is not None and finished_epoch != self._attempted_epoch
         return every is not None and step // int(every) > self._attempted // int(every)
+
+    def prepare(self, step: int) -> None:
+        """Get ready for the first checkpoint, once there was a step: by then optimizers have their state."""
+        if self._prepared or step == 0:
+            return
+        self._prepared = True
+        if self._args.save is not None and self._args.config.checkpoint_every is not None:
+            self._args.save.prepare()
 
     def owes(self, step: int) -> bool:
         """Whether the state of this step, the last one of a run, is still to be saved."""

@@ -31,6 +31,9 @@ class SaveTogether(SaveCallback):
         self._ranks = ranks
         self._told = False
 
+    def prepare(self) -> None:
+        """There is nothing to get ready for."""
+
     def lead(self, write: Callable[[], Path]) -> Path:
         """Write a checkpoint on rank 0 while the others `follow`.
 
