@@ -1,5 +1,6 @@
 """The sum tree against a plain array of weights and its cumulative sum."""
 
+import importlib.util
 import math
 import sys
 
@@ -13,7 +14,8 @@ from learnit_r8.errors import ConfigError
 from learnit_r8.structures import sum_tree
 from learnit_r8.structures.sum_tree import MAX_WEIGHT, SumTree
 
-PATHS = [False, True]
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="no numba")
+PATHS = [False, pytest.param(True, marks=needs_numba)]
 WEIGHTS = st.one_of(st.just(0.0), st.floats(0.0, 10.0), st.floats(0.0, MAX_WEIGHT), st.floats(0.0, 1e-300))
 """Zero, everyday, and every magnitude that the tree takes, subnormal ones included."""
 
@@ -49,6 +51,7 @@ def test_weights_and_total_follow_any_history_with_the_last_duplicate_winning(fa
         np.testing.assert_array_equal(refilled.draw(u), slots)
 
 
+@needs_numba
 @settings(deadline=None, max_examples=60)
 @given(histories())
 def test_numpy_and_numba_agree_to_the_last_bit(history):
@@ -154,4 +157,4 @@ def test_without_numba_large_trees_use_numpy_and_fast_true_says_what_to_install(
     finally:
         sum_tree._compiled.cache_clear()
     monkeypatch.undo()
-    assert SumTree(100_000).compiled
+    assert SumTree(100_000).compiled == (importlib.util.find_spec("numba") is not None)
