@@ -105,7 +105,15 @@ class ShardedCatalog(LossCatalog):
 
 
 class Shards(Ranks):
-    """Ranks with batches, and checkpoints, of their own; as for `Ranks`, and `all_gather` is always there."""
+    """Ranks with batches, and checkpoints, of their own.
+
+    Args:
+        rank: As for `Ranks`; likewise the rest.
+        world_size: See there.
+        all_gather: See there; None for one rank.
+        clock: See there.
+        plan: See there.
+    """
 
     def __init__(self, rank: int, world_size: int, all_gather: Gather | None, clock: Clock, plan: str) -> None:
         self._every: Gather = all_gather or np.asarray

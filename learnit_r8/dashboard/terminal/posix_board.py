@@ -25,7 +25,13 @@ _PIECE = 4096
 
 
 class PosixBoard(Board):
-    """Owns the terminal while it is shown; the arguments are those of `open_board`."""
+    """Owns the terminal while it is shown.
+
+    Args:
+        environment: The process's environment variables.
+        console: Where prints are kept; None for a temporary file.
+        prints: Whether prints are this process's to keep.
+    """
 
     def __init__(self, environment: Mapping[str, str], console: Path | None, prints: bool) -> None:
         self._keys = KeyDecoder()

@@ -112,7 +112,13 @@ class StreamCapture(ConsoleFile):
 
 
 class WindowsBoard(Board):
-    """Owns the console while it is shown; the arguments are those of `open_board`."""
+    """Owns the console while it is shown.
+
+    Args:
+        environment: The process's environment variables.
+        console: Where prints are kept; None for a temporary file.
+        prints: Whether prints are this process's to keep.
+    """
 
     key_seconds = 0.05
 

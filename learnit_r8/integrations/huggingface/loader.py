@@ -33,6 +33,11 @@ class Repeated(Sampler[list[int]]):
     """A batch sampler each of whose batches comes `batches` times, with each of its ids `ids` times in it.
 
     So a prompt stands there once for each of its completions, and comes once for each part that is trained on.
+
+    Args:
+        sampler: The batch sampler.
+        ids: Completions of a prompt.
+        batches: Parts that are trained on.
     """
 
     def __init__(self, sampler: Sampler[list[int]], ids: int = 1, batches: int = 1) -> None:

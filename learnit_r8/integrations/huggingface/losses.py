@@ -87,7 +87,12 @@ class Note(NamedTuple):
 
 
 class LossWatch:
-    """Stands around the `compute_loss` of a host, for as long as a training step lasts; `reads`: for sample losses."""
+    """Stands around the `compute_loss` of a host, for as long as a training step lasts.
+
+    Args:
+        host: The Trainer.
+        reads: Whether it looks for one loss per sample.
+    """
 
     def __init__(self, host: Any, *, reads: bool = True) -> None:
         self.notes: list[Note] = []  # of the micro-batches whose optimizer step is not done yet
