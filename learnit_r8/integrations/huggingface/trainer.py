@@ -41,11 +41,7 @@ SAMPLER_STATE = "r8_sampler.pt"
 
 
 class _SchedulerRates(LRScheduler):
-    """What the Trainer takes for its learning-rate scheduler: says the rate, and carries the run's state.
-
-    The rate itself is set by `follow_lr`, right before each step. (LRScheduler's own constructor
-    would set it too.)
-    """
+    """What the Trainer takes for its scheduler of the rate, which `follow_lr` sets; carries the state of the run."""
 
     def __init__(self, scheduler: R8Scheduler, optimizer: Any) -> None:
         self.optimizer = unwrapped(optimizer)
@@ -62,8 +58,7 @@ class _SchedulerRates(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the R8Scheduler's state as tensors."""
-        state: dict[str, Any] = tensors_from_arrays(self._scheduler.state_dict())
-        return state
+        return tensors_from_arrays(self._scheduler.state_dict())  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the R8Scheduler."""
@@ -161,8 +156,7 @@ class R8Mixin(SampleLossMixin):
             "batch would be left out: change one, or give R8Scheduler(drop_last=True) and a batch_size of a multiple"
         ]
 
-    def _rows(self) -> int:
-        """Return how many rows of the Trainer a full batch of the scheduler has on this process."""
+    def _rows(self) -> int:  # of the Trainer that a full batch of the scheduler has on this process
         return self.scheduler.batch_size // self.scheduler.world_size * self._times[0]
 
     def _tell_replaced(self) -> None:
@@ -277,12 +271,12 @@ class R8Mixin(SampleLossMixin):
     def _on_step_end(self, control: Any) -> None:
         if not self.scheduler.interrupted:
             return
-        if self.args.save_strategy == "no":
-            self.scheduler.deliver_signal(
-                f"stopped after {self.scheduler.global_step} batches and not saved: save_strategy='no'"
-            )
+        if self.args.save_strategy != "no":
+            control.should_save = self._leaving = True
             return
-        control.should_save = self._leaving = True
+        self.scheduler.deliver_signal(
+            f"stopped after {self.scheduler.global_step} batches and not saved: save_strategy='no'"
+        )
 
     def _on_save(self, folder: str) -> None:
         if self._parts:
