@@ -34,14 +34,14 @@ from learnit_r8 import events
 from learnit_r8.core.config import DEFAULT_DIR, Checkpoints
 from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.arguments import check_arguments
+from learnit_r8.loop.base.persistence import one_of
+from learnit_r8.loop.base.steps import BatchLoop, Steps
 from learnit_r8.loop.counters import Stage, resumed_arguments
 from learnit_r8.loop.in_flight import Loader
 from learnit_r8.loop.losses import read_losses, read_number
-from learnit_r8.loop.persistence import one_of
 from learnit_r8.loop.saver import State
 from learnit_r8.loop.shards import common_checkpoint
 from learnit_r8.loop.signals import say
-from learnit_r8.loop.steps import BatchLoop, Steps
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Sink, StepResult, Verdict, WeighedBatch

@@ -13,12 +13,12 @@ from learnit_r8 import events
 from learnit_r8.core.arrays import in_any
 from learnit_r8.core.rng import Purpose
 from learnit_r8.errors import TrainingDiverged, tell
+from learnit_r8.loop.base.persistence import Persistence
 from learnit_r8.loop.counters import Stage
 from learnit_r8.loop.in_flight import Ticket
 from learnit_r8.loop.judge import Judgement
 from learnit_r8.loop.losses import Reported
 from learnit_r8.loop.lr_search import LrSearch
-from learnit_r8.loop.persistence import Persistence
 from learnit_r8.samples.catalog import Rows
 from learnit_r8.types import Batch, Command, Indices, LossReport, WeighedBatch
 

@@ -11,8 +11,8 @@ from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
+from learnit_r8.loop.base.parts import Parts
 from learnit_r8.loop.counters import Progress, check_state
-from learnit_r8.loop.parts import Parts
 from learnit_r8.loop.saver import State, not_saved
 from learnit_r8.loop.shards import common_checkpoint
 

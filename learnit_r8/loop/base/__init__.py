@@ -1,0 +1,1 @@
+"""The scheduler without its two loops: its parts, its saving, one step."""
