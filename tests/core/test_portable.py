@@ -23,10 +23,15 @@ from learnit_r8.replay import HybridSRLReplayBuffer, NStep, PrioritizedReplayBuf
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import (
     AdaptiveBatchSampler,
+    Balanced,
     CurriculumScheduler,
     ExponentialMovingStats,
+    Mixture,
+    Prompts,
     RewardWeightedSampler,
     SpacedRepetitionSampler,
+    TokenBudget,
+    Weighted,
     names,
 )
 from learnit_r8.structures.sum_tree import SumTree
@@ -154,11 +159,22 @@ def streams():
     return lambda: RandomStreams(5), lambda streams, k: streams.at(Purpose.BATCH, 0, k).random(3)
 
 
+GIVEN = {
+    "weighted": lambda: Weighted(1 + np.sin(np.arange(120))),
+    "balanced": lambda: Balanced(np.arange(120) % 7),
+    "mixture": lambda: Mixture({"a": range(20), "b": range(20, 120)}, adapt="loss"),
+    "tokens": lambda: TokenBudget(1 + np.arange(120) % 9, 40),
+    "prompts": lambda: Prompts(reward_range=(-6.0, 0.0)),
+}
+"""Strategies that have no name, since they need to be told something."""
+
+
 def strategy(name):
     """A strategy inside its scheduler; the scheduler gets a copy at the cut."""
 
     def make():
-        scheduler = R8Scheduler(120, 6, num_epochs=60, strategy=name, ui="off", checkpoint_dir=None)
+        chosen = GIVEN[name]() if name in GIVEN else name
+        scheduler = R8Scheduler(120, 6, num_epochs=60, strategy=chosen, ui="off", checkpoint_dir=None)
         return [scheduler, loop(scheduler)]
 
     def advance(holder, k):
@@ -249,7 +265,7 @@ def plain(value):
     return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [*names(), *GIVEN])
 def test_a_scheduler_with_any_strategy_goes_on_from_what_torch_load_returns(name):
     make, advance = strategy(name)
     original, restored = make(), make()
@@ -281,6 +297,7 @@ def test_what_cannot_be_copied_says_so(tmp_path):
 def test_every_public_stateful_class_is_among_those_that_are_tried():
     tried = {type(make()[0] if isinstance(make(), list) else make()) for make, _ in SUBJECTS.values()}
     tried |= {type(learnit_r8.strategies.make(name)) for name in names()} | {LossCatalog}
+    tried |= {type(make()) for make in GIVEN.values()}
     public = [getattr(module, name) for module in (learnit_r8.replay, learnit_r8.strategies) for name in module.__all__]
     stateful = {one for one in public if inspect.isclass(one) and hasattr(one, "load_state_dict")}
     assert stateful - tried - {learnit_r8.strategies.Strategy} == set()
