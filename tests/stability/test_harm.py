@@ -62,7 +62,10 @@ def test_the_same_run_under_three_clocks_is_the_same():
 
 def _left_alone(kind, seed):
     torch.manual_seed(seed)
-    switched = ("fitted q", "auxiliary loss", "augmentation switched on", "unfreezing", "another task")
+    # A part of the state is overwritten or switched on by design.
+    switched = (
+        "fitted q", "auxiliary loss", "auxiliary loss adam", "augmentation switched on", "unfreezing", "another task",
+    )  # fmt: skip
     assert harm_sound.KINDS[kind](seed)["rollbacks"] <= (kind in switched)
 
 
