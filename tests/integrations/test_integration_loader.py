@@ -6,6 +6,7 @@ import itertools
 import random
 import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -403,3 +404,34 @@ def test_augmentation_follows_the_runs_seed_and_not_the_number_of_workers():
     one, two, other = (augmented(seed, workers, persistent=False)[0] for seed, workers in ((0, 1), (0, 2), (1, 2)))
     assert one == two
     assert one[0][1] != other[0][1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("amid", [True, False])
+def test_a_loop_that_is_thrown_out_of_a_step_saves_no_model_of_half_a_step(tmp_path, workers, amid):
+    trained = []
+
+    def save(path):
+        Path(path).write_text(str(len(trained)))
+
+    scheduler = R8Scheduler(
+        40, 4, num_epochs=2, ui="off", checkpoint_dir=tmp_path, checkpoint_every=1000, save_callback=save
+    )
+    data = TensorDataset(torch.arange(40.0))
+    loader = DataLoader(data, batch_sampler=R8BatchSampler(scheduler), num_workers=workers)
+
+    def loop():
+        for _ in scheduler.epoch_iterator():
+            for (x,) in loader:
+                trained.append(x)
+                if amid and len(trained) == 6:
+                    raise ZeroDivisionError
+                scheduler.update_with_loss(x * 0 + 1)
+                if len(trained) == 6:
+                    raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught, scheduler:
+        loop()
+    (note,) = caught.value.__notes__
+    assert ("thrown out of step 5: the model may be trained halfway" if amid else "stopped after 6 steps") in note
+    assert len(list(tmp_path.glob("step-*"))) == (not amid)

@@ -197,7 +197,9 @@ class _Asker:
     """
 
     def __init__(self, iterator: _BaseDataLoaderIter, wrappers: list[Any]) -> None:
-        self._iterator = weakref.ref(iterator)
+        # Its attributes outlive it for a moment: what it has delivered by the time that a loop is thrown out of a step.
+        self._last: dict[str, Any] = vars(iterator)
+        self._iterator = weakref.ref(iterator, self._count_last)
         self._hosts: list[str] = []
         self._shard: Any = lambda: None
         self._skipped = 0
@@ -224,14 +226,18 @@ class _Asker:
 
     def delivered(self) -> int:
         """Return how many batches the loop has got; asked for the first time at the first draw."""
-        iterator = self._iterator()
-        if iterator is not None:
+        if self._last:
+            count = self._last["_num_yielded"]
             if self._before is None:  # a wrapper may have sent batches of its own
-                self._before = max(iterator._num_yielded, getattr(iterator, "_send_idx", 0))
+                self._before = max(count, self._last.get("_send_idx", 0))
             shard = self._shard()  # keeps a batch back until it knows whether that is the last
             held_back = shard is not None and not shard.end_of_dataloader
-            self._delivered = max(iterator._num_yielded - self._before - held_back, 0)
+            self._delivered = max(count - self._before - held_back, 0)
         return self._delivered
+
+    def _count_last(self, _: Any) -> None:
+        self.delivered()
+        self._last = {}
 
     def problems(self, num_samples: int) -> list[str]:
         """Return what would lead losses to other samples."""
