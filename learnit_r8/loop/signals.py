@@ -7,6 +7,7 @@ is called (the user's, asyncio's, Lightning's, submitit's), or the process ends 
 from __future__ import annotations
 
 import _thread
+import gc
 import os
 import signal
 import sys
@@ -114,6 +115,8 @@ class Interrupts:
         if not kept:
             return
         self.release()
+        if any(run.pending in kept for run in _catching):
+            gc.collect()  # a run that nobody has any more may lie in a cycle, and would be waited for in vain
         if self._outside.get(kept[0]) is not signal.default_int_handler:
             say(f"[r8] {news}")
         for number in kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
@@ -929,6 +930,26 @@ def test_a_handler_of_the_users_own_is_called_between_two_steps():
         assert heard == [2]
         assert scheduler.global_step == 4
     finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_that_was_left_as_garbage_is_not_waited_for_when_a_signal_comes_to_the_next_one():
+    def left():
+        holder = [R8Scheduler(32, 8, num_epochs=1, **BARE).epoch_iterator()]
+        assert next(holder[0]) == 0
+        holder.append(holder)  # a cycle keeps the loop open until the garbage is collected
+
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(scheduler.global_step))
+    gc.collect()
+    gc.disable()
+    try:
+        left()
+        scheduler = R8Scheduler(32, 8, num_epochs=1, **BARE)
+        train(scheduler, before=lambda batch: signal.raise_signal(signal.SIGTERM) if batch.step == 1 else None)
+        assert heard == [2]
+    finally:
+        gc.enable()
         signal.signal(signal.SIGTERM, before)
 
 
