@@ -15,8 +15,9 @@ from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, L
 from learnit_r8.stability.detector import Detector
 
 Emit = Callable[[events.Event], None]
-_EVIDENCE, _BEFORE, _ENOUGH = 4, 8, 16
-"""Losses that make evidence against weights that moved far, those they are compared with, and those that acquit."""
+_EVIDENCE, _BEFORE, _ENOUGH = 4, range(8, 65), 16
+"""Losses that make evidence against weights that moved far, those they are compared with (the more there are, the less
+do rare high ones of single samples mislead), and those that acquit."""
 _RISE = 0.5
 """Least relative rise of the losses: weights at the edge of stability jump, too, and losses by a quarter."""
 _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show"
@@ -67,7 +68,7 @@ class RamBackups:
         self._excused = -1  # step
         # Weights moved far before this step; losses before the backup that they are compared with, and after.
         self._moved: tuple[int, list[float], list[float]] | None = None
-        self._losses: deque[float] = deque(maxlen=_BEFORE)
+        self._losses: deque[float] = deque(maxlen=_BEFORE[-1])
         self._before: list[float] = []  # the last ones before the last backup
         self._heal()
 
@@ -112,7 +113,7 @@ class RamBackups:
         """Copy a state of the user's model into the ring, and the detector's beside it."""
         # The first one has to serve until another is proved: it is all there is.
         info = self.ring.take(state, step, initial=self.ring.find() is None, path=self.path)
-        sudden = self._excused < self._taken_at and len(self._before) == _BEFORE
+        sudden = self._excused < self._taken_at and len(self._before) in _BEFORE
         if self._ranks.everyone(bool(info.moved)).any() and sudden:
             self._moved = step, self._before, []
         self._before, self._taken_at = list(self._losses), step
@@ -135,7 +136,7 @@ class RamBackups:
     def worse_since_move(self, loss: float, *, calm: bool) -> int | None:
         """Count a finite loss; return the step of a backup whose weights had moved far, if losses are worse since.
 
-        Worse: their median is above the highest of the last 8 before, and by half above their median.
+        Worse: their median is above the highest of the last 8 to 64 before, and by half above their median.
 
         Args:
             loss: The loss.
@@ -155,7 +156,7 @@ class RamBackups:
         return step if worse else None
 
     def worse_than_before(self, loss: float) -> bool:
-        """Say whether a loss is above the highest of the last 8 before the last backup."""
+        """Say whether a loss is above the highest of the last 8 to 64 before the last backup."""
         return bool(self._before) and not loss <= max(self._before)
 
     def excuse(self, step: int) -> None:
