@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import signal
 import warnings
 
 import numpy as np
@@ -313,3 +315,22 @@ def test_spaced_repetition_resumes_with_the_trainer(hf, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert again == drawn[7:]
     assert weights(resumed.model) == weights(whole.model)
+
+
+def test_the_signals_are_given_back_when_training_ends_not_when_the_garbage_is_collected(hf, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    during = []
+
+    class Look(hf[0].TrainerCallback):
+        def on_step_end(self, *_, **__):
+            during.append(signal.getsignal(signal.SIGTERM))
+
+    trainer = trainer_for(hf, tmp_path, scheduler=scheduler_for())
+    trainer.add_callback(Look())
+    gc.disable()
+    try:
+        trainer.train()
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        gc.enable()
+    assert before not in during

@@ -226,6 +226,7 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._watch.detach()
+            self._given = self._iterator = None  # the loop over the batches ends with it, and gives the signals back
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse.
