@@ -68,7 +68,10 @@ while best_of(count) < 1.5e-3:
 count = max(1, round(count * 2e-3 / best_of(count)))
 board = open_dashboard("curses")
 record = board.record
-record(RunStarted(time.time(), 0, "slowdown", {"num_epochs": 100}, 10_000, 1_000_000, False, "", 1, 0.0))
+record(RunStarted(
+    time=time.time(), step=0, run="slowdown", config={"num_epochs": 100}, steps_per_epoch=10_000,
+    total_steps=1_000_000, resumed=False, version="", pid=1, elapsed=0.0,
+))
 at = 0
 
 def steps(number, record, bar):
@@ -76,7 +79,10 @@ def steps(number, record, bar):
     for at in range(at, at + number):
         work(count)
         now = time.time()
-        reported = LossReported(now, at, 0, 1.0 + at % 7, 1.0, 1e-3, "calm", 0.0, 32, 2e-3, 1e-4)
+        reported = LossReported(
+            time=now, step=at, epoch=0, loss=1.0 + at % 7, expected_loss=1.0, lr=1e-3, verdict="calm", score=0.0,
+            size=32, step_seconds=2e-3, r8_seconds=1e-4,
+        )
         if record is not None:
             record(reported)
         if bar is not None:

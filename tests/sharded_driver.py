@@ -203,6 +203,7 @@ def lightning(folder: Path, ranks: dict, kind: str) -> dict:
     from learnit_r8.integrations.lightning import R8Callback, R8DataModuleMixin
     from tests.backup_watch import BackupWatch, random_steps
 
+    os.environ["LOCAL_RANK"] = str(ranks["rank"])  # without it Lightning starts this program again for the other rank
     watch = BackupWatch(random_steps(1), partial(R8Scheduler, SAMPLES, BATCH, num_epochs=EPOCHS, ui="off", **ranks))
 
     class Module(R8DataModuleMixin, lightning.LightningModule):

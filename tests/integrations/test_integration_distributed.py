@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ def launch(folder: Path, world: int, *scenarios: str, dies: bool = False, progra
         for rank in range(world)
     ]
     try:
-        errors = [process.communicate(timeout=800)[1] for process in ranks]
+        with ThreadPoolExecutor(world) as pool:
+            errors = list(pool.map(lambda process: process.communicate(timeout=800)[1], ranks))
     finally:
         for process in ranks:
             process.kill()
