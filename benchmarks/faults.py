@@ -119,11 +119,11 @@ def _fuzz_state(rng: np.random.Generator) -> Result:
 
 
 def clean_trainings(count: int, seed: int) -> Iterator[Result]:
-    """Run ordinary trainings, 3000 steps or so each; none may be rolled back: what is only told leaves a run alone."""
+    """Run ordinary trainings, 3000 steps or so each; nothing may happen."""
     for name, recipe in list(clean_runs.RECIPES.items())[:count]:
         heard = clean_runs.train(recipe, seed)
-        rollbacks, spikes = heard.count["RolledBack"], heard.count["SpikeSeen"]
-        yield Result(name, rollbacks == 0, f"{rollbacks} rollbacks, {spikes} spikes told", 0, None, rollbacks)
+        spikes = heard.count["SpikeSeen"]
+        yield Result(name, spikes == 0, f"{spikes} interventions", 0, None, heard.count["RolledBack"])
 
 
 CLASSES: dict[str, tuple[Callable[[int, int], Iterator[Result]], int, int]] = {
@@ -141,6 +141,10 @@ CLASSES: dict[str, tuple[Callable[[int, int], Iterator[Result]], int, int]] = {
     "kill -9 and resume": (fault_kills.killed_runs, 200, 6),
     "clean trainings": (clean_trainings, len(clean_runs.RECIPES), 0),
 }
+
+PUBLISHED = {"slow rise", "clean trainings"}
+"""Classes whose misses are printed and bounded by the test, but fail no run of this benchmark: a slow rise may be in
+every backup before it shows, and a spike that is told where there is none costs no rollback (those still fail)."""
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
@@ -166,8 +170,7 @@ def run(*, quick: bool = False, seed: int = 0, only: str = "") -> dict[str, Any]
         missed = [f"{result.name}: {result.detail[:160]}" for result in results if not result.survived]
         if missed:
             misses[name] = missed[:12]
-        # A slow rise may be in every backup before it shows: those misses are published, not hidden.
-        bad += 0 if name == "slow rise" else len(missed)
+        bad += 0 if name in PUBLISHED else len(missed)
         bad += (found["bytes lost"] or 0) + found["false rollbacks"]
     return {"seed": seed, "classes": classes, "misses": misses, "failed": bad}
 
