@@ -25,42 +25,163 @@ SIGNALS = tuple(name for name in ("INT", "TERM", "USR1", "USR2", "HUP", "BREAK")
 MAX_SAMPLES = 2**32 - 1
 
 
+class Problems(list[str]):
+    """Collects one sentence per bad argument; `raise_if_any` turns them into one ConfigError."""
+
+    def integer(self, name: str, value: Any, low: int, high: int | None = None) -> int:
+        """Check a whole number; numpy integers count, bools do not."""
+        good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if good and value >= low and (high is None or value <= high):
+            return int(value)
+        bounds = f">= {low}" if high is None else f"from {low} to {high}"
+        self.append(f"{name} must be a whole number {bounds}, got {value!r}")
+        return low
+
+    def positive(self, name: str, value: Any) -> float:
+        """Check a finite number above 0."""
+        return self.real(name, value, 0.0, open_low=True)
+
+    def real(self, name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+        """Check a finite number within bounds; `open_low` excludes the lower one."""
+        number = _as_float(value)
+        if number is not None and math.isfinite(number) and low <= number <= high and not (open_low and number == low):
+            return number
+        bounds = f"> {low:g}" if open_low else f">= {low:g}"
+        if high != math.inf:
+            bounds += f" and <= {high:g}"
+        self.append(f"{name} must be a finite number {bounds}, got {value!r}")
+        return low
+
+    def flag(self, name: str, value: Any) -> bool:
+        """Check a bool (numpy's too)."""
+        if type(value).__name__ in {"bool", "bool_"}:
+            return bool(value)
+        self.append(f"{name} must be True or False, got {value!r}")
+        return False
+
+    def choice(self, name: str, value: Any, allowed: Sequence[str]) -> str:
+        """Check one of several names."""
+        if isinstance(value, str) and value in allowed:
+            return value
+        self.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        return allowed[0]
+
+    def function(self, name: str, value: Any) -> Callable[..., Any] | None:
+        """Check a callable or None."""
+        if value is None or callable(value):
+            return value  # type: ignore[no-any-return]
+        self.append(f"{name} must be a function or None, got {value!r}")
+        return None
+
+    def path(self, name: str, value: Any) -> Path | None:
+        """Check a path or None."""
+        if value is None:
+            return None
+        if isinstance(value, (str, Path)) and str(value).strip():
+            return Path(value)
+        self.append(f"{name} must be a path or None, got {value!r}")
+        return None
+
+    def steps_or(self, name: str, value: Any, word: str) -> int | str | None:
+        """Check how often something is done: a number of steps, a word, or None for never."""
+        if value is None or value == word:
+            return value  # type: ignore[no-any-return]
+        if isinstance(value, str):
+            self.append(f'{name} must be "{word}", a number of steps >= 1 or None, got {value!r}')
+            return None
+        return self.integer(name, value, 1)
+
+    def cadence(self, name: str, value: Any, directory: Any) -> str | int | None:
+        """Check how often checkpoints are written."""
+        if value is not None and directory is None:
+            self.append(f"{name}={value!r} needs a checkpoint_dir, got None")
+        return self.steps_or(name, value, "epoch")
+
+    def metric(self, name: str, value: Any) -> tuple[str, str] | None:
+        """Check a metric's name, or its name and "min" or "max"; "" where only the name was given."""
+        if value is None:
+            return None
+        pair = (value, "") if isinstance(value, str) else value
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            self.append(f'{name} must be the name of a logged metric, or (name, "min" or "max"), got {value!r}')
+            return None
+        if not isinstance(value, str) and pair[1] not in ("min", "max"):
+            self.append(f'{name} must end in "min" or "max", got {value!r}')
+        return pair[0], pair[1]
+
+    def raise_if_any(self) -> None:
+        """Raise one ConfigError that lists every problem, if there is one."""
+        if self:
+            raise ConfigError(list(self))
+
+
+def argument(check: Callable[..., Any], *bounds: Any, optional: bool = False, of: str = "", **default: Any) -> Any:
+    """Declare a field that is an argument of `R8Scheduler`.
+
+    Args:
+        check: `(problems, name, value, *bounds) -> value`, such as `Problems.integer`.
+        *bounds: What the value is checked against.
+        optional: None is a value, too.
+        of: The argument's name, where it is not the field's.
+        **default: `default=` of the field, for states that were written before it was there.
+    """
+
+    def read(problems: Problems, name: str, value: Any) -> Any:
+        return None if optional and value is None else check(problems, name, value, *bounds)
+
+    return dataclasses.field(metadata={"read": read, "of": of}, **default)
+
+
+def read_arguments(kind: type, problems: Problems, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a class declares by `argument`, checked one by one."""
+    values = {}
+    for field in dataclasses.fields(kind):
+        if read := field.metadata.get("read"):
+            name = field.metadata["of"] or field.name
+            values[field.name] = read(problems, name, given[name])
+    return values
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
-    """What a run is. Field names and meanings are those of `R8Scheduler`'s arguments, but for `own_strategy`."""
+    """What a run is, as plain values; what checkpoints hold of its arguments.
 
-    num_samples: int
-    batch_size: int
-    num_epochs: int | None
-    train_duration_seconds: float | None
-    initial_lr: float
+    A new argument of this kind is a field here, with its check, and a parameter of `R8Scheduler`.
+    """
+
+    num_samples: int = argument(Problems.integer, 1, MAX_SAMPLES)
+    batch_size: int = argument(Problems.integer, 1)
+    num_epochs: int | None = argument(Problems.integer, 1, optional=True)
+    train_duration_seconds: float | None = argument(Problems.positive, optional=True)
+    initial_lr: float = argument(Problems.positive)
+    warmup_proportion: float = argument(Problems.real, 0.0, 1.0)
+    min_lr: float = argument(Problems.real, 0.0)
+    auto_find_lr: bool = argument(Problems.flag)
+    backup_every: int | str | None = argument(Problems.steps_or, "auto")
+    noise_guard: str = argument(Problems.choice, NOISE_GUARDS)
+    seed: int = argument(Problems.integer, 0)
+    drop_last: bool = argument(Problems.flag)
+    lookahead: int = argument(Problems.integer, 1)
+    world_size: int = argument(Problems.integer, 1)
+    rollback_data: str = argument(Problems.choice, ROLLBACK_DATA, default="skip")
+    num_steps: int | None = argument(Problems.integer, 1, optional=True, default=None)
+    _: dataclasses.KW_ONLY
     scheduler_mode: str
     """The schedule's name, or "custom" for a function of the user's."""
-    warmup_proportion: float
-    min_lr: float
-    auto_find_lr: bool
     strategy: str
     """The strategy's name, or the class of a strategy object."""
-    backup_every: int | str | None
+    own_strategy: bool = False
+    """The strategy was given as an object: its name does not make it again."""
+    log_dir: str | None
     checkpoint_dir: str | None
     checkpoint_every: str | int | None
     keep_checkpoints: int
-    log_dir: str | None
-    noise_guard: str
-    seed: int
-    drop_last: bool
-    lookahead: int
-    world_size: int
-    rollback_data: str = "skip"
-    num_steps: int | None = None
     keep_best: tuple[str, str] | None = None
     """Name of a logged metric, and "min" or "max"."""
     keep_every: int | None = None
     signals: tuple[str, ...] = SIGNALS
     recovery: Mapping[str, str] | None = None
     """What non-finite losses, spikes and drifts each cause; None in the states of older versions."""
-    own_strategy: bool = False
-    """The strategy was given as an object: its name does not make it again."""
     shard: tuple[int, int] | None = None
     """Number of this rank's shard and of all, where each rank has samples of its own (`world_size` is 1 then)."""
 
@@ -109,90 +230,6 @@ class Config:
         names = ("num_samples", "batch_size", "seed", "drop_last", "strategy")
         decisive = {name: getattr(self, name) for name in names}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Problems(list[str]):
-    """Collects one sentence per bad argument; `raise_if_any` turns them into one ConfigError."""
-
-    def integer(self, name: str, value: Any, low: int, high: int | None = None) -> int:
-        """Check a whole number; numpy integers count, bools do not."""
-        good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if good and value >= low and (high is None or value <= high):
-            return int(value)
-        bounds = f">= {low}" if high is None else f"from {low} to {high}"
-        self.append(f"{name} must be a whole number {bounds}, got {value!r}")
-        return low
-
-    def real(self, name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
-        """Check a finite number within bounds; `open_low` excludes the lower one."""
-        number = _as_float(value)
-        if number is not None and math.isfinite(number) and low <= number <= high and not (open_low and number == low):
-            return number
-        bounds = f"> {low:g}" if open_low else f">= {low:g}"
-        if high != math.inf:
-            bounds += f" and <= {high:g}"
-        self.append(f"{name} must be a finite number {bounds}, got {value!r}")
-        return low
-
-    def flag(self, name: str, value: Any) -> bool:
-        """Check a bool (numpy's too)."""
-        if type(value).__name__ in {"bool", "bool_"}:
-            return bool(value)
-        self.append(f"{name} must be True or False, got {value!r}")
-        return False
-
-    def choice(self, name: str, value: Any, allowed: Sequence[str]) -> str:
-        """Check one of several names."""
-        if isinstance(value, str) and value in allowed:
-            return value
-        self.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        return allowed[0]
-
-    def function(self, name: str, value: Any) -> Callable[..., Any] | None:
-        """Check a callable or None."""
-        if value is None or callable(value):
-            return value  # type: ignore[no-any-return]
-        self.append(f"{name} must be a function or None, got {value!r}")
-        return None
-
-    def path(self, name: str, value: Any) -> Path | None:
-        """Check a path or None."""
-        if value is None:
-            return None
-        if isinstance(value, (str, Path)) and str(value).strip():
-            return Path(value)
-        self.append(f"{name} must be a path or None, got {value!r}")
-        return None
-
-    def cadence(self, name: str, value: Any, directory: Any) -> str | int | None:
-        """Check how often checkpoints are written."""
-        if value is None:
-            return None
-        if directory is None:
-            self.append(f"{name}={value!r} needs a checkpoint_dir, got None")
-        if value == "epoch":
-            return "epoch"
-        if isinstance(value, str):
-            self.append(f'{name} must be "epoch", a number of steps >= 1 or None, got {value!r}')
-            return None
-        return self.integer(name, value, 1)
-
-    def metric(self, name: str, value: Any) -> tuple[str, str] | None:
-        """Check a metric's name, or its name and "min" or "max"; "" where only the name was given."""
-        if value is None:
-            return None
-        pair = (value, "") if isinstance(value, str) else value
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            self.append(f'{name} must be the name of a logged metric, or (name, "min" or "max"), got {value!r}')
-            return None
-        if not isinstance(value, str) and pair[1] not in ("min", "max"):
-            self.append(f'{name} must end in "min" or "max", got {value!r}')
-        return pair[0], pair[1]
-
-    def raise_if_any(self) -> None:
-        """Raise one ConfigError that lists every problem, if there is one."""
-        if self:
-            raise ConfigError(list(self))
 
 
 class _DefaultDir(str):

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.core.clock import Clock
-from learnit_r8.core.config import (
-    DEFAULT_DIR,
-    MAX_SAMPLES,
-    NOISE_GUARDS,
-    ROLLBACK_DATA,
-    UI_NAMES,
-    Checkpoints,
-    Config,
-    Problems,
-)
+from learnit_r8.core.config import DEFAULT_DIR, UI_NAMES, Checkpoints, Config, Problems, argument, read_arguments
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
@@ -32,7 +22,51 @@ from learnit_r8.stability.policy import NAMED, Recovery
 from learnit_r8.strategies.base import Strategy, make
 from learnit_r8.types import Sink
 
-T = TypeVar("T")
+# One argument each -------------------------------------------------------------------------
+
+
+def _callback(problems: Problems, name: str, function: Any, wrap: Callable[[Any], Any]) -> Any:
+    if problems.function(name, function) is None:
+        return None
+    try:
+        return wrap(function)
+    except TypeError as error:
+        problems.append(f"{error}, got {function!r}")
+        return None
+
+
+def _state_callback(function: Any) -> Any:
+    if not accepts(function, 0):
+        raise TypeError("state_callback must take no arguments and return the model's state")
+    return function
+
+
+def _recovery(problems: Problems, name: str, given: Any) -> Recovery:
+    policy = Recovery.read(Recovery(**given) if isinstance(given, dict) else given)
+    if policy is None:
+        problems.append(f"{name} must be one of {', '.join(map(repr, NAMED))} or a Recovery(...), got {given!r}")
+        return Recovery()
+    return policy
+
+
+def _sinks(problems: Problems, name: str, sinks: Any) -> tuple[Sink, ...]:
+    if isinstance(sinks, Sequence) and not isinstance(sinks, str):
+        wrong = [sink for sink in sinks if not isinstance(sink, Sink) or isinstance(sink, type)]
+        if not wrong:
+            return tuple(sinks)
+        problems.append(f"{name} must be objects with record(event), got {wrong[0]!r}")
+    else:
+        problems.append(f"{name} must be a list of objects with record(event), got {sinks!r}")
+    return ()
+
+
+def _clock(problems: Problems, name: str, clock: Any) -> Clock:
+    if clock is None:
+        return Clock()
+    methods = ("monotonic", "wall", "sleep")
+    if isinstance(clock, type) or not all(callable(getattr(clock, method, None)) for method in methods):
+        problems.append(f"{name} must have monotonic(), wall() and sleep(seconds), got {clock!r}")
+    return clock  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,16 +76,16 @@ class Arguments:
     config: Config
     strategy: Strategy
     schedule: Schedule
-    save: SaveCallback | None
-    load: LoadCallback | None
-    state_callback: Callable[[], Any] | None
-    recovery: Recovery
-    sinks: tuple[Sink, ...]
     ui: str
     groups: NDArray[np.integer[Any]] | None
     rank: int
-    all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None
-    clock: Clock
+    save: SaveCallback | None = argument(_callback, SaveCallback, of="save_callback")
+    load: LoadCallback | None = argument(_callback, LoadCallback, of="load_callback")
+    state_callback: Callable[[], Any] | None = argument(_callback, _state_callback)
+    recovery: Recovery = argument(_recovery)
+    sinks: tuple[Sink, ...] = argument(_sinks)
+    all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None = argument(Problems.function)
+    clock: Clock = argument(_clock)
 
 
 def check_arguments(**given: Any) -> Arguments:
@@ -63,35 +97,35 @@ def check_arguments(**given: Any) -> Arguments:
     Raises:
         ConfigError: Lists every problem with what came and what is allowed.
     """
-    problems, args = Problems(), SimpleNamespace(**given)
-    chosen, strategy_name = _strategy(problems, args.strategy)
-    rates = _rates(problems, args)
-    schedule, schedule_name = _schedule(problems, args.scheduler_mode, rates["warmup_proportion"])
-    save = _callback(problems, "save_callback", args.save_callback, SaveCallback)
-    load = _callback(problems, "load_callback", args.load_callback, LoadCallback)
-    snapshot = _state_callback(problems, args.state_callback)
-    shard, sizes = _shard(problems, args), _sizes(problems, args)
-    policy = _recovery(problems, args.recovery)
+    problems = Problems()
+    shard = None
+    if problems.flag("sharded", given["sharded"]):  # the sizes are then one rank's; the rank is checked below
+        shard = (
+            given["rank"] if isinstance(given["rank"], int) else 0,
+            problems.integer("world_size", given["world_size"], 1),
+        )
+        given["world_size"] = 1
+    values, others = read_arguments(Config, problems, given), read_arguments(Arguments, problems, given)
+    chosen, strategy_name = _strategy(problems, given["strategy"])
+    schedule, schedule_name = _schedule(problems, given["scheduler_mode"], values["warmup_proportion"])
+    _rates(problems, given, values)
+    _sizes(problems, given, values)
+    _budget(problems, given)
+    _search(problems, values, others)
     config = Config(
-        **sizes,
-        **_budget(problems, args),
-        **rates,
-        **_search(problems, args, undo=load is not None and (snapshot is not None or _undoes(save))),
+        **values,
+        **_checkpoints(problems, given, shard),
         scheduler_mode=schedule_name,
         strategy=strategy_name,
-        own_strategy=not isinstance(args.strategy, str),
+        own_strategy=not isinstance(given["strategy"], str),
         shard=shard,
-        backup_every=_backup_every(problems, args.backup_every),
-        recovery=dataclasses.asdict(policy),
-        **_checkpoints(problems, args, shard),
-        log_dir=_folder(problems, "log_dir", args.log_dir, used=True),
-        noise_guard=problems.choice("noise_guard", args.noise_guard, NOISE_GUARDS),
-        seed=problems.integer("seed", args.seed, 0),
-        rollback_data=problems.choice("rollback_data", args.rollback_data, ROLLBACK_DATA),
+        recovery=dataclasses.asdict(others["recovery"]),
+        log_dir=_folder(problems, "log_dir", given["log_dir"], used=True),
     )
-    gather, world = problems.function("all_gather", args.all_gather), shard[1] if shard else config.world_size
-    if world > 1 and gather is None:
+    world = shard[1] if shard else config.world_size
+    if world > 1 and others["all_gather"] is None:
         problems.append(f"all_gather is needed when world_size={world}: see learnit_r8.integrations.distributed")
+    save = others["save"]
     if shard and save is not None and save.collective:
         problems.append(
             "a collective save_callback is for one checkpoint of all ranks, here every rank writes its own: save this "
@@ -103,88 +137,70 @@ def check_arguments(**given: Any) -> Arguments:
         config=config,
         strategy=chosen,
         schedule=schedule,
-        save=save,
-        load=load,
-        state_callback=snapshot,
-        recovery=policy,
-        sinks=_sinks(problems, args.sinks),
-        ui=_ui(problems, args.ui, args.use_curses),
-        groups=_groups(problems, args.groups, config.num_samples),
-        rank=problems.integer("rank", args.rank, 0, max(world - 1, 0)),
-        all_gather=gather,
-        clock=_clock(problems, args.clock),
+        ui=_ui(problems, given["ui"], given["use_curses"]),
+        groups=_groups(problems, given["groups"], config.num_samples),
+        rank=problems.integer("rank", given["rank"], 0, max(world - 1, 0)),
+        **others,
     )
     problems.raise_if_any()
     return arguments
 
 
-def _rates(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
-    peak = problems.real("initial_lr", args.initial_lr, 0.0, open_low=True)
-    floor = problems.real("min_lr", args.min_lr, 0.0)
-    if floor > peak and peak > 0:
+# What arguments mean for each other --------------------------------------------------------
+
+
+def _rates(problems: Problems, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    if values["min_lr"] > values["initial_lr"] > 0:
         problems.append(
-            f"min_lr must not exceed initial_lr, got min_lr={args.min_lr!r} and initial_lr={args.initial_lr!r}"
+            f"min_lr must not exceed initial_lr, got min_lr={given['min_lr']!r} and initial_lr={given['initial_lr']!r}"
         )
-    warmup = problems.real("warmup_proportion", args.warmup_proportion, 0.0, 1.0)
-    return {"initial_lr": peak, "min_lr": floor, "warmup_proportion": warmup}
 
 
-def _shard(problems: Problems, args: SimpleNamespace) -> tuple[int, int] | None:
-    """Return (rank, world_size) where each rank has samples of its own; the sizes are then one rank's."""
-    if not problems.flag("sharded", args.sharded):
-        return None
-    world, args.world_size = problems.integer("world_size", args.world_size, 1), 1
-    return args.rank if isinstance(args.rank, int) else 0, world  # the rank is checked with the others
-
-
-def _sizes(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
-    size = problems.integer("num_samples", args.num_samples, 1, MAX_SAMPLES)
-    batch = problems.integer("batch_size", args.batch_size, 1)
-    whole = problems.flag("drop_last", args.drop_last)
-    if whole and batch > size:
+def _sizes(problems: Problems, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    size, batch, world = values["num_samples"], values["batch_size"], values["world_size"]
+    if values["drop_last"] and batch > size:
         problems.append(
             f"drop_last=True with batch_size={batch} > num_samples={size} leaves no batch: lower batch_size"
         )
-    world = problems.integer("world_size", args.world_size, 1)
+    got = f"got {given['batch_size']!r}"
     if world > batch:
-        problems.append(f"batch_size is the global batch and must be >= world_size={world}, got {args.batch_size!r}")
+        problems.append(f"batch_size is the global batch and must be >= world_size={world}, {got}")
     elif batch % world:
         near = batch - batch % world
         problems.append(
-            f"batch_size is the global batch and must be a multiple of world_size={world}, got {args.batch_size!r}: "
-            f"give {near} or {near + world}; an average over slices of different sizes weighs samples differently"
+            f"batch_size is the global batch and must be a multiple of world_size={world}, {got}: give {near} or "
+            f"{near + world}; an average over slices of different sizes weighs samples differently"
         )
     elif world > size:
         problems.append(
-            f"num_samples must be >= world_size={world}, got {args.num_samples!r}: each rank needs a sample"
+            f"num_samples must be >= world_size={world}, got {given['num_samples']!r}: each rank needs a sample"
         )
-    return {"num_samples": size, "batch_size": batch, "drop_last": whole, "world_size": world}
 
 
-def _undoes(save: SaveCallback | None) -> bool:
-    return save is not None and not save.collective  # each rank would give it another temporary file
+def _budget(problems: Problems, given: Mapping[str, Any]) -> None:
+    budgets = {name: given[name] for name in ("num_epochs", "num_steps", "train_duration_seconds")}
+    if sum(value is not None for value in budgets.values()) != 1:
+        problems.append(
+            "give exactly one of num_epochs and train_duration_seconds, or num_steps, got "
+            + ", ".join(f"{name}={value!r}" for name, value in budgets.items())
+        )
 
 
-def _search(problems: Problems, args: SimpleNamespace, *, undo: bool) -> dict[str, Any]:
-    wanted = problems.flag("auto_find_lr", args.auto_find_lr)
-    if wanted and not undo:
+def _search(problems: Problems, values: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    if not values["auto_find_lr"]:
+        return
+    save = others["save"]
+    # a collective save_callback would be given another temporary file on each rank
+    captures = others["state_callback"] is not None or (save is not None and not save.collective)
+    if others["load"] is None or not captures:
         problems.append(
             "auto_find_lr needs load_callback, and state_callback or save_callback, to undo the search: give both"
         )
-    ahead = problems.integer("lookahead", args.lookahead, 1)
-    if wanted and ahead > 1:
+    if values["lookahead"] > 1:
         problems.append(
-            f"auto_find_lr needs lookahead=1, got lookahead={ahead}: each loss decides the search's next rate; "
-            "find the rate in a short run of its own, and give it as initial_lr"
+            f"auto_find_lr needs lookahead=1, got lookahead={values['lookahead']}: each loss decides the search's next "
+            "rate; find the rate in a short run of its own, and give it as initial_lr"
         )
-    return {"auto_find_lr": wanted, "lookahead": ahead}
-
-
-def _state_callback(problems: Problems, function: Any) -> Callable[[], Any] | None:
-    snapshot = problems.function("state_callback", function)
-    if snapshot is not None and not accepts(snapshot, 0):
-        problems.append(f"state_callback must take no arguments and return the model's state, got {snapshot!r}")
-    return snapshot
 
 
 def _folder(problems: Problems, name: str, value: Any, *, used: bool) -> str | None:
@@ -202,37 +218,20 @@ def _folder(problems: Problems, name: str, value: Any, *, used: bool) -> str | N
     return None if path is None else str(path)
 
 
-def _budget(problems: Problems, args: SimpleNamespace) -> dict[str, Any]:
-    given = {name: getattr(args, name) for name in ("num_epochs", "num_steps", "train_duration_seconds")}
-    if sum(value is not None for value in given.values()) != 1:
-        problems.append(
-            "give exactly one of num_epochs and train_duration_seconds, or num_steps, got "
-            + ", ".join(f"{name}={value!r}" for name, value in given.items())
-        )
-    epochs, steps, seconds = given.values()
-    return {
-        "num_epochs": None if epochs is None else problems.integer("num_epochs", epochs, 1),
-        "num_steps": None if steps is None else problems.integer("num_steps", steps, 1),
-        "train_duration_seconds": (
-            None if seconds is None else problems.real("train_duration_seconds", seconds, 0.0, open_low=True)
-        ),
-    }
-
-
 _FLAT = {"checkpoint_dir": DEFAULT_DIR, "checkpoint_every": None, "keep_checkpoints": 3}
 """The flat names of what is in `Checkpoints`, with their defaults."""
 
 
-def _checkpoints(problems: Problems, args: SimpleNamespace, shard: tuple[int, int] | None) -> dict[str, Any]:
-    value = args.checkpoints
-    flat = [name for name, default in _FLAT.items() if getattr(args, name) != default]
+def _checkpoints(problems: Problems, given: Mapping[str, Any], shard: tuple[int, int] | None) -> dict[str, Any]:
+    value = given["checkpoints"]
+    flat = [name for name, default in _FLAT.items() if given[name] != default]
     if value is not None and not isinstance(value, Checkpoints):
         problems.append(f"checkpoints must be a learnit_r8.Checkpoints, got {value!r}")
         value = None
     if value is None:
-        every = problems.cadence("checkpoint_every", args.checkpoint_every, args.checkpoint_dir)
-        keep = problems.integer("keep_checkpoints", args.keep_checkpoints, 1)
-        directory, value = args.checkpoint_dir, Checkpoints()
+        every = problems.cadence("checkpoint_every", given["checkpoint_every"], given["checkpoint_dir"])
+        keep = problems.integer("keep_checkpoints", given["keep_checkpoints"], 1)
+        directory, value = given["checkpoint_dir"], Checkpoints()
     else:
         if flat:
             problems.append(f"give {', '.join(flat)} within checkpoints=Checkpoints(...), not beside it")
@@ -274,60 +273,11 @@ def _schedule(problems: Problems, mode: Any, warmup: float) -> tuple[Schedule, s
         return make_schedule("constant", 0.0), "constant"
 
 
-def _callback(problems: Problems, name: str, function: Any, wrap: Callable[[Any], T]) -> T | None:
-    if problems.function(name, function) is None or not callable(function):
-        return None
-    try:
-        return wrap(function)
-    except TypeError as error:
-        problems.append(f"{error}, got {function!r}")
-        return None
-
-
-def _backup_every(problems: Problems, every: Any) -> int | str | None:
-    if every is None or every == "auto":
-        return every  # type: ignore[no-any-return]
-    if isinstance(every, str):
-        problems.append(f'backup_every must be "auto", a number of steps >= 1 or None, got {every!r}')
-        return None
-    return problems.integer("backup_every", every, 1)
-
-
-def _recovery(problems: Problems, given: Any) -> Recovery:
-    policy = Recovery.read(Recovery(**given) if isinstance(given, dict) else given)
-    if policy is None:
-        problems.append(f"recovery must be one of {', '.join(map(repr, NAMED))} or a Recovery(...), got {given!r}")
-        return Recovery()
-    return policy
-
-
 def _ui(problems: Problems, ui: Any, use_curses: Any) -> str:
     wanted = problems.flag("use_curses", use_curses)
     if ui is None:
         return "auto" if wanted else "off"
     return problems.choice("ui", ui, UI_NAMES)
-
-
-def _sinks(problems: Problems, sinks: Any) -> tuple[Sink, ...]:
-    if isinstance(sinks, Sequence) and not isinstance(sinks, str):
-        wrong = [sink for sink in sinks if not isinstance(sink, Sink) or isinstance(sink, type)]
-        if not wrong:
-            return tuple(sinks)
-        problems.append(f"sinks must be objects with record(event), got {wrong[0]!r}")
-    else:
-        problems.append(f"sinks must be a list of objects with record(event), got {sinks!r}")
-    return ()
-
-
-def _clock(problems: Problems, clock: Any) -> Clock:
-    if clock is None:
-        return Clock()
-    if isinstance(clock, type) or not all(callable(getattr(clock, name, None)) for name in _CLOCK_METHODS):
-        problems.append(f"clock must have monotonic(), wall() and sleep(seconds), got {clock!r}")
-    return clock  # type: ignore[no-any-return]
-
-
-_CLOCK_METHODS = ("monotonic", "wall", "sleep")
 
 
 def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.integer[Any]] | None:
