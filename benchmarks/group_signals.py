@@ -1,6 +1,6 @@
 """Signals to the whole process group at random moments, loaders with two workers, one rank and two: is anything lost?
 
-    python -m benchmarks.group_signals [TRIALS]
+    python -m benchmarks.group_signals [TRIALS] [--seed SEED]
 
 Each trial trains a small network (dropout and momentum, so that every random state counts), sends TERM, INT, USR1 or
 HUP to all of its processes at a random moment, resumes, and compares the final weights with an undisturbed run's, to
@@ -170,6 +170,7 @@ def trial(number: int, ranks: int, closed: bool, whole: object) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trials", type=int, nargs="?", default=40)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     import torch
     import torch.distributed
@@ -177,7 +178,7 @@ def main() -> None:
     import learnit_r8.integrations.torch  # noqa: F401
 
     torch.set_num_threads(1)
-    random.seed(0)
+    random.seed(arguments.seed)
     counts: Counter[str] = Counter()
     wholes = {}
     for ranks in (1, 2):

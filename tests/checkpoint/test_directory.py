@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -507,7 +508,7 @@ TAKES_EFFECT = {
     "backup_every": (1, lambda s, g: s.state_dict()["config"]["backup_every"] == 1),
     "checkpoint_dir": ("elsewhere", lambda s, g: s.save_checkpoint().parent.name == "elsewhere"),
     "checkpoint_every": (3, lambda s, g: run(s) and steps("checkpoints")[-3:] == [12, 15, 16]),
-    "keep_checkpoints": (2, lambda s, g: run(s) and steps("checkpoints") == [12, 16]),
+    "keep_checkpoints": (2, lambda s, g: run(s) and s._saver.store._retention.newest == 2),
     "checkpoints": (Checkpoints(every=5), lambda s, g: run(s) and steps("checkpoints")[-3:] == [10, 15, 16]),
     "ui": ("log", lambda s, g: s._args.ui == "log"),
     "use_curses": (False, lambda s, g: s._args.ui == "off"),
@@ -539,10 +540,46 @@ def held(scheduler):
     return len([batch for _, batch in zip(range(3), scheduler.batch_iterator(), strict=False)])
 
 
+def resumed(options):
+    return R8Scheduler.resume_from_checkpoint("checkpoints", **options)
+
+
+def loaded(options):
+    scheduler = made_anew(options)
+    scheduler.load_checkpoint("checkpoints")
+    return scheduler
+
+
+def state_loaded(options):
+    """Go on as the integrations do: Lightning's `fit(ckpt_path=)`, the Trainer's `resume_from_checkpoint=`."""
+    scheduler = made_anew(options)
+    scheduler.load_state_dict(resolve("checkpoints").state)
+    if load := options.get("load_callback"):
+        load("the host's own file")
+    return scheduler
+
+
+def made_anew(options):
+    default = {"num_samples": 64, "batch_size": 16, "num_epochs": 4, "strategy": "uniform", **QUIET}
+    if {"num_steps", "train_duration_seconds"} & options.keys():
+        del default["num_epochs"]
+    if "use_curses" in options:
+        del default["ui"]
+    curve = {"initial_lr": 0.1, "scheduler_mode": "constant", "warmup_proportion": 0.0}
+    files = {"checkpoint_dir": "checkpoints", "checkpoint_every": 4, "save_callback": writer("m")}
+    if "checkpoints" in options:
+        del files["checkpoint_dir"], files["checkpoint_every"]
+    return R8Scheduler(**default | curve | files | options)
+
+
+WAYS = (resumed, loaded, state_loaded)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", sorted(TAKES_EFFECT))
-def test_what_is_given_on_resume_takes_effect(name):
+def test_what_is_given_on_resume_takes_effect(name, way):
     saved_run()
-    value, holds = TAKES_EFFECT[name]
+    value, holds = deepcopy(TAKES_EFFECT[name])
     goals = {"ui": "off", "load_callback": lambda path: None, name: value}
     if name in {"world_size", "rank", "all_gather"}:
         goals |= {"world_size": 2, "all_gather": TAKES_EFFECT["all_gather"][0]}
@@ -550,15 +587,16 @@ def test_what_is_given_on_resume_takes_effect(name):
         goals["scheduler_mode"] = "linear"
     if name == "use_curses":
         del goals["ui"]
-    assert holds(R8Scheduler.resume_from_checkpoint("checkpoints", **goals), value)
+    assert holds(way(goals), value)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_a_run_cannot_change_is_refused_on_resume_by_name(name):
+def test_what_a_run_cannot_change_is_refused_on_resume_by_name(name, way):
     saved_run()
-    goals = {"load_callback": lambda path: None, "save_callback": lambda path: None} | {name: REFUSED[name]}
+    goals = {"load_callback": lambda path: None, "save_callback": lambda path: None} | {name: REFUSED[name]} | QUIET
     with pytest.raises(ConfigError, match=rf"(?m)^{name}[:=]|{name}: the state"):
-        R8Scheduler.resume_from_checkpoint("checkpoints", **goals, **QUIET)
+        way(goals)
 
 
 def test_every_argument_is_in_one_of_the_two_tables():
