@@ -190,8 +190,8 @@ def main() -> None:
         ranks, closed = (1, 2)[number // 4 % 2], bool(number // 8 % 2)
         outcome = trial(number, ranks, closed, wholes[ranks])
         counts[outcome.split(" (")[0]] += 1
-        if outcome != "equal":
-            print(number, outcome, flush=True)
+        if outcome != "equal" or number % 8 == 7:
+            print(number + 1, outcome, dict(counts), flush=True)
     print(f"{arguments.trials} signals:", dict(counts))
 
 

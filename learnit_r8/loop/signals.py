@@ -7,14 +7,14 @@ is called (the user's, asyncio's, Lightning's, submitit's), or the process ends 
 from __future__ import annotations
 
 import _thread
-import gc
+import inspect
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Self
 
 from learnit_r8.core.config import SIGNALS
@@ -27,7 +27,9 @@ class Interrupts:
     """Catches signals and keeps them for the loop; Ctrl-C or SIGTERM a second time acts at once.
 
     It is a context manager, entered by every loop that is running. Several runs may be in their loops at the same
-    time: a signal is news for all of them, whichever is left first.
+    time: a signal is news for all of them, whichever is left first. The last one to come to a boundary acts on it. One
+    whose loop stands outside or beside this one's is waited for; any other, which an error may have thrown out of its
+    loop while a traceback keeps that open, has until this one's next boundary.
 
     Handlers can be set in the main thread only; elsewhere nothing is caught. Where a loop is closed in another thread,
     the main one puts the handlers back as soon as it runs again.
@@ -42,11 +44,15 @@ class Interrupts:
         self._numbers = tuple(getattr(signal, f"SIG{name}") for name in signals)
         self.pending: int | None = None
         self._also: list[int] = []  # other signals that came while one was pending
+        self._came = False  # to a boundary with a signal, and gives others until the next one
+        self._home: tuple[int, CodeType] | None = None  # the frame that the loop stands in; itself it would live on
         self._outside: dict[int, Any] = {}  # the handlers that no run has set
         self._pid = 0
         self._loops = 0
 
     def __enter__(self) -> Self:
+        if self._loops == 0:
+            self._home = next(_standing(sys._getframe(1)), None)
         self._loops += 1
         self.catch()
         return self
@@ -97,7 +103,7 @@ class Interrupts:
             say(f"\n[r8] {signal.Signals(number).name}: {self._plan} after this step{again}")
         elif number in _INSISTS and number in (self.pending, *self._also):
             for run in (self, *_catching):
-                run.pending, run._also = None, []
+                run._forget()
             self._act(number, frame)
         elif number not in (self.pending, *self._also):
             for run in _catching:
@@ -111,21 +117,32 @@ class Interrupts:
             news: What has become of the run, one sentence: the text of the `KeyboardInterrupt`, or printed.
         """
         kept = [] if self.pending is None else [self.pending, *self._also]
-        self.pending, self._also = None, []
         if not kept:
             return
+        raises = [number for number in kept if self._outside.get(number) is signal.default_int_handler]
+        missing = [run for run in _catching if run is not self and run.pending in kept and not run._came]
+        if missing and not raises and not self._came:
+            stack = set(_standing(sys._getframe()))
+            if not any(run._home in stack for run in missing):
+                self._came = True
+                return
+        acts = self._came or not missing
+        for run in (self, *missing, *(run for run in _catching if run._came)):
+            if run is self or acts:
+                run._forget()
         self.release()
-        if any(run.pending in kept for run in _catching):
-            gc.collect()  # a run that nobody has any more may lie in a cycle, and would be waited for in vain
-        if self._outside.get(kept[0]) is not signal.default_int_handler:
+        if kept[0] not in raises:
             say(f"[r8] {news}")
         for number in kept:
-            if self._outside.get(number) is signal.default_int_handler:
+            if number in raises:
                 raise KeyboardInterrupt(news)
-            if not any(run.pending == number for run in _catching):  # else another run is still to be saved
+            if acts:  # else another run is still to be saved
                 self._act(number, sys._getframe())
         if self._loops:  # the user's handler has returned, and the loop goes on
             self.catch()
+
+    def _forget(self) -> None:
+        self.pending, self._also, self._came = None, [], False
 
     def _act(self, number: int, frame: FrameType | None) -> None:
         outside = self._outside.get(number, signal.SIG_DFL)
@@ -155,6 +172,14 @@ class Interrupts:
             if signal.getsignal(number) == self._on_signal:
                 heirs = [run._on_signal for run in _catching if number in run._outside]
                 signal.signal(number, heirs[-1] if heirs else outside)
+
+
+def _standing(frame: FrameType | None) -> Iterator[tuple[int, CodeType]]:
+    """Yield what tells the frames from others that are on the stack, but generators, which any frame may resume."""
+    while frame is not None:
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR:
+            yield id(frame), frame.f_code
+        frame = frame.f_back
 
 
 def say(line: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from learnit_r8.core.clock import Clock
+from learnit_r8.errors import tell
 from learnit_r8.events import BatchIssued, Event, LossReported, Notice, SinkFailed
 from learnit_r8.types import Command, Sink
 
@@ -60,18 +61,22 @@ class EventBus:
     def _drop(self, record: Any, step: int, error: Exception) -> None:
         if record not in self._record:  # it failed again at the news of another sink's failure
             return
-        place = self._record.index(record)
-        sink = self._sinks.pop(place)
-        del self._record[place]
+        sink = self._sinks[self._record.index(record)]
+        self._take_out(sink)
         _close(sink)
-        self.emit(SinkFailed(step=step, sink=type(sink).__name__, reason=f"{type(error).__name__}: {error}"))
+        name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
+        tell(f"{name} hears no more of the run, from step {step} on: {reason}")
+        self.emit(SinkFailed(step=step, sink=name, reason=reason))
 
     def remove(self, sink: Sink) -> None:
         """Close one sink and let it hear no more."""
         if sink in self._sinks:
-            place = self._sinks.index(sink)
-            del self._sinks[place], self._record[place]
-            _close(sink)
+            self._take_out(sink)
+            _close(sink, told=True)
+
+    def _take_out(self, sink: Sink) -> None:
+        place = self._sinks.index(sink)
+        del self._sinks[place], self._record[place]
 
     @property
     def commanding(self) -> bool:
@@ -101,18 +106,19 @@ class EventBus:
         _unclosed.discard(self)
         while self._sinks:
             self._record.pop()
-            _close(self._sinks.pop())
+            _close(self._sinks.pop(), told=True)
 
 
-def _close(sink: Sink) -> str | None:
+def _close(sink: Sink, *, told: bool = False) -> None:
     """Close a sink; a failure to close must not hide the error or the result of the run."""
     try:
         close = getattr(sink, "close", None)
         if close is not None:
             close()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        if told:
+            reason = f"{type(error).__name__}: {error}"
+            tell(f"{type(sink).__name__} could not be closed, and may have lost what it held: {reason}")
 
 
 _unclosed: weakref.WeakSet[EventBus] = weakref.WeakSet()

@@ -933,23 +933,45 @@ def test_a_handler_of_the_users_own_is_called_between_two_steps():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_run_that_was_left_as_garbage_is_not_waited_for_when_a_signal_comes_to_the_next_one():
-    def left():
-        holder = [R8Scheduler(32, 8, num_epochs=1, **BARE).epoch_iterator()]
-        assert next(holder[0]) == 0
-        holder.append(holder)  # a cycle keeps the loop open until the garbage is collected
+@pytest.mark.parametrize("keeps", ["a traceback", "uncollected garbage"])
+def test_a_run_that_was_thrown_out_is_waited_for_until_the_next_step_only_where_its_loop_is_kept_open_by(keeps):
+    def fail(scheduler):
+        loop = [scheduler.epoch_iterator()]
+        if keeps == "uncollected garbage":
+            loop.append(loop)
+        for _ in loop[0]:
+            raise ValueError("thrown out")
 
-    heard = []
+    heard, kept = [], []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(scheduler.global_step))
     gc.collect()
     gc.disable()
     try:
-        left()
+        try:
+            fail(R8Scheduler(32, 8, num_epochs=1, **BARE))
+        except ValueError as error:
+            kept += [error] if keeps == "a traceback" else []
         scheduler = R8Scheduler(32, 8, num_epochs=1, **BARE)
         train(scheduler, before=lambda batch: signal.raise_signal(signal.SIGTERM) if batch.step == 1 else None)
-        assert heard == [2]
+        assert heard == [3]
     finally:
         gc.enable()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_inside_the_step_of_another_leaves_the_signal_to_that_one():
+    heard = []
+    outer = R8Scheduler(32, 8, num_epochs=1, **BARE)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append((outer.global_step, inner.global_step)))
+    try:
+        for _ in outer.epoch_iterator():
+            for batch in outer.batch_iterator():
+                if batch.step == 1:
+                    inner = R8Scheduler(32, 8, num_epochs=1, **BARE)
+                    train(inner, before=lambda b: signal.raise_signal(signal.SIGTERM) if b.step == 0 else None)
+                outer.update_with_loss(np.ones(8))
+        assert heard == [(2, 4)]
+    finally:
         signal.signal(signal.SIGTERM, before)
 
 

@@ -108,7 +108,7 @@ def test_quadrant_figures_are_five_edges_and_four_of_the_rest():
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 20])
-def test_a_sink_that_raises_is_dropped_and_the_others_hear_of_it(at):
+def test_a_sink_that_raises_is_dropped_and_the_others_hear_of_it(at, capsys):
     before, bad, after = Ear(), Failing(at), Ear()
     with make([before, bad, after]) as scheduler:
         train(scheduler)
@@ -119,7 +119,9 @@ def test_a_sink_that_raises_is_dropped_and_the_others_hear_of_it(at):
         (failure,) = ear.of(events.SinkFailed)
         assert failure.sink == "Failing"
         assert failure.reason == "RuntimeError: the disk is full"
+        told = f"Failing hears no more of the run, from step {failure.step} on: {failure.reason}"
         assert type(ear.heard[-1]) is events.RunEnded
+    assert capsys.readouterr().err.count(told) == 1  # where warnings are errors they go there
 
 
 def test_sinks_that_raise_at_the_same_event_never_reach_the_loop():
@@ -130,14 +132,18 @@ def test_sinks_that_raise_at_the_same_event_never_reach_the_loop():
     assert len(ear.of(events.SinkFailed)) == 3
 
 
-def test_a_sink_that_cannot_even_be_closed_is_dropped():
+@pytest.mark.parametrize("at", [0, 99])
+def test_a_sink_that_cannot_even_be_closed_is_dropped_or_said_to_be_incomplete(at, capsys):
     class Stubborn(Failing):
         def close(self):
             raise OSError("no")
 
-    with make([Stubborn(), Ear()]) as scheduler:
+    with make([Stubborn(at), Ear()]) as scheduler:
         train(scheduler)
         assert scheduler.global_step == 12
+    said = capsys.readouterr().err
+    assert said.count("Stubborn hears no more of the run") == (at == 0)
+    assert said.count("Stubborn could not be closed, and may have lost what it held: OSError: no") == (at == 99)
 
 
 def test_the_training_result_is_the_same_with_and_without_sinks():
