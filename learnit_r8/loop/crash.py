@@ -31,11 +31,11 @@ class CrashRecorder:
         self._folder = folder
         self._config = config
         self._recent_events = recent_events
-        self._steps: deque[tuple[int, Verdict, float, int, Indices]] = deque(maxlen=LAST_STEPS)
+        self._steps: deque[tuple[int, Verdict, float, Indices]] = deque(maxlen=LAST_STEPS)
 
     def note(self, step: int, verdict: Verdict, loss: float, indices: Indices) -> None:
-        """Remember one report."""
-        self._steps.append((step, verdict, loss, len(indices), indices[:SAMPLES_TOLD].copy()))
+        """Remember one report; nobody changes the ids."""
+        self._steps.append((step, verdict, loss, indices))
 
     def diverged(self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None) -> NoReturn:
         """Write the bundle and raise TrainingDiverged, from the last error of the user's load_callback if any."""
@@ -66,8 +66,14 @@ class CrashRecorder:
             "reason": reason,
             "config": plain(self._config),
             "steps": [
-                {"step": at, "verdict": verdict.value, "loss": plain(loss), "size": size, "indices": ids.tolist()}
-                for at, verdict, loss, size, ids in self._steps
+                {
+                    "step": at,
+                    "verdict": verdict.value,
+                    "loss": plain(loss),
+                    "size": len(ids),
+                    "indices": ids[:SAMPLES_TOLD].tolist(),
+                }
+                for at, verdict, loss, ids in self._steps
             ],
             "events": [to_json(event) for event in self._recent_events()],
         }

@@ -159,6 +159,11 @@ class CopyPlan:
         return buffer
 
 
+def _is_atom(node: Any) -> bool:
+    """Say whether a node never changes: Python's random generator has its state as a tuple of 625 numbers."""
+    return type(node) in _ATOMS or (type(node) is tuple and _ATOMS.issuperset(map(type, node)))
+
+
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
     """Return (key, child) of a container that is copied piece by piece, None for anything else."""
     if hasattr(type(node), "__deepcopy__"):
@@ -179,7 +184,7 @@ def _collect(
     node: Any, path: str, seen: set[int], parts: dict[int, Parts], others: list[tuple[str, Any]]
 ) -> Iterator[_Leaf]:
     """Yield the arrays of a tree; fill `parts` with the tensors made of tensors, `others` with what is neither."""
-    if type(node) in _ATOMS:
+    if _is_atom(node):
         return
     leaf = _leaf(node, path)
     if leaf is not None:
@@ -253,7 +258,7 @@ def _groups(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
 
 
 def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any], parts: dict[int, Parts]) -> Any:
-    if type(node) in _ATOMS:
+    if _is_atom(node):
         return node
     if id(node) in placed:
         return placed[id(node)]

@@ -58,7 +58,7 @@ class Check(NamedTuple):
         counts = None if one and self.items is not None and not self.given else self.found.numbers()
         items = self.items if isinstance(self.items, Tensor) or self.items is None else torch.tensor(self.items)
         host, sums, numbers, divided, added = _on_cpu((self.host, self.found.sums, counts, items, self.extra))
-        loss, extra, total = _mean(host), _mean(added or [0.0]), sum(sums)
+        loss, extra, total = _mean(host), _mean(0.0 if added is None else added), sum(sums)
         divisors = [] if divided is None or self.given else [_mean(divided)]
         if numbers is not None:
             divisors.append(max(sum(numbers), 1.0))
@@ -296,8 +296,8 @@ class LossWatch:
         return mean
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: float | list[float]) -> float:
+    return sum(values) / len(values) if isinstance(values, list) else values
 
 
 def _on_cpu(parts: tuple[Tensor | None, ...]) -> list[Any]:
@@ -305,12 +305,13 @@ def _on_cpu(parts: tuple[Tensor | None, ...]) -> list[Any]:
 
     Amid a training step each call of torch or numpy costs ten times what it does in a loop, so these are few.
     """
-    flat = [part.detach().reshape(-1) for part in parts if part is not None]
-    if any(part.device.type != "cpu" for part in flat):
-        device = next(part.device for part in flat if part.device.type != "cpu")
+    given = [part for part in parts if part is not None]
+    device = next((part.device for part in given if part.device.type != "cpu"), None)
+    if device is not None:
+        flat = [part.detach().reshape(-1) for part in given]
         whole = torch.cat([part.to(device, torch.float32) for part in flat]).cpu()
-        flat = list(torch.split(whole, [len(part) for part in flat]))
-    read = (part.tolist() for part in flat)
+        given = list(torch.split(whole, [len(part) for part in flat]))
+    read = (part.tolist() for part in given)
     return [None if part is None else next(read) for part in parts]
 
 
