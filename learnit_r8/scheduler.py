@@ -289,7 +289,7 @@ class R8Scheduler(Steps):
         )
         if judgement.accepted:
             self._record(ticket, rows, reported)
-            if self._replays and judgement.verdict is Verdict.CALM:
+            if (self._replays or self._safety.goes_back) and judgement.verdict is Verdict.CALM:
                 self._desk.remember(step, ticket, reported.mean)
         progress.global_step += 1
         progress.reported += 1

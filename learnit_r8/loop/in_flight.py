@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 from learnit_r8.errors import ProtocolError
 from learnit_r8.types import Batch, Indices, unnoticed
 
-REPLAYED = 4096
-"""Batches that can be replayed after a rollback, at most."""
-
 
 class Ticket(NamedTuple):
     """An issued batch and what the scheduler keeps of it.
@@ -66,9 +63,10 @@ class InFlight:
 
     Args:
         lookahead: How many tickets may be open at once.
+        replayed: How many of the last calm ones can be replayed, at most.
     """
 
-    def __init__(self, lookahead: int) -> None:
+    def __init__(self, lookahead: int, replayed: int) -> None:
         self._lookahead = lookahead  # without a loader
         self._loader: Loader | None = None
         self._issued = 0  # in this pass over the batches
@@ -77,7 +75,7 @@ class InFlight:
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
         self._outdated: set[int] = set()
-        self._calm: deque[tuple[int, Ticket, float]] = deque(maxlen=REPLAYED)  # step, ticket, mean loss
+        self._calm: deque[tuple[int, Ticket, float]] = deque(maxlen=replayed)  # step, ticket, mean loss
         self._asked = 0
         self.leave()
 

@@ -118,6 +118,11 @@ class SafetyNet(Judge):
         """Tell the detector that the loss may change its level for a good reason."""
         self._detector.announce(step, why)
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether there are backups in RAM to go back to."""
+        return self._load is not None and len(self._backups.ring) > 0
+
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
         if self._machine.backups_allowed:

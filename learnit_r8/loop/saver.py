@@ -290,15 +290,21 @@ class Saver:
             f"R8Scheduler.resume_from_checkpoint({str(path)!r}, ...)"
         )
 
-    def brought_back(self, step: int, back: int) -> str:
+    def brought_back(self, step: int, back: int, again: int) -> str:
         """Return that a step was broken off and the model brought back, and how the run goes on; a sentence.
 
         Args:
-            step: Global step.
+            step: Step that was broken off.
             back: Step of the state of the model that was saved.
+            again: How many of the batches since will come again.
         """
         to = "as it was before" if back == step else f"as it was after {back} steps, the newest backup in RAM"
-        return f"thrown out of step {step}, the model was put back {to}; {self.farewell(step, writes=True)}"
+        lost = step - back - again
+        if again:
+            to += f", and the {again} batches since come again"
+        if lost:
+            to += f"; what it learned from {lost} others since is lost"
+        return f"thrown out of step {step}, the model was put back {to}; {self.farewell(step - again, writes=True)}"
 
     @property
     def saved_at(self) -> int:

@@ -137,6 +137,9 @@ class BackupRing:
         """Return what the ring holds, oldest first."""
         return tuple(slot.info for slot in self._slots)
 
+    def __len__(self) -> int:
+        return len(self._slots)
+
     def take(self, state: Any, step: int, *, initial: bool | None = None, path: float = 0.0) -> BackupInfo:
         """Copy the state.
 

@@ -272,17 +272,27 @@ def test_a_broken_off_step_saves_the_last_whole_boundary_out_of_ram(at):
     np.testing.assert_array_equal(resumed.weights, whole.weights)
 
 
-@pytest.mark.parametrize(("rollback_data", "steps"), [("skip", 20), ("replay", 22)])
-def test_an_older_backup_is_taken_where_there_is_none_of_the_very_step(rollback_data, steps):
-    model, resumed = Restored(), Restored()
-    note = broken_off(model, 6, backup_every=4, rollback_data=rollback_data, strategy="uniform")
-    assert "put back as it was after 4 steps, the newest backup in RAM" in note
-    assert saved_steps() == [6]
-    assert resolve("runs").state["global_step"] == 6
+@pytest.mark.parametrize("rollback_data", ["skip", "replay"])
+@pytest.mark.parametrize("at", [6, 17])
+def test_what_was_trained_since_an_older_backup_comes_again_before_it_counts(at, rollback_data):
+    whole, model, resumed = Restored(), Restored(), Restored()
+    with make(whole, checkpoint_every=None, strategy="uniform") as scheduler:
+        train(scheduler, whole)
+    note = broken_off(model, at, backup_every=4, rollback_data=rollback_data, strategy="uniform")
+    back = at - at % 4
+    assert f"put back as it was after {back} steps, the newest backup in RAM, and the {at - back} batches" in note
+    assert saved_steps()[-1] == back
+    assert resolve("runs").state["global_step"] == back
     with R8Scheduler.resume_from_checkpoint("runs", resumed.save, resumed.restore, ui="off") as scheduler:
-        assert scheduler.catalog.num_seen == 40
         train(scheduler, resumed)
-    assert scheduler.global_step == steps
+    assert scheduler.global_step == 20
+    np.testing.assert_array_equal(resumed.weights, whole.weights)
+
+
+def test_what_an_earlier_epoch_learned_since_the_backup_is_lost_and_that_is_said():
+    note = broken_off(Restored(), 12, backup_every=9, strategy="uniform", checkpoint_every=7)
+    assert "put back as it was after 9 steps, the newest backup in RAM, and the 2 batches since come again; " in note
+    assert "what it learned from 1 others since is lost; stopped after 10 steps, saved in" in note
 
 
 def test_a_step_that_is_broken_off_without_backups_says_that_it_is_not_saved():

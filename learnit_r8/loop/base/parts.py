@@ -56,7 +56,8 @@ class Parts:
         self._catalog = self._ranks.new_catalog(config.num_samples)
         agreed = None if config.shard is None else self._ranks.least
         self._chooser = Sampling(args.strategy, config, self._catalog, self._streams, agreed)
-        self._desk = InFlight(config.lookahead)
+        self._replays = config.rollback_data == "replay"  # after rollbacks; where a step is broken off always
+        self._desk = InFlight(config.lookahead, 4096 if self._replays else 512)  # the longest automatic interval
         seeking = not self._chooser.rules.covers
         self._guard = NoiseGuard(config.noise_guard, config.num_samples, args.groups, seeking=seeking)
         self._together = None
@@ -86,7 +87,6 @@ class Parts:
         self._control = Control(self._bus, self._ranks, args.clock, saves=saves, signals=config.signals)
         self._control.together = self._together is not None or config.shard is not None
         self._output = Output(args, self._bus, self._catalog, self._guard, self._ranks.rank)
-        self._replays = config.rollback_data == "replay"
         self._ones = np.ones(config.batch_size, np.float32)
         self._progress = Progress()
         self._epoch_started = 0.0  # monotonic seconds

@@ -224,12 +224,14 @@ class Persistence(Parts):
             back = self._safety.recall(step, self._saver.saved_at)
             if back is None:
                 return self._saver.broken_off(step)
-            if back < step:
-                self._desk.outdate()
-                if self._replays:
-                    self._progress.take_back(*self._desk.replay(back))
+            again = 0
+            if back < step:  # the batches since come again, and count when they have
+                self._desk.start_pass(None)
+                again, losses = self._desk.replay(back)
+                self._progress.take_back(again, losses)
+                self._progress.global_step -= again
             self._save_if_possible()
-            return self._saver.brought_back(step, back)
+            return self._saver.brought_back(step, back, again)
         self._save_if_possible()
         return self._saver.farewell(step, writes=True)
 
