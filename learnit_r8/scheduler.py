@@ -405,7 +405,7 @@ class R8Scheduler(Steps):
         self._check_open()
         if self._begun or (self._over() and not anyhow):
             return
-        self._begun, self._control.stop = True, None
+        self._begun, self._control.stop, self._pid = True, None, os.getpid()
         _running.add(self)
         if self._ranks.writes:
             self._saver.begin()
@@ -434,6 +434,9 @@ class R8Scheduler(Steps):
 
     def _close(self, reason: str, error: BaseException | None, *, printed: bool = False) -> None:
         if self._closed:
+            return
+        if self._pid not in (0, os.getpid()):  # a forked child leaves the parent's loop: nothing here is the child's
+            self._closed = True
             return
         said = self._rescue(error)
         if said and printed:
@@ -471,6 +474,5 @@ _running: weakref.WeakSet[R8Scheduler] = weakref.WeakSet()
 def _close_forgotten() -> None:
     """Save what a program that ends without `close()` owes, such as one that an error ends."""
     for run in list(_running):
-        if run._control.interrupts._pid in (0, os.getpid()):  # in a forked child the run is its parent's
-            error = getattr(sys, "last_value", None)
-            run._close("closed" if error is None else "error", error, printed=True)
+        error = getattr(sys, "last_value", None)
+        run._close("closed" if error is None else "error", error, printed=True)

@@ -21,6 +21,7 @@ class Background(Generic[T]):
 
     def __init__(self, do: Callable[[], T]) -> None:
         self._outcome: Future[T] = Future()
+        self._pid = os.getpid()
         _under_way.add(self)
         threading.Thread(target=self._run, args=(do,), name="r8-save").start()
 
@@ -29,6 +30,11 @@ class Background(Generic[T]):
             self._outcome.set_result(do())
         except BaseException as error:
             self._outcome.set_exception(error)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the thread is of this process; in a forked child nobody finishes what the parent has begun."""
+        return self._pid == os.getpid()
 
     @property
     def done(self) -> bool:
@@ -47,7 +53,8 @@ class Background(Generic[T]):
 def wait_for_all() -> None:
     """Return when nothing is under way in this process; whoever began it hears of failures."""
     for one in list(_under_way):
-        one.wait()
+        if one.ours:
+            one.wait()
 
 
 _under_way: weakref.WeakSet[Background[Any]] = weakref.WeakSet()

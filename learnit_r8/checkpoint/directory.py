@@ -30,7 +30,7 @@ _TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}", re.ASCII)
 _STALE_SECONDS = 24 * 3600
 """Where there are no locks, temporary files as old as this are nobody's."""
 _ACTIVE: set[Path] = set()
-"""Temporary directories of this process that are in use: a signal handler may save during a save."""
+"""Temporary files and directories of this process that are in use: another run, or a signal handler, may save now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +221,7 @@ class CheckpointDirectory:
     def _replace(self, path: Path, line: str) -> None:
         """Write a small file so that at any time it holds the old line or the new one."""
         temporary = self.temporary_path()
+        _ACTIVE.add(temporary)
         try:
             with self._fs.create(temporary) as file:
                 write_all(self._fs, file, memoryview(f"{line}\n".encode()))
@@ -230,6 +231,8 @@ class CheckpointDirectory:
             with suppress(OSError):
                 self._fs.remove(temporary)
             raise
+        finally:
+            self.leave(temporary)
 
 
 def new_run() -> str:

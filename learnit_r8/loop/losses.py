@@ -117,11 +117,14 @@ def _to_numpy(loss: Any) -> NDArray[Any]:
     if isinstance(loss, (str, bytes, bool, complex, dict, set)):
         raise TypeError(f"{_EXPECTED}, got {_describe(loss)}")
     if hasattr(loss, "detach"):  # torch: leave the graph and the device; numpy has no bfloat16
-        tensor = loss.detach().cpu()
         try:
-            return tensor.numpy()  # type: ignore[no-any-return]
-        except TypeError:
-            return tensor.float().numpy()  # type: ignore[no-any-return]
+            tensor = loss.detach().cpu()
+            try:
+                return tensor.numpy()  # type: ignore[no-any-return]
+            except TypeError:
+                return tensor.float().numpy()  # type: ignore[no-any-return]
+        except RuntimeError as error:  # on the device "meta", sparse
+            raise TypeError(f"{_EXPECTED}, got a tensor that holds none: {error}") from error
     if isinstance(loss, (list, tuple)):
         loss = [item.detach().cpu() if hasattr(item, "detach") else item for item in loss]
         if any(isinstance(item, (bool, np.bool_)) for item in loss):

@@ -193,9 +193,11 @@ class Saver:
         Args:
             wait: Until it is there; else only where it is already.
         """
-        if self._under_way is None or not (wait or self._under_way[2].done):
+        if self._under_way is None:
             return
         step, was_due, background = self._under_way
+        if not background.ours or not (wait or background.done):
+            return
         background.wait()
         self._under_way = None
         try:

@@ -305,3 +305,40 @@ def test_a_backup_that_is_older_than_the_newest_checkpoint_is_of_no_use():
     note = broken_off(Restored(), 14, backup_every=40)
     assert "thrown out of step 14: the model may be trained halfway and is not saved" in note
     assert saved_steps() == [10]
+
+
+FORKED = """
+import os, sys, time
+import numpy as np
+from learnit_r8 import R8Scheduler
+from learnit_r8.checkpoint import FileSystem
+sync, codes = FileSystem.sync, []
+def slow(fs, file):
+    time.sleep(0.01)
+    sync(fs, file)
+FileSystem.sync = slow
+save = lambda path: np.save(open(path, "wb"), np.zeros(3))
+with R8Scheduler(40, 4, num_epochs=2, checkpoint_dir="runs", checkpoint_every=5, save_callback=save, ui="off") as run:
+    for _ in run.epoch_iterator():
+        for batch in run.batch_iterator():
+            run.update_with_loss(1.0)
+            if batch.step in (5, 10):  # while a save is under way
+                child = os.fork()
+                if child == 0 and batch.step == 5:
+                    sys.exit(3)
+                if child == 0:
+                    raise OSError("the child's own")
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(codes, run.global_step)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
+def test_a_forked_child_that_leaves_the_loop_saves_nothing_and_waits_for_nothing():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[3, 1] 20\n"
+    assert done.stderr.count("the child's own") == 1
+    assert "[r8]" not in done.stderr
+    assert saved_steps() == [10, 15, 20]

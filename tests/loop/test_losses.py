@@ -235,3 +235,9 @@ def test_a_long_value_is_shortened_in_the_message():
     with pytest.raises(TypeError) as caught:
         read_losses({"x" * 10_000: 1}, 4)
     assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("empty", [torch.empty(3, device="meta"), torch.ones(3).to_sparse()], ids=["meta", "sparse"])
+def test_a_tensor_without_numbers_to_read_is_refused_as_no_loss(empty):
+    with pytest.raises(TypeError, match="one number per sample of the batch, got a tensor that holds none"):
+        read_losses(empty, 3)

@@ -97,6 +97,7 @@ class Parts:
         self.host_saves = False  # a framework saves the run, and acts on signals
         self._within = False  # whether an epoch loop is going
         self._diverged = False
+        self._pid = 0  # of the process that runs the loop, once it has begun
         self._reporter: int | None = None  # thread that reports losses
 
     # What users read ----------------------------------------------------------------------
