@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray_train
 
 
@@ -40,6 +41,7 @@ def main() -> None:
         healthy()
 
     sys.argv += ["--storage", str(folder / "storage")]
+    ray.init(include_dashboard=False, object_store_memory=100 << 20)  # small: Ray starts a dozen processes as it is
     ray_train.main(train_and_die)
 
 

@@ -121,9 +121,6 @@ class Sampling:
         self.drawn += 1
         self._left -= count
         if count < size:
-            if self._active.sound and count % self._config.world_size:  # the ranks get equally many
-                whole = count - count % self._config.world_size
-                indices, weights = indices[:whole], None if weights is None else weights[:whole]
             self._plan_longer(count, size)
         return indices, weights
 

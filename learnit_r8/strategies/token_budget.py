@@ -24,7 +24,8 @@ class TokenBudget(Saved):
     Padded batches are of samples of nearly one length, and a batch takes `samples x its longest`. Packed ones
     (`padded=False`, for models that take sequences end to end) take the sum of their lengths, and mix all lengths.
     Which samples share a batch, and the order of the batches, are random in each epoch. With several ranks the
-    budget is for all of them together, and each rank's slice of a padded batch is within its part of it.
+    budget is for all of them together, and each rank's slice of a padded batch is within its part of it: no sample may
+    be longer than that. Where the samples cannot be shared equally, an epoch leaves out the few that are over.
 
     Args:
         lengths: Tokens of each sample, whole numbers from 1, `[num_samples]`.
@@ -69,7 +70,7 @@ class TokenBudget(Saved):
         """Plan the epoch's batches; return how many samples they have.
 
         Raises:
-            ConfigError: More or fewer lengths than samples.
+            ConfigError: More or fewer lengths than samples, or one that is longer than a rank's part of the budget.
             ProtocolError: Packed batches on several ranks, whose slices would not be of one size.
         """
         if len(self._lengths) != request.num_samples:
@@ -81,21 +82,34 @@ class TokenBudget(Saved):
             )
         allowed = np.arange(request.num_samples) if request.excluded is None else np.flatnonzero(~request.excluded)
         rng = request.rng
-        shuffled = rng.permutation(allowed)
+        self._plan(rng.permutation(allowed), rng, request)
+        return len(self._order)
+
+    def _plan(self, shuffled: NDArray[np.int64], rng: np.random.Generator, request: BatchRequest) -> None:
         batches = self._padded_batches(shuffled, request) if self.padded else self._packed_batches(shuffled, request)
         places = rng.permutation(len(batches))
         self._order = np.concatenate([batches[k] for k in places]).astype(np.uint32)
         self._ends = np.cumsum([len(batches[k]) for k in places])
         self._taken = 0
-        return len(self._order)
 
     def _padded_batches(self, shuffled: NDArray[np.int64], request: BatchRequest) -> list[NDArray[np.int64]]:
+        ranks = request.multiple
+        shuffled = shuffled[: len(shuffled) - len(shuffled) % ranks]
+        part = self.max_tokens // ranks
+        if len(long := shuffled[self._lengths[shuffled] > part]):
+            raise ConfigError(
+                [
+                    f"lengths must be at most {part}, the part of max_tokens={self.max_tokens} that each of {ranks} "
+                    f"ranks has, and {len(long)} samples are longer, the first ones {np.sort(long)[:8].tolist()}: cut "
+                    "them, or raise max_tokens"
+                ]
+            )
         ids = shuffled[np.argsort(self._lengths[shuffled], kind="stable")]  # equal lengths stay shuffled
         lengths, batches, stop = self._lengths[ids], [], len(ids)
         # From the longest down: each batch takes what its longest sample allows.
         while stop:
             count = min(self.max_tokens // int(lengths[stop - 1]), request.size, stop)
-            count = max(count - count % request.multiple, min(request.multiple, stop))
+            count -= count % ranks
             batches.append(ids[stop - count : stop])
             stop -= count
         return batches
@@ -131,5 +145,8 @@ class TokenBudget(Saved):
         if self._taken >= len(self._order):
             self.start_epoch(request)
         end = int(self._ends[np.searchsorted(self._ends, self._taken, "right")])
+        if (end - self._taken) % request.multiple:  # planned for another number of ranks
+            self._plan(self._order[self._taken :].astype(np.int64), request.rng, request)
+            end = int(self._ends[0])
         start, self._taken = self._taken, min(end, self._taken + request.size)
         return Draw(self._order[start : self._taken].astype(np.int64))

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from learnit_r8 import Command, ProtocolError, R8Scheduler
-from learnit_r8.strategies import names
+from learnit_r8.strategies import Balanced, Mixture, Prompts, TokenBudget, Weighted, make, names
 from tests.backup_watch import check_survival
 
 DRIVER = Path(__file__).parents[1].joinpath("distributed_driver.py")
@@ -415,27 +416,131 @@ def test_an_own_strategys_batch_that_cannot_be_shared_equally_is_refused():
     assert all(isinstance(o, ProtocolError) and "drew 5 samples for 2 ranks" in str(o) for o in outcomes)
 
 
-@pytest.mark.parametrize("strategy", sorted(names()))
-def test_the_slices_of_every_strategy_are_alike_in_expectation(strategy):
-    """Each sample has a loss of its own; over an epoch the ranks' means differ by no more than chance lets them."""
-    level = np.random.default_rng(0).lognormal(0, 1, 1600)
+LEVEL = np.random.default_rng(0).lognormal(0, 1, 1600)
+LENGTHS = np.clip((LEVEL * 40).astype(int), 1, 400)  # the longest samples have the highest losses
+BY_LOSS = {"low": np.argsort(LEVEL)[:800], "high": np.argsort(LEVEL)[800:]}
+STRATEGIES = {name: partial(make, name) for name in names()} | {
+    "weighted": lambda: Weighted(np.random.default_rng(1).exponential(size=1600)),
+    "balanced": lambda: Balanced(np.digitize(LEVEL, [1.0, 2.0, 4.0])),
+    "mixture": lambda: Mixture(BY_LOSS, {"low": 1, "high": 3}),
+    "mixture that adapts": lambda: Mixture(BY_LOSS, adapt="loss", floor=0.1),
+    "tokens": lambda: TokenBudget(LENGTHS, 2000),
+    "prompts": Prompts,
+}
 
-    def body(ranks):
-        options = {"checkpoint_dir": None, "ui": "off", "seed": 3}
-        scheduler = R8Scheduler(1600, 32, num_epochs=6, strategy=strategy, **options, **ranks)
-        mine = []
+
+def reported(samples, epoch: int, strategy: str):
+    losses = LEVEL[samples] * 0.7**epoch
+    return -np.clip(losses / 40, 0, 1) if strategy == "prompts" else losses
+
+
+def slices_of(strategy: str, ranks: dict, *, seed: int):
+    """Mean loss of each rank's slice of each batch after the first epoch, `[world, steps]`."""
+    options = {"checkpoint_dir": None, "ui": "off", "seed": seed}
+    world, slices = ranks["world_size"], []
+    scheduler = R8Scheduler(1600, 32, num_epochs=6, strategy=STRATEGIES[strategy](), **options, **ranks)
+    for epoch in scheduler.epoch_iterator():
+        for batch in scheduler.batch_iterator():
+            _ = batch.weights
+            everyones = LEVEL[ranks["all_gather"](batch.indices).reshape(world, -1)]
+            scheduler.update_with_loss(reported(batch.indices, epoch, strategy))
+            if epoch:
+                slices.append(everyones.mean(axis=1))
+    return np.array(slices).T
+
+
+def errors_apart(slices) -> list[float]:
+    """How many standard errors each two ranks' means lie apart; what the ranks share is no difference between them."""
+    apart = [one - other for one, other in itertools.combinations(slices, 2)]
+    return [abs(each.mean()) / (each.std() / np.sqrt(len(each))) for each in apart]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_the_slices_of_every_strategy_are_alike_in_expectation(strategy, world):
+    """Each sample has a loss of its own; over a run the ranks' means differ by no more than chance lets them."""
+    ranks = on_threads(world, partial(slices_of, strategy, seed=3))
+    assert all(np.array_equal(each, ranks[0]) for each in ranks)
+    assert max(errors_apart(ranks[0])) < 3.5
+
+
+def slices_in_one_process(strategy: str, world: int, seed: int):
+    """As `slices_of`; the ranks all hold one plan, so that one of them can tell what the others would report."""
+    slices, samples = [], None
+    scheduler: R8Scheduler
+
+    def gather(array):
+        if len(array) == 1:
+            return np.repeat(array, world)
+        losses = reported(samples, scheduler.current_epoch, strategy)
+        return np.concatenate([np.concatenate([array[: -losses.shape[1]], each]) for each in losses])
+
+    options = {"checkpoint_dir": None, "ui": "off", "seed": seed, "strategy": STRATEGIES[strategy]()}
+    scheduler = R8Scheduler(1600, 32, num_epochs=6, rank=0, world_size=world, all_gather=gather, **options)
+    for epoch in scheduler.epoch_iterator():
+        for batch in scheduler.batch_iterator():
+            ticket = scheduler._desk.oldest
+            samples = ticket.indices[ticket.order].reshape(world, -1)
+            assert np.array_equal(samples[0], batch.indices)
+            _ = batch.weights
+            scheduler.update_with_loss(reported(batch.indices, epoch, strategy))
+            if epoch:
+                slices.append(LEVEL[samples].mean(axis=1))
+    return np.array(slices).T
+
+
+@pytest.mark.slow
+def test_the_slices_of_every_strategy_are_within_two_errors_as_often_as_chance_has_it():
+    apart = []
+    for strategy, world in itertools.product(sorted(STRATEGIES), [2, 4]):
+        found = np.concatenate([errors_apart(slices_in_one_process(strategy, world, seed)) for seed in range(10)])
+        print(f"{strategy:20} {world} ranks: {np.mean(found < 2):6.1%} of {len(found)} pairs, worst {found.max():.2f}")
+        apart += found.tolist()
+    print(f"all: {np.mean(np.array(apart) < 2):.1%} of {len(apart)} pairs; 95.4% are expected")
+    assert np.mean(np.array(apart) < 2) > 0.93
+    assert max(apart) < 4.2
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2), (1, 4), (4, 1)])
+@pytest.mark.parametrize("strategy", ["quadrant", "infobatch", "tokens"])
+def test_an_epoch_that_goes_on_with_more_or_fewer_ranks_has_each_sample_once(strategy, first, then):
+    lengths = np.random.default_rng(0).integers(1, 60, 203)
+
+    def body(ranks, state=None, stop_at=-1):
+        chosen = TokenBudget(lengths, 256) if strategy == "tokens" else strategy
+        options = {"num_epochs": 2, "strategy": chosen, "checkpoint_dir": None, "ui": "off"}
+        scheduler, seen = R8Scheduler(203, 24, **options, **ranks), []
+        if state is not None:
+            scheduler.load_state_dict(state)
         for epoch in scheduler.epoch_iterator():
             for batch in scheduler.batch_iterator():
-                losses = level[batch.indices] * 0.7**epoch
-                scheduler.update_with_loss(losses)
-                if epoch:
-                    mine.append(losses.mean() / 0.7**epoch)
-        return np.array(mine)
+                _ = batch.weights
+                seen += [(epoch, sample) for sample in batch.indices.tolist()]
+                scheduler.update_with_loss(1.0 + np.sin(batch.indices))
+                if scheduler.global_step == stop_at:
+                    return seen, scheduler.state_dict()
+        return seen, None
 
-    slices = np.stack(on_threads(4, body))
-    away = slices - slices.mean(axis=0)  # of each step: what the ranks share is no difference between them
-    errors = away.std(axis=1) / np.sqrt(slices.shape[1])
-    assert (np.abs(away.mean(axis=1)) < 3.5 * errors).all(), (slices.mean(axis=1), errors)
+    heads = on_threads(first, partial(body, stop_at=5))
+    tails = on_threads(then, partial(body, state=heads[0][1]))
+    drawn = collections.Counter(itertools.chain(*(seen for seen, _ in heads + tails)))
+    assert set(drawn.values()) == {1}
+    for epoch in (0, 1):
+        count = sum(which == epoch for which, _ in drawn)
+        assert count > 203 - 4 or (strategy == "infobatch" and epoch), "more are left out than the ranks cannot share"
+
+
+def test_a_sample_longer_than_a_ranks_part_of_the_tokens_is_refused():
+    from learnit_r8.errors import ConfigError
+
+    def body(ranks):
+        lengths = np.r_[300, np.full(99, 20)]
+        strategy = TokenBudget(lengths, 1024)
+        scheduler = R8Scheduler(100, 20, num_epochs=1, strategy=strategy, checkpoint_dir=None, ui="off", **ranks)
+        return len(next(scheduler.batch_iterator()).indices)
+
+    assert all(isinstance(o, ConfigError) and "at most 256" in str(o) for o in on_threads(4, body))
+    assert on_threads(2, body)[0] > 0
 
 
 def test_what_is_known_of_samples_is_the_same_to_the_bit_on_any_number_of_ranks():
