@@ -86,7 +86,10 @@ def _few(loss: Any, size: int) -> Reported | None:
     kind = getattr(loss, "dtype", None)
     if (kind is not _FLOAT32 and str(kind) != "torch.float32") or tuple(loss.shape) != (size,):
         return None
-    each = loss.tolist()
+    try:
+        each = loss.tolist()
+    except RuntimeError:  # a tensor that holds no numbers
+        return None
     if min(each) >= -LIMIT and max(each) <= LIMIT and (total := math.fsum(each)) == total:  # NaN hides from min
         return Reported(np.array(each, np.float32), total / size, finite=True)
     return None
@@ -123,7 +126,7 @@ def _to_numpy(loss: Any) -> NDArray[Any]:
                 return tensor.numpy()  # type: ignore[no-any-return]
             except TypeError:
                 return tensor.float().numpy()  # type: ignore[no-any-return]
-        except RuntimeError as error:  # on the device "meta", sparse
+        except (RuntimeError, TypeError) as error:  # on the device "meta", sparse
             raise TypeError(f"{_EXPECTED}, got a tensor that holds none: {error}") from error
     if isinstance(loss, (list, tuple)):
         loss = [item.detach().cpu() if hasattr(item, "detach") else item for item in loss]

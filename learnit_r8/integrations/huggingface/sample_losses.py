@@ -199,5 +199,5 @@ READINGS: tuple[Reading, ...] = (
 def auxiliary(outputs: Any, config: Any) -> Tensor | None:
     """Return what a mixture of experts adds to its loss, weighted; None where there is none."""
     loss = _tensor(outputs, "aux_loss")
-    coefficient = None if loss is None else getattr(config, "router_aux_loss_coef", None)
-    return None if coefficient is None else coefficient * loss.detach()
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    return None if loss is None or coefficient is None else coefficient * loss.detach()
