@@ -59,6 +59,4 @@ def open_dashboard(
     if asked and asked.lower() not in choice.UI_NAMES:
         reason = f"R8_UI={asked} is none of {', '.join(choice.UI_NAMES)}"
     console = None if log_dir is None else Path(log_dir) / "console.log"
-    return Dashboard(
-        chosen.name, around, reason=reason, readonly=readonly, console=console, environment=env, clock=clock
-    )
+    return Dashboard(chosen.name, around, env, clock, reason=reason, readonly=readonly, console=console)

@@ -22,16 +22,17 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from learnit_r8.dashboard.displays.choice import Surroundings, below, default_glyphs
-from learnit_r8.dashboard.displays.display import Detach, Display, TerminalGone
-from learnit_r8.dashboard.displays.log_lines import LogLines, Outlet
+from learnit_r8.dashboard.displays.display import Detach, Display
+from learnit_r8.dashboard.displays.log_lines import LogLines
 from learnit_r8.dashboard.displays.summary import summary_text
+from learnit_r8.dashboard.terminal.board import TerminalGone
 from learnit_r8.dashboard.terminal.hooks import TalkHooks
+from learnit_r8.dashboard.terminal.outflow import Outlet
 from learnit_r8.dashboard.terminal.waker import Waker
 from learnit_r8.events import Event, Notice
 from learnit_r8.run.model import DashboardModel
@@ -54,11 +55,11 @@ class Dashboard:
     Args:
         name: The display to start with.
         around: What this process can show.
-        reason: Why it is this one, where the user should know.
+        environment: Variables.
+        clock: Wall-clock seconds.
+        reason: Why it is this display, where the user should know.
         readonly: Keys control the view only, as in `r8 watch`.
         console: File that prints go to while a screen is shown.
-        environment: Variables; `os.environ` when None.
-        clock: Wall-clock seconds.
 
     Attributes:
         record: Takes one event; it is the deque's own `append`.
@@ -73,12 +74,12 @@ class Dashboard:
         self,
         name: str,
         around: Surroundings,
+        environment: Mapping[str, str],
+        clock: Callable[[], float],
         *,
         reason: str = "",
         readonly: bool = False,
         console: Path | None = None,
-        environment: Mapping[str, str] | None = None,
-        clock: Callable[[], float],
     ) -> None:
         self.commands: deque[Command] = deque()
         self._queue: deque[Event] = deque(maxlen=QUEUE)
@@ -86,22 +87,22 @@ class Dashboard:
         self.model = DashboardModel()
         self.fault = ""
         self._around, self._readonly, self._console, self._clock = around, readonly, console, clock
-        self._environment = os.environ if environment is None else environment
+        self._environment = environment
         self._pid = os.getpid()
-        self._closed = self._stopping = self._forgotten = False
-        self._hold = threading.Event()
-        self._held, self._unheld = threading.Event(), threading.Event()
+        self._closed = self._forgotten = False
+        self._held, self._free = threading.Event(), threading.Event()
+        self._free.set()
         self._waker = Waker()
-        self._wake = self._waker.wake
         self._detached = self._continued = False
         self._on_continue: Any = None
         self._console_used: Path | None = None
-        self._display: Display | None = None
-        self._take_display(name)
+        self._display = Display()
+        self._display = self._build(name)
         if reason:
             self._notice(f"{self.name} dashboard: {reason}", "info")
         self._hooks = TalkHooks(self.suspended, self.close)
-        self._watch_continue()
+        if hasattr(signal, "SIGCONT") and self.name == "curses":  # of which the main thread alone is capable
+            self._on_continue = signal.signal(signal.SIGCONT, self._continue)
         _open.add(self)
         atexit.register(self._close_at_exit)
         self._thread = threading.Thread(target=self._run, name="r8-dashboard", daemon=True)
@@ -110,54 +111,47 @@ class Dashboard:
     @property
     def name(self) -> str:
         """The display that is shown now."""
-        return "off" if self._display is None else self._display.name
+        return self._display.name
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Give the terminal to the caller, for `input()` or a debugger, and take it back afterwards."""
-        display = self._display
-        if (
-            self._closed
-            or os.getpid() != self._pid
-            or threading.current_thread() is self._thread
-            or self._hold.is_set()
-        ):
+        lent = not self._free.is_set()
+        if self._closed or lent or os.getpid() != self._pid or threading.current_thread() is self._thread:
             yield
             return
+        display = self._display
         self._held.clear()
-        self._unheld.clear()
-        self._hold.set()
-        self._wake()
+        self._free.clear()
+        self._waker.wake()
         self._held.wait(_JOIN_SECONDS)
-        if display is not None:
-            display.lend()
+        display.board.lend()
         try:
             yield
         finally:
-            if display is not None and display is self._display and not self._closed:
-                display.reclaim()
-            self._hold.clear()
-            self._unheld.set()
+            if display is self._display and not self._closed:
+                display.board.reclaim()
+            self._free.set()
 
     def close(self) -> None:
         """Restore the terminal and print the summary; harmless when called again or in a forked child."""
         if self._closed or os.getpid() != self._pid:
             return
-        self._closed = self._stopping = True
+        self._closed = True
         atexit.unregister(self._close_at_exit)
         self._hooks.remove()
-        self._unwatch_continue()
+        with contextlib.suppress(ValueError):  # closed by another thread than the main one
+            if self._on_continue is not None and signal.getsignal(signal.SIGCONT) == self._continue:
+                signal.signal(signal.SIGCONT, self._on_continue)
         _open.discard(self)
-        self._unheld.set()
-        self._wake()
+        self._free.set()
+        self._waker.wake()
         try:
             self._thread.join(_JOIN_SECONDS)
         finally:
-            stuck = self._thread.is_alive()
-            display = self._display
-            if display is not None:
-                with contextlib.suppress(Exception):
-                    display.emergency() if stuck else display.release()
+            stuck, board = self._thread.is_alive(), self._display.board
+            with contextlib.suppress(Exception):
+                board.emergency() if stuck else board.release()
         if not stuck:
             self._waker.close()
             with contextlib.suppress(Exception):
@@ -171,12 +165,10 @@ class Dashboard:
     def __enter__(self) -> Dashboard:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    # The dashboard's thread, from here to `_fall`.
+    # The dashboard's thread, from here to `_change_display`.
 
     def _run(self) -> None:
         if hasattr(signal, "pthread_sigmask"):
@@ -185,90 +177,83 @@ class Dashboard:
             try:
                 self._serve()
             except Detach:
-                self._drop_display()
-                back = "; Ctrl-Z and fg: back" if hasattr(signal, "SIGCONT") else ""
-                self._say([f"r8: view closed, training goes on and tells its news here{back}"])
-                self._take_display("log", quiet=True)
                 self._detached, self._continued = True, False
+                self._change_display("log")
             except TerminalGone as error:
-                self._fall("off", error)
+                self.fault = f"{type(error).__name__}: {error}"
+                self._change_display("off", gone=True)
             except Exception as error:
-                self._fall(below(self.name, self._around), error)
+                self.fault = f"{type(error).__name__}: {error}"
+                name = below(self.name, self._around)
+                self._notice(f"dashboard: {self.name} gave way to {name} ({self.fault})", "warning")
+                self._change_display(name)
             else:
                 return
 
     def _serve(self) -> None:
         while True:
-            display, stopping = self._display, self._stopping
-            if self._hold.is_set():
-                self._wait_out(display)
-                stopping = self._stopping
-                if stopping:
+            if not self._free.is_set():
+                self._display.leave()
+                self._held.set()
+                self._free.wait()
+                if self._closed:
                     return
             if self._detached and self._continued:
-                self._detached = self._continued = False
-                self._drop_display()
-                self._take_display("curses")
-                continue
-            due = display is None or stopping or display.due() or len(self._queue) > QUEUE // 2
+                self._detached = False
+                self._change_display("curses")
+            display, closing = self._display, self._closed
+            due = closing or display.due() or len(self._queue) > QUEUE // 2
             fresh = self._take_events() if due else []
-            delay = 1.0 if display is None else display.tick(self.model, fresh, self._clock())
-            if stopping:
-                if display is not None:
-                    display.leave()
+            if self.model.checkpoint is not None:
+                display.board.checkpoint(self.model.checkpoint.path)
+            delay = display.tick(self.model, fresh, self._clock())
+            if closing:
+                display.leave()
                 return
-            self._waker.wait(delay, () if display is None else display.inputs)
-
-    def _wait_out(self, display: Display | None) -> None:
-        if display is not None:
-            display.leave()
-        self._held.set()
-        self._unheld.wait()
+            self._waker.wait(delay, display.board.inputs)
 
     def _take_events(self) -> list[Event]:
         """Move what has been recorded into the model, at most one queue's worth."""
         taken = [self._queue.popleft() for _ in range(min(QUEUE, len(self._queue)))]
         for first in range(0, len(taken), _SLICE):
-            if first and not self._stopping:
+            if first and not self._closed:
                 time.sleep(_BREATH)
             self.model.consume_all(taken[first : first + _SLICE])
         return taken
 
-    def _fall(self, name: str, error: Exception) -> None:
-        self.fault = f"{type(error).__name__}: {error}"
-        left = self.name
-        self._drop_display(gone=isinstance(error, TerminalGone))
-        if not isinstance(error, TerminalGone):
-            self._notice(f"dashboard: {left} gave way to {name} ({self.fault})", "warning")
-        self._take_display(name)
-
-    def _drop_display(self, gone: bool = False) -> None:
-        display, self._display = self._display, None
-        if display is not None:
-            with contextlib.suppress(Exception):
-                display.leave()
-            with contextlib.suppress(Exception):
-                display.release(gone)
+    def _change_display(self, name: str, gone: bool = False) -> None:
+        before, self._display = self._display, Display()
+        with contextlib.suppress(Exception):
+            before.leave()
+        with contextlib.suppress(Exception):
+            before.board.abandon() if gone else before.board.release()
+        self._display = self._build(name)
 
     # Either thread.
 
-    def _take_display(self, name: str, quiet: bool = False) -> None:
-        """Build the display called `name`, or the first below it that can be built."""
-        while name != "off":
+    def _build(self, name: str) -> Display:
+        """Return the display called `name`, or the first below it that can be built."""
+        while True:
             try:
-                self._display = self._build(name, quiet)
+                display = self._built(name)
             except Exception as error:  # any reason at all: a dashboard that cannot start is not training's problem
                 self.fault = f"{type(error).__name__}: {error}"
                 self._notice(f"dashboard: no {name} ({self.fault})", "warning")
                 name = below(name, self._around)
             else:
-                return
-        self._display = None
+                if display.board.prints is not None:
+                    self._console_used = display.board.prints.path
+                return display
 
-    def _build(self, name: str, quiet: bool) -> Display:
-        now = self._clock()
+    def _built(self, name: str) -> Display:
+        if name == "off":
+            return Display()
         if name == "log":
-            return LogLines(Outlet(), now, quiet)
+            out = Outlet()
+            if self._detached:
+                back = "; Ctrl-Z and fg: back" if hasattr(signal, "SIGCONT") else ""
+                out.line(f"r8: view closed, training goes on and tells its news here{back}")
+            return LogLines(out, self._clock(), quiet=self._detached)
         if name == "notebook":
             from learnit_r8.dashboard.displays.notebook import Notebook
 
@@ -276,69 +261,38 @@ class Dashboard:
         if name == "rich":
             from learnit_r8.dashboard.displays.rich_live import RichLive
 
-            glyphs = "ascii" if default_glyphs(self._environment) == "ascii" else "blocks"
-            live = RichLive(glyphs, self._console)
-            self._console_used = live.console_path
-            return live
+            return RichLive("ascii" if default_glyphs(self._environment) == "ascii" else "blocks", self._console)
         from learnit_r8.dashboard.displays.screen import Screen
 
-        screen = Screen(self._environment, self.commands, self._console, self._readonly, now)
-        self._console_used = screen.console_path
-        return screen
+        return Screen(self._environment, self.commands, self._console, self._readonly, self._clock())
 
     def _notice(self, message: str, level: str) -> None:
         self._queue.append(Notice(time=self._clock(), step=self.model.step, message=message, level=level))
 
-    def _say(self, lines: Sequence[str]) -> None:
+    def _summarise(self) -> None:
+        sys.stdout.flush()
+        glyphs, width = "ascii", 80
+        if sys.stdout.isatty():
+            glyphs = default_glyphs(self._environment)
+            width = min(100, shutil.get_terminal_size().columns)
+        lines = summary_text(self.model, width, glyphs).splitlines()
+        if self._console_used is not None and self._console_used.exists():
+            lines.append(f"  console     {self._console_used}")
+        if self._forgotten and self.model.ended is None and self.model.run:
+            lines.append(_NOT_CLOSED)
         out = Outlet()
         for line in lines:
             out.line(line)
         with contextlib.suppress(TerminalGone):
             out.pump(0.25)
-        out.close()
-
-    def _summarise(self) -> None:
-        sys.stdout.flush()
-        self._say(self._summary(sys.stdout.isatty()))
-
-    def _summary(self, on_terminal: bool) -> list[str]:
-        glyphs, width = "ascii", 80
-        if on_terminal:
-            glyphs = default_glyphs(self._environment)
-            width = min(100, shutil.get_terminal_size().columns)
-        lines = summary_text(self.model, width, glyphs).splitlines()
-        path = self._console_used
-        if path is not None and path.exists():
-            lines.append(f"  console     {path}")
-        if self._forgotten and self.model.ended is None and self.model.run:
-            lines.append(_NOT_CLOSED)
-        return lines
-
-    def _watch_continue(self) -> None:
-        """Hear of `fg`; a handler can only be set in the main thread."""
-        number = getattr(signal, "SIGCONT", None)
-        if number is not None and self.name == "curses" and threading.current_thread() is threading.main_thread():
-            self._on_continue = signal.getsignal(number)
-            signal.signal(number, self._continue)
+        out.release()
 
     def _continue(self, number: int, frame: Any) -> None:
+        """Hear of `fg`."""
         self._continued = True
-        self._wake()
+        self._waker.wake()
         if callable(self._on_continue):
             self._on_continue(number, frame)
-
-    def _unwatch_continue(self) -> None:
-        number = getattr(signal, "SIGCONT", None)
-        with contextlib.suppress(ValueError):  # closed by another thread than the main one
-            if number is not None and self._on_continue is not None and signal.getsignal(number) == self._continue:
-                signal.signal(number, self._on_continue)
-
-    def _forget(self) -> None:
-        """In a forked child."""
-        self._waker.close()
-        if self._display is not None:
-            with contextlib.suppress(Exception):
-                self._display.forget()
 
 
 _open: weakref.WeakSet[Dashboard] = weakref.WeakSet()
@@ -346,7 +300,9 @@ _open: weakref.WeakSet[Dashboard] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for dashboard in list(_open):
-        dashboard._forget()
+        dashboard._waker.close()
+        with contextlib.suppress(Exception):
+            dashboard._display.board.forget()
     _open.clear()
 
 

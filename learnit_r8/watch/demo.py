@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from learnit_r8 import events as e
 from learnit_r8.core.clock import Clock
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
-from learnit_r8.dashboard.sink import Dashboard
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import Event
 from learnit_r8.run.events_file import JsonlSink
@@ -72,57 +73,47 @@ def play(
     if dashboard is None:
         raise ConfigError(["nothing to show: the dashboard is off here; unset R8_UI, or try r8 demo --ui log"])
     log = None if log_dir is None else JsonlSink(log_dir / EVENTS_FILE)
-    run = DemoRun(epochs=epochs, seed=seed, start=clock.started)
+    listeners = [dashboard.record, *([] if log is None else [log.record])]
+
+    def tell(event: Event) -> None:
+        for record in listeners:
+            record(event)
+
     with dashboard:
-        last: Event | None = None
+        at: dict[str, Any] = {"time": clock.started, "step": 0}
+        ended = False
         try:
-            for _, event in run:
+            for _, event in DemoRun(epochs=epochs, seed=seed, start=clock.started):
                 clock.wait_until(event.time)
-                _record(dashboard, log, event)
-                last = event
+                tell(event)
+                at, ended = {"time": event.time, "step": event.step}, isinstance(event, e.RunEnded)
                 if dashboard.name == "curses" and isinstance(event, e.EpochEnded):
                     print(f"demo: what you print appears here (epoch {event.epoch + 1} is over)")  # noqa: T201
                 # Off: the terminal or the pipe's reader is gone.
-                if _stopped(dashboard, log, clock, event) or dashboard.name == "off":
+                if _stopped(dashboard.commands, tell, clock, at) or dashboard.name == "off":
                     break
         except KeyboardInterrupt:
             pass
         finally:
-            if last is not None and not isinstance(last, e.RunEnded):
-                _record(
-                    dashboard,
-                    log,
-                    e.RunEnded(time=last.time, step=last.step, reason="stopped", seconds=last.time - clock.started),
-                )
+            if not ended:
+                tell(e.RunEnded(**at, reason="stopped", seconds=at["time"] - clock.started))
             if log is not None:
                 log.close()
 
 
-def _record(dashboard: Dashboard, log: JsonlSink | None, event: Event) -> None:
-    dashboard.record(event)
-    if log is not None:
-        log.record(event)
-
-
-def _stopped(dashboard: Dashboard, log: JsonlSink | None, clock: DemoClock, event: Event) -> bool:
+def _stopped(commands: deque[Command], tell: Callable[[Event], None], clock: DemoClock, at: dict[str, Any]) -> bool:
     """Obey the keys as the training loop does; return whether one of them asked for the end."""
     paused = False
-    while dashboard.commands or paused:
-        if not dashboard.commands:
+    while commands or paused:
+        if not commands:
             clock.hold(0.05)
             continue
-        command = dashboard.commands.popleft()
+        command = commands.popleft()
         if command in _STOPS:
             return True
         if command is Command.CHECKPOINT:
-            _record(
-                dashboard,
-                log,
-                e.CheckpointSaved(
-                    time=event.time, step=event.step, path="checkpoints/by-hand", bytes=412_000_000, seconds=0.4
-                ),
-            )
+            tell(e.CheckpointSaved(**at, path="checkpoints/by-hand", bytes=412_000_000, seconds=0.4))
         else:
             paused = command is Command.PAUSE
-            _record(dashboard, log, e.Paused(time=event.time, step=event.step, paused=paused))
+            tell(e.Paused(**at, paused=paused))
     return False

@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from learnit_r8.dashboard.displays.choice import choose, default_glyphs, look
-from learnit_r8.dashboard.displays.display import Detach, TerminalGone
+from learnit_r8.dashboard.displays.display import Detach
 from learnit_r8.dashboard.displays.screen import Screen
 from learnit_r8.dashboard.drawing.render import Scene, render
 from learnit_r8.dashboard.keys import ViewState
+from learnit_r8.dashboard.terminal.board import TerminalGone
 from learnit_r8.dashboard.terminal.waker import Waker
 from learnit_r8.errors import ConfigError
 from learnit_r8.watch.run import WatchedRun
@@ -54,13 +55,14 @@ def show(runs: Sequence[WatchedRun], environment: Mapping[str, str], clock: Call
             fresh = [event for run in runs for event in run.poll()]
             delay = screen.tick(runs[0].model, fresh, clock())
             behind = any(run.behind for run in runs)
-            waker.wait(0.0 if behind else delay, screen.inputs)
+            waker.wait(0.0 if behind else delay, screen.board.inputs)
     except (Detach, KeyboardInterrupt):
         pass
     except TerminalGone:
         gone = True
+        screen.board.abandon()
     finally:
         if not gone:
             screen.leave()
-        screen.release(gone)
+            screen.board.release()
         waker.close()

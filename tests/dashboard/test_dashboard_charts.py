@@ -55,9 +55,9 @@ def test_every_spike_of_a_million_points_is_visible_at_every_width(glyphs):
         for step in spikes:
             # The bin's first step decides on the arrow's cell, up to 1024 steps before the spike.
             near = {int(s * (columns - 1) / 999_999) // RASTERS[glyphs].columns for s in (max(0, step - 1024), step)}
-            above = {grid.cell(0, LABEL_WIDTH + 1 + cell)[0] for cell in range(min(near), max(near) + 1)}
+            above = {grid.rows()[0][LABEL_WIDTH + 1 + cell] for cell in range(min(near), max(near) + 1)}
             assert arrow in above, (width, step)
-            body = {grid.cell(3, LABEL_WIDTH + 1 + cell)[0] for cell in range(min(near), max(near) + 1)}
+            body = {grid.rows()[3][LABEL_WIDTH + 1 + cell] for cell in range(min(near), max(near) + 1)}
             assert body != {" "}, (width, step)
         assert scale is not None
         assert scale.high < 3.0
@@ -108,7 +108,7 @@ def test_one_point_is_drawn(glyphs):
 
 def test_rising_values_are_drawn_rising():
     grid, _ = drawn(series_of([float(i) for i in range(200)]).bins(), "ascii")
-    tops = [next(y for y in range(10) if grid.cell(y, x)[1] is Style.ACCENT) for x in range(LABEL_WIDTH + 1, 80)]
+    tops = [next(y for y in range(10) if grid._styles[y][x] is Style.ACCENT) for x in range(LABEL_WIDTH + 1, 80)]
     assert tops == sorted(tops, reverse=True)
     assert (tops[0], tops[-1]) == (9, 0)
 

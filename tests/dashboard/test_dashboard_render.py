@@ -570,19 +570,20 @@ def test_an_edge_of_a_quadrant_is_never_cut_off(low, high):
 def test_the_picture_is_the_one_that_was_looked_at(name):
     width, height, view = PICTURES[name]
     text = "\n".join(row.rstrip() for row in frame(width, height, console=CONSOLE, hz=4, **view).rows()) + "\n"
-    compare(name, text)
+    assert text == looked_at(name, text)
 
 
 def test_the_summary_is_the_one_that_was_looked_at():
-    compare("summary", summary_text(run()) + "\n")
+    text = summary_text(run()) + "\n"
+    assert text == looked_at("summary", text)
 
 
-def compare(name, text):
+def looked_at(name, text):
     path = SNAPSHOTS / f"{name}.txt"
     if os.environ.get("R8_UPDATE_SNAPSHOTS"):
         SNAPSHOTS.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def test_routine_events_push_no_fault_out_of_view():

@@ -348,7 +348,7 @@ d.record(CheckpointSaved(time=time.time(), step=7, path='ckpt/step7', bytes=10, 
 for n in range(30):
     print('line', n)
 print('\\x1b[31mred\\x1b[0m 10%\\r 20%\\r 30%', end='', flush=True)
-while not d._display._board._guardian.newest:
+while not d._display.board._guardian.newest:
     time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -440,7 +440,8 @@ train(d, 0.3)
 def broken(*args, **kw):
     raise ZeroDivisionError('a bug in a chart')
 screen.Screen._own_scene = broken
-train(d, 1.0)
+while d.name != 'rich':
+    train(d, 0.1)
 name, fault = d.name, d.fault
 d.close()
 print(name, fault)
@@ -523,6 +524,7 @@ wait_for_stop()
         terminal.process.kill()
         terminal.until(lambda: LEFT_ALTERNATE in terminal.raw and terminal.stty() == terminal.before)
         terminal.stop()
+        assert terminal.process.wait(10) == -9
 
 
 @pytest.mark.parametrize("how", ["stopped by Ctrl-S", "never read"])

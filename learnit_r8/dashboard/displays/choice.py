@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from learnit_r8.dashboard.displays.display import POSIX
+from learnit_r8.dashboard.terminal.board import POSIX
 from learnit_r8.errors import ConfigError
 
 UI_NAMES = ("auto", "curses", "rich", "log", "off")

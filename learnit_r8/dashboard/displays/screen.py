@@ -77,19 +77,9 @@ class Screen(Display):
         self._spent = self._computed = 0.0
         self._size = (0, 0)
         self._news = True
-        self._board = open_board(environment, console, prints=look is None)
-        prints = self._board.prints
-        self._tail = None if prints is None else ConsoleTail(prints.path, prints.start)
-
-    @property
-    def console_path(self) -> Path | None:
-        """The file with the user's prints."""
-        return None if self._board.prints is None else self._board.prints.path
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The terminal, while it is this process's turn to read it."""
-        return self._board.inputs
+        self.board = self._board = open_board(environment, console, prints=look is None)
+        self._prints = self.board.prints
+        self._tail = None if self._prints is None else ConsoleTail(self._prints.path, self._prints.start)
 
     def due(self) -> bool:
         """Return whether the next tick will draw, if anything happened."""
@@ -100,8 +90,6 @@ class Screen(Display):
         board, began = self._board, time.monotonic()
         late, self._last_tick = began - self._last_tick > _GAP_SECONDS, began
         self._news = self._news or bool(fresh)
-        if model.checkpoint is not None:
-            board.checkpoint(model.checkpoint.path)
         if not board.mine():
             self._shown = False
             return 0.25
@@ -116,7 +104,7 @@ class Screen(Display):
         if size != self._size:
             self._size = size
             self._rate.hurry()
-        if self._shown and not board.congested and self._rate.due(time.monotonic(), self._news):
+        if self._shown and board.ready() and self._rate.due(time.monotonic(), self._news):
             self._draw(model, now)
         wait = _ESCAPE_SECONDS if board.unfinished_key else self._rate.wait(began)
         return wait if board.key_seconds is None else min(wait, board.key_seconds)
@@ -159,10 +147,10 @@ class Screen(Display):
         self._news = False
 
     def _own_scene(self, model: DashboardModel) -> Scene:
-        if self._tail is None:
+        if self._tail is None or self._prints is None:
             return Scene(model)
         lines, count = self._tail.poll(), self._tail.count
-        return Scene(model, lines, f"{self.console_path}  {count} line{'s' * (count != 1)}")
+        return Scene(model, lines, f"{self._prints.path}  {count} line{'s' * (count != 1)}")
 
     def _read_keys(self, model: DashboardModel) -> None:
         for name in self._board.pressed():
@@ -189,26 +177,3 @@ class Screen(Display):
         """Leave the screen."""
         self._shown = False
         self._board.leave()
-
-    def lend(self) -> None:
-        """Let prints reach the terminal."""
-        self._board.lend()
-
-    def reclaim(self) -> None:
-        """Send prints into the file again."""
-        self._board.reclaim()
-
-    def release(self, gone: bool = False) -> None:
-        """Give everything back."""
-        if gone:
-            self._board.abandon()
-        else:
-            self._board.release()
-
-    def emergency(self) -> None:
-        """Restore screen and modes by hand."""
-        self._board.emergency()
-
-    def forget(self) -> None:
-        """Close the child's copies."""
-        self._board.forget()

@@ -212,15 +212,6 @@ class Grid:
             last += 1
         return self.runs(y, first, last + 1)
 
-    def fill(self, y: int, x: int, width: int, height: int, char: str = " ", style: Style = Style.NORMAL) -> None:
-        """Put `char` into every cell of a rectangle."""
-        for row in range(y, y + height):
-            self.put(row, x, char * width, style)
-
-    def cell(self, y: int, x: int) -> tuple[str, Style]:
-        """Return a cell's character (empty: the right half of a wide one) and style."""
-        return self._cells[y][x], self._styles[y][x]
-
     def rows(self) -> list[str]:
         """Return the rows as text, each `width` cells wide."""
         return ["".join(row) for row in self._cells]

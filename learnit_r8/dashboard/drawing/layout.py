@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,33 +22,22 @@ class Boxes:
     """Lines that know where they meet: the junctions follow from the lines."""
 
     def __init__(self) -> None:
-        self._horizontal: list[tuple[int, int, int]] = []
-        self._vertical: list[tuple[int, int, int]] = []
+        self._ways: dict[tuple[int, int], int] = defaultdict(int)
 
     def horizontal(self, y: int, x0: int, x1: int) -> None:
         """Add a line from cell `x0` to cell `x1` of row `y`, both included."""
-        self._horizontal.append((y, x0, x1))
+        for x in range(x0, x1 + 1):
+            self._ways[y, x] |= (LEFT if x > x0 else 0) | (RIGHT if x < x1 else 0)
 
     def vertical(self, x: int, y0: int, y1: int) -> None:
         """Add a line from row `y0` to row `y1` of column `x`, both included."""
-        self._vertical.append((x, y0, y1))
+        for y in range(y0, y1 + 1):
+            self._ways[y, x] |= (UP if y > y0 else 0) | (DOWN if y < y1 else 0)
 
     def draw(self, grid: Grid) -> None:
         """Put all lines into the grid."""
-        for x, y0, y1 in self._vertical:
-            for y in range(y0, y1 + 1):
-                grid.put(y, x, "│", Style.DIM)
-        for y, x0, x1 in self._horizontal:
-            grid.put(y, x0, "─" * (x1 - x0 + 1), Style.DIM)
-        junctions: dict[tuple[int, int], int] = {}
-        for y, x0, x1 in self._horizontal:
-            for x, y0, y1 in self._vertical:
-                if x0 <= x <= x1 and y0 <= y <= y1:
-                    across = (LEFT if x > x0 else 0) | (RIGHT if x < x1 else 0)
-                    along = (UP if y > y0 else 0) | (DOWN if y < y1 else 0)
-                    junctions[y, x] = junctions.get((y, x), 0) | across | along
-        for (y, x), directions in junctions.items():
-            grid.put(y, x, _JUNCTIONS[directions], Style.DIM)
+        for (y, x), ways in self._ways.items():
+            grid.put(y, x, _JUNCTIONS[ways], Style.DIM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +93,19 @@ def allot(bands: Sequence[Band], rows: int) -> list[int]:
 
 def place(bands: Sequence[Band], heights: Sequence[int], top: int, width: int, boxes: Boxes) -> list[Rect]:
     """Stack the bands from row `top` on, add their lines to `boxes`, and return the panes."""
-    found = []
-    y = top
+    found, y = [], top
     for band, height in zip(bands, heights, strict=True):
         if height == 0:
             continue
         boxes.horizontal(y, 0, width - 1)
         x = 0
-        taken = sum(cells for _, cells in band.panes)
-        free = sum(1 for _, cells in band.panes if cells == 0)
-        for i, (name, cells) in enumerate(band.panes):
-            last = i == len(band.panes) - 1
-            edge = width - 1 if last else x + (cells or (width - 1 - taken) // free)
-            if not last:
-                boxes.vertical(edge, y, y + height + 1)
+        free = width - 1 - sum(cells for _, cells in band.panes)
+        sharing = sum(cells == 0 for _, cells in band.panes)
+        for name, cells in band.panes[:-1]:
+            edge = x + (cells or free // sharing)
+            boxes.vertical(edge, y, y + height + 1)
             found.append(Rect(name, y, x + 2, edge - x - 3, height))
             x = edge
+        found.append(Rect(band.panes[-1][0], y, x + 2, width - x - 4, height))
         y += height + 1
     return found

@@ -50,9 +50,8 @@ class Plot:
         return found
 
     def dots(self, values: Floats) -> Floats:
-        """Return the raster row of every value; those outside lie on the edge, NaN stays NaN."""
-        rows = self.rows * self.raster.rows
-        return np.rint(np.clip((1.0 - self.scale.shares(values)) * rows - 0.5, 0, rows - 1))
+        """Return the raster row of every value."""
+        return self.scale.rows(values, self.rows * self.raster.rows)
 
     def position(self, step: float, time: float) -> float:
         """Return the horizontal position of a point."""

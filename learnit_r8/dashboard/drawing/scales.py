@@ -29,15 +29,18 @@ class Scale:
     high: float
     log: bool
 
-    def share(self, value: float) -> float:
-        """Return where `value` lies: 0 at the bottom, 1 at the top; may lie outside."""
+    def shares(self, values: Floats) -> Floats:
+        """Return where values lie: 0 at the bottom, 1 at the top; NaN stays NaN, what has no logarithm is far below."""
+        low, high = self.low, self.high
         if self.log:
-            if value <= 0:
-                return -1.0
             # Differences of logarithms: the quotient of the values could overflow.
-            bottom = math.log(self.low)
-            return (math.log(value) - bottom) / (math.log(self.high) - bottom)
-        return (value - self.low) / (self.high - self.low)
+            low, high, values = math.log(low), math.log(high), np.log(np.maximum(values, _TINY))
+        with np.errstate(over="ignore"):  # what is infinitely far off is drawn at the edge
+            return (values - low) / (high - low)
+
+    def rows(self, values: Floats, rows: int) -> Floats:
+        """Return the row of each value, of `rows` from the top; those outside lie on the edge, NaN stays NaN."""
+        return np.rint(np.clip((1.0 - self.shares(values)) * rows - 0.5, 0, rows - 1))
 
     def value(self, share: float) -> float:
         """Return what lies at a share of the axis."""
@@ -45,14 +48,6 @@ class Scale:
             bottom = math.log(self.low)
             return math.exp(bottom + share * (math.log(self.high) - bottom))
         return self.low + share * (self.high - self.low)
-
-    def shares(self, values: Floats) -> Floats:
-        """Return where the values lie; NaN where one is NaN, far below 0 where a logarithm does not exist."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, values = math.log(low), math.log(high), np.log(np.maximum(values, _TINY))
-        with np.errstate(over="ignore"):  # what is infinitely far off is drawn at the edge
-            return (values - low) / (high - low)
 
 
 def _quantile(ordered: Floats, q: float) -> float:
@@ -66,14 +61,9 @@ def _quantile(ordered: Floats, q: float) -> float:
 def choose_scale(bins: Bins, mode: str, prefer_log: bool, extra: Sequence[float] = ()) -> Scale | None:
     """Return the axis for these bins, or None where no value is finite.
 
-    It covers at least the 0.5 to 99.5 percentiles (of the bins' last values, an even sample of the
-    points) and the 10 to 90 percentiles of the bins' extremes, and everything where no value is an outlier.
-
-    Args:
-        bins: What is to be drawn.
-        mode: "log", "linear", or "auto": logarithmic where preferred and where the range calls for it.
-        prefer_log: The quantity is one that is usually drawn on a logarithmic axis.
-        extra: Values that must be visible as well.
+    It covers at least the 0.5 to 99.5 percentiles (of the bins' last values, an even sample of the points) and the 10
+    to 90 percentiles of the bins' extremes, `extra`, and everything where no value is an outlier. It is logarithmic
+    where the mode is "log", or "auto" with `prefer_log` and a range that calls for it.
     """
     finite = bins["lo"] <= bins["hi"]
     if not finite.any():
@@ -99,21 +89,25 @@ def choose_scale(bins: Bins, mode: str, prefer_log: bool, extra: Sequence[float]
 
 def _nice_step(raw: float) -> float:
     power = 10.0 ** math.floor(math.log10(raw))
-    for factor in (1, 2, 5, 10):
-        if factor * power >= raw * 0.999:
-            return factor * power
-    return 10 * power
+    return next((factor * power for factor in (1, 2, 5) if factor * power >= raw * 0.999), 10 * power)
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
+    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _linear_ticks(low: float, high: float, most: int) -> list[float]:
     step = _nice_step((high - low) / max(1, most))
-    if not 0 < step < math.inf or abs(low) / step > 1e9:
-        return []
-    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return _multiples(step, low, high) if 0 < step < math.inf and abs(low) / step <= 1e9 else []
 
 
 def y_ticks(scale: Scale, rows: int) -> list[tuple[int, str]]:
     """Return (row, label) of the ticks, at least two rows apart, top row 0."""
+
+    def placed(values: Sequence[float]) -> list[tuple[int, float]]:
+        inside = [value for value in values if scale.low <= value <= scale.high]
+        return sorted(zip(scale.rows(np.array(inside), rows).astype(int).tolist(), inside, strict=True))
+
     candidates = [_linear_ticks(scale.low, scale.high, max(2, rows // 2))]
     if scale.log:
         decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
@@ -121,25 +115,15 @@ def y_ticks(scale: Scale, rows: int) -> list[tuple[int, str]]:
             candidates += [[m * 10.0**k for k in decades for m in group] for group in ((1, 2, 5), (1, 3), (1,))]
         candidates += [[10.0**k for k in decades[::stride]] for stride in (2, 3, 5, 10, 25, 50, 100, 200)]
     best: list[tuple[int, float]] = []
-    for values in candidates:
-        placed = [(_row(scale, value, rows), value) for value in values if scale.low <= value <= scale.high]
-        placed.sort()
-        if len(placed) > len(best) and all(b[0] - a[0] >= 2 for a, b in pairwise(placed)):
-            best = placed
+    for found in map(placed, candidates):
+        if len(found) > len(best) and all(b[0] - a[0] >= 2 for a, b in pairwise(found)):
+            best = found
     if len(best) < 2:
         # No round numbers fit: the values at the edges, to two digits.
         shares = (1 - 0.5 / rows, 0.5 / rows) if rows > 2 else (0.5,)
-        edges = [float(f"{scale.value(share):.2g}") for share in shares]
-        if all(scale.low <= value <= scale.high for value in edges):
-            best = sorted((_row(scale, value, rows), value) for value in edges)
-    if not best:
-        middle = scale.value(0.5)
-        best = [(_row(scale, middle, rows), middle)]
+        edges = placed([float(f"{scale.value(share):.2g}") for share in shares])
+        best = edges if len(edges) == len(shares) else best or placed([scale.value(0.5)])
     return list(zip([row for row, _ in best], tick_labels([value for _, value in best]), strict=True))
-
-
-def _row(scale: Scale, value: float, rows: int) -> int:
-    return min(rows - 1, max(0, round((1.0 - scale.share(value)) * rows - 0.5)))
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
@@ -177,24 +161,14 @@ def _scientific(value: float) -> str:
 
 
 def x_ticks(low: float, high: float, cells: int, kind: str) -> list[tuple[float, str]]:
-    """Return (position, label) of a horizontal axis' ticks.
-
-    Args:
-        low: Position of the left edge.
-        high: Position of the right edge.
-        cells: Cells between them.
-        kind: "step" or "time" (positions are seconds).
-    """
+    """Return (position, label) of a horizontal axis' ticks; of kind "time" positions are seconds, else steps."""
     if not high > low:
         return [(low, f.span(low) if kind == "time" else f.count(low))]
     raw = (high - low) * 10 / max(10, cells)
     if kind != "time":
-        step = max(1.0, _nice_step(raw))
-        first = math.ceil(low / step - 1e-9)
-        return [(step * k, f.count(step * k)) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+        return [(at, f.count(at)) for at in _multiples(max(1.0, _nice_step(raw)), low, high)]
     step = next((float(s) for s in _TIME_STEPS if s >= raw), 86400.0 * math.ceil(raw / 86400))
-    first = math.ceil(low / step - 1e-9)
-    return [(step * k, _clock(step * k)) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [(at, _clock(at)) for at in _multiples(step, low, high)]
 
 
 def _clock(seconds: float) -> str:

@@ -136,17 +136,18 @@ def flush_streams() -> None:
     with contextlib.suppress(Exception):
         library = ctypes.CDLL(None)
         for name in ("stdout", "stderr"):
-            library.fflush(_c_stream(library, name))
+            library.fflush(c_stream(library, name))
 
 
 def _line_buffer_c_stdout() -> None:
     # C decides on full buffering when it first meets a file; a killed process would then lose up to 4 KiB of printf.
     with contextlib.suppress(Exception):
         library = ctypes.CDLL(None)
-        library.setvbuf(_c_stream(library, "stdout"), None, _IOLBF, ctypes.c_size_t(0))
+        library.setvbuf(c_stream(library, "stdout"), None, _IOLBF, ctypes.c_size_t(0))
 
 
-def _c_stream(library: Any, name: str) -> ctypes.c_void_p:
+def c_stream(library: Any, name: str) -> ctypes.c_void_p:
+    """Return the C library's variable for "stdout" or "stderr"."""
     try:
         return ctypes.c_void_p.in_dll(library, name)
     except ValueError:

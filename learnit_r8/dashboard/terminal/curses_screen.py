@@ -26,27 +26,20 @@ from collections.abc import Mapping
 from functools import cache
 
 from learnit_r8.dashboard.drawing.cells import Grid, cell_width
+from learnit_r8.dashboard.terminal.capture import c_stream
 from learnit_r8.run.styles import Style
 
 # Tones of the 256 that stand out from black and from white (contrast of at least 3 with both): nobody can be asked
 # reliably what the background is.
-_TONES: dict[Style, int] = {
-    Style.GOOD: 28,
-    Style.WARN: 130,
-    Style.BAD: 160,
-    Style.ACCENT: 31,
-    Style.TITLE: 32,
-    Style.MARK: 133,
+_COLOURS: dict[Style, tuple[int, int]] = {
+    Style.GOOD: (28, curses.COLOR_GREEN),
+    Style.WARN: (130, curses.COLOR_YELLOW),
+    Style.BAD: (160, curses.COLOR_RED),
+    Style.ACCENT: (31, curses.COLOR_CYAN),
+    Style.TITLE: (32, curses.COLOR_BLUE),
+    Style.MARK: (133, curses.COLOR_MAGENTA),
 }
-# Curses pairs for styles; the other styles are attributes only. Eight fixed pairs fit every terminal that has colours.
-_COLOURS: dict[Style, int] = {
-    Style.GOOD: curses.COLOR_GREEN,
-    Style.WARN: curses.COLOR_YELLOW,
-    Style.BAD: curses.COLOR_RED,
-    Style.ACCENT: curses.COLOR_CYAN,
-    Style.TITLE: curses.COLOR_BLUE,
-    Style.MARK: curses.COLOR_MAGENTA,
-}
+"""A style's tone of 256, and its colour of the eight that every terminal with colours has; the others have none."""
 _ATTRIBUTES: dict[Style, int] = {
     Style.DIM: curses.A_DIM,
     Style.BOLD: curses.A_BOLD,
@@ -64,6 +57,60 @@ _UNICODE_LOCALES = ("C.UTF-8", "C.utf8", "en_US.UTF-8", "UTF-8")
 _REPLACED_BY_INITSCR = ("SIGINT", "SIGTERM", "SIGTSTP", "SIGWINCH")
 
 
+class Cells:
+    """What a curses window shows of grids: only what has changed is written.
+
+    Args:
+        window: The whole screen.
+        styles: Attributes of the styles that have some.
+
+    Attributes:
+        whole: The next grid is drawn anew, every cell of it.
+    """
+
+    def __init__(self, window: curses.window, styles: Mapping[Style, int]) -> None:
+        self._window, self._styles = window, styles
+        self._shown, self._last = Grid(0, 0), Grid(0, 0)
+        self.whole = True
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the last grid."""
+        return self._shown.width, self._shown.height
+
+    def show(self, grid: Grid) -> None:
+        """Turn what was shown before into `grid`."""
+        if (grid.width, grid.height) != self.size:
+            self._shown, self.whole = Grid(grid.width, grid.height), True
+        touched = grid.take_touched()
+        with contextlib.suppress(curses.error):
+            if self.whole:
+                self._window.erase()
+                self._window.clearok(True)
+        for y in touched if grid is self._last and not self.whole else range(grid.height):
+            runs = grid.runs(y) if self.whole else grid.changes(self._shown, y)
+            for x, text, style in runs:
+                self._put(y, x, text, self._styles.get(style, 0))
+            if runs:
+                self._shown.restore(grid, y, 0, grid.width)
+        self._last, self.whole = grid, False
+        with contextlib.suppress(curses.error):
+            self._window.refresh()
+
+    def _put(self, y: int, x: int, text: str, attribute: int) -> None:
+        width, height = self.size
+        last = ""
+        if y == height - 1 and x + cell_width(text) >= width:
+            # Writing the last cell would scroll; inserting it does not.
+            cut = max((i for i, char in enumerate(text) if cell_width(char)), default=0)
+            text, last = text[:cut], text[cut:]
+        with contextlib.suppress(curses.error, ValueError):
+            if text:
+                self._window.addstr(y, x, text, attribute)
+            if last:
+                self._window.insstr(y, x + cell_width(text), last, attribute)
+
+
 class Canvas:
     """Draws grids with curses into a buffer; `draw` returns the bytes for the terminal.
 
@@ -78,12 +125,8 @@ class Canvas:
         self._fd = _anonymous_file()
         self._window = _initscr(self._fd, size)
         self.unicode = locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
-        self._styles = start_colours(environment)
-        self._shown = self._last = Grid(0, 0)
-        self._whole = True
+        self._cells = Cells(self._window, start_colours(environment))
         self._pid = os.getpid()
-        self._size = (0, 0)
-        self._ahead = b""
         self.reset_bytes = b"".join(_capability(name) for name in ("sgr0", "cnorm", "rmcup"))
         with contextlib.suppress(curses.error):
             curses.noecho()
@@ -104,26 +147,16 @@ class Canvas:
 
     def repaint(self) -> None:
         """Send every cell with the next frame."""
-        self._whole = True
-        with contextlib.suppress(curses.error):
-            self._window.clearok(True)
+        self._cells.whole = True
 
     def draw(self, grid: Grid) -> bytes:
         """Return the bytes that turn what was drawn before into `grid`."""
-        if (grid.width, grid.height) != self._size:
-            self._resize(grid.width, grid.height)
-        touched = grid.take_touched()
-        everything = self._whole or grid is not self._last
-        self._last = grid
-        for y in range(grid.height) if everything else touched:
-            runs = grid.runs(y) if self._whole else grid.changes(self._shown, y)
-            for x, text, style in runs:
-                put_cells(self._window, y, x, text, self._styles.get(style, 0), self._size)
-            if runs:
-                self._shown.restore(grid, y, 0, grid.width)
-        self._whole = False
-        with contextlib.suppress(curses.error):
-            self._window.refresh()
+        if (grid.width, grid.height) != self._cells.size:
+            curses.resizeterm(grid.height, grid.width)
+            # ncurses believes that this resets the scrolling margins. They home the cursor: the repaint must follow.
+            region = curses.tigetstr("csr")
+            self._ahead += curses.tparm(region, 0, grid.height - 1) if region else b""
+        self._cells.show(grid)
         ahead, self._ahead = self._ahead, b""
         return ahead + self._take()
 
@@ -132,17 +165,8 @@ class Canvas:
         # endwin wants to set the modes of its output, a file: an error that means nothing here.
         with contextlib.suppress(curses.error):
             curses.endwin()
-        self._whole = True
-        return self._take() + _capability("cnorm")
-
-    def _resize(self, width: int, height: int) -> None:
-        curses.resizeterm(height, width)
-        self._window.erase()
-        self._size, self._shown = (width, height), Grid(width, height)
-        # ncurses believes that a resize resets the scrolling margins. They home the cursor, so the repaint must follow.
-        region = curses.tigetstr("csr")
-        self._ahead += curses.tparm(region, 0, height - 1) if region else b""
         self.repaint()
+        return self._take() + _capability("cnorm")
 
     def _take(self) -> bytes:
         length = os.lseek(self._fd, 0, os.SEEK_CUR)
@@ -150,23 +174,6 @@ class Canvas:
         os.lseek(self._fd, 0, os.SEEK_SET)
         os.ftruncate(self._fd, 0)
         return data
-
-
-def put_cells(window: curses.window, y: int, x: int, text: str, attribute: int, size: tuple[int, int]) -> None:
-    """Write cells into a window of `size` columns and rows."""
-    width, height = size
-    last = ""
-    if y == height - 1 and x + cell_width(text) >= width:
-        # Writing the last cell would scroll; inserting it does not.
-        cut = max((i for i, char in enumerate(text) if cell_width(char)), default=0)
-        text, last = text[:cut], text[cut:]
-    try:
-        if text:
-            window.addstr(y, x, text, attribute)
-        if last:
-            window.insstr(y, x + cell_width(text), last, attribute)
-    except (curses.error, ValueError):
-        pass
 
 
 _canvas: list[Canvas] = []
@@ -213,16 +220,9 @@ def can_redirect() -> bool:
         return False
     try:
         library = ctypes.CDLL(None)
-        return bool(library.fdopen and _c_stdout(library))
+        return bool(library.fdopen and c_stream(library, "stdout"))
     except (OSError, AttributeError, ValueError, TypeError):
         return False
-
-
-def _c_stdout(library: ctypes.CDLL) -> ctypes.c_void_p:
-    try:
-        return ctypes.c_void_p.in_dll(library, "stdout")
-    except ValueError:
-        return ctypes.c_void_p.in_dll(library, "__stdoutp")  # macOS
 
 
 def _anonymous_file() -> int:
@@ -240,7 +240,7 @@ def _initscr(fd: int, size: tuple[int, int]) -> curses.window:
         number: signal.getsignal(number) for name in _REPLACED_BY_INITSCR if (number := getattr(signal, name, None))
     }
     _choose_locale()
-    pointer = _c_stdout(library)
+    pointer = c_stream(library, "stdout")
     before = pointer.value
     told = {name: os.environ.get(name) for name in ("COLUMNS", "LINES", "TERM")}
     # A file has no size: without these, ncurses would set scrolling margins for 24 rows.
@@ -275,7 +275,6 @@ def start_colours(environment: Mapping[str, str], tones: bool = True) -> dict[St
         return styles
     # Where a terminal says so it is believed; yellow on white cannot be read.
     light = environment.get("COLORFGBG", "").rpartition(";")[2] in {"7", "15"}
-    colours = _COLOURS | ({Style.WARN: curses.COLOR_RED} if light else {})
     try:
         curses.start_color()
         if not curses.has_colors():
@@ -284,11 +283,11 @@ def start_colours(environment: Mapping[str, str], tones: bool = True) -> dict[St
         with contextlib.suppress(curses.error):
             curses.use_default_colors()
             background = -1
-        for number, (style, colour) in enumerate(
-            (_TONES if tones and curses.COLORS >= 256 else colours).items(), start=1
-        ):
-            curses.init_pair(number, colour, background)
-            styles[style] = styles.get(style, 0) | curses.color_pair(number)
+        many = tones and curses.COLORS >= 256
+        for pair, (style, (tone, colour)) in enumerate(_COLOURS.items(), start=1):
+            few = curses.COLOR_RED if light and style is Style.WARN else colour
+            curses.init_pair(pair, tone if many else few, background)
+            styles[style] = styles.get(style, 0) | curses.color_pair(pair)
     except curses.error:
         return dict(_ATTRIBUTES)
     return styles

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import time
-from pathlib import Path
+from typing import IO, cast
+
+from learnit_r8.dashboard.terminal.capture import ConsoleFile
 
 LAST_LINES = 15
 # Modes are put back only while they are still the view's: a shell that took the terminal over has set its own.
@@ -60,8 +61,7 @@ class Guardian:
         saved: Modes to restore, as `stty -g` prints them.
         ours: Modes that the view set, in the same form.
         reset: Bytes that leave the alternate screen and show the cursor.
-        console: Where prints go; None for a view of another process's run, which has no last words.
-        start: Offset of the first byte there that is this run's.
+        prints: Where prints go; None for a view of another process's run, which has no last words.
 
     Attributes:
         newest: The newest checkpoint that it knows of.
@@ -70,38 +70,25 @@ class Guardian:
         OSError: There is no `sh`.
     """
 
-    def __init__(
-        self, tty_fd: int, saved: str, ours: str, reset: bytes, console: Path | None = None, start: int = 0
-    ) -> None:
+    def __init__(self, tty_fd: int, saved: str, ours: str, reset: bytes, prints: ConsoleFile | None) -> None:
         self.newest = ""
         octal = "".join(f"\\0{byte:03o}" for byte in reset)
-        path = "" if console is None else str(console)
-        reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        try:
-            # Its own process group: a Ctrl-C or a shell's SIGHUP for this job is not for the guardian.
-            self._process = subprocess.Popen(
-                ["sh", "-c", _SCRIPT, "r8-guardian", saved, ours, octal, path, str(start + 1)],
-                stdin=reader,
-                stdout=tty_fd,
-                stderr=subprocess.DEVNULL,
-                process_group=0,
-                cwd="/",
-            )
-        except OSError:
-            os.close(self._writer)
-            raise
-        finally:
-            os.close(reader)
+        path, start = ("", 0) if prints is None else (str(prints.path), prints.start)
+        # Its own process group: a Ctrl-C or a shell's SIGHUP for this job is not for the guardian.
+        self._process = subprocess.Popen(
+            ["sh", "-c", _SCRIPT, "r8-guardian", saved, ours, octal, path, str(start + 1)],
+            bufsize=0, stdin=subprocess.PIPE, stdout=tty_fd, stderr=subprocess.DEVNULL, process_group=0, cwd="/",
+        )  # fmt: skip
+        self._pipe = cast("IO[bytes]", self._process.stdin)
+        os.set_blocking(self._pipe.fileno(), False)
         # At the end it has to be quicker than the shell's prompt; only root may ask for that.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, -20)
 
     def tell(self, word: str) -> None:
         """Let it know that the screen is "in" or "out", or that the newest checkpoint is "at" a path."""
-        if self._writer >= 0:
-            with contextlib.suppress(OSError):
-                os.write(self._writer, " ".join(word.split("\n")).encode("utf-8", "surrogateescape") + b"\n")
+        with contextlib.suppress(OSError, ValueError):  # it was killed, or sent home
+            self._pipe.write(" ".join(word.split("\n")).encode("utf-8", "surrogateescape") + b"\n")
 
     def checkpoint(self, path: str) -> None:
         """Let it know of the newest checkpoint."""
@@ -111,25 +98,18 @@ class Guardian:
 
     def dismiss(self) -> None:
         """Send it home; waits half a second at most."""
-        if self._writer < 0:
-            return
         self.tell("leave")
-        writer, self._writer = self._writer, -1
-        os.close(writer)
-        deadline = time.monotonic() + 0.5
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        if self._process.poll() is None:
+        self._pipe.close()
+        try:
+            self._process.wait(0.5)
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
     def forget(self) -> None:
         """In a forked child: close the pipe, which otherwise would stay open after the parent's death."""
-        if self._writer >= 0:
-            os.close(self._writer)
-            self._writer = -1
-        # The parent's child is not this process's to wait for.
-        self._process.returncode = 0
+        self._pipe.close()
+        self._process.returncode = 0  # the parent's child is not this process's to wait for
 
 
 def stty_form(tty_fd: int) -> str:

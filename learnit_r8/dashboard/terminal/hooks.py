@@ -16,7 +16,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from learnit_r8.dashboard.displays.display import POSIX
+from learnit_r8.dashboard.terminal.board import POSIX
 
 Suspend = Callable[[], AbstractContextManager[None]]
 """Makes a context manager that gives the terminal to the user."""

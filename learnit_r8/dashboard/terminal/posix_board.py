@@ -1,4 +1,4 @@
-"""A POSIX terminal as a board: ncurses' cells on it, its bytes as keys, descriptors 1 and 2 in a file."""
+"""A POSIX terminal as a board: descriptors 1 and 2 in a file, and for the screen ncurses' cells and bytes as keys."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from learnit_r8.dashboard.displays.display import TerminalGone
 from learnit_r8.dashboard.drawing.cells import Grid
-from learnit_r8.dashboard.terminal.board import Board
+from learnit_r8.dashboard.terminal.board import Board, ScreenBoard, TerminalGone
 from learnit_r8.dashboard.terminal.capture import Capture
 from learnit_r8.dashboard.terminal.curses_screen import canvas
 from learnit_r8.dashboard.terminal.guardian import Guardian, stty_form
@@ -24,7 +24,87 @@ _STUCK_SECONDS = 0.5
 _PIECE = 4096
 
 
-class PosixBoard(Board):
+class PosixTerminal(Board):
+    """A terminal whose modes stay the user's, its guardian, and the prints.
+
+    Args:
+        console: Where prints are kept; None for a temporary file.
+        prints: Whether prints are this process's to keep.
+    """
+
+    def __init__(self, console: Path | None, prints: bool = True) -> None:
+        self._capture: Capture | None = None
+        with contextlib.ExitStack() as undo:
+            self.tty = Tty()
+            undo.callback(self.tty.close)
+            saved, reset = stty_form(self.tty.fd), self._start()
+            if prints:
+                self.prints = self._capture = Capture(console)
+                undo.callback(self._capture.close)
+            if reset:
+                self.tty.set_modes(self.tty.modes)
+            try:
+                self._guardian = Guardian(self.tty.fd, saved, stty_form(self.tty.fd), reset, self.prints)
+            finally:
+                self.tty.set_modes(self.tty.saved)
+            undo.callback(self._guardian.dismiss)
+            self._undo = undo.pop_all()
+
+    def _start(self) -> bytes:
+        """Start what draws, before prints are kept; return the bytes that leave the screen."""
+        return b""
+
+    def checkpoint(self, path: str) -> None:
+        self._guardian.checkpoint(path)
+
+    def unshown(self, last: bool = False, lines: bool = False) -> bytes:
+        """Return what was printed since the last call, as `ConsoleFile.unshown` does."""
+        return b"" if self.prints is None else self.prints.unshown(last, lines)
+
+    def show_prints(self, last: bool = False) -> None:
+        """Put on the terminal what was printed while it showed something else; `last`: nothing follows."""
+        text = self.unshown(last)
+        with contextlib.suppress(TerminalGone):
+            while text:
+                self.tty.send(text[:_PIECE], _STUCK_SECONDS)
+                text = text[_PIECE:]
+                if self.tty.congested:
+                    self.tty.discard()
+                    return
+
+    def lend(self, last: bool = False) -> None:
+        if self._capture is not None:
+            self.show_prints()
+            self._capture.release()
+            self.show_prints(last)
+
+    def reclaim(self) -> None:
+        if self._capture is not None:
+            self._capture.engage()
+
+    def release(self) -> None:
+        self.lend(last=True)
+        self._undo.close()
+
+    def abandon(self) -> None:
+        # On a dead terminal prints would fail: they stay captured.
+        self._undo.pop_all()
+        self._guardian.dismiss()
+        self.tty.close()
+
+    def emergency(self) -> None:
+        self.tty.muted = True  # the stuck thread may not touch the terminal any more
+        if self._capture is not None:
+            self._capture.release()
+        self._guardian.dismiss()
+
+    def forget(self) -> None:
+        self._guardian.forget()
+        self.tty.close()
+        self._undo.pop_all()
+
+
+class PosixBoard(PosixTerminal, ScreenBoard):
     """Owns the terminal while it is shown.
 
     Args:
@@ -34,151 +114,80 @@ class PosixBoard(Board):
     """
 
     def __init__(self, environment: Mapping[str, str], console: Path | None, prints: bool) -> None:
+        self._environment = environment
         self._keys = KeyDecoder()
-        self._shown = False
-        self._undo = contextlib.ExitStack()
-        with contextlib.ExitStack() as undo:
-            self._tty = Tty()
-            undo.callback(self._tty.close)
-            self._canvas = canvas(environment, self._tty.size())
-            self.unicode = self._canvas.unicode
-            self._capture = Capture(console) if prints else None
-            self.prints = self._capture
-            if self._capture is not None:
-                undo.callback(self._capture.close)
-            self._guardian = self._watch()
-            undo.callback(self._guardian.dismiss)
-            self._undo = undo.pop_all()
+        super().__init__(console, prints)
 
-    def _watch(self) -> Guardian:
-        """Start the guardian; it has to know both sets of modes as `stty` prints them."""
-        saved, file = stty_form(self._tty.fd), self.prints
-        self._tty.set_modes(self._tty.modes)
-        try:
-            ours, reset = stty_form(self._tty.fd), self._canvas.reset_bytes
-            console, start = (file.path, file.start) if file is not None else (None, 0)
-            return Guardian(self._tty.fd, saved, ours, reset, console, start)
-        finally:
-            self._tty.set_modes(self._tty.saved)
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        return (self._tty.fd,) if self._shown else ()
+    def _start(self) -> bytes:
+        self._canvas = canvas(self._environment, self.tty.size())
+        self.unicode = self._canvas.unicode
+        return self._canvas.reset_bytes
 
     def mine(self) -> bool:
-        return self._tty.in_foreground()
+        return self.tty.in_foreground()
 
     def lent_by_force(self) -> bool:
-        return self._tty.taken() or self._tty.asked()
+        return self.tty.taken() or self.tty.asked()
 
     def size(self) -> tuple[int, int]:
-        return self._tty.size()
+        return self.tty.size()
 
     def enter(self) -> None:
-        self._tty.set_modes(self._tty.modes)
+        self.tty.set_modes(self.tty.modes)
         self._guardian.tell("in")
         self._canvas.repaint()
-        self._shown = True
+        self.inputs = (self.tty.fd,)
 
     def pressed(self) -> Sequence[str]:
-        data = self._tty.read()
-        return self._keys.feed(data) if data or not self._keys.waiting else self._keys.flush()
-
-    @property
-    def unfinished_key(self) -> bool:
-        return self._keys.waiting
+        data = self.tty.read()
+        found = self._keys.feed(data) if data or not self._keys.waiting else self._keys.flush()
+        self.unfinished_key = self._keys.waiting
+        return found
 
     def draw(self, grid: Grid) -> None:
-        self._tty.send(self._canvas.draw(grid))
+        self.tty.send(self._canvas.draw(grid))
 
-    @property
-    def congested(self) -> bool:
-        self._tty.send(b"")
-        return self._tty.congested
+    def ready(self) -> bool:
+        self.tty.send(b"")
+        return not self.tty.congested
 
     def repaint(self) -> None:
         self._canvas.repaint()
 
     def leave(self) -> None:
         farewell = self._canvas.finish()
-        shown, self._shown = self._shown, False
-        if not shown or not self._tty.in_foreground():
-            return
-        self._tty.unstop()
+        shown, self.inputs = self.inputs, ()
+        if shown and self.tty.in_foreground():
+            self.tty.unstop()
+            self._bid(farewell, self.tty.saved)
+
+    def _bid(self, farewell: bytes, modes: list[Any] | None) -> None:
         try:
-            self._tty.send(farewell, _LEAVE_SECONDS)
+            self.tty.send(farewell, _LEAVE_SECONDS)
         finally:
-            self._tty.discard()
-            self._tty.set_modes(self._tty.saved)
+            self.tty.discard()
+            if modes is not None:
+                self.tty.set_modes(modes)
             self._guardian.tell("out")
+
+    def step_aside(self, why: str) -> None:
+        farewell, self.inputs = self._canvas.finish(), ()
+        # Whoever asks for a line has set no modes: the user's own fit.
+        self._bid(farewell + why.encode() + b"\r\n", None if self.tty.taken() else self.tty.saved)
+        self.lend()
 
     def stop(self) -> None:
         """Stop the whole job, as the terminal would have done."""
-        self._replay()
+        self.show_prints()
         os.killpg(os.getpgrp(), signal.SIGTSTP)
         # The stop takes effect within this nap; it ends after SIGCONT, and the next tick repaints.
         time.sleep(0.05)
 
-    def _replay(self, last: bool = False) -> None:
-        """Put on the terminal what was printed while it showed something else."""
-        text = b"" if self.prints is None else self.prints.unshown(last)
-        with contextlib.suppress(TerminalGone):
-            while text:
-                self._tty.send(text[:_PIECE], _STUCK_SECONDS)
-                text = text[_PIECE:]
-                if self._tty.congested:
-                    self._tty.discard()
-                    return
-
-    def lend(self) -> None:
-        if self._capture is not None:
-            self._replay()
-            self._capture.release()
-            self._replay()
-
-    def step_aside(self, why: str) -> None:
-        farewell, self._shown = self._canvas.finish(), False
-        self._tty.send(farewell + why.encode() + b"\r\n", _LEAVE_SECONDS)
-        self._tty.discard()
-        if not self._tty.taken():  # whoever asks for a line has set no modes: the user's own fit
-            self._tty.set_modes(self._tty.saved)
-        self._guardian.tell("out")
-        self.lend()
-
-    def reclaim(self) -> None:
-        if self._capture is not None:
-            self._capture.engage()
-
-    def release(self) -> None:
-        if self._capture is not None:
-            self._replay()
-            self._capture.release()
-            self._replay(last=True)
-        self._undo.close()
-
-    def abandon(self) -> None:
-        # On a dead terminal prints would fail: they stay captured.
-        self._undo.pop_all()
-        self._guardian.dismiss()
-        self._tty.close()
-
     def emergency(self) -> None:
-        """Restore screen and modes by hand; the stuck thread may not touch the terminal any more."""
-        self._tty.muted = True
-        if self._capture is not None:
-            self._capture.release()
-        self._guardian.dismiss()
+        super().emergency()
         # The terminal's descriptor stays open: its number must not be given to a file of the user's.
-        if self._shown and self._tty.in_foreground():
-            self._tty.unstop()
+        if self.inputs and self.tty.in_foreground():
+            self.tty.unstop()
             with contextlib.suppress(OSError):
-                os.write(self._tty.fd, self._canvas.reset_bytes)
-            self._tty.set_modes(self._tty.saved)
-
-    def forget(self) -> None:
-        self._guardian.forget()
-        self._tty.close()
-        self._undo.pop_all()
-
-    def checkpoint(self, path: str) -> None:
-        self._guardian.checkpoint(path)
+                os.write(self.tty.fd, self._canvas.reset_bytes)
+            self.tty.set_modes(self.tty.saved)

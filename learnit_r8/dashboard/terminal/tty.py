@@ -2,32 +2,29 @@
 
 A terminal that was stopped (Ctrl-S) or that nobody reads makes a blocking `write`, `tcdrain` or `tcsetattr(TCSADRAIN)`
 wait for ever. So the dashboard opens `/dev/tty` anew with O_NONBLOCK (an own file description: nobody else's descriptor
-changes), keeps what the terminal would not take, and draws no new frame before that is gone. Nothing here waits without
-a deadline.
+changes) and draws no new frame before the last one is gone. Nothing here waits without a deadline.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import select
-import struct
 import termios
 import time
 from typing import Any
 
-from learnit_r8.dashboard.displays.display import TerminalGone
+from learnit_r8.dashboard.terminal.board import TerminalGone
+from learnit_r8.dashboard.terminal.outflow import Outflow
 
 LOOK_SECONDS = 0.5
 _MOST_CHILDREN = 16
 _READS = ("0 0x", "63 0x")
 """Numbers of `read` on x86-64 and arm64, as /proc shows the call that a process waits in."""
-_GONE = {errno.EIO, errno.ENXIO, errno.EBADF, errno.EPIPE}
 
 
-class Tty:
+class Tty(Outflow):
     """The controlling terminal.
 
     Attributes:
@@ -39,20 +36,17 @@ class Tty:
     """
 
     def __init__(self) -> None:
-        self.fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        super().__init__(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
         self.saved: list[Any] = termios.tcgetattr(self.fd)
         self.modes = _view_modes(self.saved, self.fd)
-        self.muted = False
-        self._pending = bytearray()
         self._look_again, self._asked = 0.0, False
 
     def size(self) -> tuple[int, int]:
         """Return columns and rows; 80 x 24 where the terminal does not know."""
         try:
-            packed = fcntl.ioctl(self.fd, termios.TIOCGWINSZ, bytes(8))
+            columns, rows = os.get_terminal_size(self.fd)
         except OSError:
             return 80, 24
-        rows, columns, _, _ = struct.unpack("4H", packed)
         return (columns, rows) if rows and columns else (80, 24)
 
     def in_foreground(self) -> bool:
@@ -89,35 +83,6 @@ class Tty:
             self._asked = any(map(_reads_terminal, _descendants(os.getpid())))
         return self._asked
 
-    @property
-    def congested(self) -> bool:
-        """Output is still waiting for the terminal."""
-        return bool(self._pending)
-
-    def send(self, data: bytes, seconds: float = 0.0) -> None:
-        """Write `data` after what is waiting; what is not taken within `seconds` waits for the next call.
-
-        Raises:
-            TerminalGone: The terminal hung up.
-        """
-        if self.muted:
-            return
-        self._pending += data
-        deadline = time.monotonic() + seconds
-        while self._pending:
-            try:
-                del self._pending[: os.write(self.fd, self._pending[:65536])]
-            except BlockingIOError:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return
-                # A stopped pty reports no room, but one with a few bytes of room wakes this at once: hence the floor.
-                time.sleep(min(left, 0.01))
-            except OSError as error:
-                if error.errno in _GONE:
-                    raise TerminalGone(str(error)) from error
-                raise
-
     def read(self) -> bytes:
         """Return the bytes typed so far, without waiting.
 
@@ -126,19 +91,17 @@ class Tty:
         """
         poller = select.poll()
         poller.register(self.fd, select.POLLIN)
-        events = poller.poll(0)
-        if not events:
-            return b""
+        happened = dict(poller.poll(0)).get(self.fd, 0)
         try:
-            data = os.read(self.fd, 4096) if events[0][1] & select.POLLIN else b""
+            data = os.read(self.fd, 4096) if happened & select.POLLIN else b""
         except BlockingIOError:
             return b""
         except OSError as error:
             # A background process that blocks SIGTTIN gets EIO too; only a hang-up is final.
-            if error.errno == errno.EIO and not events[0][1] & select.POLLHUP:
+            if error.errno == errno.EIO and not happened & select.POLLHUP:
                 return b""
             raise TerminalGone(str(error)) from error
-        if not data and events[0][1] & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+        if not data and happened & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
             raise TerminalGone("the terminal hung up")
         return data
 
@@ -148,19 +111,6 @@ class Tty:
             # TCOON alone undoes only a TCOOFF (Linux keeps the two stops apart), so stop first.
             termios.tcflow(self.fd, termios.TCOOFF)
             termios.tcflow(self.fd, termios.TCOON)
-
-    def discard(self) -> None:
-        """Forget the output that is waiting."""
-        self._pending.clear()
-
-    def close(self) -> None:
-        """Close the descriptor; later output is dropped."""
-        self.muted = True
-        self._pending.clear()
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            with contextlib.suppress(OSError):
-                os.close(fd)
 
 
 def _view_modes(saved: list[Any], fd: int) -> list[Any]:

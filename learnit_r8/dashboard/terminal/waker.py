@@ -8,7 +8,7 @@ import select
 import threading
 from collections.abc import Sequence
 
-from learnit_r8.dashboard.displays.display import POSIX
+from learnit_r8.dashboard.terminal.board import POSIX
 
 
 class Waker:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from learnit_r8.dashboard.drawing.cells import Grid
-from learnit_r8.dashboard.terminal.board import Board
+from learnit_r8.dashboard.terminal.board import ScreenBoard
 from learnit_r8.dashboard.terminal.capture import ConsoleFile
-from learnit_r8.dashboard.terminal.curses_screen import put_cells, start_colours
+from learnit_r8.dashboard.terminal.curses_screen import Cells, start_colours
 
 _HANDLES = {"stdout": -11, "stderr": -12}
 _NAMES = {
@@ -111,8 +111,10 @@ class StreamCapture(ConsoleFile):
                 handler.setStream(streams[handler.stream])
 
 
-class WindowsBoard(Board):
+class WindowsBoard(ScreenBoard):
     """Owns the console while it is shown.
+
+    Prints are kept (again) by `enter`, after curses has taken the standard handles that it needs.
 
     Args:
         environment: The process's environment variables.
@@ -127,18 +129,15 @@ class WindowsBoard(Board):
         self._capture = StreamCapture(console) if prints else None
         self.prints = self._capture
         self._window: Any = None
-        self._styles: Mapping[Any, int] = {}
         self._named: dict[int, str] = {}
-        self._shown = Grid(0, 0)
-        self._last: Grid | None = None
-        self._whole = True
         self._in = False
 
     def enter(self) -> None:
         if self._window is None:
             os.environ.setdefault("PDC_RESTORE_SCREEN", "1")  # the user's own lines come back when the view is left
             self._window = curses.initscr()
-            self._styles = start_colours(self._environment, tones=False)  # a console may take no escape sequences
+            # A console may take no escape sequences, as the tones need.
+            self._cells = Cells(self._window, start_colours(self._environment, tones=False))
             self._named = {number: name for key, name in _NAMES.items() if (number := getattr(curses, key, None))}
             self._window.leaveok(True)
             self._window.keypad(True)
@@ -149,7 +148,8 @@ class WindowsBoard(Board):
             curses.curs_set(0)
         if self._capture is not None:
             self._capture.engage()
-        self._in, self._whole = True, True
+        self._in = True
+        self.repaint()
 
     def size(self) -> tuple[int, int]:
         rows, columns = self._window.getmaxyx()
@@ -160,7 +160,7 @@ class WindowsBoard(Board):
         while (number := self._window.getch()) != -1:
             if number == curses.KEY_RESIZE:
                 curses.resize_term(0, 0)
-                self._whole = True
+                self.repaint()
                 continue
             name = _CONTROL.get(number) or self._named.get(number)
             if name or 32 <= number < 256:
@@ -168,23 +168,10 @@ class WindowsBoard(Board):
         return found
 
     def draw(self, grid: Grid) -> None:
-        if (grid.width, grid.height) != (self._shown.width, self._shown.height):
-            self._shown, self._whole = Grid(grid.width, grid.height), True
-        touched = grid.take_touched()
-        if self._whole:
-            self._window.erase()
-            self._window.clearok(True)
-        for y in range(grid.height) if self._whole or grid is not self._last else touched:
-            runs = grid.runs(y) if self._whole else grid.changes(self._shown, y)
-            for x, text, style in runs:
-                put_cells(self._window, y, x, text, self._styles.get(style, 0), (grid.width, grid.height))
-            if runs:
-                self._shown.restore(grid, y, 0, grid.width)
-        self._last, self._whole = grid, False
-        self._window.refresh()
+        self._cells.show(grid)
 
     def repaint(self) -> None:
-        self._whole = True
+        self._cells.whole = True
 
     def leave(self) -> None:
         if self._in:
@@ -193,22 +180,17 @@ class WindowsBoard(Board):
                 curses.curs_set(1)
                 curses.endwin()
 
-    def lend(self) -> None:
+    def lend(self, last: bool = False) -> None:
         if self._capture is not None:
             self._capture.release()
-            self._capture.show(self._capture.unshown())
-
-    def reclaim(self) -> None:
-        """Nothing yet: `enter` keeps prints again, after curses has taken the standard handles it needs."""
+            self._capture.show(self._capture.unshown(last))
 
     def release(self) -> None:
+        self.lend(last=True)
         if self._capture is not None:
-            self._capture.release()
-            self._capture.show(self._capture.unshown(last=True))
             self._capture.close()
 
-    def abandon(self) -> None:
-        self.release()
+    abandon = release
 
     def emergency(self) -> None:
         if self._capture is not None:
