@@ -19,8 +19,8 @@ class ConfigError(R8Error, ValueError):
         problems: One sentence per bad argument: what came and what is allowed.
     """
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         if len(self.problems) == 1:
             message = self.problems[0]
         else:

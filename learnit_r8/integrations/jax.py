@@ -127,10 +127,8 @@ def with_lr(opt_state: Any, lr: float) -> Any:
     new = jax.tree_util.tree_map_with_path(replaced, opt_state)
     if not found:
         raise ConfigError(
-            [
-                f"the optimizer state holds no {_RATE!r}, got {type(opt_state).__name__}: make the optimizer with "
-                "optax.inject_hyperparams(optax.adam)(learning_rate=0.0)"
-            ]
+            f"the optimizer state holds no {_RATE!r}, got {type(opt_state).__name__}: make the optimizer with "
+            "optax.inject_hyperparams(optax.adam)(learning_rate=0.0)"
         )
     return new
 
@@ -198,7 +196,7 @@ def _placed(leaf: _Placed, like: Any) -> jax.Array:
         return jnp.asarray(_whole(leaf))
     if sharding is None and like is None:
         raise ConfigError(
-            ["the captured arrays were sharded, but a file does not say how: give restore_state(captured, like=...)"]
+            "the captured arrays were sharded, but a file does not say how: give restore_state(captured, like=...)"
         )
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf.pieces[_place(index)].copy())
 
@@ -206,10 +204,8 @@ def _placed(leaf: _Placed, like: Any) -> jax.Array:
 def _whole(leaf: _Placed) -> NDArray[Any]:
     if sum(piece.size for piece in leaf.pieces.values()) < math.prod(leaf.shape):
         raise ConfigError(
-            [
-                f"this process holds only a part of an array of shape {leaf.shape}: restore it with the sharding that "
-                "it was captured with"
-            ]
+            f"this process holds only a part of an array of shape {leaf.shape}: restore it with the sharding that "
+            "it was captured with"
         )
     whole = np.empty(leaf.shape, next(iter(leaf.pieces.values())).dtype)
     for place, piece in leaf.pieces.items():

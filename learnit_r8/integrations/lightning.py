@@ -24,6 +24,7 @@ scheduler's numbers as `r8/...`, every `log_every_n_steps`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,6 @@ from learnit_r8.integrations.torch.sampler import R8BatchSampler
 from learnit_r8.integrations.torch.state import (
     arrays_from_tensors,
     capture_state,
-    load_kept,
     restore_state,
     tensors_from_arrays,
 )
@@ -74,7 +74,10 @@ def _callback_of(trainer: Any) -> R8Callback:
     for callback in getattr(trainer, "callbacks", ()):
         if isinstance(callback, R8Callback):
             return callback
-    raise ConfigError(["the scheduler is missing: Trainer(callbacks=[R8Callback(scheduler)])"])
+    raise ConfigError(
+        "the scheduler is missing: Trainer(callbacks=[R8Callback(scheduler)]); Lightning's Tuner takes callbacks away, "
+        "the scheduler finds a rate with R8Scheduler(auto_find_lr=True) and has a batch size of its own"
+    )
 
 
 class R8Callback(Callback):
@@ -92,27 +95,22 @@ class R8Callback(Callback):
     def __init__(self, scheduler: R8Scheduler | Callable[[], R8Scheduler]) -> None:
         if not callable(scheduler) and not hasattr(scheduler, "batch_iterator"):
             raise ConfigError(
-                [f"scheduler must be an R8Scheduler or a function that makes one, got {type(scheduler).__name__}"]
+                f"scheduler must be an R8Scheduler or a function that makes one, got {type(scheduler).__name__}"
             )
-        self._make: Callable[[], R8Scheduler] | None = scheduler if callable(scheduler) else None
-        self._scheduler: R8Scheduler | None = None if callable(scheduler) else scheduler
+        self._given = scheduler
         self._epochs: Iterator[int] = iter(())
         self._pending: list[Any] = []  # losses whose optimizer step is not done yet
         self._hooks: list[LearningRateHook] = []
         self._steps_done = 0
         self._rngs: dict[str, Any] | None = None
-        self._model: LightningModule | None = None
-        self._trainer: Trainer | None = None
+        self._fit: tuple[Any, Any] = None, None  # the trainer and the module of the last call of fit
         self._numbers: Numbers | None = None
         self._looking = False  # an epoch in which nothing is trained: BatchNorm statistics for averaged weights
 
-    @property
+    @cached_property
     def scheduler(self) -> R8Scheduler:
         """The scheduler."""
-        if self._scheduler is None:
-            assert self._make is not None
-            self._scheduler = self._make()
-        return self._scheduler
+        return self._given() if callable(self._given) else self._given
 
     # Lightning's hooks, in their order ------------------------------------------------------
 
@@ -156,12 +154,15 @@ class R8Callback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the scheduler reach the model, before a loader draws the first batch."""
-        self._trainer, self._model = trainer, pl_module
+        self._fit = trainer, pl_module
         self._pending.clear()
         if self._numbers is None:
             self._numbers = Numbers()
             self.scheduler.add_sink(self._numbers)
-        self.scheduler.attach_model(self._capture, self._restore)
+        self.scheduler.attach_model(
+            lambda: capture_state(*self._parts(), copy=False),
+            lambda state: restore_state(state, *self._parts()),
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start, or go on in the middle of an epoch.
@@ -171,11 +172,9 @@ class R8Callback(Callback):
         """
         if not _uses_sampler(trainer.train_dataloader):
             raise ConfigError(
-                [
-                    "the training loader does not draw from the scheduler: return self.r8_dataloader(dataset) "
-                    "of R8DataModuleMixin, or DataLoader(dataset, batch_sampler=R8BatchSampler(scheduler)), and no "
-                    "other loader beside it"
-                ]
+                "the training loader does not draw from the scheduler: return self.r8_dataloader(dataset) "
+                "of R8DataModuleMixin, or DataLoader(dataset, batch_sampler=R8BatchSampler(scheduler)), and no "
+                "other loader beside it"
             )
         self._release()
         self._look(trainer, look=False)
@@ -270,7 +269,7 @@ class R8Callback(Callback):
             ConfigError: The file would hold the state of one rank's shard.
         """
         if self.scheduler.sharded:
-            raise ConfigError([_SHARDED])
+            raise ConfigError(_SHARDED)
         state = {"scheduler": tensors_from_arrays(self.scheduler.state_dict())}
         return state | capture_state(None)
 
@@ -278,8 +277,6 @@ class R8Callback(Callback):
         """Restore the scheduler; the random generators follow when training starts."""
         self.scheduler.load_state_dict(arrays_from_tensors(state_dict["scheduler"]))
         self._rngs = state_dict["rngs"]
-
-    # ----------------------------------------------------------------------------------------
 
     def _look(self, trainer: Trainer, *, look: bool) -> bool:
         """Let the next epoch go over all samples without training on them, or not; return whether that is possible."""
@@ -313,19 +310,9 @@ class R8Callback(Callback):
         if hasattr(self._epochs, "close"):
             self._epochs.close()
 
-    def _capture(self) -> dict[str, Any]:
-        return capture_state(*self._parts(), copy=False)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        restore_state(state, *self._parts())
-
     def _parts(self) -> tuple[Any, Any, Any]:
-        assert self._trainer is not None
-        return (
-            self._model,
-            _Optimizers(self._trainer.optimizers),
-            getattr(self._trainer.precision_plugin, "scaler", None),
-        )
+        trainer, module = self._fit
+        return module, trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None)
 
 
 class R8DataModuleMixin:
@@ -342,16 +329,7 @@ class R8DataModuleMixin:
             ConfigError: No R8Callback, another number of samples, or options that the scheduler decides.
         """
         trainer: Any = getattr(self, "trainer", None)
-        callback = next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, R8Callback)), None)
-        if callback is None:
-            raise ConfigError(
-                [
-                    "r8_dataloader needs the scheduler: Trainer(callbacks=[R8Callback(scheduler)]); Lightning's Tuner "
-                    "takes callbacks away, the scheduler finds a rate with R8Scheduler(auto_find_lr=True) and has a "
-                    "batch size of its own"
-                ]
-            )
-        scheduler, problems = callback.scheduler, []
+        scheduler, problems = _callback_of(trainer).scheduler, []
         clashing = sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & set(options))
         if clashing:
             problems.append(f"the scheduler forms the batches: leave out {', '.join(clashing)}")
@@ -366,19 +344,11 @@ class R8DataModuleMixin:
 
 
 class _Sampler(R8BatchSampler):
-    """Knows how many batches Lightning collects for a step, and hands all samples out where nothing is trained.
-
-    Args:
-        scheduler: Hands out the batches.
-        trainer: Trains on them.
-
-    Attributes:
-        looking: The next pass is over all samples, without the scheduler.
-    """
+    """Knows how many batches Lightning collects for a step, and hands all samples out where nothing is trained."""
 
     def __init__(self, scheduler: R8Scheduler, trainer: Any) -> None:
         self._trainer = trainer
-        self.looking = False
+        self.looking = False  # the next pass is over all samples, without the scheduler
         super().__init__(scheduler)
 
     @property
@@ -405,24 +375,6 @@ class _ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
-
-
-class _Optimizers:
-    """All optimizers as one."""
-
-    def __init__(self, optimizers: list[Any]) -> None:
-        self._optimizers = optimizers
-
-    def state_dict(self) -> dict[str, Any]:
-        return {str(number): optimizer.state_dict() for number, optimizer in enumerate(self._optimizers)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for number, optimizer in enumerate(self._optimizers):
-            load_kept(optimizer, state[str(number)])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=set_to_none)
 
 
 def _losses(outputs: Any, accumulated: int) -> Any:

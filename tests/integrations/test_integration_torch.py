@@ -345,6 +345,43 @@ def test_training_continues_to_the_bit_from_a_captured_state():
         assert fingerprint(state) == before
 
 
+class Both:
+    """Two optimizers as one, with the two methods that a state needs."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    def state_dict(self):
+        return {str(at): one.state_dict() for at, one in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state):
+        for at, one in enumerate(self.optimizers):
+            one.load_state_dict(state[str(at)])
+
+
+@pytest.mark.parametrize("given", [list, tuple, lambda each: Both(*each)], ids=["list", "tuple", "object"])
+def test_several_optimizers_come_back_together_and_gradients_are_cleared(given):
+    models = [nn.Linear(2, 1), nn.Linear(2, 1)]
+    optimizers = [torch.optim.Adam(model.parameters()) for model in models]
+
+    def step():
+        sum(model(torch.ones(1, 2)).square().sum() for model in models).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    parts = (models if given is list else nn.ModuleList(models)), given(optimizers)
+    state = capture_state(*parts)
+    before = [model.weight.clone() for model in models]
+    moments = [one.state[model.weight]["exp_avg"].clone() for model, one in zip(models, optimizers, strict=True)]
+    step()
+    restore_state(state, *parts)
+    for at, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        assert torch.equal(model.weight, before[at])
+        assert torch.equal(optimizer.state[model.weight]["exp_avg"], moments[at])
+        assert model.weight.grad is None
+
+
 def test_a_captured_state_shares_no_memory_and_reuses_its_buffers():
     model, optimizer = toy()
     train(model, optimizer)

@@ -158,10 +158,11 @@ def test_a_rollback_leaves_unfrozen_what_was_unfrozen_since_the_backup():
     assert [row[1] / row[0] for row in found[4:]] == pytest.approx([0.1] * len(found[4:]))
 
 
-def test_a_group_that_was_added_since_the_backup_survives_a_rollback():
+@pytest.mark.parametrize("kind", [Adam, SGD], ids=["with a state", "without"])
+def test_a_group_that_was_added_since_the_backup_survives_a_rollback(kind):
     one, two = nn.Linear(1, 1), nn.Linear(1, 1)
     model = nn.ModuleList([one, two])
-    optimizer = Adam([{"params": one.parameters(), "lr": 1e-3}])
+    optimizer = kind([{"params": one.parameters(), "lr": 1e-3}])
     with scheduler_for(num_epochs=6, backup_every=8) as scheduler:
         scheduler.attach_model(
             lambda: capture_state(model, optimizer, copy=False), lambda state: restore_state(state, model, optimizer)

@@ -20,9 +20,6 @@ class TrainedState:
 
     Weights that are frozen, and have not been written to since training began, are left out. What is captured is
     copied back in place, by name: a quantised layer's `state_dict`, which cannot be loaded, plays no part.
-
-    Args:
-        trainer: Its `model`, `optimizer` and `accelerator`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -48,14 +45,13 @@ class TrainedState:
         """Take note of the frozen weights as they are now, before training."""
         self._trained()
 
-    @property
-    def _scaler(self) -> Any:
-        return getattr(self._trainer.accelerator, "scaler", None)
+    def _others(self) -> tuple[Any, Any]:
+        return unwrapped(self._trainer.optimizer), getattr(self._trainer.accelerator, "scaler", None)
 
     def capture(self) -> State:
         """Return the live tensors; who keeps them copies them."""
-        optimizer = unwrapped(self._trainer.optimizer)
-        state = capture_state(None, optimizer, self._scaler, copy=False)
+        optimizer, scaler = self._others()
+        state = capture_state(None, optimizer, scaler, copy=False)
         if not self._tried and state["optimizer"].get("state"):  # empty before the first step
             self._tried = True
             self._try(optimizer, state)
@@ -84,7 +80,6 @@ class TrainedState:
             for name, value in state["weights"].items():
                 if name in live:
                     live[name].copy_(value)
-        optimizer = unwrapped(self._trainer.optimizer)
         if self._broken:
             state = {name: part for name, part in state.items() if name != "optimizer"}
-        restore_state(state, None, optimizer, self._scaler)
+        restore_state(state, None, *self._others())

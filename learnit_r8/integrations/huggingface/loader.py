@@ -33,11 +33,6 @@ class Repeated(Sampler[list[int]]):
     """A batch sampler each of whose batches comes `batches` times, with each of its ids `ids` times in it.
 
     So a prompt stands there once for each of its completions, and comes once for each part that is trained on.
-
-    Args:
-        sampler: The batch sampler.
-        ids: Completions of a prompt.
-        batches: Parts that are trained on.
     """
 
     def __init__(self, sampler: Sampler[list[int]], ids: int = 1, batches: int = 1) -> None:
@@ -73,11 +68,7 @@ class EpochLoader(DataLoader[Any]):
 
 
 def make_loader(trainer: Any, sampler: Sampler[list[int]]) -> EpochLoader:
-    """Return a loader as the trainer's own, for a batch sampler; one prepared by Accelerate would cut batches anew.
-
-    Raises:
-        ValueError: There is no `train_dataset`.
-    """
+    """Return a loader as the trainer's own, for a batch sampler; one prepared by Accelerate would cut batches anew."""
     args, dataset, collate = trainer.args, trainer.train_dataset, trainer.data_collator
     if dataset is None:
         raise ValueError("Trainer: training requires a train_dataset.")

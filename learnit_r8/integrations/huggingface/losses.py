@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +90,7 @@ class Note(NamedTuple):
 class LossWatch:
     """Stands around the `compute_loss` of a host, for as long as a training step lasts.
 
-    Args:
-        host: The Trainer.
-        reads: Whether it looks for one loss per sample.
+    It `reads`, which is to say that it looks for one loss per sample.
     """
 
     def __init__(self, host: Any, *, reads: bool = True) -> None:
@@ -143,14 +142,11 @@ class LossWatch:
             return
         self.detach()
         for module, kept in targets.items():
-            self._hooked[module] = module.register_forward_hook(self._keep_in(kept))
+            self._hooked[module] = module.register_forward_hook(partial(self._keep, kept))
 
-    def _keep_in(self, kept: list[Any]) -> Callable[..., None]:
-        def keep(_module: Any, _args: Any, outputs: Any) -> None:
-            if self.open:
-                kept.append(outputs)
-
-        return keep
+    def _keep(self, kept: list[Any], _module: Any, _args: Any, outputs: Any) -> None:
+        if self.open:
+            kept.append(outputs)
 
     def detach(self) -> None:
         """Leave the models alone."""
@@ -254,7 +250,6 @@ class LossWatch:
         return int(getattr(self._host, "current_gradient_accumulation_steps", 1))
 
     def _check(self, loss: Tensor, found: SampleLosses, seen: Seen, items: Any) -> Check:
-        """Return how to tell whether the samples' losses are the host's."""
         extra = auxiliary(seen.outputs[-1] if seen.outputs else None, getattr(self._host.model, "config", None))
         given, world = self._given is not None, self._host.accelerator.num_processes
         return Check(loss.detach(), found, items, extra, self._steps, world, given)

@@ -83,40 +83,34 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
         """Report the micro-batches of an optimizer step: one loss per sample of each, or their mean."""
         raise NotImplementedError
 
-    def _weights(self, loss: Tensor) -> Tensor | None:
-        """Return importance weights for the micro-batch whose loss this is, None for ones."""
+    def _weights(self, loss: Tensor) -> Tensor | None:  # of the samples of the micro-batch with this loss; None: ones
         return None
 
-    def _batch_rows(self) -> int:
-        """Return how many samples the micro-batch has that is being trained on."""
+    def _batch_rows(self) -> int:  # samples of the micro-batch that is being trained on
         raise NotImplementedError
 
-    def _goes_on(self) -> bool:
-        """Return whether the next batch belongs to an epoch of which some were trained on."""
+    def _goes_on(self) -> bool:  # the next batch belongs to an epoch of which some were trained on
         raise NotImplementedError
 
-    def _over(self) -> bool:
-        """Return whether there is nothing to draw any more."""
+    def _over(self) -> bool:  # there is nothing to draw any more
         return False
 
-    def _batches_left(self) -> bool:
-        """Return whether the epoch has batches that are still to be drawn, though its iterator has ended."""
+    def _batches_left(self) -> bool:  # the epoch has more to draw, though its iterator has ended
         return False
 
-    def _place(self) -> tuple[float, int]:
-        """Return the epoch, with its fraction, and how many optimizer steps are left."""
+    def _place(self) -> tuple[float, int]:  # the epoch, with its fraction, and optimizer steps left
         raise NotImplementedError
+
+    def _on_train_begin(self, control: Any) -> None: ...
+    def _on_step_end(self, control: Any) -> None: ...
+    def _on_epoch_end(self, control: Any) -> None: ...
+    def _on_save(self, folder: str) -> None: ...
 
     def _follow(self, state: Any) -> None:
         """Write down in the Trainer's state where the training stands, and the step that will end it."""
         state.epoch, left = self._place()
         most = int(self.args.max_steps)
         state.max_steps = state.global_step + left if most <= 0 else min(state.global_step + left, most)
-
-    def _on_train_begin(self, control: Any) -> None: ...
-    def _on_step_end(self, control: Any) -> None: ...
-    def _on_epoch_end(self, control: Any) -> None: ...
-    def _on_save(self, folder: str) -> None: ...
 
     @property
     def _head_losses(self) -> Any:
@@ -140,14 +134,14 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
         """Stand in for `compute_loss_func`; what it returns, the Trainer does not divide any more."""
         assert self._sample_loss_func is not None
         losses: Tensor = self._sample_loss_func(outputs, labels)
+        mean: Tensor = losses.mean()
         if not self._watch.open:
-            return losses.mean()
+            return mean
         self._used_func = True
         self._watch.give(losses)
         averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
         world = self.accelerator.num_processes if averaged else 1
-        mean: Tensor = losses.mean() / (self.current_gradient_accumulation_steps * world)
-        return mean
+        return mean.div(self.current_gradient_accumulation_steps * world)
 
     def _say(self, key: str, sentence: str) -> None:
         """Tell the user, once."""
@@ -170,16 +164,13 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """As the Trainer's; but how long an epoch is, and the run, is seen as it comes."""
         if getattr(dataloader, "batch_sampler", None) is not self._sampler:
-            name = type(self).__name__
             raise ConfigError(
-                [
-                    f"{name}.get_train_dataloader() returned another loader than R8's, so other batches would be "
-                    "trained on than R8 chooses: leave it out"
-                ]
+                f"{type(self).__name__}.get_train_dataloader() returned another loader than R8's, so other batches "
+                "would be trained on than R8 chooses: leave it out"
             )
         values = list(super().set_initial_training_values(args, dataloader))
         if len(values) != 7 or values[5] != len(dataloader):
-            raise ConfigError([_VERSION])
+            raise ConfigError(_VERSION)
         self._length = EpochLength(values[5])
         values[0], values[1], values[5] = ENDLESS, ENDLESS, self._length
         start = TrainerState()
@@ -255,16 +246,14 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
 
     def _report_notes(self) -> None:
         """Report the micro-batches of an optimizer step."""
-        skipped = bool(self.accelerator.optimizer_step_was_skipped)
-        notes = list(self._watch.notes)
-        self._watch.notes.clear()
+        notes, self._watch.notes = self._watch.notes, []
         found = [self._watch.judge(note) for note in notes]
         if self.args.world_size > 1:  # a report is one loss per sample on all ranks or on none
             flags = torch.tensor([one is not None for one in found], device=self.accelerator.device).int()
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
             found = [one if flag else None for one, flag in zip(found, flags.tolist(), strict=True)]
-        means = (note.mean for note in notes)
-        self._hand_over([mean if one is None else one for one, mean in zip(found, means, strict=True)], skipped)
+        reports = [note.mean if one is None else one for one, note in zip(found, notes, strict=True)]
+        self._hand_over(reports, bool(self.accelerator.optimizer_step_was_skipped))
 
 
 class _Callback(TrainerCallback):

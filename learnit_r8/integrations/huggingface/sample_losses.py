@@ -198,6 +198,7 @@ READINGS: tuple[Reading, ...] = (
 
 def auxiliary(outputs: Any, config: Any) -> Tensor | None:
     """Return what a mixture of experts adds to its loss, weighted; None where there is none."""
-    loss = _tensor(outputs, "aux_loss")
+    if (loss := _tensor(outputs, "aux_loss")) is None:
+        return None
     coefficient = getattr(config, "router_aux_loss_coef", None)
-    return None if loss is None or coefficient is None else coefficient * loss.detach()
+    return None if coefficient is None else coefficient * loss.detach()

@@ -120,7 +120,11 @@ class R8Mixin(SampleLossMixin):
         dataset, scheduler = self.train_dataset, self.scheduler
         size = scheduler.catalog.num_samples
         if hasattr(dataset, "__len__") and len(dataset) != size:
-            problems.append(f"train_dataset has {len(dataset)} samples, the scheduler num_samples={size}")
+            packed = " after packing" if getattr(self.args, "packing", False) else ""
+            problems.append(
+                f"train_dataset has {len(dataset)} samples{packed}, the scheduler num_samples={size}: create it with "
+                f"num_samples={len(dataset)}"
+            )
         shares = [f"{kind}_steps" for kind in ("logging", "eval", "save") if share_of(self.args, kind)]
         if shares and scheduler.total_steps is None:
             problems.append(
@@ -139,8 +143,8 @@ class R8Mixin(SampleLossMixin):
             )
         if self.args.world_size != scheduler.world_size:
             problems.append(
-                f"the Trainer runs on {self.args.world_size} processes, the scheduler has "
-                f"world_size={scheduler.world_size}: create it after TrainingArguments, with "
+                f"the Trainer runs on {self.args.world_size} processes, the scheduler has world_size="
+                f"{scheduler.world_size}: create it after TrainingArguments, with "
                 "**learnit_r8.integrations.distributed.rank_arguments()"
             )
         return problems + (self._group_problems() if is_grouped(self) else [])

@@ -159,7 +159,7 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
             if not self._running:
                 return None
             if index > self._asked:
-                raise ConfigError(["batches are asked for in a random order: give fit(..., shuffle=False)"])
+                raise ConfigError("batches are asked for in a random order: give fit(..., shuffle=False)")
             self._asked = max(self._asked, index + 1)
             waits = threading.get_ident() != self._thread
             if waits:
@@ -267,7 +267,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, dataset: R8Dataset, sample_loss: Callable[[Any, Any], Any] | None = None) -> None:
         super().__init__()
         if not isinstance(dataset, R8Dataset):
-            raise ConfigError([f"dataset must be the R8Dataset that fit gets, got {type(dataset).__name__}"])
+            raise ConfigError(f"dataset must be the R8Dataset that fit gets, got {type(dataset).__name__}")
         self._dataset = dataset
         self._sample_loss = sample_loss
         self._losses: Any = None
@@ -334,7 +334,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
             ConfigError: The model's own `train_step` leaves no loss to read.
         """
         if not self._losses.written:
-            raise ConfigError(["this model's train_step does not call compute_loss: no loss can be read"])
+            raise ConfigError("this model's train_step does not call compute_loss: no loss can be read")
         if hasattr(self.model, "jax_state_sync"):  # the JAX trainer keeps its variables to itself
             self.model.jax_state_sync()
         training_generators[self.model] = torch_generators()

@@ -13,7 +13,6 @@ import gc
 import math
 import warnings
 import weakref
-from functools import partial
 from typing import Any
 
 import torch
@@ -140,21 +139,15 @@ class LearningRateHook:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scheduler = self._scheduler()
-        if scheduler is None or not scheduler.running:  # the optimizer is its user's again
+        if scheduler is not None and scheduler.running:
+            self._set(scheduler, optimizer, scheduler.lr_now())
+        else:  # the optimizer is its user's again
             self._expected = None
-            return
-        self._set(scheduler, optimizer, scheduler.lr_now())
 
     def _set(self, scheduler: R8Scheduler, optimizer: Optimizer, lr: float) -> None:
         groups, expected = optimizer.param_groups, self._expected
-        if expected is None or len(groups) != len(expected):
-            expected = None
-        else:  # nearly always each rate is the very object that was set here
-            for group, rate in zip(groups, expected, strict=True):
-                if group["lr"] is not rate:
-                    expected = None
-                    break
-        if expected is None:
+        # Nearly always each rate is the very object that was set here.
+        if expected is None or [id(group["lr"]) for group in groups] != list(map(id, expected)):
             self._look(scheduler, optimizer)
             lr = scheduler.lr_now() if scheduler.open_batches else scheduler.next_lr  # scaled perhaps
         elif lr == self.lr:
@@ -169,9 +162,7 @@ class LearningRateHook:
             self._welcome(optimizer)
         self._run.start()
         if self._expected is not None:
-            rates = [float(group["lr"]) for group in groups]
-            if not _equal(rates, self._expected):
-                self._heed(scheduler, groups, rates, self._expected)
+            self._heed(scheduler, groups, [float(group["lr"]) for group in groups], self._expected)
         self._scales = scales(optimizer)
 
     def _welcome(self, optimizer: Optimizer) -> None:
@@ -230,15 +221,16 @@ class LearningRateHook:
             handle.remove()
 
 
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer has taken a step since it follows a scheduler."""
+    return optimizer in _hooks and bool(_hooks[optimizer]._scales)
+
+
 def _owners(groups: list[dict[str, Any]]) -> list[str]:
     """Return the names of torch's learning-rate schedulers that live on the optimizer of these groups."""
     kinds = [one for one in gc.get_objects() if issubclass(type(one), LRScheduler)]
     theirs = [one for one in kinds if getattr(getattr(one, "optimizer", None), "param_groups", None) is groups]
     return sorted({type(one).__name__ for one in theirs if not type(one).__module__.startswith("learnit_r8.")})
-
-
-def _equal(left: list[float], right: list[float]) -> bool:
-    return len(left) == len(right) and all(map(partial(math.isclose, rel_tol=1e-6), left, right))
 
 
 def follow_lr(scheduler: R8Scheduler, optimizer: Any, *, relative: bool = False) -> LearningRateHook:

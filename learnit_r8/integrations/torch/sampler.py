@@ -91,13 +91,7 @@ class R8BatchSampler(Sampler[list[int]]):
 
 
 class _Lists:
-    """The scheduler's batches as lists. Workers' loaders ask on beyond the last one, and that is passed on.
-
-    Args:
-        sampler: Knows the scheduler.
-        asker: The loader's iterator, or None.
-        held: Ended when the first batch is asked for: the loader's workers have been started then.
-    """
+    """The scheduler's batches as lists. Workers' loaders ask on beyond the last one, and that is passed on."""
 
     def __init__(self, sampler: R8BatchSampler, asker: _Asker | None, held: SignalsHeld) -> None:
         self._sampler = sampler
@@ -110,7 +104,7 @@ class _Lists:
 
     def __next__(self) -> list[int]:
         if self._batches is None:
-            self._held.end()
+            self._held.end()  # the loader's workers have been started
             self._batches = self._begin()
         batch = next(self._batches)
         ids: list[int] = batch.indices.tolist()
@@ -147,9 +141,9 @@ def evaluation_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     Raises:
         ConfigError: It does not.
     """
-    sampler = _r8_sampler(getattr(loader, "batch_sampler", None))
+    _, sampler = _unwrapped(getattr(loader, "batch_sampler", None))
     if sampler is None:
-        raise ConfigError([f"loader must draw from an R8BatchSampler, got {type(loader).__name__}"])
+        raise ConfigError(f"loader must draw from an R8BatchSampler, got {type(loader).__name__}")
     size = sampler.scheduler.catalog.num_samples
     pieces = max(size * sampler.scheduler.world_size // sampler.scheduler.batch_size, 1)
     same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor")
@@ -189,12 +183,7 @@ def weighted(scheduler: R8Scheduler, losses: torch.Tensor) -> torch.Tensor:
 
 
 class _Asker:
-    """A loader's iterator that draws from the sampler, known by a weak reference: it holds the sampler's batches.
-
-    Args:
-        iterator: The iterator.
-        wrappers: What Accelerate put between it and the sampler.
-    """
+    """A loader's iterator that draws from the sampler, known by a weak reference: it holds the sampler's batches."""
 
     def __init__(self, iterator: _BaseDataLoaderIter, wrappers: list[Any]) -> None:
         # Its attributes outlive it for a moment: what it has delivered by the time that a loop is thrown out of a step.
@@ -212,8 +201,7 @@ class _Asker:
         if not all(_of_accelerate(wrapper) for wrapper in wrappers):
             self._skipped = 0  # one in between hands out what is to be skipped
 
-    def add_host(self, host: Any) -> None:
-        """Take note of an object of Accelerate around the sampler, or around the loader."""
+    def add_host(self, host: Any) -> None:  # of Accelerate, around the sampler or the loader
         self._hosts.append(type(host).__name__)
         if self._hosts[-1] == "DataLoaderShard":
             self._shard = weakref.ref(host)
@@ -271,11 +259,7 @@ class _Asker:
 
 
 def _who_asks(frame: FrameType | None, sampler: R8BatchSampler) -> tuple[_Asker | None, Any]:
-    """Look up what draws from a sampler: torch does not tell the sampler of it, so it is found on the stack.
-
-    Returns:
-        The iterator, None where the sampler is iterated by hand; and its loader, while the iterator is being made.
-    """
+    """Look up the iterator that draws from a sampler, and its loader: torch tells the sampler of neither."""
     found: _Asker | None = None
     loader = None
     for _ in range(_DEPTH):
@@ -283,9 +267,10 @@ def _who_asks(frame: FrameType | None, sampler: R8BatchSampler) -> tuple[_Asker 
             break
         host = frame.f_locals.get("self")
         if found is None and isinstance(host, _BaseDataLoaderIter):
-            if _r8_sampler(host._index_sampler) is not sampler:
+            around, asked = _unwrapped(host._index_sampler)
+            if asked is not sampler:
                 break
-            found, loader = _Asker(host, _wrappers(host._index_sampler)), frame.f_locals.get("loader")
+            found, loader = _Asker(host, around), frame.f_locals.get("loader")
         elif found is not None and _of_accelerate(host):
             found.add_host(host)
         frame = frame.f_back
@@ -296,22 +281,10 @@ def _of_accelerate(host: Any) -> bool:
     return type(host).__module__.startswith("accelerate.")
 
 
-def _inner(sampler: Any) -> Any:
-    """Return what a batch sampler wraps, or None."""
-    return getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-
-
-def _wrappers(sampler: Any) -> list[Any]:
-    """Return the samplers around an R8BatchSampler, the outermost first."""
+def _unwrapped(sampler: Any) -> tuple[list[Any], R8BatchSampler | None]:
+    """Return the samplers around an R8BatchSampler, the outermost first, and that one."""
     around = []
     while sampler is not None and not isinstance(sampler, R8BatchSampler):
         around.append(sampler)
-        sampler = _inner(sampler)
-    return around
-
-
-def _r8_sampler(sampler: Any) -> R8BatchSampler | None:
-    """Return the R8BatchSampler that a batch sampler is or wraps."""
-    while sampler is not None and not isinstance(sampler, R8BatchSampler):
-        sampler = _inner(sampler)
-    return sampler
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+    return around, sampler

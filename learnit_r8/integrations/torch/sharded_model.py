@@ -74,16 +74,13 @@ class ShardedModel:
         self._scaler = scaler
         self._ema = ema
 
-    def capture(self) -> list[dict[str, Any]]:
+    def capture(self) -> dict[str, Any]:
         """Return this rank's live state, for `state_callback`: the scheduler copies it."""
-        first = capture_state(self._model, None, self._scaler, self._ema, copy=False)
-        return [first, *(optimizer.state_dict() for optimizer in self._optimizers)]
+        return capture_state(self._model, self._optimizers, self._scaler, self._ema, copy=False)
 
-    def restore(self, state: list[dict[str, Any]]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Restore what `capture` returned."""
-        restore_state(state[0], self._model, None, self._scaler, self._ema)
-        for optimizer, part in zip(self._optimizers, state[1:], strict=True):
-            restore_state({"optimizer": part}, self._model, optimizer, rngs=False)
+        restore_state(state, self._model, self._optimizers, self._scaler, self._ema)
 
     @collective
     def save(self, filepath: str) -> None:

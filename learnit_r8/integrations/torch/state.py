@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from learnit_r8.errors import ConfigError
+from learnit_r8.integrations.torch.learning_rate import has_stepped
 from learnit_r8.stability.tree_copy import CopyPlan, buffers_of
 
 State = dict[str, Any]
@@ -31,7 +32,7 @@ def capture_state(
     """Return all that training changes, copied: nothing in it shares memory with the model.
 
     Args:
-        model: A module, or anything else with `state_dict()`; likewise the next three.
+        model: A module, or anything else with `state_dict()`, or a list of such; likewise the next three.
         optimizer: Or None.
         scaler: `torch.amp.GradScaler`, or None.
         ema: Averaged weights (`torch.optim.swa_utils.AveragedModel`, ...), or None.
@@ -47,7 +48,7 @@ def capture_state(
     """
     given = dict(zip(_PARTS, (model, optimizer, scaler, ema), strict=True))
     _refuse_deepspeed(given)
-    live: State = {name: part.state_dict() for name, part in given.items() if part is not None}
+    live: State = {name: _state_of(part) for name, part in given.items() if part is not None}
     if rngs:
         live["rngs"] = capture_rngs()
     if not copy:
@@ -58,16 +59,23 @@ def capture_state(
 
 def _refuse_deepspeed(given: dict[str, Any]) -> None:
     """Raise where the states are DeepSpeed's, which hold a rank's part and do not load as they were given."""
-    model = given["model"]
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    ours = any(type(part).__module__.startswith("deepspeed") for part in given.values())
-    if ours or any(hasattr(parameter, "ds_id") for parameter in parameters):
+    modules = [one for one in _each(given["model"]) if isinstance(one, torch.nn.Module)]
+    theirs = any(type(part).__module__.startswith("deepspeed") for part in given.values())
+    if theirs or any(hasattr(parameter, "ds_id") for module in modules for parameter in module.parameters()):
         raise ConfigError(
-            [
-                "DeepSpeed's states cannot be copied and restored part by part: take no backups in RAM, and give its "
-                "own functions, save_callback=collective(lambda path: engine.save_checkpoint(path)) and load_callback"
-            ]
+            "DeepSpeed's states cannot be copied and restored part by part: take no backups in RAM, and give its "
+            "own functions, save_callback=collective(lambda path: engine.save_checkpoint(path)) and load_callback"
         )
+
+
+def _each(part: Any) -> list[Any]:
+    return list(part) if isinstance(part, (list, tuple)) else [part]
+
+
+def _state_of(part: Any) -> Any:
+    if isinstance(part, (list, tuple)):
+        return {str(number): one.state_dict() for number, one in enumerate(part)}
+    return part.state_dict()
 
 
 def restore_state(
@@ -94,24 +102,26 @@ def restore_state(
     given = dict(zip(_PARTS, (model, optimizer, scaler, ema), strict=True))
     for name, part in given.items():
         if part is not None and name in state:
-            # A module copies into its own memory; optimizers and others keep the tensors that they are given.
-            kept = state[name] if isinstance(part, torch.nn.Module) else CopyPlan(state[name]).fill().tree
-            load_kept(part, kept)
-    if optimizer is not None:
-        optimizer.zero_grad(set_to_none=True)
-    elif isinstance(model, torch.nn.Module):
-        model.zero_grad(set_to_none=True)
+            several = isinstance(part, (list, tuple))
+            for number, one in enumerate(_each(part)):
+                _load(one, state[name][str(number)] if several else state[name])
+    for one in (*_each(optimizer), *_each(model)):
+        if hasattr(one, "zero_grad"):
+            one.zero_grad(set_to_none=True)
     if rngs and "rngs" in state:
         restore_rngs(state["rngs"])
 
 
-def load_kept(part: Any, state: Any) -> None:
+def _load(part: Any, state: Any) -> None:
     """Load an earlier state of a part; of an optimizer in use also one from before a parameter group was added.
 
     Such a group keeps its settings, and what the optimizer knows of its parameters begins anew.
     """
+    if not isinstance(part, torch.nn.Module):  # a module copies into its own memory, others keep what they are given
+        state = CopyPlan(state).fill().tree
     inner = getattr(part, "optimizer", part)  # of Accelerate's wrapper
-    if isinstance(inner, torch.optim.Optimizer) and inner.state:  # else the state is another program's, and must fit
+    # Of an optimizer that is not in use the state is another program's, and must fit.
+    if isinstance(inner, torch.optim.Optimizer) and (inner.state or has_stepped(inner)):
         groups = state["param_groups"]
         state = {**state, "param_groups": [*groups, *inner.state_dict()["param_groups"][len(groups) :]]}
     part.load_state_dict(state)

@@ -18,11 +18,7 @@ class SeededIndices(list[int]):
     """A batch's sample ids; on their way into a worker process they seed its random generators.
 
     The worker takes them out of its queue right before it loads the batch, so whatever it draws then follows from
-    the seed: from torch (on the CPU), numpy and `random`.
-
-    Args:
-        ids: Sample ids.
-        seed: From 0, below 2^63.
+    the seed (from 0, below 2^63): from torch (on the CPU), numpy and `random`.
     """
 
     def __init__(self, ids: Iterable[int], seed: int) -> None:

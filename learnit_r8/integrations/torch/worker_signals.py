@@ -14,16 +14,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["ShieldedWorker", "SignalsHeld", "shield"]
-
 
 class ShieldedWorker:
-    """A `worker_init_fn` that ignores signals of others than the parent, then does what the user's own one does.
-
-    Args:
-        inner: The user's, or None.
-        numbers: The signals.
-    """
+    """A `worker_init_fn` that ignores signals of others than the parent, then does what the user's own one does."""
 
     def __init__(self, inner: Callable[[int], Any] | None, numbers: Sequence[int]) -> None:
         self.inner = inner
@@ -53,11 +46,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 class SignalsHeld:
-    """Holds signals back in processes that are started from now on, until they have prepared themselves.
-
-    Args:
-        numbers: The signals.
-    """
+    """Holds signals back in processes that are started from now on, until they have prepared themselves."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else set()
@@ -74,15 +63,7 @@ class SignalsHeld:
 
 
 def shield(loader: Any, numbers: Sequence[int]) -> SignalsHeld:
-    """Let the workers that a loader is about to start ignore signals.
-
-    Args:
-        loader: A torch `DataLoader`, or None.
-        numbers: The signals that the run waits for itself.
-
-    Returns:
-        To be ended when the workers have been started.
-    """
+    """Let the workers that a loader is about to start ignore signals; to be ended when they have been started."""
     if loader is None or not loader.num_workers or not numbers or sys.platform == "win32":
         return SignalsHeld(())
     if not isinstance(loader.worker_init_fn, ShieldedWorker):
