@@ -159,9 +159,12 @@ class R8Scheduler(Steps):
         self._begin(anyhow=self._resumed)
         if self._progress.stage is Stage.DONE:
             self._progress.next_epoch()
-        if self._resumed and self._over():
+        if self._over():
+            if self._resumed:
+                self.tell(self._budget.nothing_left)
+            else:  # it has ended before, and has no display any more
+                say(f"[r8] {self._budget.nothing_left}")
             self._resumed = False
-            self.tell(self._budget.nothing_left)
         with self._control.interrupts:
             while not self._control.stop and not self._over():
                 if self._progress.stage is Stage.FRESH:

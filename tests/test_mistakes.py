@@ -189,6 +189,11 @@ MISTAKES = {
         "shown",
         "nothing is left to train: the run has spent its train_duration_seconds=0.2; give a larger",
     ),
+    "a finished loop that is run again, as a notebook's cell": (
+        program("100, 10, num_epochs=1, ui='log'", loop=REPORT) + REPORT + "\nraise SystemExit(1)",
+        "error",
+        "[r8] nothing is left to train: the run has spent its num_epochs=1; give a larger number to go on",
+    ),
     "a schedule of one's own that is not given again": (
         FIRST_RUN.replace("ui=", "scheduler_mode=lambda progress: 1 - progress, ui=")
         + "\nR8Scheduler.resume_from_checkpoint('checkpoints', num_epochs=2)",
@@ -274,6 +279,16 @@ def test_a_finished_run_needs_no_close_and_its_sinks_get_one(tmp_path):
     assert "written" in done.stdout
     assert "not closed" not in done.stdout
     assert '"event":"RunEnded"' in (tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_directory_that_cannot_be_made_is_told_before_the_first_step(tmp_path):
+    arguments = "100, 10, num_epochs=1, ui='off', checkpoint_dir='file/run', checkpoint_every='epoch'"
+    body = "print('step', file=sys.stderr); scheduler.update_with_loss(1.0)"
+    done = run("import sys\nopen('file', 'w').close()\n" + program(arguments, body), tmp_path)
+    told, step = done.stderr.splitlines()[:2]
+    assert done.returncode == 0
+    assert told == f"[r8] no checkpoint can be saved: {tmp_path}/file is no folder; give another checkpoint_dir"
+    assert step == "step"
 
 
 INTERRUPT = "os.kill(os.getpid(), signal.{name}) if batch.step == 13 else None; scheduler.update_with_loss(1.0)"

@@ -70,12 +70,22 @@ class Saver:
         return self._store
 
     def begin(self) -> None:
-        """Note in a directory that other runs have used that this one begins, so that it is not taken for them."""
+        """Note in a directory that other runs have used that this one begins, so that it is not taken for them.
+
+        Where it is a folder that no checkpoint can be written to, that is told now, not after the first epoch.
+        """
         config = self._args.config
         if config.checkpoint_dir is None or (config.checkpoint_every is None and self._args.save is None):
             return
-        if url_of(config.checkpoint_dir) is None and not os.path.isdir(config.checkpoint_dir):
-            return
+        if url_of(config.checkpoint_dir) is None:
+            folder = Path(os.path.abspath(config.checkpoint_dir))
+            nearest = next(path for path in (folder, *folder.parents) if path.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                what = "cannot be written to" if nearest.is_dir() else "is no folder"
+                self.tell(self._attempted, f"no checkpoint can be saved: {nearest} {what}; give another checkpoint_dir")
+                return
+            if nearest != folder:
+                return
         try:
             self.store.begin()
         except CheckpointError as error:
