@@ -37,12 +37,7 @@ from learnit_r8.errors import ConfigError, tell
 from learnit_r8.integrations.torch import sampler as _sampler
 from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr
 from learnit_r8.integrations.torch.sampler import R8BatchSampler
-from learnit_r8.integrations.torch.state import (
-    arrays_from_tensors,
-    capture_state,
-    restore_state,
-    tensors_from_arrays,
-)
+from learnit_r8.integrations.torch.state import arrays_from_tensors, capture_state, restore_state, tensors_from_arrays
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.sinks.trackers import Numbers
 
@@ -160,8 +155,7 @@ class R8Callback(Callback):
             self._numbers = Numbers()
             self.scheduler.add_sink(self._numbers)
         self.scheduler.attach_model(
-            lambda: capture_state(*self._parts(), copy=False),
-            lambda state: restore_state(state, *self._parts()),
+            lambda: capture_state(*self._parts(), copy=False), lambda state: restore_state(state, *self._parts())
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

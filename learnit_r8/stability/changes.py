@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> 
         old: The earlier one.
         sampled: Sixteen stretches of each large array will do: what is usual is an average anyway.
     """
-    before = {path: array for path, array in old.arrays if not _DERIVED.search(path)}
+    before = {path: array for path, array in old.arrays if not _derived(path)}
     norms: dict[str, tuple[float, float, float]] = {}
     for path, array in new.arrays:
         earlier = before.get(path)
@@ -68,6 +69,11 @@ def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> 
     }
 
 
+@lru_cache(1 << 16)
+def _derived(path: str) -> bool:
+    return _DERIVED.search(path) is not None
+
+
 def _ratio(moved: float, norm: float) -> float:
     ratio = moved / norm if norm > 0.0 else math.inf
     return ratio if math.isfinite(ratio) else math.inf
@@ -80,19 +86,19 @@ def _norms(new: Any, old: Any, *, sampled: bool = False) -> tuple[float, float, 
         return None
     moved = after = before = 0.0
     count = 0
-    scratch = np.empty(0)
     with np.errstate(all="ignore"):
         for x, y in zip(_chunks(new, sampled), _chunks(old, sampled), strict=True):
-            if scratch.dtype != x.dtype or not len(scratch):
-                scratch = np.empty(min(_CHUNK, size), x.dtype)
-            difference = np.subtract(x, y, out=scratch[: len(x)])
-            moved += float(difference.dot(difference))
-            after += float(x.dot(x))
-            before += float(y.dot(y))
+            moved += _square(x - y)
+            after += _square(x)
+            before += _square(y)
             count += len(x)
     if before == 0.0 or not math.isfinite(before):
         return None
     return _root(moved / count), _root(after / count), _root(before / count)
+
+
+def _square(x: NDArray[Any]) -> float:
+    return float(x.dot(x))
 
 
 def _root(square: float) -> float:
@@ -104,7 +110,7 @@ def _chunks(array: Any, sampled: bool) -> Iterator[NDArray[Any]]:
     if not isinstance(array, np.ndarray):
         if not array.is_floating_point():
             return
-        if str(array.dtype) not in ("torch.float32", "torch.float64"):
+        if array.element_size() < 4:
             array = array.float()
         array = array.numpy()
     elif array.dtype.kind != "f":

@@ -81,21 +81,20 @@ def readable(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def all_finite(array: Any) -> bool:
     """Say whether an array or CPU tensor holds neither NaN nor infinity (true for integers)."""
-    name = str(array.dtype).removeprefix("torch.")
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(array, torch.Tensor):
-        array = np.asarray(array)
-    else:
+    name = str(array.dtype)
+    if torch is not None and isinstance(array, torch.Tensor):
+        name, array = name.removeprefix("torch."), array.detach()
         if array.is_quantized or not (array.is_floating_point() or array.is_complex()):
             return True
         if array.layout is not torch.strided:
             return bool(torch.isfinite(array.to_dense()).all())
-        array = array.detach().cpu().resolve_conj().resolve_neg()
         if name == "bfloat16":
             array = array.view(torch.int16)
         elif name not in ("float16", "float32", "float64", "complex64", "complex128"):
             return bool(array.float().isfinite().all())
-        array = array.numpy()
+        array = array.numpy(force=True)
+    array = np.asarray(array)
     if array.dtype.kind not in "fc" and name not in _HALF_EXPONENT:  # numpy takes bfloat16 for a kind of bytes
         return True
     flat = array.ravel(order="K")  # a view for every dense layout
@@ -104,4 +103,4 @@ def all_finite(array: Any) -> bool:
     if exponent is not None:
         bits = flat.view(np.uint16)
         return all(int((bits[i : i + step] & exponent).max()) != exponent for i in range(0, bits.size, step))
-    return all(bool(np.isfinite(flat[i : i + step]).all()) for i in range(0, flat.size, step))
+    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))

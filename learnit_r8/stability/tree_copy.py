@@ -184,8 +184,6 @@ def _collect(
     node: Any, path: str, seen: set[int], parts: dict[int, Parts], others: list[tuple[str, Any]]
 ) -> Iterator[_Leaf]:
     """Yield the arrays of a tree; fill `parts` with the tensors made of tensors, `others` with what is neither."""
-    if _is_atom(node):
-        return
     leaf = _leaf(node, path)
     if leaf is not None:
         yield leaf
@@ -202,7 +200,8 @@ def _collect(
     if children is None:
         others.append((path, node))
     for key, child in children or ():
-        yield from _collect(child, path if key is None else f"{path}/{key}", seen, parts, others)
+        if not _is_atom(child):
+            yield from _collect(child, path if key is None else f"{path}/{key}", seen, parts, others)
 
 
 def _leaf(node: Any, path: str) -> _Leaf | None:
@@ -217,7 +216,7 @@ def _leaf(node: Any, path: str) -> _Leaf | None:
     if torch is None or not _is_plain_tensor(node, torch):
         return None
     tensor = node.detach()
-    size, shape, device = tensor.element_size(), tuple(tensor.shape), str(tensor.device)
+    size, shape, device = tensor.element_size(), tuple(tensor.shape), "cpu" if tensor.is_cpu else str(tensor.device)
     strides = tuple(step * size for step in tensor.stride())
     low, high = _extent(tensor.data_ptr(), shape, strides, size)
     layout = True, "cpu" if device == "cpu" else "pinned", tensor.dtype, shape, strides
@@ -237,8 +236,13 @@ def _extent(address: int, shape: Any, strides: tuple[int, ...], itemsize: int) -
     """Return the range of addresses that a strided array touches; empty arrays touch none."""
     if 0 in shape:
         return 0, 0
-    reach = [(count - 1) * step for count, step in zip(shape, strides, strict=True)]
-    return address + sum(r for r in reach if r < 0), address + sum(r for r in reach if r > 0) + itemsize
+    low = high = address
+    for count, step in zip(shape, strides, strict=True):
+        if step > 0:
+            high += (count - 1) * step
+        else:
+            low += (count - 1) * step
+    return low, high + itemsize
 
 
 def _groups(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:

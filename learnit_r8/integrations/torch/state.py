@@ -79,13 +79,7 @@ def _state_of(part: Any) -> Any:
 
 
 def restore_state(
-    state: State,
-    model: Any,
-    optimizer: Any = None,
-    scaler: Any = None,
-    ema: Any = None,
-    *,
-    rngs: bool = True,
+    state: State, model: Any, optimizer: Any = None, scaler: Any = None, ema: Any = None, *, rngs: bool = True
 ) -> None:
     """Bring back what `capture_state` returned; `state` can be used again, later steps do not change it.
 
@@ -223,7 +217,7 @@ def capture_rngs() -> State:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [str(name), torch.tensor(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
         "python": random.getstate(),
     }
 
