@@ -45,11 +45,13 @@ class Loader(NamedTuple):
         lead: Batches that it holds and the loop has not got, at most.
         ahead: Further batches that the loop holds before it reports the first of them.
         delivered: Returns how many batches of this pass the loop got so far.
+        failed: Returns how many it got an error for instead; while it asks, the batch that is to come counts as one.
     """
 
     lead: int
     ahead: int
     delivered: Callable[[], int]
+    failed: Callable[[], int] = lambda: 0
 
 
 _LEFT_OUT = (
@@ -71,6 +73,7 @@ class InFlight:
         self._loader: Loader | None = None
         self._issued = 0  # in this pass over the batches
         self._stale = self._said = False
+        self._failed = self._skipped = 0  # batches of this pass that did not come, and those of them that were reported
         self._next_id = 0
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
@@ -102,6 +105,8 @@ class InFlight:
     def count_request(self) -> None:
         """Count a batch that was asked for; beyond the last one, a loader goes on asking as it delivers."""
         self._asked += 1
+        if self._loader is not None:
+            self._failed = max(self._failed, self._loader.failed() - 1)
 
     @property
     def in_step(self) -> bool:
@@ -205,6 +210,7 @@ class InFlight:
         self._waiting.extendleft(reversed(self._open.values()))
         self._open.clear()
         self._loader, self._issued, self._stale = loader, 0, False
+        self._failed = self._skipped = 0
         if loader is not None:
             loader.delivered()  # counts from here
         self.leave()
@@ -264,6 +270,23 @@ class InFlight:
                 f"batch id {batch.id} (step {batch.step}) is not open: it is another scheduler's, report it to that one"
             )
         return ticket
+
+    def check_failed(self, *, skipped: bool) -> None:
+        """Raise where a loss is reported while a batch that the loader failed at is not: it would get this loss.
+
+        Args:
+            skipped: A step is reported that was skipped, and so all batches that did not come until now.
+        """
+        if self._loader is None:
+            return
+        if skipped:
+            self._skipped = max(self._skipped, self._loader.failed())
+        elif self._failed > self._skipped:
+            first = next(iter(self._open.values())).batch
+            raise ProtocolError(
+                f"{self._failed - self._skipped} of the batches from step {first.step} (epoch {first.epoch}) on could not "
+                f"be loaded, and this loss would reach their samples: where the loader's error is caught, {_LEFT_OUT}"
+            )
 
     def outdate(self) -> None:
         """Mark the open tickets: the model was restored, they may have been trained on the one that is gone."""

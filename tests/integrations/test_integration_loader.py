@@ -164,6 +164,52 @@ def test_a_batch_that_is_left_out_silently_is_named(at, workers):
         left_out({at}, workers=workers, tells=False)
 
 
+class Corrupt(Dataset):
+    """Data of which one sample cannot be read."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int):
+        if index == 13:
+            raise ValueError("corrupt")
+        return torch.tensor(index)
+
+
+def train_past_errors(scheduler: R8Scheduler, loader: DataLoader, *, told: bool) -> int:
+    """Train as people do who catch a loader's error and ask for the next batch; return the errors."""
+    batches, errors = iter(loader), 0
+    while True:
+        try:
+            numbers = next(batches)
+        except StopIteration:
+            return errors
+        except ValueError:
+            errors += 1
+            if told:
+                scheduler.update_with_loss(float("nan"), skipped=True)
+            continue
+        scheduler.update_with_loss(numbers.float() + 1)
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_a_batch_that_could_not_be_loaded_and_is_reported_as_skipped_shifts_no_loss(workers, persistent):
+    scheduler = scheduler_for()
+    loader = loader_for(scheduler, Corrupt(), num_workers=workers, persistent_workers=persistent)
+    errors = sum(train_past_errors(scheduler, loader, told=True) for _ in scheduler.epoch_iterator())
+    assert errors >= 1
+    assert misled(scheduler) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_could_not_be_loaded_and_is_not_reported_is_named(workers):
+    scheduler = scheduler_for()
+    loader = loader_for(scheduler, Corrupt(), num_workers=workers)
+    with pytest.raises(ProtocolError, match=r"a batch that is left out .* skipped=True"):
+        sum(train_past_errors(scheduler, loader, told=False) for _ in scheduler.epoch_iterator())
+    assert misled(scheduler) == 0
+
+
 def test_a_loop_over_short_epochs_that_never_reports_is_told_so_where_the_next_epoch_begins():
     with pytest.raises(ProtocolError, match=r"epoch 0 ends and 5 of its batches are not reported.*update_with_loss"):
         left_out(set(range(5)), workers=2, tells=False, prefetch=3)

@@ -124,7 +124,9 @@ class _Lists:
             )
         if asker is None and ahead:
             scheduler.allow_lookahead(ahead + 1)
-        return scheduler.batch_iterator(None if asker is None else Loader(asker.lead, ahead, asker.delivered))
+        return scheduler.batch_iterator(
+            None if asker is None else Loader(asker.lead, ahead, asker.delivered, asker.failed)
+        )
 
 
 def evaluation_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -194,6 +196,7 @@ class _Asker:
         self._skipped = 0
         self._delivered = 0
         self._before: int | None = None  # what the iterator has counted before the first draw
+        self._lag = 0  # likewise: what it has received and not given
         self.workers = int(iterator._num_workers)
         self._prefetched = self.workers * int(getattr(iterator, "_prefetch_factor", None) or 0)
         for wrapper in wrappers:
@@ -218,10 +221,17 @@ class _Asker:
             count = self._last["_num_yielded"]
             if self._before is None:  # a wrapper may have sent batches of its own
                 self._before = max(count, self._last.get("_send_idx", 0))
+                self._lag = self._last.get("_rcvd_idx", count) - count
             shard = self._shard()  # keeps a batch back until it knows whether that is the last
             held_back = shard is not None and not shard.end_of_dataloader
             self._delivered = max(count - self._before - held_back, 0)
         return self._delivered
+
+    def failed(self) -> int:
+        """Return for how many batches workers sent an error in place of data."""
+        if not self.workers or not self._last:
+            return 0
+        return int(self._last["_rcvd_idx"] - self._last["_num_yielded"]) - self._lag
 
     def _count_last(self, _: Any) -> None:
         self.delivered()
