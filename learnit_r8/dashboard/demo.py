@@ -18,16 +18,7 @@ class DemoRun:
     """Generates the events of one run; the same seed gives the same run.
 
     Iterating yields `(seconds, event)`: the training time since the start at which the event happens. Whoever plays it
-    adds a clock, and a speed.
-
-    Args:
-        epochs: Epochs, the first one cataloging.
-        batches: Batches in an epoch.
-        batch_size: Samples in a batch.
-        seed: Of every random number.
-        step_seconds: Mean time of one step.
-        start: Wall-clock time of the first event.
-        spike_every: Mean number of steps between two spikes.
+    adds a clock, and a speed. The first epoch is cataloging; `spike_every` is a mean number of steps.
     """
 
     def __init__(

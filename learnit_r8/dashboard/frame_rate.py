@@ -27,8 +27,7 @@ class FrameRate:
         self.cost = self.others = 0.0
         self.busy = 1.0
         self._drawn = 0
-        self._last = float("-inf")
-        self._last_key = float("-inf")
+        self._last = self._last_key = -math.inf
         self._urgent = True
 
     @property
@@ -53,7 +52,9 @@ class FrameRate:
 
     def due(self, now: float, fresh: bool) -> bool:
         """Return whether to draw now; `fresh` says that something changed since the last frame."""
-        return self._urgent or now - self._last >= self._interval(now, fresh) * 0.98
+        usual = self.period if fresh else max(IDLE * self._slowed, self.period)
+        interval = AFTER_KEY * self._slowed if self._playing(now) else usual
+        return self._urgent or now - self._last >= interval * 0.98
 
     def drew(self, now: float, cost: float, others: float = 0.0, busy: float = math.inf) -> None:
         """Take note of a frame.
@@ -76,11 +77,6 @@ class FrameRate:
     def wait(self, now: float) -> float:
         """Return how long to sleep; the window's size is polled at least every `NORMAL` seconds."""
         return AFTER_KEY if self._playing(now) else min(NORMAL, max(0.05, self._last + self.period - now))
-
-    def _interval(self, now: float, fresh: bool) -> float:
-        if self._playing(now):
-            return AFTER_KEY * self._slowed
-        return self.period if fresh else max(IDLE * self._slowed, self.period)
 
     def _playing(self, now: float) -> bool:
         return now - self._last_key < KEY_SECONDS

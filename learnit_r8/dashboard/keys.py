@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any
 
 from learnit_r8.dashboard.meters import Gpu
 from learnit_r8.types import Command
 
-_T = TypeVar("_T")
 GLYPH_SETS = ("braille", "blocks", "ascii")
 SCALES = ("auto", "log", "linear")
 AXES = ("step", "time", "epoch")
@@ -77,12 +76,18 @@ _SCROLL = {"KEY_UP": 1, "KEY_DOWN": -1, "KEY_PPAGE": 10, "KEY_NPAGE": -10, "KEY_
 _MAX_FILTER = 40
 
 
-def _next(options: Sequence[_T], current: _T) -> _T:
-    return options[(options.index(current) + 1) % len(options)] if current in options else options[0]
+def _next(view: ViewState, name: str, options: Sequence[Any]) -> ViewState:
+    current = getattr(view, name)
+    after = options.index(current) + 1 if current in options else 0
+    return replace(view, **{name: options[after % len(options)]})
 
 
 def _focus(view: ViewState, pane: int) -> ViewState:
     return replace(view, focus=pane, scroll=0)
+
+
+def _window(view: ViewState, more: int) -> ViewState:
+    return replace(view, window=min(MAX_WINDOW, max(0, view.window + more)))
 
 
 _Change = Callable[[ViewState], ViewState]
@@ -90,13 +95,13 @@ _KEYS: dict[str, _Change] = {
     "?": lambda view: replace(view, help=(view.help + 1) % (HELP_PAGES + 1)),
     "s": lambda view: replace(view, confirm="stop", typed="", help=0),
     "f": lambda view: replace(view, frozen=not view.frozen),
-    "g": lambda view: replace(view, glyphs=_next(GLYPH_SETS, view.glyphs)),
-    "y": lambda view: replace(view, scale=_next(SCALES, view.scale)),
-    "z": lambda view: replace(view, smoothing=_next(SMOOTHINGS, view.smoothing)),
-    "x": lambda view: replace(view, x_axis=_next(AXES, view.x_axis)),
-    "+": lambda view: replace(view, window=min(MAX_WINDOW, view.window + 1)),
-    "=": lambda view: replace(view, window=min(MAX_WINDOW, view.window + 1)),
-    "-": lambda view: replace(view, window=max(0, view.window - 1)),
+    "g": lambda view: _next(view, "glyphs", GLYPH_SETS),
+    "y": lambda view: _next(view, "scale", SCALES),
+    "z": lambda view: _next(view, "smoothing", SMOOTHINGS),
+    "x": lambda view: _next(view, "x_axis", AXES),
+    "+": lambda view: _window(view, 1),
+    "=": lambda view: _window(view, 1),
+    "-": lambda view: _window(view, -1),
     "/": lambda view: replace(view, editing=True, help=0),
     "KEY_LEFT": lambda view: replace(view, metric=view.metric - 1),
     "KEY_RIGHT": lambda view: replace(view, metric=view.metric + 1),
@@ -124,9 +129,7 @@ def handle_key(view: ViewState, key: str, scroll_limit: int = 100_000) -> tuple[
 
     Args:
         view: The view before it.
-        key: A character, or a name: `KEY_LEFT`, `KEY_RIGHT`, `KEY_UP`, `KEY_DOWN`, `KEY_PPAGE`,
-            `KEY_NPAGE`, `KEY_HOME`, `KEY_END`, `KEY_BACKSPACE`, `KEY_RESIZE`, `ENTER`, `ESC`,
-            `TAB`, `BACKTAB`, `^L`. Others change nothing.
+        key: A character, `^` and a letter, or a name, as `keyboard.py` makes them. Others change nothing.
         scroll_limit: Lines that the pane in focus can be scrolled (`render.scroll_limit`).
     """
     if key == "^L":
@@ -155,24 +158,21 @@ def handle_key(view: ViewState, key: str, scroll_limit: int = 100_000) -> tuple[
 
 def _answer(view: ViewState, key: str) -> tuple[ViewState, Command | None]:
     """Take a key into the answer to a question; Enter gives it, and any other word than those shown is a no."""
-    if key in {"ENTER", "ESC"}:
-        found = WORDS[view.confirm].get(view.typed) if key == "ENTER" and not view.readonly else None
-        return replace(view, confirm="", typed="", paused=view.paused or found is Command.PAUSE), found
-    if key in _BACKSPACE:
-        return replace(view, typed=view.typed[:-1]), None
-    if len(key) == 1 and key.isprintable():
-        return replace(view, typed=(view.typed + key)[:_MAX_FILTER]), None
-    return view, None
+    if key not in {"ENTER", "ESC"}:
+        return replace(view, typed=_typed(view.typed, key)), None
+    found = WORDS[view.confirm].get(view.typed) if key == "ENTER" and not view.readonly else None
+    return replace(view, confirm="", typed="", paused=view.paused or found is Command.PAUSE), found
 
 
 def _edit(view: ViewState, key: str) -> ViewState:
     """Take a key into the filter's text."""
-    if key == "ENTER":
-        return replace(view, editing=False)
-    if key == "ESC":
-        return replace(view, editing=False, filter="")
+    if key in {"ENTER", "ESC"}:
+        return replace(view, editing=False, filter=view.filter if key == "ENTER" else "")
+    text = _typed(view.filter, key)
+    return view if text == view.filter else replace(view, filter=text, scroll=0)
+
+
+def _typed(text: str, key: str) -> str:
     if key in _BACKSPACE:
-        return replace(view, filter=view.filter[:-1])
-    if len(key) == 1 and key.isprintable():
-        return replace(view, filter=(view.filter + key)[:_MAX_FILTER], scroll=0)
-    return view
+        return text[:-1]
+    return (text + key)[:_MAX_FILTER] if len(key) == 1 and key.isprintable() else text

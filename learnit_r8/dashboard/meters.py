@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 _SECONDS = 2.0
 _MOST = 8
-_Reading = TypeVar("_Reading")
+_Row = TypeVar("_Row")
 
 
 class Gpu(NamedTuple):
@@ -23,25 +23,23 @@ class Gpu(NamedTuple):
     total: int
 
 
-class _Meter(Generic[_Reading]):
+class _Meter(Generic[_Row]):
     """Takes readings at most every two seconds; none for ever once that has failed (no package, a lost device)."""
 
-    def __init__(self) -> None:
-        self._readings: tuple[_Reading, ...] = ()
-        self._next = 0.0
+    _readings: tuple[_Row, ...] = ()
+    _next = 0.0
 
-    def read(self) -> tuple[_Reading, ...]:
+    def read(self) -> tuple[_Row, ...]:
         """Return the newest readings."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _SECONDS
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SECONDS
             try:
                 self._readings = tuple(self._measure())
             except Exception:
                 self._readings, self._next = (), float("inf")
         return self._readings
 
-    def _measure(self) -> Iterable[_Reading]:
+    def _measure(self) -> Iterable[_Row]:
         raise NotImplementedError
 
 
@@ -53,36 +51,33 @@ class GpuMeter(_Meter[Gpu]):
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        super().__init__()
         self._visible = environment.get("CUDA_VISIBLE_DEVICES")
         self._rank = environment.get("LOCAL_RANK", "")
         self._devices: list[Any] | None = None
 
-    def _measure(self) -> list[Gpu]:
+    def _measure(self) -> Iterable[Gpu]:
         import pynvml as nvml
 
         if self._devices is None:
             nvml.nvmlInit()
             self._devices = self._own(nvml)
-        found = []
         for device in self._devices:
             memory = nvml.nvmlDeviceGetMemoryInfo(device)
             busy = nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
             celsius = nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
-            found.append(Gpu(nvml.nvmlDeviceGetIndex(device), busy, celsius, memory.used, memory.total))
-        return found
+            yield Gpu(nvml.nvmlDeviceGetIndex(device), busy, celsius, memory.used, memory.total)
 
     def _own(self, nvml: Any) -> list[Any]:
         if self._visible is None:
-            devices = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(min(_MOST, nvml.nvmlDeviceGetCount()))]
+            names = list(map(str, range(min(_MOST, nvml.nvmlDeviceGetCount()))))
         else:
-            devices = [
-                nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
-                for name in filter(None, map(str.strip, self._visible.split(",")))
-            ]
-        if self._rank.isdigit() and int(self._rank) < len(devices):
-            devices = [devices[int(self._rank)]]
-        return devices
+            names = list(filter(None, map(str.strip, self._visible.split(","))))
+        if self._rank.isdigit() and int(self._rank) < len(names):
+            names = [names[int(self._rank)]]
+        return [
+            nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+            for name in names
+        ]
 
 
 class HostMeter(_Meter[tuple[str, str]]):
@@ -93,10 +88,7 @@ class HostMeter(_Meter[tuple[str, str]]):
     """
 
     folder = "."
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._process: Any = None
+    _process: Any = None
 
     def _measure(self) -> Iterable[tuple[str, str]]:
         import psutil

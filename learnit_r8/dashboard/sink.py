@@ -52,15 +52,6 @@ _NOT_CLOSED = "not closed: write `with R8Scheduler(...) as scheduler:`, or call 
 class Dashboard:
     """Shows a run and takes keys; open one with `open_dashboard`.
 
-    Args:
-        name: The display to start with.
-        around: What this process can show.
-        environment: Variables.
-        clock: Wall-clock seconds.
-        reason: Why it is this display, where the user should know.
-        readonly: Keys control the view only, as in `r8 watch`.
-        console: File that prints go to while a screen is shown.
-
     Attributes:
         record: Takes one event; it is the deque's own `append`.
         commands: What keys asked for, polled by the training loop.

@@ -36,11 +36,8 @@ class Band:
 def band(x: Floats, y: Floats, bins: int = BINS, decay: float | None = DECAY) -> Band:
     """Bin a series by its order: minimum, maximum, mean and moving average of each bin.
 
-    Args:
-        x: Positions, `[n]`.
-        y: Values, `[n]`; not finite ones belong to no extreme, mean or average.
-        bins: At most so many bins; a series that is not longer keeps every point.
-        decay: Of the moving average over all points; None leaves it out: `smooth` is then the mean.
+    Positions and values are `[n]`; values that are not finite belong to no figure. A series that is not longer than
+    `bins` keeps every point; without a `decay`, `smooth` is the mean.
     """
     size = len(x)
     if size == 0:

@@ -39,10 +39,6 @@ def find_bundle(path: str | Path) -> Path:
 def crash_text(path: str | Path, *, everything: bool = False) -> str:
     """Return a bundle as text: why, the last steps with their samples, the last events, the configuration.
 
-    Args:
-        path: As for `find_bundle`.
-        everything: All steps, ids and settings, not the most telling ones.
-
     Raises:
         ConfigError: There is no bundle, or it cannot be read.
     """

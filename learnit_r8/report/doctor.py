@@ -49,13 +49,7 @@ class Finding(NamedTuple):
 
 
 def examine(folder: Path, environment: Mapping[str, str], clock: Clock) -> Iterator[Finding]:
-    """Yield findings as they are made; the run at the end takes a second.
-
-    Args:
-        folder: Where a run would be started, for its checkpoints and logs.
-        environment: `os.environ`.
-        clock: Source of time.
-    """
+    """Yield findings about this place to start a run in, as they are made; the run at the end takes a second."""
     yield from _versions()
     yield from _terminal(environment)
     yield from _places(folder)

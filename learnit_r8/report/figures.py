@@ -58,11 +58,7 @@ def colour(number: int) -> str:
 
 
 class StepAxis:
-    """The x axis that all charts over steps share: panning one pans all.
-
-    Args:
-        runs: At least one; the axis spans all their steps.
-    """
+    """The x axis that all charts over steps share: it spans all their steps, and panning one pans all."""
 
     def __init__(self, runs: Sequence[RunData]) -> None:
         low = min(float(run.table.columns["step"].min()) for run in runs)
@@ -109,6 +105,13 @@ def _hover(fig: Figure, tooltips: list[tuple[str, str]], renderers: list[Any], *
     fig.add_tools(HoverTool(tooltips=tooltips, renderers=renderers, **more))
 
 
+def _joined(fig: Figure, x: Any, y: Any, **more: Any) -> list[Any]:
+    """Draw points with a line through them, and return both."""
+    source, dash = ColumnDataSource({"x": x, "y": y}), more.pop("line_dash", "solid")
+    line = fig.line("x", "y", source=source, line_width=2, line_dash=dash, **more)
+    return [line, fig.scatter("x", "y", source=source, size=5, **more)]
+
+
 def _legend(fig: Figure, several: bool) -> None:
     """Several runs have a legend whose entries hide them; one run needs none."""
     for legend in fig.legend:
@@ -121,20 +124,13 @@ def _legend(fig: Figure, several: bool) -> None:
 def _band_lines(fig: Figure, found: Band, run: RunData, number: int, *, smooth: bool) -> None:
     """Draw the band of extremes, and the smoothed line (or the bins' means) over it."""
     shade = colour(number)
-    source = ColumnDataSource(
-        {
-            "x": found.middle,
-            "first": found.first,
-            "last": found.last,
-            "low": found.low,
-            "high": found.high,
-            "line": found.smooth if smooth else found.mean,
-        }
-    )
-    fig.varea("x", "low", "high", source=source, color=shade, alpha=0.28, legend_label=run.name)
+    columns = {"x": found.middle, "first": found.first, "last": found.last, "low": found.low, "high": found.high}
+    source = ColumnDataSource(columns | {"line": found.smooth if smooth else found.mean})
+    common = {"source": source, "color": shade, "legend_label": run.name}
+    fig.varea("x", "low", "high", alpha=0.28, **common)
     # An edge as well: one bin's spike is a thin needle, and bins of one point have no area.
-    fig.line("x", "high", source=source, color=shade, alpha=0.5, legend_label=run.name)
-    line = fig.line("x", "line", source=source, color=shade, line_width=2, legend_label=run.name)
+    fig.line("x", "high", alpha=0.5, **common)
+    line = fig.line("x", "line", line_width=2, **common)
     label = "smoothed" if smooth else "mean"
     tips = [("run", run.name), ("steps", "@first{0,0} to @last{0,0}"), (label, "@line"), ("from", "@low to @high")]
     _hover(fig, tips, [line], mode="vline", line_policy="nearest", limit=1)
@@ -207,9 +203,7 @@ def metrics(runs: Sequence[RunData], axis: StepAxis) -> dict[str, Figure]:
             if len(steps) > BINS:
                 _band_lines(fig, band(steps, values), run, number, smooth=True)
                 continue
-            source = ColumnDataSource({"x": steps, "y": values})
-            fig.line("x", "y", source=source, color=colour(number), line_width=2, legend_label=run.name)
-            points = fig.scatter("x", "y", source=source, color=colour(number), size=5, legend_label=run.name)
+            _, points = _joined(fig, steps, values, color=colour(number), legend_label=run.name)
             _hover(fig, [("run", run.name), (name, "@y"), ("step", "@x{0,0}")], [points], mode="vline", limit=1)
         _legend(fig, len(runs) > 1)
         charts[name] = fig
@@ -232,18 +226,17 @@ def timeline(run: RunData, axis: StepAxis) -> Figure | None:
     fig.ygrid.visible = False
     fig.min_border_left = _LEFT
     for name, found, marker, shade in rows:
-        source = ColumnDataSource(
-            {
-                "x": [event.step for event in found],
-                "y": [name] * len(found),
-                "at": [f.of_day(event.time, None, "%d %b %H:%M:%S") for event in found],
-                "text": [line.text if (line := entry(event)) else "" for event in found],
-                "ids": [sample_list(getattr(event, "indices", ()), _IDS_SHOWN) for event in found],
-            }
-        )
+        columns: dict[str, list[Any]] = {
+            "x": [event.step for event in found],
+            "y": [name] * len(found),
+            "at": [f.of_day(event.time, None, "%d %b %H:%M:%S") for event in found],
+            "text": [line.text if (line := entry(event)) else "" for event in found],
+            "ids": [sample_list(getattr(event, "indices", ()), _IDS_SHOWN) for event in found],
+        }
+        source = ColumnDataSource(columns)
         points = fig.scatter("x", "y", source=source, marker=marker, size=11, color=shade, alpha=0.8)
         tips = [("", f"{name} at step @x{{0,0}}, @at"), ("", "@text")]
-        _hover(fig, tips + ([("samples", "@ids")] if any(source.data["ids"]) else []), [points], limit=5)
+        _hover(fig, tips + ([("samples", "@ids")] if any(columns["ids"]) else []), [points], limit=5)
     return fig
 
 
@@ -263,11 +256,9 @@ def quadrant_edges(run: RunData) -> Figure | None:
     fig = _figure("loss", 260, edges.ravel(), x_axis_label="epoch")
     names = ("lowest", "Q1 | Q2", "Q2 | Q3", "Q3 | Q4", "highest")
     for number, name in enumerate(names):
-        source = ColumnDataSource({"x": epochs, "y": edges[:, number]})
         style = "dotted" if number in (0, 4) else "solid"
-        line = fig.line("x", "y", source=source, color=_DIFFICULTY[number], line_width=2, line_dash=style)
-        points = fig.scatter("x", "y", source=source, color=_DIFFICULTY[number], size=5)
-        _hover(fig, [("edge", name), ("loss", "@y"), ("epoch", "@x")], [line, points], limit=1)
+        drawn = _joined(fig, epochs, edges[:, number], color=_DIFFICULTY[number], line_dash=style)
+        _hover(fig, [("edge", name), ("loss", "@y"), ("epoch", "@x")], drawn, limit=1)
     return fig
 
 
@@ -282,13 +273,10 @@ def migration(run: RunData) -> Figure | None:
     fig = _figure("moved to an easier quadrant", 260, x_axis_label="epoch", y_range=DataRange1d(start=0))
     fig.yaxis.formatter = NumeralTickFormatter(format="0%")
     for quadrant in (1, 2, 3):
-        source = ColumnDataSource(
-            {"x": [event.epoch + 1 for event in found], "y": [event.easier[quadrant] for event in found]}
-        )
-        shade = _DIFFICULTY[quadrant + 1]
-        fig.line("x", "y", source=source, color=shade, line_width=2, legend_label=f"from Q{quadrant + 1}")
-        points = fig.scatter("x", "y", source=source, color=shade, size=5, legend_label=f"from Q{quadrant + 1}")
-        _hover(fig, [("from", f"Q{quadrant + 1}"), ("epoch", "@x"), ("easier", "@y{0.0%}")], [points], limit=1)
+        name, shares = f"Q{quadrant + 1}", [event.easier[quadrant] for event in found]
+        epochs, shade = [event.epoch + 1 for event in found], _DIFFICULTY[quadrant + 1]
+        _, points = _joined(fig, epochs, shares, color=shade, legend_label=f"from {name}")
+        _hover(fig, [("from", name), ("epoch", "@x"), ("easier", "@y{0.0%}")], [points], limit=1)
     _legend(fig, True)
     return fig
 
@@ -296,9 +284,7 @@ def migration(run: RunData) -> Figure | None:
 def data_map(run: RunData, most: int = MAX_SAMPLES) -> Figure | None:
     """Return each sample's mean loss against its variability (Swayamdipta et al. 2020); None where none is logged.
 
-    Args:
-        run: The run.
-        most: Points at most; suspects are never left out.
+    Of more than `most` samples some are shown, all suspects among them.
     """
     catalog = run.catalog
     if catalog is None or not catalog.uses.any():

@@ -39,11 +39,7 @@ def as_csv(run: RunData) -> str:
 
 
 def write_png(runs: Sequence[RunData], path: Path) -> None:
-    """Draw loss and learning rate of one or several runs.
-
-    Args:
-        runs: In the order of their colours; the events of the first are marked.
-        path: The picture, 1600 x 1000 pixels.
+    """Draw loss and learning rate of runs, 1600 x 1000 pixels; the events of the first are marked.
 
     Raises:
         ConfigError: matplotlib is not installed.

@@ -33,11 +33,7 @@ _WAITING = (
 
 
 class LiveRuns:
-    """Runs that are read again and again.
-
-    Args:
-        folders: One for each run.
-    """
+    """Runs that are read again and again, one a folder."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._logs = [(folder, LogReader(folder / EVENTS_FILE)) for folder in folders]
@@ -124,11 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     """Serves runs until `shutdown`.
 
-    Args:
-        folders: Those of the runs.
-        host: Address to listen on.
-        port: Its port; 0 takes a free one.
-        token: What each request has to bring; empty for none, on this machine only.
+    Each request has to bring the token; where there is none, it has to come from this machine. Port 0 takes a free one.
 
     Raises:
         ConfigError: The address cannot be used.

@@ -32,9 +32,6 @@ _HEADINGS = {"mean_loss": "mean loss", "expected_loss": "loss now", "correctness
 def logged_catalog(folder: Path) -> CatalogSnapshot:
     """Return what a run has logged of its samples.
 
-    Args:
-        folder: The run's `log_dir`.
-
     Raises:
         ConfigError: The run has logged no catalog.
     """

@@ -22,12 +22,7 @@ _STOPS = (Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH, Command.STOP_NOW)
 
 
 class DemoClock:
-    """A wall clock that runs `speed` times as fast from its start on, and stands still while paused.
-
-    Args:
-        speed: Above 0.
-        real: The clock that it follows.
-    """
+    """A wall clock that runs `speed` times as fast from its start on, and stands still while paused."""
 
     def __init__(self, speed: float, real: Clock) -> None:
         self.speed = speed
@@ -54,16 +49,7 @@ class DemoClock:
 def play(
     ui: str, speed: float, epochs: int, seed: int, log_dir: Path | None, environment: Mapping[str, str], real: Clock
 ) -> None:
-    """Show the run until it ends or is stopped.
-
-    Args:
-        ui: As for `open_dashboard`.
-        speed: How many times faster than its own time it runs.
-        epochs: Epochs of 400 steps of 50 ms.
-        seed: Decides every random number.
-        log_dir: Where the event log goes, for `r8 watch`; None for no log.
-        environment: `os.environ`.
-        real: Source of real time.
+    """Show the run until it ends or is stopped; `log_dir` gets its event log, for `r8 watch`.
 
     Raises:
         ConfigError: The environment says that nothing is to be shown.

@@ -27,7 +27,6 @@ class WatchedRun:
 
     Attributes:
         model: The run's numbers.
-        name: The folder's name, or what the run calls itself.
         trouble: Why the log could not be read the last time; empty when it could.
     """
 

@@ -13,11 +13,12 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from learnit_r8.dashboard.terminal.board import POSIX
 from learnit_r8.errors import ConfigError
 
+_CURSES = importlib.util.find_spec("_curses") is not None
 UI_NAMES = ("auto", "curses", "rich", "log", "off")
 
 
@@ -41,8 +42,7 @@ class Surroundings:
     has_rich: bool = True  # the rich package is installed
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A display by name, and why it is not a better one (empty when it is the one asked for)."""
 
     name: str
@@ -94,42 +94,21 @@ def wanted_ui(ui: str, env: Mapping[str, str]) -> str:
 
 
 def choose(ui: str, around: Surroundings) -> Choice:
-    """Return the best display, from the one asked for downwards, whose needs are met.
-
-    Args:
-        ui: One of `UI_NAMES`, already combined with the environment by `wanted_ui`.
-        around: Facts, from `look`.
-    """
-    start, reason = ui, ""
-    if ui == "auto":
-        start = "curses"
-        for fact, chosen, why in _AUTO_STARTS:
-            if getattr(around, fact):
-                start, reason = chosen, why
-                break
-    for name in _BELOW[start]:
-        problem = _problem(name, around)
-        if not problem:
-            return Choice(name, reason)
-        reason = reason or problem
-    return Choice("off", reason)
+    """Return the best display, from the one asked for (see `wanted_ui`) downwards, whose needs are met."""
+    starts = ((best, why) for fact, best, why in _AUTO_STARTS if getattr(around, fact))
+    start, reason = next(starts, ("curses", "")) if ui == "auto" else (ui, "")
+    problem = _problem(start, around)
+    return Choice(below(start, around) if problem else start, reason or problem)
 
 
 def below(name: str, around: Surroundings) -> str:
     """Return the next display after `name` whose needs are met."""
-    for candidate in _BELOW[name][1:]:
-        if not _problem(candidate, around):
-            return candidate
-    return "off"
+    return next((lower for lower in _BELOW[name][1:] if not _problem(lower, around)), "off")
 
 
 def _problem(name: str, around: Surroundings) -> str:
-    for fact, why in _NEEDS[name]:
-        if not getattr(around, fact):
-            return why
-    if name in {"curses", "rich"}:
-        return around.term_problem
-    return ""
+    last = around.term_problem if name in {"curses", "rich"} else ""
+    return next((why for fact, why in _NEEDS[name] if not getattr(around, fact)), last)
 
 
 def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
@@ -166,21 +145,19 @@ def default_glyphs(env: Mapping[str, str]) -> str:
 
 
 def _has_curses() -> bool:
-    if importlib.util.find_spec("_curses") is None:
-        return False
-    if not POSIX:
-        return True
-    from learnit_r8.dashboard.terminal import curses_screen as terminal
+    if not POSIX or not _CURSES:
+        return _CURSES
+    from learnit_r8.dashboard.terminal.curses_screen import can_redirect
 
-    return terminal.can_redirect()
+    return can_redirect()
 
 
 def _term_problem(term: str) -> str:
-    if importlib.util.find_spec("_curses") is None:
+    if not _CURSES:
         return f"TERM={term!r} cannot move its cursor" if term in {"", "dumb", "unknown"} else ""
-    from learnit_r8.dashboard.terminal import curses_screen as terminal
+    from learnit_r8.dashboard.terminal.curses_screen import term_problem
 
-    return terminal.term_problem(term)
+    return term_problem(term)
 
 
 def _in_foreground() -> bool:
@@ -192,7 +169,7 @@ def _in_foreground() -> bool:
 
 def _is_tty(stream: Any) -> bool:
     try:
-        if stream is not None and not POSIX and importlib.util.find_spec("_curses") is not None:
+        if stream is not None and not POSIX and _CURSES:
             from learnit_r8.dashboard.terminal.windows_board import is_console
 
             return is_console(stream)

@@ -32,13 +32,7 @@ class Display:
         return True
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
-        """Take input, draw if it is time, and return the seconds until the next call.
-
-        Args:
-            model: The run's numbers, `fresh` included.
-            fresh: Events since the last call.
-            now: Wall-clock time.
-        """
+        """Take input, draw if it is time, and return the seconds until the next call; the model has `fresh`."""
         return 1.0
 
     def leave(self) -> None:

@@ -49,10 +49,7 @@ def plain(text: str) -> str:
 class LogLines(Display):
     """Writes to standard output whenever that is possible without waiting; lines that find no room wait their turn.
 
-    Args:
-        out: Where lines go.
-        now: Wall-clock time of opening.
-        quiet: Leave out what is routine (the user has just closed the screen), never a fault or the end.
+    `quiet` leaves out what is routine (the user has just closed the screen), never a fault or the end.
     """
 
     name = "log"

@@ -37,12 +37,7 @@ _RICH_STYLES = {
 
 
 class RichLive(Display):
-    """Draws at most `MAX_LINES` lines twice a second; whatever is printed, by Python, C or a child, appears above them.
-
-    Args:
-        glyphs: "braille", "blocks" or "ascii".
-        console: File for the prints; a temporary one when None.
-    """
+    """Draws at most `MAX_LINES` lines twice a second; what Python, C or a child prints appears above them."""
 
     name = "rich"
 

@@ -47,9 +47,6 @@ class Screen(Display):
         readonly: Control keys do nothing.
         now: Wall-clock time of opening.
         look: Returns what to show; None shows the model of each tick and what this process prints.
-
-    Raises:
-        OSError: There is no controlling terminal, or no place for the console file.
     """
 
     name = "curses"

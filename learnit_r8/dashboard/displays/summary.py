@@ -18,13 +18,7 @@ _LABEL = 12
 
 
 def summary_text(model: DashboardModel, width: int = 80, glyphs: str = "braille") -> str:
-    """Return the summary of a run as plain text.
-
-    Args:
-        model: The run's numbers.
-        width: Most cells a line may take, at least 40.
-        glyphs: "braille", "blocks" or "ascii"; the last keeps the whole text ASCII.
-    """
+    """Return the summary of a run as text of `width` cells (at least 40) at most; with "ascii" all of it is ASCII."""
     width = max(40, width)
     lines = [*_head(model), *_losses(model), *_safety(model), *_times(model, width), *_paths(model)]
     pages = [clip(line, width) for line in lines]

@@ -91,12 +91,8 @@ class Grid:
     """`height` rows of `width` cells, blank at first.
 
     Whatever is put, every row keeps exactly `width` cells: text is clipped at the edges, a wide
-    character takes two cells or none, control characters never pass.
-
-    Args:
-        width: Cells in a row.
-        height: Rows.
-        ascii_only: Translate drawing characters to ASCII and show `?` for all others.
+    character takes two cells or none, control characters never pass. `ascii_only` translates drawing
+    characters and shows `?` for all others.
     """
 
     def __init__(self, width: int, height: int, ascii_only: bool = False) -> None:
@@ -111,12 +107,7 @@ class Grid:
     def put(self, y: int, x: int, text: str, style: Style = Style.NORMAL, limit: int | None = None) -> int:
         """Write `text` from cell (`y`, `x`) to the right and return the cell after it.
 
-        Args:
-            y: Row; rows outside the grid are ignored.
-            x: First cell; may lie left of the grid, and the part inside is drawn.
-            text: Any string.
-            style: Style of all its cells.
-            limit: Cell at which to stop, the grid's width when omitted.
+        What lies outside the grid, or from cell `limit` on, is left out.
         """
         end = self.width if limit is None else min(limit, self.width)
         if not 0 <= y < self.height:

@@ -45,16 +45,7 @@ class Chart:
 
 
 def draw_chart(grid: Grid, y: int, x: int, width: int, height: int, chart: Chart, glyphs: str) -> Scale | None:
-    """Draw a chart into a rectangle of the grid.
-
-    Args:
-        grid: Where to draw.
-        y: Top row.
-        x: Left cell.
-        width: Cells, labels included.
-        height: Rows, the axis and its labels included.
-        chart: What to draw.
-        glyphs: "braille", "blocks" or "ascii".
+    """Draw a chart, axes and labels included, into a rectangle of the grid.
 
     Returns:
         The vertical axis chosen, or None where there was nothing to draw.

@@ -68,14 +68,7 @@ class Painter:
         self._charts: dict[Rect, tuple[object, int, float]] = {}
 
     def draw(self, scene: Scene, view: ViewState, width: int, height: int, now: float) -> Grid:
-        """Draw one frame.
-
-        Args:
-            scene: What to show.
-            view: How.
-            width: Cells in a row.
-            height: Rows.
-            now: Wall-clock time, seconds since the Unix epoch.
+        """Draw one frame at wall-clock time `now`.
 
         Returns:
             A grid of exactly `height` rows of `width` cells, whatever the size. The next call draws into it again.

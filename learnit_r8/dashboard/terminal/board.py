@@ -111,12 +111,7 @@ class ScreenBoard(Board):
 
 
 def open_board(environment: Mapping[str, str], console: Path | None, prints: bool) -> ScreenBoard:
-    """Return this system's board; call it from the main thread.
-
-    Args:
-        environment: For TERM, NO_COLOR and the like.
-        console: File for the prints; a temporary one when None.
-        prints: Keep this process's prints.
+    """Return this system's board; call it from the main thread. `prints`: keep this process's prints.
 
     Raises:
         OSError: There is no terminal, or no place for the console file.

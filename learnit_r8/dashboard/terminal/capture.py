@@ -25,13 +25,9 @@ _IOLBF = 1  # <stdio.h> of glibc, musl, macOS and the BSDs
 
 
 class ConsoleFile:
-    """A file for prints, and how much of it the terminal has shown.
-
-    Args:
-        path: File to append to; created with its folder. A file in the temporary folder when None.
+    """A file for prints, one in the temporary folder when None is given, and how much of it the terminal has shown.
 
     Attributes:
-        path: The file.
         start: Offset of the first byte that is this run's.
     """
 
@@ -82,12 +78,7 @@ class ConsoleFile:
 
 
 class Capture(ConsoleFile):
-    """Sends the given descriptors into one file until `release`.
-
-    Args:
-        path: As for `ConsoleFile`.
-        descriptors: Those that are terminals are captured; a descriptor that already goes elsewhere is left alone.
-    """
+    """Sends the descriptors that are terminals into one file until `release`; others are left alone."""
 
     def __init__(self, path: Path | None = None, descriptors: tuple[int, ...] = (1, 2)) -> None:
         super().__init__(path)

@@ -58,15 +58,7 @@ _REPLACED_BY_INITSCR = ("SIGINT", "SIGTERM", "SIGTSTP", "SIGWINCH")
 
 
 class Cells:
-    """What a curses window shows of grids: only what has changed is written.
-
-    Args:
-        window: The whole screen.
-        styles: Attributes of the styles that have some.
-
-    Attributes:
-        whole: The next grid is drawn anew, every cell of it.
-    """
+    """What a curses window shows of grids: only what has changed is written; `whole`: every cell of the next one."""
 
     def __init__(self, window: curses.window, styles: Mapping[Style, int]) -> None:
         self._window, self._styles = window, styles
@@ -115,10 +107,6 @@ class Canvas:
     """Draws grids with curses into a buffer; `draw` returns the bytes for the terminal.
 
     curses can be started once in a process, so there is one of these, from `canvas()`.
-
-    Args:
-        environment: Variables, for NO_COLOR.
-        size: Columns and rows.
     """
 
     def __init__(self, environment: Mapping[str, str], size: tuple[int, int]) -> None:
@@ -180,12 +168,7 @@ _canvas: list[Canvas] = []
 
 
 def canvas(environment: Mapping[str, str], size: tuple[int, int]) -> Canvas:
-    """Return the process's canvas, started by the first call, which must come from the main thread.
-
-    Args:
-        environment: For NO_COLOR.
-        size: Columns and rows of the terminal.
-    """
+    """Return the process's canvas, started by the first call, which must come from the main thread."""
     if not _canvas:
         _canvas.append(Canvas(environment, size))
     return _canvas[0]

@@ -45,12 +45,9 @@ class TalkHooks:
         self._wrapped: list[tuple[Any, str, Any, Any]] = []
         self._debugging = contextlib.ExitStack()
         self._talking = False
-        for owner, name in ((builtins, "input"), (code.InteractiveConsole, "interact")):
-            self._wrap(owner, name, self._suspend)
-        if POSIX:
-            self._wrap(getpass, "_raw_input", self._unseen)
-        else:
-            self._wrap(getpass, "getpass", self._suspend)
+        self._wrap(builtins, "input", self._suspend)
+        self._wrap(code.InteractiveConsole, "interact", self._suspend)
+        self._wrap(getpass, *(("_raw_input", self._unseen) if POSIX else ("getpass", self._suspend)))
         self._wrap(pdb.Pdb, "interaction", self._debugger_begins)
         for name in ("set_continue", "set_quit"):
             self._wrap(pdb.Pdb, name, self._debugger_ends)
@@ -59,20 +56,19 @@ class TalkHooks:
             # When a foreign debugger lets go cannot be known.
             self._wrap(sys, "breakpointhook", self._for_good)
         self._stdin: Any = sys.stdin
-        self._reader: Any = _Reader(sys.stdin, suspend)
+        self._reader: Any = None
         with contextlib.suppress(AttributeError, ValueError):
             if sys.stdin.isatty():
-                sys.stdin = self._reader
-        for module, (kind, name) in _LATE.items():
-            if module in sys.modules:
-                self._wrap(getattr(sys.modules[module], kind), name, self._suspend)
+                sys.stdin = self._reader = _Reader(sys.stdin, suspend)
+        for name in sys.modules.keys() & _LATE.keys():
+            self._wrap_late(sys.modules[name])
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
         """Put back what was there, where nobody has replaced it since."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        if sys.stdin is self._reader:
+        if self._reader is not None and sys.stdin is self._reader:
             sys.stdin = self._stdin
         for owner, name, before, mine in reversed(self._wrapped):
             if vars(owner).get(name) is mine:
@@ -82,16 +78,10 @@ class TalkHooks:
 
     def _wrap(self, owner: Any, name: str, around: Suspend) -> None:
         before = getattr(owner, name, None)
-        if before is None:
-            return
-
-        @wraps(before)
-        def mine(*args: Any, **kwargs: Any) -> Any:
-            with around():
-                return before(*args, **kwargs)
-
-        setattr(owner, name, mine)
-        self._wrapped.append((owner, name, before, mine))
+        if before is not None:
+            mine = _within(around, before)
+            setattr(owner, name, mine)
+            self._wrapped.append((owner, name, before, mine))
 
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[None]:
@@ -129,62 +119,57 @@ class TalkHooks:
         finally:
             sys.meta_path.insert(0, self)
         loader: Any = None if spec is None else spec.loader
-        if loader is None:
-            return None
-        execute = loader.exec_module
+        if loader is not None:
+            execute = loader.exec_module
 
-        def execute_and_wrap(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                kind, method = _LATE[name]
-                self._wrap(getattr(module, kind), method, self._suspend)
+            def execute_and_wrap(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    self._wrap_late(module)
 
-        loader.exec_module = execute_and_wrap
+            loader.exec_module = execute_and_wrap
         return spec
+
+    def _wrap_late(self, module: ModuleType) -> None:
+        kind, name = _LATE[module.__name__]
+        self._wrap(getattr(module, kind), name, self._suspend)
 
 
 class _Reader:
     """`sys.stdin`, with the terminal given to the user while it is read."""
 
     def __init__(self, stream: Any, suspend: Suspend) -> None:
-        self._stream, self._suspend = stream, suspend
+        self._stream = stream
+        for name in ("read", "readline", "readlines"):
+            setattr(self, name, _within(suspend, getattr(stream, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-    def read(self, *args: Any) -> str:
-        with self._suspend():
-            return str(self._stream.read(*args))
-
-    def readline(self, *args: Any) -> str:
-        with self._suspend():
-            return str(self._stream.readline(*args))
-
-    def readlines(self, *args: Any) -> list[str]:
-        with self._suspend():
-            return list(self._stream.readlines(*args))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readline, "")
 
     def __next__(self) -> str:
-        if line := self.readline():
-            return line
-        raise StopIteration
+        return next(iter(self))
+
+
+def _within(around: Suspend, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return function(*args, **kwargs)
+
+    return mine
 
 
 @contextlib.contextmanager
 def _no_echo() -> Iterator[None]:
     import termios
 
-    fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-    try:
-        before = termios.tcgetattr(fd)
-        quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-        termios.tcsetattr(fd, termios.TCSAFLUSH, quiet)
+    with open(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY), "rb", buffering=0) as tty:
+        before = termios.tcgetattr(tty)
+        termios.tcsetattr(tty, termios.TCSAFLUSH, [*before[:3], before[3] & ~termios.ECHO, *before[4:]])
         try:
             yield
         finally:
-            termios.tcsetattr(fd, termios.TCSADRAIN, before)
-    finally:
-        os.close(fd)
+            termios.tcsetattr(tty, termios.TCSADRAIN, before)

@@ -85,14 +85,11 @@ class Outflow:
 
 
 class Outlet(Board):
-    """Lines to a stream.
+    """Lines to a stream, `sys.stdout` when None.
 
     A file is written through its descriptor, past Python's buffer: a thread that waits inside that buffer holds a
     lock which the interpreter needs at exit. Other streams (`StringIO`, a notebook's, whose descriptor leads to the
     server's terminal, and all on Windows, which has no way to ask for room) are written as they are.
-
-    Args:
-        stream: `sys.stdout` when None.
     """
 
     def __init__(self, stream: Any = None) -> None:

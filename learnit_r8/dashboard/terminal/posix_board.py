@@ -105,13 +105,7 @@ class PosixTerminal(Board):
 
 
 class PosixBoard(PosixTerminal, ScreenBoard):
-    """Owns the terminal while it is shown.
-
-    Args:
-        environment: The process's environment variables.
-        console: Where prints are kept; None for a temporary file.
-        prints: Whether prints are this process's to keep.
-    """
+    """Owns the terminal while it is shown."""
 
     def __init__(self, environment: Mapping[str, str], console: Path | None, prints: bool) -> None:
         self._environment = environment

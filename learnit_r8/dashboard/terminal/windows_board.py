@@ -51,11 +51,7 @@ def _kernel() -> Any:
 
 
 class StreamCapture(ConsoleFile):
-    """Sends `sys.stdout`, `sys.stderr` and what children print into one file, from `engage` to `release`.
-
-    Args:
-        path: As for `ConsoleFile`.
-    """
+    """Sends `sys.stdout`, `sys.stderr` and what children print into one file, from `engage` to `release`."""
 
     def __init__(self, path: Path | None = None) -> None:
         super().__init__(path)
@@ -115,11 +111,6 @@ class WindowsBoard(ScreenBoard):
     """Owns the console while it is shown.
 
     Prints are kept (again) by `enter`, after curses has taken the standard handles that it needs.
-
-    Args:
-        environment: The process's environment variables.
-        console: Where prints are kept; None for a temporary file.
-        prints: Whether prints are this process's to keep.
     """
 
     key_seconds = 0.05
