@@ -282,10 +282,10 @@ class InFlight:
         if skipped:
             self._skipped = max(self._skipped, self._loader.failed())
         elif self._failed > self._skipped:
-            first = next(iter(self._open.values())).batch
+            first, count = next(iter(self._open.values())).batch, self._failed - self._skipped
             raise ProtocolError(
-                f"{self._failed - self._skipped} of the batches from step {first.step} (epoch {first.epoch}) on could not "
-                f"be loaded, and this loss would reach their samples: where the loader's error is caught, {_LEFT_OUT}"
+                f"{count} of the batches from step {first.step} (epoch {first.epoch}) on could not be loaded, and "
+                f"this loss would reach their samples: where the loader's error is caught, {_LEFT_OUT}"
             )
 
     def outdate(self) -> None:
