@@ -98,9 +98,8 @@ def restore_state(captured: Any, like: Any = None) -> Any:
         ConfigError: An array was sharded, and nothing says how; or not all of it is in this process, and it is to be
             sharded in another way.
     """
-    if like is None:
-        return jax.tree.map(_to_jax, captured, is_leaf=_is_special)
-    return jax.tree.map(_to_jax, captured, like, is_leaf=_is_special)
+    others = () if like is None else (like,)
+    return jax.tree.map(_to_jax, captured, *others, is_leaf=lambda leaf: isinstance(leaf, (_Key, _Placed)))
 
 
 def with_lr(opt_state: Any, lr: float) -> Any:
@@ -173,7 +172,7 @@ def _to_numpy(leaf: Any) -> Any:
 
 
 def _to_jax(leaf: Any, like: Any = None) -> Any:
-    if _is_key(leaf):
+    if isinstance(leaf, _Key):
         numbers = _to_jax(leaf.numbers, None if like is None else jax.random.key_data(like))
         return jax.random.wrap_key_data(numbers, impl=leaf.implementation)
     like = like if isinstance(like, jax.Array) else None
@@ -189,12 +188,11 @@ def _to_jax(leaf: Any, like: Any = None) -> Any:
 
 def _placed(leaf: _Placed, like: Any) -> jax.Array:
     sharding = leaf.placement.sharding
-    if like is not None and like.committed and like.sharding != sharding:
-        placed: jax.Array = jax.device_put(_whole(leaf), like.sharding)
-        return placed
     if like is not None and not like.committed:
         return jnp.asarray(_whole(leaf))
-    if sharding is None and like is None:
+    if like is not None and like.sharding != sharding:
+        return jax.device_put(_whole(leaf), like.sharding)  # type: ignore[no-any-return]
+    if sharding is None:
         raise ConfigError(
             "the captured arrays were sharded, but a file does not say how: give restore_state(captured, like=...)"
         )
@@ -215,11 +213,3 @@ def _whole(leaf: _Placed) -> NDArray[Any]:
 
 def _place(index: tuple[slice, ...] | None) -> tuple[tuple[Any, ...], ...]:
     return tuple((part.start, part.stop, part.step) for part in index or ())
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, _Key)
-
-
-def _is_special(leaf: Any) -> bool:
-    return isinstance(leaf, (_Key, _Placed))

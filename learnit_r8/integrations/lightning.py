@@ -88,10 +88,9 @@ class R8Callback(Callback):
     """
 
     def __init__(self, scheduler: R8Scheduler | Callable[[], R8Scheduler]) -> None:
-        if not callable(scheduler) and not hasattr(scheduler, "batch_iterator"):
-            raise ConfigError(
-                f"scheduler must be an R8Scheduler or a function that makes one, got {type(scheduler).__name__}"
-            )
+        if not (callable(scheduler) or hasattr(scheduler, "batch_iterator")):
+            kind = type(scheduler).__name__
+            raise ConfigError(f"scheduler must be an R8Scheduler or a function that makes one, got {kind}")
         self._given = scheduler
         self._epochs: Iterator[int] = iter(())
         self._pending: list[Any] = []  # losses whose optimizer step is not done yet
@@ -137,14 +136,12 @@ class R8Callback(Callback):
                 f"overfit_batches={overfit} trains on the same batches in each epoch, and the scheduler chooses "
                 "others: leave it out, and take a Subset of the data with num_samples=len(subset)"
             )
-        if _averaging(trainer) is not None:
-            epochs = None if scheduler.total_steps is None else -(-scheduler.total_steps // scheduler.steps_per_epoch)
-            if trainer.max_epochs != epochs:
-                problems.append(
-                    f"StochasticWeightAveraging ends with max_epochs={trainer.max_epochs}, the run with the "
-                    f"scheduler's num_epochs={epochs}: give Trainer(max_epochs={epochs or 'n'}), or average by "
-                    "lightning.pytorch.callbacks.WeightAveraging"
-                )
+        if _averaging(trainer) is not None and trainer.max_epochs != (epochs := _epochs_of(scheduler)):
+            problems.append(
+                f"StochasticWeightAveraging ends with max_epochs={trainer.max_epochs}, the run with the "
+                f"scheduler's num_epochs={epochs}: give Trainer(max_epochs={epochs or 'n'}), or average by "
+                "lightning.pytorch.callbacks.WeightAveraging"
+            )
         return problems
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,13 +161,13 @@ class R8Callback(Callback):
         Raises:
             ConfigError: The training loader does not draw from the scheduler.
         """
-        if not _uses_sampler(trainer.train_dataloader):
+        if not isinstance(getattr(trainer.train_dataloader, "batch_sampler", None), R8BatchSampler):
             raise ConfigError(
                 "the training loader does not draw from the scheduler: return self.r8_dataloader(dataset) "
                 "of R8DataModuleMixin, or DataLoader(dataset, batch_sampler=R8BatchSampler(scheduler)), and no "
                 "other loader beside it"
             )
-        self._release()
+        self.on_train_end()
         self._look(trainer, look=False)
         relative = any(isinstance(one, BaseFinetuning) for one in trainer.callbacks)  # type: ignore[attr-defined]
         for optimizer in trainer.optimizers:
@@ -197,11 +194,10 @@ class R8Callback(Callback):
                 f"limit_train_batches ends each epoch after {int(trainer.num_training_batches)} of its "
                 f"{scheduler.steps_per_epoch} batches"
             )
-        if scheduler.total_steps is not None:
-            epochs = -(-scheduler.total_steps // scheduler.steps_per_epoch)
+        if (epochs := _epochs_of(scheduler)) is not None:
             if trainer.max_epochs not in (None, -1) and trainer.max_epochs < epochs:
                 cuts.append(f"max_epochs={trainer.max_epochs} ends the run before the scheduler's {epochs} epochs")
-            updates, most = scheduler.total_steps // trainer.accumulate_grad_batches, trainer.max_steps
+            updates, most = int(scheduler.total_steps or 0) // trainer.accumulate_grad_batches, trainer.max_steps
             if 0 <= most < updates:
                 as_budget = f"as a budget that is R8Scheduler(num_steps={most * trainer.accumulate_grad_batches})"
                 cuts.append(f"max_steps={most} ends the run before the scheduler's {updates} updates ({as_budget})")
@@ -248,13 +244,15 @@ class R8Callback(Callback):
         if last and averaging._model_contains_batch_norm and self._look(trainer, look=True):  # type: ignore[union-attr]
             trainer.should_stop = False
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *args: Any) -> None:
         """Leave the optimizer and the signal handlers alone."""
-        self._release()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if hasattr(self._epochs, "close"):
+            self._epochs.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As `on_train_end`."""
-        self._release()
+    on_exception = on_train_end  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state and the random generators', without numpy arrays.
@@ -264,8 +262,7 @@ class R8Callback(Callback):
         """
         if self.scheduler.sharded:
             raise ConfigError(_SHARDED)
-        state = {"scheduler": tensors_from_arrays(self.scheduler.state_dict())}
-        return state | capture_state(None)
+        return {"scheduler": tensors_from_arrays(self.scheduler.state_dict())} | capture_state(None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the scheduler; the random generators follow when training starts."""
@@ -297,13 +294,6 @@ class R8Callback(Callback):
     def _after_step(self, *args: Any) -> None:
         self._steps_done += 1
 
-    def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if hasattr(self._epochs, "close"):
-            self._epochs.close()
-
     def _parts(self) -> tuple[Any, Any, Any]:
         trainer, module = self._fit
         return module, trainer.optimizers, getattr(trainer.precision_plugin, "scaler", None)
@@ -324,14 +314,11 @@ class R8DataModuleMixin:
         """
         trainer: Any = getattr(self, "trainer", None)
         scheduler, problems = _callback_of(trainer).scheduler, []
-        clashing = sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & set(options))
-        if clashing:
+        if clashing := sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & set(options)):
             problems.append(f"the scheduler forms the batches: leave out {', '.join(clashing)}")
-        size = len(dataset)  # type: ignore[arg-type]
-        if size != scheduler.catalog.num_samples:
-            problems.append(
-                f"the dataset has {size} samples, the scheduler num_samples={scheduler.catalog.num_samples}"
-            )
+        size, wanted = len(dataset), scheduler.catalog.num_samples  # type: ignore[arg-type]
+        if size != wanted:
+            problems.append(f"the dataset has {size} samples, the scheduler num_samples={wanted}")
         if problems:
             raise ConfigError(problems)
         return _ResumableLoader(dataset, batch_sampler=_Sampler(scheduler, trainer), **options)
@@ -364,11 +351,7 @@ class _Sampler(R8BatchSampler):
 class _ResumableLoader(DataLoader[Any]):
     """Tells Lightning that it resumes in the middle of an epoch: the scheduler does."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": "in the state of R8Scheduler"}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    state_dict, load_state_dict = R8BatchSampler.state_dict, R8BatchSampler.load_state_dict
 
 
 def _losses(outputs: Any, accumulated: int) -> Any:
@@ -381,10 +364,10 @@ def _losses(outputs: Any, accumulated: int) -> Any:
     return None if outputs is None else outputs.detach() * accumulated
 
 
+def _epochs_of(scheduler: R8Scheduler) -> int | None:
+    return None if scheduler.total_steps is None else -(-scheduler.total_steps // scheduler.steps_per_epoch)
+
+
 def _averaging(trainer: Trainer) -> StochasticWeightAveraging | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((one for one in callbacks if isinstance(one, StochasticWeightAveraging)), None)
-
-
-def _uses_sampler(loaders: Any) -> bool:
-    return isinstance(getattr(loaders, "batch_sampler", None), R8BatchSampler)

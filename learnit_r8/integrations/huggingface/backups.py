@@ -30,10 +30,10 @@ class TrainedState:
 
     def _trained(self) -> dict[str, Tensor]:
         model = self._trainer.model
-        weights, known = dict(model.named_parameters()), self._versions
+        weights = dict(model.named_parameters())
         if model is not self._model:
-            self._model = model
-            known = self._versions = {name: p._version for name, p in weights.items()}
+            self._model, self._versions = model, {name: p._version for name, p in weights.items()}
+        known = self._versions
         parts = {name: p.detach() for name, p in weights.items() if p.requires_grad or p._version != known.get(name)}
         return parts | {
             name: buffer

@@ -156,9 +156,9 @@ class LossWatch:
 
     def give(self, losses: Tensor) -> None:
         """Take the losses of this micro-batch from who computes them."""
-        wanted = self._host._batch_rows()
-        if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != wanted:
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        wanted, shape = self._host._batch_rows(), tuple(losses.shape) if isinstance(losses, Tensor) else None
+        if shape != (wanted,):
+            got = type(losses).__name__ if shape is None else f"shape {shape}"
             raise ProtocolError(f"one loss per sample is a tensor of shape ({wanted},) here, got {got}")
         self._given = losses
 
@@ -182,8 +182,6 @@ class LossWatch:
             self._divided = _share(loss, probe)
         seen = Seen(batch, self._outputs, self._reference, self._host._batch_rows(), self._host)
         weighted = self._note(loss, seen, items)
-        if weighted is loss:
-            return result
         return (weighted, *result[1:]) if isinstance(result, tuple) else weighted
 
     def _note(self, loss: Tensor, seen: Seen, items: Any) -> Tensor:

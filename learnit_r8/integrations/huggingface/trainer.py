@@ -65,10 +65,6 @@ class _SchedulerRates(LRScheduler):
         self._scheduler.load_state_dict(arrays_from_tensors(state_dict))
         self.loaded = True
 
-    def close(self) -> None:
-        """Leave the optimizer alone."""
-        self._hook.remove()
-
 
 class R8Mixin(SampleLossMixin):
     """Makes a Trainer of your own an R8Trainer: `class Mine(R8Mixin, MyTrainer)`.
@@ -117,13 +113,13 @@ class R8Mixin(SampleLossMixin):
 
     def _problems(self) -> list[str]:
         problems = []
-        dataset, scheduler = self.train_dataset, self.scheduler
-        size = scheduler.catalog.num_samples
-        if hasattr(dataset, "__len__") and len(dataset) != size:
+        scheduler, dataset = self.scheduler, self.train_dataset
+        rows = len(dataset) if hasattr(dataset, "__len__") else 0
+        if rows not in (0, size := scheduler.catalog.num_samples):
             packed = " after packing" if getattr(self.args, "packing", False) else ""
             problems.append(
-                f"train_dataset has {len(dataset)} samples{packed}, the scheduler num_samples={size}: create it with "
-                f"num_samples={len(dataset)}"
+                f"train_dataset has {rows} samples{packed}, the scheduler num_samples={size}: create it with "
+                f"num_samples={rows}"
             )
         shares = [f"{kind}_steps" for kind in ("logging", "eval", "save") if share_of(self.args, kind)]
         if shares and scheduler.total_steps is None:
@@ -150,9 +146,8 @@ class R8Mixin(SampleLossMixin):
         return problems + (self._group_problems() if is_grouped(self) else [])
 
     def _group_problems(self) -> list[str]:
-        self._grouped = True
-        self._times = self.num_generations, self.args.steps_per_generation * self.num_iterations
-        parts, group = self.args.steps_per_generation, self.num_generations
+        self._grouped, parts, group = True, self.args.steps_per_generation, self.num_generations
+        self._times = group, parts * self.num_iterations
         if group % parts == 0 or (self.scheduler.drop_last and self._rows() % parts == 0):
             return []
         return [
@@ -165,28 +160,34 @@ class R8Mixin(SampleLossMixin):
 
     def _tell_replaced(self) -> None:
         """Name the Trainer's arguments that were given and that the scheduler's own take the place of."""
-        args, scheduler = self.args, self.scheduler
-        epochs = None if scheduler.total_steps is None else -(-scheduler.total_steps // scheduler.steps_per_epoch)
-        ours = {"num_train_epochs": epochs, "per_device_train_batch_size": scheduler.batch_size, "learning_rate": None}
+        args, scheduler, tell = self.args, self.scheduler, self.scheduler.tell
+        ours = {
+            "num_train_epochs": self._epochs_in_all(),
+            "per_device_train_batch_size": scheduler.batch_size,
+            "learning_rate": None,
+        }
         given = [
             f"{name}={getattr(args, name)!r}"
             for name, value in ours.items()
             if getattr(args, name) not in (default_of(args, name), value)
         ]
         if given:
-            self.scheduler.tell(f"{', '.join(given)} of the Trainer: R8Scheduler's own values count in place of it")
+            tell(f"{', '.join(given)} of the Trainer: R8Scheduler's own values count in place of it")
         most, own, each = args.max_steps, self._place()[1], args.gradient_accumulation_steps * self._times[1]
         if 0 < most < own:
-            self.scheduler.tell(
+            tell(
                 f"max_steps={most} ends the training before R8Scheduler's budget does, so the schedule of the learning "
                 f"rate does not come to its end: as a budget that is R8Scheduler(num_steps={most * each}), in batches"
             )
         elif most > own:
-            self.scheduler.tell(f"max_steps={most} is not reached: R8Scheduler's budget is spent after {own} steps")
+            tell(f"max_steps={most} is not reached: R8Scheduler's budget is spent after {own} steps")
+
+    def _epochs_in_all(self) -> int:
+        steps = self.scheduler.total_steps
+        return MANY if steps is None else -(-steps // self.scheduler.steps_per_epoch)
 
     def _take_over(self) -> None:
-        steps = self.scheduler.total_steps
-        self.args.num_train_epochs = MANY if steps is None else -(-steps // self.scheduler.steps_per_epoch)
+        self.args.num_train_epochs = self._epochs_in_all()
         rows = self._rows()
         if self._grouped:
             self._calculate_rewards = partial(self._keep_rewards, self._calculate_rewards)
@@ -248,8 +249,7 @@ class R8Mixin(SampleLossMixin):
         scheduler = self.scheduler
         reported, planned = scheduler.epoch_batches
         left = scheduler.batches_left
-        if left is None:
-            left = MANY * scheduler.steps_per_epoch
+        left = MANY * scheduler.steps_per_epoch if left is None else left
         here = min(planned - reported, left)
         whole, rest = divmod(left - here, scheduler.steps_per_epoch)
         steps = self._steps(here, len(self._parts)) + whole * self._steps(scheduler.steps_per_epoch) + self._steps(rest)
@@ -317,8 +317,6 @@ class R8Mixin(SampleLossMixin):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         """Return what the Trainer takes for its learning-rate scheduler."""
-        if self._rates is not None:
-            self._rates.close()
         self._rates = _SchedulerRates(self.scheduler, optimizer or self.optimizer)
         self.lr_scheduler, self._created_lr_scheduler = self._rates, True
         return self._rates
@@ -360,10 +358,9 @@ class SRSTrainer(SampleLossMixin, Trainer):
         self.args.per_device_train_batch_size = self._train_batch_size = train_sampler.batch_size
 
     def _problems(self) -> list[str]:
-        problems = []
-        if not hasattr(self.train_sampler, "update_difficulties"):
-            name = type(self.train_sampler).__name__
-            problems.append(f"train_sampler must have update_difficulties(loss), got {name}")
+        problems, sampler = [], self.train_sampler
+        if not hasattr(sampler, "update_difficulties"):
+            problems.append(f"train_sampler must have update_difficulties(loss), got {type(sampler).__name__}")
         if self.args.world_size > 1:
             problems.append(f"SRSTrainer runs on one process, got {self.args.world_size}: use R8Trainer with 'spaced'")
         return problems
@@ -371,7 +368,7 @@ class SRSTrainer(SampleLossMixin, Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Keep an `indices` field, with which data sets for such samplers are published, from a model without one."""
         self._set_signature_columns_if_needed()
-        if isinstance(inputs, dict) and "indices" in inputs and "indices" not in (self._signature_columns or ()):
+        if isinstance(inputs, dict) and "indices" not in (self._signature_columns or ()):
             inputs = {name: value for name, value in inputs.items() if name != "indices"}
         return super()._prepare_inputs(inputs)
 

@@ -22,7 +22,7 @@ import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import keras
@@ -33,7 +33,6 @@ from learnit_r8.errors import ConfigError, ProtocolError, tell
 from learnit_r8.integrations.keras.host import Host, fit_problems, for_loggers, host
 from learnit_r8.integrations.keras.losses import install as install_losses
 from learnit_r8.integrations.keras.state import (
-    State,
     capture_state,
     restore_state,
     set_torch_generators,
@@ -47,12 +46,8 @@ from learnit_r8.types import Batch
 
 __all__ = ["R8Callback", "R8Dataset", "capture_state", "restore_state"]
 
-
-class _Planned(NamedTuple):
-    """A batch, and its data where a thread loads it."""
-
-    batch: Batch
-    data: Future[tuple[Any, ...]] | None
+_Planned = tuple[Batch, Future[tuple[Any, ...]] | None]
+"""A batch, and its data where a thread loads it."""
 
 
 class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
@@ -84,7 +79,10 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         super().__init__(workers=1, use_multiprocessing=False)
         self.scheduler = scheduler
         self._load: Callable[[NDArray[np.int64]], tuple[Any, ...]] = x if callable(x) else _rows_of(x, y)
-        problems = [] if callable(x) else _length_problems((x, y), scheduler.catalog.num_samples)
+        lengths = set() if callable(x) else {len(array) for array in keras.tree.flatten((x, y)) if array is not None}
+        problems, samples = [], scheduler.catalog.num_samples
+        if not lengths <= {samples}:
+            problems.append(f"x and y must have {samples} rows, the scheduler's num_samples, got {sorted(lengths)}")
         if scheduler.world_size > 1:
             problems.append(f"R8Dataset is for one process, the scheduler has world_size={scheduler.world_size}")
         if not isinstance(workers, int) or workers < 1:
@@ -122,9 +120,8 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
             end = self.scheduler.catalog.num_samples if last else (index + 1) * size  # with drop_last, too
             indices = np.arange(index * size, end)
             return self._loaded(indices, np.ones(len(indices), np.float32))
-        if planned.data is not None:
-            return planned.data.result()
-        return self._loaded(planned.batch.indices, planned.batch.weights)
+        batch, data = planned
+        return self._loaded(batch.indices, batch.weights) if data is None else data.result()
 
     def _loaded(self, indices: NDArray[np.int64], weights: NDArray[np.float32]) -> tuple[Any, ...]:
         loaded = self._load(indices)
@@ -210,10 +207,9 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
             batch = self._next_batch()
             if batch is None:
                 break
-            submit = None if self._pool is None else self._pool.submit
-            data = None if submit is None else submit(self._loaded, batch.indices, batch.weights)
+            data = None if self._pool is None else self._pool.submit(self._loaded, batch.indices, batch.weights)
             with self._ready:
-                self._plan.append(_Planned(batch, data))
+                self._plan.append((batch, data))
                 self._ready.notify_all()
         return len(self._plan) > self._reported
 
@@ -230,12 +226,12 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
     @property
     def current(self) -> Batch:
         """The batch that is trained on."""
-        return self._plan[self._reported].batch
+        return self._plan[self._reported][0]
 
     def report(self, losses: Any) -> None:
         """Report the current batch."""
         batch = self.current
-        self._plan[self._reported] = _Planned(batch, None)  # its data may go
+        self._plan[self._reported] = batch, None  # its data may go
         self.scheduler.update_with_loss(losses, batch)
         self._reported += 1
 
@@ -281,7 +277,9 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         self._check()
         self._rate = None
         self._losses = install_losses(self.model, self._dataset.scheduler.batch_size, self._sample_loss)
-        self._dataset.scheduler.attach_model(self._capture, self._restore)
+        self._dataset.scheduler.attach_model(
+            lambda: capture_state(self.model, copy=False), lambda state: restore_state(state, self.model)
+        )
         self._dataset.start()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -350,12 +348,6 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         self._dataset.stop()
         training_generators.pop(self.model, None)
 
-    def _capture(self) -> State:
-        return capture_state(self.model, copy=False)
-
-    def _restore(self, state: State) -> None:
-        restore_state(state, self.model)
-
     def _check(self) -> None:
         problems = []
         fit = host()
@@ -363,18 +355,17 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
             self._dataset.check(fit)
             for_loggers(fit, self)
             self._plateau = any(isinstance(one, keras.callbacks.ReduceLROnPlateau) for one in fit.callbacks)
-        replicas = getattr(getattr(self.model, "distribute_strategy", None), "num_replicas_in_sync", 1)
-        if replicas > 1:
+        if (replicas := getattr(getattr(self.model, "distribute_strategy", None), "num_replicas_in_sync", 1)) > 1:
             problems.append(
                 f"the model runs on {replicas} replicas (tf.distribute), each of which sees a part of a batch: their "
                 "losses cannot be told apart, train on one device"
             )
         if keras.distribution.distribution() is not None:
             problems.append("keras.distribution shards the model, which backups would undo: train on one device")
-        steps = self.model.steps_per_execution
-        if steps > 1:
+        if (steps := self.model.steps_per_execution) > 1:
             problems.append(f"steps_per_execution={steps} hides the losses of all steps but the last: compile with 1")
-        if isinstance(getattr(self.model.optimizer, "_learning_rate", None), _RATE_SCHEDULE):
+        schedule = keras.optimizers.schedules.LearningRateSchedule
+        if isinstance(getattr(self.model.optimizer, "_learning_rate", None), schedule):
             problems.append(
                 "the optimizer has a LearningRateSchedule, and R8Scheduler sets the learning rate: give the optimizer "
                 "a number"
@@ -391,26 +382,15 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
                 )
 
 
-_RATE_SCHEDULE = keras.optimizers.schedules.LearningRateSchedule
-
-
 def _strictly_in_step() -> bool:
     """Whether the backend asks for a batch only when the one before it is done."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
+    if keras.backend.backend() != "jax":
+        return bool(keras.backend.backend() == "torch")
+    import jax
 
-        return bool(jax.default_backend() == "cpu")
-    return bool(backend == "torch")
+    return bool(jax.default_backend() == "cpu")
 
 
 def _rows_of(x: Any, y: Any) -> Callable[[NDArray[np.int64]], tuple[Any, ...]]:
     parts = (x,) if y is None else (x, y)
     return lambda indices: tuple(keras.tree.map_structure(lambda array: array[indices], part) for part in parts)
-
-
-def _length_problems(parts: Any, samples: int) -> list[str]:
-    lengths = {len(array) for part in parts if part is not None for array in keras.tree.flatten(part)}
-    if lengths <= {samples}:
-        return []
-    return [f"x and y must have {samples} rows, the scheduler's num_samples, got {sorted(lengths)}"]

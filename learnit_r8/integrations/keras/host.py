@@ -13,12 +13,7 @@ _LOOPS = ("fit", "evaluate", "predict")
 
 
 class Host(NamedTuple):
-    """A call of `fit`, `evaluate` or `predict`.
-
-    Attributes:
-        name: Which of them.
-        arguments: What it was called with.
-    """
+    """A call of `fit`, `evaluate` or `predict`, and what it was called with."""
 
     name: str
     arguments: Mapping[str, Any]

@@ -9,11 +9,7 @@ import keras
 
 
 class SampleLosses(keras.metrics.Metric):  # type: ignore[misc]
-    """One loss per sample, and the step's loss last. A metric: its state is no weight, so it is not saved.
-
-    Args:
-        size: Samples of a batch.
-    """
+    """One loss per sample, and the step's loss last. A metric: its state is no weight, so it is not saved."""
 
     def __init__(self, size: int) -> None:
         super().__init__(name="r8_sample_losses", dtype="float32")
@@ -23,11 +19,9 @@ class SampleLosses(keras.metrics.Metric):  # type: ignore[misc]
 
     def write(self, losses: Any, total: Any) -> None:
         """Keep the losses of each sample, where there are any, and the step's."""
-        self.written, self.per_sample = True, losses is not None
-        ops = keras.ops
+        self.written, self.per_sample, ops = True, losses is not None, keras.ops
         total = ops.reshape(ops.cast(total, "float32"), (1,))
-        if losses is None:
-            losses = total
+        losses = total if losses is None else losses
         # A shorter batch is filled up, without asking for its size, which a graph may not know.
         filled = ops.concatenate([ops.cast(losses, "float32"), ops.zeros((self.size,), "float32")])[: self.size]
         self.values.assign(ops.stop_gradient(ops.concatenate([filled, total])))

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError
 
-_PARTS = ("trainable", "non_trainable", "optimizer")
 State = dict[str, list[NDArray[Any]]]
 
 
@@ -22,8 +21,8 @@ def capture_state(model: Any, *, copy: bool = True) -> State:
         model: A built and compiled model.
         copy: False may return views of the model's own memory.
     """
-    found = zip(_PARTS, _variables(model), strict=True)
-    state = {part: [to_numpy(variable, copy=copy) for variable in variables] for part, variables in found}
+    live = _variables(model)
+    state = {part: [to_numpy(variable, copy=copy) for variable in live[part]] for part in live}
     return state | {"generators": [array.copy() for array in training_generators.get(model, torch_generators())]}
 
 
@@ -37,18 +36,15 @@ def restore_state(state: State, model: Any) -> None:
     Raises:
         ConfigError: The state is of another model; nothing has changed then.
     """
-    live = dict(zip(_PARTS, _variables(model), strict=True))
-    shapes = {part: [tuple(variable.shape) for variable in live[part]] for part in _PARTS}
-    given = {part: [array.shape for array in state[part]] for part in _PARTS}
-    problems = [
-        f"{part}: the state has shapes {given[part]}, the model {shapes[part]}"
-        for part in _PARTS
-        if given[part] != shapes[part]
-    ]
+    live, problems = _variables(model), []
+    for part, variables in live.items():
+        given, shapes = [array.shape for array in state[part]], [tuple(variable.shape) for variable in variables]
+        if given != shapes:
+            problems.append(f"{part}: the state has shapes {given}, the model {shapes}")
     if problems:
         raise ConfigError(problems)
-    for part in _PARTS:
-        for variable, array in zip(live[part], state[part], strict=True):
+    for part, variables in live.items():
+        for variable, array in zip(variables, state[part], strict=True):
             variable.assign(np.array(array))  # JAX would use the array's own memory
     training_generators[model] = [array.copy() for array in state.get("generators", [])]
 
@@ -80,10 +76,13 @@ def set_torch_generators(states: list[NDArray[Any]]) -> None:
         torch.cuda.set_rng_state_all(others)
 
 
-def _variables(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    return model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
+def _variables(model: Any) -> dict[str, list[Any]]:
+    trainable, optimizer = model.trainable_variables, model.optimizer
+    if not optimizer.built:
+        optimizer.build(trainable)
+    return {
+        "trainable": trainable, "non_trainable": model.non_trainable_variables, "optimizer": optimizer.variables
+    }  # fmt: skip
 
 
 def to_numpy(variable: Any, *, copy: bool) -> NDArray[Any]:
