@@ -111,7 +111,7 @@ def drift(updates: int) -> float:
     tree = SumTree(100_000)
     for _ in range(updates // 1000):
         tree.set(rng.integers(0, tree.size, 1000), rng.pareto(1.2, 1000))
-    return abs(tree.total / math.fsum(tree.weights()) - 1.0)
+    return abs(tree.total / math.fsum(tree.view) - 1.0)
 
 
 def diversity(count: int, rounds: int) -> float:

@@ -34,7 +34,7 @@ from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, Saved, each, row, table
 from learnit_r8.errors import ConfigError
-from learnit_r8.structures.keys import key_from_json, key_to_json, plain_key
+from learnit_r8.structures.keys import KEY, plain_key
 
 __all__ = ["PromptScheduler"]
 
@@ -47,8 +47,8 @@ _EXPLORE = 0.3
 _PATIENCE = 16
 """Draws for which a prompt is not drawn again while its group is under way."""
 
-_KEY = Kind(lambda _, key: key_to_json(key), lambda _, saved: key_from_json(saved))
-_WAITS = each(row(_KEY, int), dict)
+_WAITS = each(row(KEY, int), dict)
+_WAITING = Kind(lambda me, waits: _WAITS.save(me, waits.items()), _WAITS.load)
 
 
 class PromptScheduler(Saved):
@@ -74,14 +74,14 @@ class PromptScheduler(Saved):
         draws=int,
         groups=int,
         mixed=int,
-        keys=each(_KEY),
+        keys=each(KEY),
         wins=np.float64,
         losses=np.float64,
         shown=np.float64,
         possible=np.float64,
         at=np.int64,
-        waits=Kind(lambda me, waits: _WAITS.save(me, waits.items()), _WAITS.load),
-        gone=Kind(lambda me, waits: _WAITS.save(me, waits.items()), _WAITS.load),
+        waits=_WAITING,
+        gone=_WAITING,
     )
 
     def __init__(
@@ -178,12 +178,7 @@ class PromptScheduler(Saved):
         return self.draw_among(len(self), n)
 
     def draw_among(self, slots: int | NDArray[np.int64], n: int) -> list[Hashable]:
-        """As `draw`, from a part of the prompts.
-
-        Args:
-            slots: Their places in the order in which they were added, distinct, `[m]`; or how many there are, for all.
-            n: How many, at least 1.
-        """
+        """As `draw`, from the prompts of these places in the order in which they were added, or of all so many."""
         rng = self._streams.at(Purpose.BATCH, 0, self._draws)
         self._draws += 1
         for waits in (self._waits, self._gone):
@@ -234,20 +229,14 @@ class PromptScheduler(Saved):
             return
         slot = self._slot(key)
         self._waits.pop(key, None)
-        count = len(values)
-        if not count:
-            return
-        gains = (values - low) / (high - low)
-        self.learn(slot, count, float(gains.mean()), float(gains.var()))
+        if len(values):
+            gains = (values - low) / (high - low)
+            self.learn(slot, len(values), float(gains.mean()), float(gains.var()))
 
     def learn(self, slot: int, count: int, mean: float, variance: float | None = None) -> None:
-        """Take in a group of which only this is known.
+        """Take in a group of which only this is known: mean and variance of so many rewards between 0 and 1.
 
-        Args:
-            slot: The prompt's place.
-            count: Completions.
-            mean: Of their rewards, 0 (the lowest) to 1 (the highest).
-            variance: Likewise; None: the most that the mean allows, as where rewards are 0 or 1.
+        Where the variance is None it is the most that the mean allows, as where rewards are 0 or 1.
         """
         most = mean * (1.0 - mean)
         shown = most if variance is None else variance

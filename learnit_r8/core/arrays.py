@@ -22,6 +22,12 @@ def in_any(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> ND
     return one | other
 
 
+def largest(scores: NDArray[Any], k: int) -> NDArray[np.int64]:
+    """Return the places of the k largest numbers, the largest first."""
+    found = np.argpartition(scores, -k)[-k:] if k > 0 else np.empty(0, np.int64)
+    return found[np.argsort(-scores[found], kind="stable")]
+
+
 def as_losses(values: Any) -> NDArray[np.float64]:
     """Return numbers, an array or a tensor (of any device, with grad) as a float64 array.
 

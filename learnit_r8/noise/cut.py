@@ -17,11 +17,7 @@ _SORTED = 1 << 20
 
 
 class Classes:
-    """Samples by class.
-
-    Args:
-        groups: Class of each sample, `[N]`.
-    """
+    """Samples by class; `groups` is the class of each."""
 
     def __init__(self, groups: NDArray[np.integer[Any]]) -> None:
         _, self._of = np.unique(groups, return_inverse=True)
@@ -34,9 +30,7 @@ class Classes:
     def excess(self, losses: Losses, share: float = 0.5) -> Losses:
         """Return by how much the level of each sample's class exceeds the median class's, `[N]`.
 
-        Args:
-            losses: Shape `[N]`.
-            share: The level is this quantile of a class's losses, the median or a lower one.
+        The level is this `share` as a quantile of a class's losses: the median or a lower one.
         """
         places = self._starts + (self._counts * share).astype(np.int64)
         levels = losses[np.lexsort((losses, self._of))][places]
@@ -45,15 +39,10 @@ class Classes:
 
 
 def half_way(losses: Losses, low: float, high: float) -> float:
-    """Return the cut half-way between the medians of the losses below and above it.
+    """Return the cut half-way between the medians of the losses below and above it, from `low` to `high`.
 
     Medians, not the means of 2-means clustering: the wrong samples' losses have a long tail that
     would draw the cut up.
-
-    Args:
-        losses: Shape `[n]`.
-        low: The cut is at least this.
-        high: And at most this, where the search starts.
     """
     ordered = np.sort(losses[:: 1 + len(losses) // _SORTED])
     cut = high
@@ -73,9 +62,6 @@ def even_loss(losses: Losses) -> float:
 
     Such a model gives each of the K classes 1/K on average, and exp(-loss) is what it gave the right
     one. Losses that are no cross-entropies may have any spread: never less than half of their mean.
-
-    Args:
-        losses: Shape `[n]`, n >= 1.
     """
     values = losses.astype(np.float64)
     least = float(values.min())
@@ -89,13 +75,8 @@ def agreement(losses: Losses, suspects: int, low: float, high: float) -> float:
     While a share s of the labels is wrong, whichever, a model gives right ones a probability of
     1 - s at best, a loss of -ln(1 - s): until it learns by heart. Where the others' loss is lower
     than the number of suspects implies (below 1), the suspects lie together: a part of the data
-    that was not learned yet. For cross-entropies in nats only.
-
-    Args:
-        losses: The latest losses, shape `[n]`, n >= 1.
-        suspects: How many there are by their mean loss; the larger of the two numbers counts.
-        low: Bound of the cut.
-        high: The other one.
+    that was not learned yet. For cross-entropies in nats only. `suspects` is their number by their mean loss; where
+    more of the `losses`, the latest ones, lie above the cut, these count.
     """
     cut = half_way(losses, low, high)
     others = losses[losses <= cut]

@@ -11,12 +11,7 @@ from learnit_r8.types import Losses, Mask
 
 
 class LossesSince(Saved):
-    """What has been reported of each sample since this was made; 8 bytes a sample.
-
-    Args:
-        mean: Mean of each sample's losses until then, float32 `[N]`.
-        uses: How many they were, uint32 `[N]`.
-    """
+    """What has been reported of each sample since this was made, of its mean loss and uses until then; 8 bytes each."""
 
     _saved = table(mean=np.float32, uses=np.uint32)
 
@@ -32,14 +27,12 @@ class LossesSince(Saved):
         """Return the mean loss since then of those samples in a mask that have any, `[<= N]`."""
         total, times = self._sums(catalog)
         heard = mask & (times > 0)
-        means: NDArray[np.float64] = total[heard] / times[heard]
-        return means
+        return np.asarray(total[heard] / times[heard])
 
     def scores(self, catalog: LossCatalog) -> Losses:
         """Return the mean of each sample's losses since then and one more, the mean until then, `[N]`."""
         total, times = self._sums(catalog)
-        scores: Losses = ((self._mean + total) / (1 + times)).astype(np.float32)
-        return scores
+        return np.asarray((self._mean + total) / (1 + times), np.float32)
 
     def _sums(self, catalog: LossCatalog) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         times = np.maximum(catalog.uses.astype(np.int64) - self._uses, 0)  # a rollback may have taken some back

@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.core.arrays import read_only
+from learnit_r8.core.arrays import largest, read_only
 from learnit_r8.core.state import Saved, finite, mask, maybe, part, table
 from learnit_r8.noise.cut import Classes, agreement, even_loss, half_way
 from learnit_r8.noise.evidence import LossesSince
@@ -94,6 +94,8 @@ _NAMED = 100
 """Suspects that a report lists."""
 
 Scores = NDArray[np.float32]
+Decision = tuple[str, str, float]
+"""What was decided about the gate, why, and the figure."""
 
 
 class Stage(StrEnum):
@@ -196,16 +198,8 @@ class NoiseGuard(Saved):
     # The loop calls these -----------------------------------------------------------------
 
     def start_epoch(self, catalog: LossCatalog, progress: float, rng: np.random.Generator) -> Mask | None:
-        """Return the samples to leave out of this epoch, bool `[N]`, or None.
-
-        Args:
-            catalog: The losses so far.
-            progress: Share of the budget that is spent.
-            rng: For this epoch's random choices.
-        """
-        if self.mode != "cap":
-            return None
-        if self._stage in (Stage.WATCHING, Stage.SHUT):
+        """Return the samples to leave out of this epoch, bool `[N]`, or None."""
+        if self.mode != "cap" or self._stage in (Stage.WATCHING, Stage.SHUT):
             return None
         if self._phase is None:
             self._phase = rng.integers(0, 256, self.num_samples, np.uint8)
@@ -224,12 +218,7 @@ class NoiseGuard(Saved):
         return mask if mask.any() else None
 
     def end_epoch(self, catalog: LossCatalog, progress: float) -> GuardReport | None:
-        """Take an epoch's losses and think again; None while there is nothing to say.
-
-        Args:
-            catalog: The losses so far.
-            progress: Share of the budget that is spent.
-        """
+        """Take an epoch's losses and think again, at this share of the budget; None while there is nothing to say."""
         if self.mode == "off":
             return None
         if math.isnan(self.untrained):
@@ -247,7 +236,7 @@ class NoiseGuard(Saved):
             judged &= self._classes.large
         cut = half_way(scores[judged], cuts[0] * self.untrained, cuts[1] * self.untrained)
         found = self._above(cut, scores, judged)
-        decision, reason, figure = self._decide(catalog, progress, found, judged)
+        decision, reason, figure = self._decide(catalog, progress, found, judged) or ("", "", math.nan)
         if self._stage is not Stage.OPEN:
             found = np.zeros_like(found)
         elif catalog.attributed and self.mode == "cap":
@@ -261,7 +250,7 @@ class NoiseGuard(Saved):
         if not changed and not decision:
             return None
         count = int(np.count_nonzero(found))
-        worst = _largest(np.where(found, scores, -np.inf), min(count, _NAMED))
+        worst = largest(np.where(found, scores, -np.inf), min(count, _NAMED))
         return GuardReport(worst, scores[worst], count, changed, decision, reason, figure)
 
     def _give_up(self) -> GuardReport | None:
@@ -307,36 +296,37 @@ class NoiseGuard(Saved):
         found: Mask = (scores > cut) & judged
         return found if np.count_nonzero(found) <= _MOST * self.num_samples else np.zeros_like(found)
 
-    def _decide(self, catalog: LossCatalog, progress: float, found: Mask, judged: Mask) -> tuple[str, str, float]:
-        """Move to the next stage; return the decision about the gate, why, and the figure."""
+    def _decide(self, catalog: LossCatalog, progress: float, found: Mask, judged: Mask) -> Decision | None:
+        """Move to the next stage; return what was decided about the gate."""
         if self._stage is Stage.TRIAL_1:
             self._stage = Stage.TRIAL_2
-            return "", "", math.nan
+            return None
         if self._stage is Stage.TRIAL_2:
             return self._end_trial(catalog, found, judged)
-        if self._stage is Stage.WATCHING and found.any():
-            level = float(np.mean(catalog.expected_loss[found], dtype=np.float64)) / self.untrained
-            why = f"suspects' loss stays at {level:.2f} of the untrained one"
-            why += ", by estimates from one loss a batch, which are weak" if catalog.attributed else ""
-            if catalog.attributed or self.mode == "report":
-                ripe = level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN)
-            else:
-                ripe = level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= _MIN_USES
-            if not ripe or (not catalog.attributed and self._agreement(catalog, found, judged) < _AGREE):
-                return "", "", math.nan
-            if catalog.attributed or self.mode == "report":
-                self._stage = Stage.OPEN
-                return "noise guard open" if self.mode == "cap" else "suspects named", why, level
-            self._begin_trial(catalog, judged)
-            return "noise trial", why, level
-        return "", "", math.nan
+        if self._stage is not Stage.WATCHING or not found.any():
+            return None
+        level = float(np.mean(catalog.expected_loss[found], dtype=np.float64)) / self.untrained
+        why = f"suspects' loss stays at {level:.2f} of the untrained one"
+        why += ", by estimates from one loss a batch, which are weak" if catalog.attributed else ""
+        at_once = catalog.attributed or self.mode == "report"
+        if at_once:
+            ripe = level > (_OPEN_ATTRIBUTED if catalog.attributed else _OPEN)
+        else:
+            ripe = level > _TRY and progress <= _UNTIL and float(np.mean(catalog.uses)) >= _MIN_USES
+        if not ripe or (not catalog.attributed and self._agreement(catalog, found, judged) < _AGREE):
+            return None
+        if at_once:
+            self._stage = Stage.OPEN
+            return "noise guard open" if self.mode == "cap" else "suspects named", why, level
+        self._begin_trial(catalog, judged)
+        return "noise trial", why, level
 
     def _begin_trial(self, catalog: LossCatalog, judged: Mask) -> None:
         self._stage = Stage.TRIAL_1
         self._since = LossesSince(catalog.mean_loss, catalog.uses)
         self._candidate = judged & (self._scores(catalog) > _CANDIDATE * self.untrained)
 
-    def _end_trial(self, catalog: LossCatalog, found: Mask, judged: Mask) -> tuple[str, str, float]:
+    def _end_trial(self, catalog: LossCatalog, found: Mask, judged: Mask) -> Decision:
         """Open the gate, ask again, or watch on."""
         assert self._candidate is not None
         assert self._phase is not None
@@ -365,10 +355,3 @@ class NoiseGuard(Saved):
     def _agreement(self, catalog: LossCatalog, found: Mask, judged: Mask) -> float:
         bounds = _CUT[0] * self.untrained, _CUT[1] * self.untrained
         return agreement(catalog.expected_loss[judged], int(np.count_nonzero(found)), *bounds)
-
-
-def _largest(scores: Scores, k: int) -> Indices:
-    if k <= 0:
-        return np.empty(0, np.int64)
-    worst = np.argpartition(scores, -k)[-k:]
-    return worst[np.argsort(-scores[worst], kind="stable")]

@@ -38,17 +38,7 @@ _ours: set[Path] = set()
 
 
 def write(path: str | Path, state: dict[str, Any], fs: FileSystem | None = None) -> None:
-    """Write a buffer's state; a file of this name is replaced once the new one is complete.
-
-    Args:
-        path: Name of the file; missing folders are made.
-        state: What the buffer's `state_dict` is made of.
-        fs: Where to write.
-
-    Raises:
-        CheckpointError: Something in it cannot be stored; the message says what.
-        OSError: A write failed. An older file is as it was in either case.
-    """
+    """Write a buffer's state; a file of this name is replaced once the new one is complete."""
     fs, path = fs or FileSystem(), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(fs, path)
@@ -80,12 +70,7 @@ def write(path: str | Path, state: dict[str, Any], fs: FileSystem | None = None)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Return the state that `write` wrote, checked to the last byte.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointCorrupt: It is damaged, or something else.
-    """
+    """Return the state that `write` wrote, checked to the last byte."""
     path = Path(path)
     size = path.stat().st_size
     raw = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)

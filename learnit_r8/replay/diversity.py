@@ -33,15 +33,6 @@ class EmbeddingSpread(Saved):
     The centroid is kept as a running sum. The distances to it are one matrix-vector product,
     |e - c|^2 = |e - a|^2 - 2 (e - a).(c - a) + |c - a|^2, with the first embedding as a, so
     that an offset that all embeddings share cannot cancel the digits that count.
-
-    Args:
-        capacity: Number of slots.
-        clusters: Number of k-means clusters (scikit-learn), or None for one centroid.
-        cluster_above: Clusters are used once more embeddings than this are held.
-        seed: Of k-means.
-
-    Raises:
-        ConfigError: `clusters` without scikit-learn.
     """
 
     _saved = table(
@@ -70,14 +61,10 @@ class EmbeddingSpread(Saved):
         self._puts = 0
         self._centers: Vector | None = None
         self._fitted_at = 0
-        self._cached: tuple[tuple[int, int], Floats] | None = None
+        self._cached = -1, np.zeros(0)  # distances, and number of the put after which they held
 
     def checked(self, embedding: Any) -> Vector:
-        """Return an embedding of any kind as float32, shape `[d]`.
-
-        Raises:
-            ValueError: Not one vector, of another length than the first, empty, or not finite.
-        """
+        """Return an embedding of any kind as float32, shape `[d]`."""
         try:
             vector = np.asarray(as_array(embedding, lambda tensor: tensor.double()), dtype=np.float64)
         except (TypeError, ValueError) as error:
@@ -92,13 +79,7 @@ class EmbeddingSpread(Saved):
         return vector.astype(np.float32)
 
     def put(self, slot: int, vector: Vector, *, replaces: bool) -> None:
-        """Put a checked embedding into a slot.
-
-        Args:
-            slot: Which.
-            vector: What `checked` returned.
-            replaces: The slot held another one, which leaves; otherwise it is the first that is free.
-        """
+        """Put a checked embedding into a slot: in place of another one, or into the first that is free."""
         if not self.embeddings.size:
             self.embeddings = np.zeros((self.capacity, vector.size), dtype=np.float32)
             self._anchor, self._sum = vector.astype(np.float64), np.zeros(vector.size)
@@ -114,23 +95,19 @@ class EmbeddingSpread(Saved):
             self._sum_anew()
 
     def relative(self, of: Indices | Vector | None = None) -> Floats:
-        """Return distance / (largest - smallest distance), the published measure.
+        """Return distance / (largest - smallest distance), the published measure, of slots, one embedding or all.
 
         Where all distances are nearly equal that ratio has no meaning (it is 1e6 in the known
         version); then it is the place between smallest and largest, and 0 where they are equal.
-
-        Args:
-            of: Slots, or one embedding; None: all in use.
         """
-        used = self._used
-        distances = self._distances(used)
+        distances = self._distances()
         if not distances.size:
             return np.zeros(1 if of is not None and of.dtype.kind == "f" else 0)
         low, high = float(distances.min()), float(distances.max())
         if of is None:
             asked = distances
         elif of.dtype.kind == "f":
-            asked = np.array([self._distance_of(np.asarray(of, dtype=np.float32), used)])
+            asked = np.array([self._distance_of(np.asarray(of, dtype=np.float32))])
         else:
             asked = distances[of]
         if high - low >= _NEARLY_EQUAL * high and high > low:
@@ -158,7 +135,7 @@ class EmbeddingSpread(Saved):
         width = self.embeddings.shape[1]
         if self._anchor.shape != (width,) or self._sum.shape != (width,):
             raise ValueError(f"anchor and sum must have {width} components")
-        self._cached = None
+        self._cached = -1, np.zeros(0)
 
     def _sum_anew(self) -> None:
         used = self._used
@@ -167,20 +144,21 @@ class EmbeddingSpread(Saved):
             start=np.zeros_like(self._sum),
         )
 
-    def _distances(self, used: int) -> Floats:
-        key = (self._puts, used)
-        if self._cached is not None and self._cached[0] == key:
-            return self._cached[1]
-        if self._kmeans is not None and used > self._cluster_above:
-            squares = self._cluster_squares(used)
-        else:
-            squares = self._squares(self._sum / max(used, 1), used)
-        distances = np.sqrt(np.maximum(squares, 0.0))
-        self._cached = key, distances
+    def _distances(self) -> Floats:
+        used, (puts, distances) = self._used, self._cached
+        if puts != self._puts or len(distances) != used:
+            squares = self._cluster_squares(used) if self._clustered else self._squares(used)
+            distances = np.sqrt(np.maximum(squares, 0.0))
+            self._cached = self._puts, distances
         return distances
 
-    def _squares(self, offset: Floats, used: int) -> Floats:
-        """Return the squared distances to `anchor + offset`."""
+    @property
+    def _clustered(self) -> bool:
+        return self._kmeans is not None and self._used > self._cluster_above
+
+    def _squares(self, used: int) -> Floats:
+        """Return the squared distances to the centroid."""
+        offset = self._sum / max(used, 1)
         products = self.embeddings[:used] @ offset.astype(np.float32)
         squares: Floats = self._norms[:used] + (offset @ offset + 2.0 * (self._anchor @ offset))
         squares -= 2.0 * products
@@ -199,9 +177,8 @@ class EmbeddingSpread(Saved):
         nearest: Floats = squares.min(axis=1) + self._norms[:used]
         return nearest
 
-    def _distance_of(self, vector: Vector, used: int) -> float:
-        offset = vector - self._anchor
-        if self._kmeans is not None and used > self._cluster_above and self._centers is not None:
+    def _distance_of(self, vector: Vector) -> float:
+        if self._clustered and self._centers is not None:
             return float(np.sqrt(((self._centers - vector) ** 2).sum(axis=1).min()))
-        difference = offset - self._sum / max(used, 1)
+        difference = vector - self._anchor - self._sum / max(self._used, 1)
         return float(np.sqrt(difference @ difference))

@@ -150,7 +150,7 @@ class HybridSRLReplayBuffer(SavedBuffer):
         self._columns = {name: np.zeros(self.capacity, dtype) for name, dtype in _COLUMNS.items()}
         self._experiences: list[Any] = []
         self._added = 0
-        self._worker = _worker() if asynchronous else None
+        self._worker = ThreadPoolExecutor(1, "replay-updates") if asynchronous else None
         self._jobs: list[Future[None]] = []
 
     def __len__(self) -> int:
@@ -310,7 +310,8 @@ class HybridSRLReplayBuffer(SavedBuffer):
             return {**super().__getstate__(), **copies, "_experiences": experiences, "_jobs": [], "_worker": worker}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_worker": _worker() if state["_worker"] else None})
+        super().__setstate__(state)
+        self._worker = ThreadPoolExecutor(1, "replay-updates") if state["_worker"] else None
 
     def _settle(self) -> None:
         self.flush()
@@ -386,16 +387,6 @@ class HybridSRLReplayBuffer(SavedBuffer):
         return int(self._columns["serial"].argmin())
 
     def _item(self, slot: int) -> ReplayItem:
-        numbers = {name: self._columns[name][slot].item() for name in ("variance", "interval", "easiness")}
-        return ReplayItem(
-            self._experiences[slot],
-            self._spread.embeddings[slot].copy(),
-            **numbers,
-            last_review=float(self._columns["last_review"][slot]),
-            serial=int(self._columns["serial"][slot]),
-            slot=slot,
-        )
-
-
-def _worker() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "replay-updates")
+        shown = ("variance", "interval", "easiness", "last_review", "serial")
+        numbers = {name: self._columns[name][slot].item() for name in shown}
+        return ReplayItem(self._experiences[slot], self._spread.embeddings[slot].copy(), slot=slot, **numbers)

@@ -20,7 +20,7 @@ from learnit_r8.replay.n_step import NStep
 from learnit_r8.replay.ranking import Ranking
 from learnit_r8.replay.recent import RecentLargest
 from learnit_r8.replay.saving import SavedBuffer, filled, slots
-from learnit_r8.replay.storage import make_storage
+from learnit_r8.replay.storage import ArrayStorage, ObjectStorage
 from learnit_r8.replay.trees import as_array
 from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.types import Indices, Losses
@@ -129,7 +129,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
         self._streams = RandomStreams(self.seed)
         self._fast = fast
         self._tree = SumTree(self.capacity, fast=fast)
-        self._storage = make_storage(storage, self.capacity, path)
+        self._storage: Any = ObjectStorage(capacity) if storage == "objects" else ArrayStorage(capacity, path)
         self._marks = np.zeros(self.capacity, dtype=np.uint8)
         self._added = 0
         self._draws = 0
@@ -360,7 +360,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
         if self._ranking is not None:
             slots, ranks = self._ranking.set(slots, weights, len(self))
             weights = ranks**-self.alpha
-        self._tree.put(slots, weights)
+        self._tree.set(slots, weights)
 
     def _note(self, events: int, largest: float | None) -> None:
         """Count events; where the largest falls, or is known at last, so do the priorities that are nobody's error."""

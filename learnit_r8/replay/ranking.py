@@ -17,10 +17,6 @@ class Ranking(Saved):
 
     Sorting is paid for once per `capacity` changes, and whenever the number of slots in use
     has doubled; in between a number's rank is looked up in the last order.
-
-    Args:
-        capacity: Number of slots.
-        used: So many of them are in use, the first ones.
     """
 
     _saved = table(values=slots(np.float64), order=np.float64, changes=int)
@@ -35,21 +31,14 @@ class Ranking(Saved):
         return self._used
 
     def set(self, slots: Indices, values: Floats, used: int) -> tuple[Indices, Floats]:
-        """Change numbers; return the slots whose ranks changed most, and these ranks.
-
-        Args:
-            slots: Which.
-            values: Their new numbers.
-            used: Slots `0 .. used - 1` are in use.
-        """
+        """Change numbers, the first `used` slots being in use; return the slots whose ranks changed most, and these."""
         self._used = used
         self.values[slots] = values
         self._changes += slots.size
         if self._changes >= len(self.values) or used >= 2 * len(self._order):
             return self._sort(used)
         larger = len(self._order) - np.searchsorted(self._order, values, side="right")
-        ranks: Floats = 1.0 + larger.astype(np.float64) * (used / len(self._order))
-        return slots, ranks
+        return slots, np.asarray(1.0 + larger.astype(np.float64) * (used / len(self._order)))
 
     def _sort(self, used: int) -> tuple[Indices, Floats]:
         descending = np.argsort(-self.values[:used], kind="stable")

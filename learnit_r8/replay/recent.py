@@ -14,9 +14,6 @@ class RecentLargest(Saved):
     Events are reports of numbers and additions without any: whichever makes the span pass, an
     outlier is forgotten. Where nothing was reported for a whole span, what was reported last
     counts until the next report.
-
-    Args:
-        span: Events to look back on, at least 1.
     """
 
     _saved = table(parts=each(float), events=int)

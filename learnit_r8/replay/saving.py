@@ -76,7 +76,6 @@ class SavedBuffer(Saved):
         before = copy.copy(vars(self))
         check_made_with(state["made_with"], self._made_with())
         super()._take_state(state, changes)
-        check_made_with(state["made_with"], self._made_with())
         try:
             self._hold(state, before)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -113,11 +112,7 @@ class SavedBuffer(Saved):
 
 
 def check_keys(state: Any, mine: Set[str]) -> None:
-    """Raise unless the state has what this version's states have.
-
-    Raises:
-        CheckpointError: It lacks something, or is of another version.
-    """
+    """Raise CheckpointError unless the state has what this version's states have."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"a state is the dict that state_dict() returned, got {type(state).__name__}")
     missing, unknown = sorted(mine - {*state}), [key for key in state if key not in mine]
@@ -129,11 +124,7 @@ def check_keys(state: Any, mine: Set[str]) -> None:
 
 
 def check_made_with(came: Any, mine: Mapping[str, Any]) -> None:
-    """Raise unless the state's buffer was made with the arguments of this one.
-
-    Raises:
-        CheckpointError: Names the arguments that differ.
-    """
+    """Raise CheckpointError, with the arguments that differ, unless the state's buffer was made as this one."""
     came = came if isinstance(came, Mapping) else {}
     theirs = {name: came.get(name) for name in mine if name not in came or came[name] != mine[name]}
     if theirs:
@@ -150,11 +141,7 @@ def slots(dtype: Any) -> Kind:
 
 
 def filled(values: Any, count: int, into: NDArray[Any]) -> NDArray[Any]:
-    """Return `into` with its first `count` entries set.
-
-    Raises:
-        ValueError: There are more or fewer values.
-    """
+    """Return `into` with its first `count` entries set; raise ValueError where there are more or fewer values."""
     values = np.asarray(values)
     if values.shape != (count, *into.shape[1:]):
         raise ValueError(f"{values.shape} values for {count} experiences")

@@ -1,8 +1,10 @@
 """Where a replay buffer keeps its experiences: any objects, or arrays of fixed shapes.
 
-Both kinds are asked the same four things: `stack` checks experiences and brings them into
-the form that is stored, without changing anything; `write` and `read` work on slots;
-`state_dict`/`load_state_dict` copy the first `count` slots.
+Both kinds are asked the same: `stack` checks experiences and brings them into the form that is stored, without
+changing anything; `write` and `read` work on slots; `copied` returns another one with the same experiences.
+`state_dict`/`load_state_dict` copy the first `count` slots; with `copy=False` they are views, for a caller who is done
+with them before the next write. `head` is the slot that is written next. Without `contents` there are none, but for
+the layout of memory-mapped files, which are flushed.
 """
 
 from __future__ import annotations
@@ -16,36 +18,19 @@ from typing import Any
 import numpy as np
 
 from learnit_r8.errors import CheckpointError, ConfigError
-from learnit_r8.replay.trees import (
-    Spec,
-    check_spec,
-    fits,
-    flatten,
-    layout_of,
-    stack_trees,
-    to_numpy,
-    to_torch,
-    unflatten,
-)
+from learnit_r8.replay import trees
+from learnit_r8.replay.trees import layout_of
 from learnit_r8.types import Indices
 
 
 class ObjectStorage:
-    """A list of whatever was added, returned as it was added.
-
-    Args:
-        capacity: Number of slots.
-    """
+    """A list of whatever was added, returned as it was added."""
 
     def __init__(self, capacity: int) -> None:
         self._slots: list[Any] = [None] * capacity
 
     def stack(self, experiences: Any, *, stacked: bool) -> tuple[int, Any]:
-        """Return the experiences as a list.
-
-        Raises:
-            TypeError: `stacked` arrays need `storage="arrays"`.
-        """
+        """Return the experiences as a list."""
         if stacked:
             raise TypeError('stacked=True needs a buffer made with storage="arrays"')
         experiences = list(experiences)
@@ -57,34 +42,21 @@ class ObjectStorage:
             self._slots[slot] = experience
 
     def read(self, slots: Indices) -> list[Any]:
-        """Return the experiences, the very objects that were added."""
-        held = self._slots
-        return [held[slot] for slot in slots.tolist()]
+        """Return the very objects that were added."""
+        return [self._slots[slot] for slot in slots.tolist()]
 
     def copied(self) -> ObjectStorage:
-        """Return a storage with the same experiences in a list of its own."""
+        """Return the same experiences in a list of its own."""
         other = ObjectStorage(0)
         other._slots = self._slots.copy()
         return other
 
     def state_dict(self, count: int, head: int, *, contents: bool, copy: bool = True) -> dict[str, Any] | None:
-        """Return the first `count` experiences in a new list; they themselves are not copied. Without `contents`: None.
-
-        Args:
-            count: How many.
-            head: The slot that is written next.
-            contents: See above.
-            copy: False: views of the slots, for a caller who is done with them before the next write.
-        """
+        """Return the first `count` experiences in a new list, or None."""
         return {"kind": "objects", "experiences": self._slots[:count]} if contents else None
 
     def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
-        """Restore the experiences.
-
-        Raises:
-            CheckpointError: There are more or fewer than `count`.
-        """
-        check_kind(state, "objects")
+        """Restore the experiences."""
         experiences = list(state["experiences"])
         if len(experiences) != count:
             raise CheckpointError(f"the state has {len(experiences)} experiences where it says {count}")
@@ -97,33 +69,19 @@ class ArrayStorage:
     Experiences are arrays, tensors or numbers, or dicts (with string keys) and tuples of
     them, nested as you like; every experience has the shapes and kinds of the first. A named
     tuple comes back as a tuple. Tensors stay tensors, on the device of the first.
-
-    Args:
-        capacity: Number of slots.
-        path: Folder for memory-mapped files, one `.npy` per leaf, for buffers larger than
-            the memory. None: ordinary arrays.
     """
 
     def __init__(self, capacity: int, path: str | Path | None = None) -> None:
         self._capacity = capacity
         self._path = None if path is None else Path(path)
-        self._spec: Spec | None = None
+        self._spec: trees.Spec | None = None
         self._leaves: list[Any] = []
 
     def stack(self, experiences: Any, *, stacked: bool) -> tuple[int, Any]:
-        """Check experiences against the first one ever added and stack them, leaf by leaf.
-
-        Args:
-            experiences: A sequence of experiences, or with `stacked` one tree whose leaves
-                have the experiences along their first axis.
-            stacked: See above.
-
-        Raises:
-            ValueError: Structure, shape or kind of number differs from the first one's.
-        """
+        """Check experiences against the first one ever added and stack them, leaf by leaf."""
         if stacked:
             leaves: list[Any] = []
-            spec = flatten(experiences, leaves)
+            spec = trees.flatten(experiences, leaves)
             counts = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
             if len(counts) != 1 or -1 in counts:
                 shapes = [tuple(leaf.shape) for leaf in leaves]
@@ -131,7 +89,7 @@ class ArrayStorage:
         else:
             if not (experiences := list(experiences)):
                 return 0, []
-            spec, leaves = stack_trees(experiences)
+            spec, leaves = trees.stack_trees(experiences)
             counts = {len(experiences)}
         self._check(spec, leaves)
         return counts.pop(), (spec, leaves)
@@ -152,14 +110,10 @@ class ArrayStorage:
         if self._spec is None:
             raise ValueError("no experience was added yet")
         leaves = [held.take(slots, axis=0) if isinstance(held, np.ndarray) else held[slots] for held in self._leaves]
-        return unflatten(self._spec, leaves)
+        return trees.unflatten(self._spec, leaves)
 
     def copied(self) -> ArrayStorage:
-        """Return a storage with the same experiences in arrays of its own.
-
-        Raises:
-            TypeError: They lie in files.
-        """
+        """Return the same experiences in arrays of its own."""
         if self._path is not None:
             raise TypeError(f"a buffer with its experiences in files ({self._path}) cannot be copied: save() it")
         other = ArrayStorage(self._capacity)
@@ -168,10 +122,7 @@ class ArrayStorage:
         return other
 
     def state_dict(self, count: int, head: int, *, contents: bool, copy: bool = True) -> dict[str, Any] | None:
-        """Return the arrays; tensors become arrays, bfloat16 as float32.
-
-        Without `contents`: the layout of memory-mapped files, which are flushed.
-        """
+        """Return the arrays; tensors become arrays, bfloat16 as float32."""
         if not contents and self._path is None:
             return None
         for held in self._leaves:
@@ -180,23 +131,18 @@ class ArrayStorage:
         return {
             "kind": "arrays",
             "spec": self._spec,
-            "leaves": [to_numpy(held[:count], copy=copy) for held in self._leaves] if contents else None,
+            "leaves": [trees.to_numpy(held[:count], copy=copy) for held in self._leaves] if contents else None,
             "tensors": [None if isinstance(held, np.ndarray) else str(held.dtype) for held in self._leaves],
             "layout": [layout_of(held) for held in self._leaves],
             "next_row": None if contents else self._digest(head),
         }
 
     def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
-        """Restore the arrays; tensors come back on the CPU unless the buffer already holds some.
-
-        Raises:
-            CheckpointError: The state is damaged, or the files that it names are missing or others.
-        """
-        check_kind(state, "arrays")
+        """Restore the arrays; tensors come back on the CPU unless the buffer already holds some."""
         if state["spec"] is None and not count:
             self._spec, self._leaves = None, []
             return
-        check_spec(state["spec"], len(state["layout"]))
+        trees.check_spec(state["spec"], len(state["layout"]))
         if state["leaves"] is None:
             self._leaves = [self._reopen(number, layout) for number, layout in enumerate(state["layout"])]
             if self._digest(head) != state["next_row"]:
@@ -213,7 +159,7 @@ class ArrayStorage:
     def _filled(self, number: int, state: dict[str, Any], count: int) -> Any:
         """Return a leaf of `capacity` rows; beside a memory-mapped store a file that is not in use yet."""
         saved, dtype = state["leaves"][number], state["tensors"][number]
-        rows: Any = np.asarray(saved) if dtype is None else to_torch(saved, dtype)
+        rows: Any = np.asarray(saved) if dtype is None else trees.to_torch(saved, dtype)
         if len(rows) != count or layout_of(rows) != list(state["layout"][number]):
             raise CheckpointError(f"leaf {number} of the state has {len(rows)} rows of {layout_of(rows)}, want {count}")
         if dtype is not None and self._spec == state["spec"]:
@@ -261,11 +207,10 @@ class ArrayStorage:
     def _allocate_all(self, leaves: list[Any]) -> list[Any]:
         made: list[Any] = []
         try:
-            for number, leaf in enumerate(leaves):
-                made.append(self._allocate(number, leaf))
+            made.extend(self._allocate(number, leaf) for number, leaf in enumerate(leaves))
         except Exception:
-            for number, held in enumerate(made):
-                if isinstance(held, np.memmap):
+            for number in range(len(made)):
+                if self._path is not None:
                     self._file(number).unlink()
             raise
         return made
@@ -281,15 +226,13 @@ class ArrayStorage:
         self._path.mkdir(parents=True, exist_ok=True)
         file = self._file(number, suffix)
         if not suffix and file.exists():
-            raise ConfigError(
-                [
-                    f"{file} exists: it may hold another buffer's experiences. Load the state that was saved with "
-                    "them before you add any, name another folder, or remove the files"
-                ]
+            advice = (
+                "Load the state that was saved with them before you add any, name another folder, or remove the files"
             )
+            raise ConfigError([f"{file} exists: it may hold another buffer's experiences. {advice}"])
         return np.lib.format.open_memmap(file, mode="w+", dtype=leaf.dtype, shape=shape)
 
-    def _check(self, spec: Spec, leaves: list[Any]) -> None:
+    def _check(self, spec: trees.Spec, leaves: list[Any]) -> None:
         for leaf in leaves:
             if isinstance(leaf, np.ndarray) and leaf.dtype.hasobject:
                 raise ValueError('arrays of Python objects have no fixed size: use storage="objects"')
@@ -308,28 +251,14 @@ class ArrayStorage:
                     f"leaf {number} must be like the first experience's, {tuple(held.shape[1:])} {held.dtype}, got "
                     f'{tuple(leaf.shape[1:])} {leaf.dtype}; for varying shapes use storage="objects"'
                 )
-            if leaf.dtype != held.dtype and not fits(leaf, held.dtype):
+            if leaf.dtype != held.dtype and not trees.fits(leaf, held.dtype):
                 raise ValueError(
                     f"leaf {number} does not fit into {held.dtype}, which the first experience had: give the first "
                     f'one the type that all of them need, or use storage="objects"; got {leaf!r:.80}'
                 )
 
 
-def check_kind(state: dict[str, Any], kind: str) -> None:
-    """Raise CheckpointError unless the experiences were in this kind of storage."""
-    if state["kind"] != kind:
-        raise CheckpointError(f"the state is of storage={state['kind']!r}, this buffer has storage={kind!r}")
-
-
 def _may_cast(given: np.dtype[Any], held: np.dtype[Any]) -> bool:
     return given == held or (
         (given.kind == held.kind or {given.kind, held.kind} <= set("biufc")) and np.can_cast(given, held, "same_kind")
     )
-
-
-Storage = ObjectStorage | ArrayStorage
-
-
-def make_storage(kind: str, capacity: int, path: str | Path | None) -> Storage:
-    """Return the storage called "objects" or "arrays"."""
-    return ObjectStorage(capacity) if kind == "objects" else ArrayStorage(capacity, path)

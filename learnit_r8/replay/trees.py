@@ -42,11 +42,7 @@ def is_tensor(leaf: Any) -> bool:
 
 
 def flatten(tree: Any, leaves: list[Any]) -> Spec:
-    """Append a tree's leaves to a list; return how it is built.
-
-    Raises:
-        ValueError: Keys that are no text, or leaves that no array holds as they are.
-    """
+    """Append a tree's leaves to a list; return how it is built."""
     if isinstance(tree, dict):
         if not all(isinstance(key, str) for key in tree):
             raise ValueError(f"dicts of arrays need string keys, got {list(tree)}")
@@ -62,11 +58,7 @@ def flatten(tree: Any, leaves: list[Any]) -> Spec:
 
 
 def check_spec(spec: Any, leaves: int) -> None:
-    """Raise unless this says how an experience of so many leaves is built.
-
-    Raises:
-        ValueError, TypeError: It says something else.
-    """
+    """Raise unless this says how an experience of so many leaves is built."""
     found: list[Any] = []
     flatten(unflatten(spec, [np.array(number) for number in range(leaves)]), found)
     if [int(number) for number in found] != list(range(leaves)):
@@ -83,11 +75,7 @@ def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
 
 
 def stack_trees(experiences: list[Any]) -> tuple[Spec, list[Any]]:
-    """Return how experiences are built, and one array for each leaf with all of them.
-
-    Raises:
-        ValueError: They are not built alike.
-    """
+    """Return how experiences are built, and one array for each leaf with all of them."""
     columns: list[list[Any]] = []
     first: Spec | None = None
     for experience in experiences:
@@ -129,11 +117,7 @@ def to_numpy(held: Any, *, copy: bool = True) -> np.ndarray[Any, Any]:
 
 
 def to_torch(saved: Any, dtype: str) -> Any:
-    """Return an array as a tensor of a dtype given by its name, on the CPU.
-
-    Raises:
-        CheckpointError: torch is missing.
-    """
+    """Return an array as a tensor of a dtype given by its name, on the CPU."""
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:

@@ -14,7 +14,7 @@ that changes slowly, while the level of all losses moves as the model learns:
 never seen, 0 for one that is known. No absolute size of the losses enters the gains.
 
 `update` is a Kalman filter on u with a diagonal covariance and one scalar observation (Kalman 1960;
-linearised at the current x). `refine` fits all batches in the history together (`attribution_fit.py`).
+linearised at the current x). `refine` fits all batches in the history together (`batch_losses_fit.py`).
 
 N unknowns get N / B equations an epoch, so nothing identifies them all in fewer than B epochs.
 """
@@ -85,10 +85,7 @@ class Exact:
         return total / seen
 
     def expected_of(self, total: float, size: int, unseen: int, known: tuple[float, int]) -> float:
-        """Return the loss of a batch, from the sum of its estimates; unseen samples are expected to be like `known`.
-
-        That is the sum of the estimates of all that were seen, and how many these are.
-        """
+        """Return the loss of a batch, from the sum of its estimates; unseen samples are as those that are `known`."""
         return (total + unseen * known[0] / known[1]) / size if unseen else total / size
 
     def counted(self, seen: NDArray[np.bool_]) -> Any:
@@ -114,12 +111,8 @@ class Exact:
 class BatchAttribution(Saved, Exact):
     """Streaming estimates from batch losses, and a history of reports to refine them.
 
-    The caller owns the arrays; they start at `PRIOR_ESTIMATE` and `PRIOR_VARIANCE`.
-
-    Args:
-        num_samples: Number of samples N, below 2^32.
-        history_entries: Bound of the history in entries of 4 bytes; a batch takes its size
-            plus 8. The oldest quarter is dropped when it is full. 0: no refinement.
+    The caller owns the arrays; they start at `PRIOR_ESTIMATE` and `PRIOR_VARIANCE`. `history_entries` bounds the
+    history, in entries of 4 bytes; 0: no refinement.
 
     Attributes:
         level: Mean loss of the recent batches; 0 before the first report.
@@ -156,15 +149,7 @@ class BatchAttribution(Saved, Exact):
             self._spread = deviation / self.scale
 
     def update(self, estimate: Float32s, variance: Float32s, indices: NDArray[np.integer[Any]], loss: float) -> None:
-        """Take the finite mean loss of one batch; O(batch size).
-
-        Args:
-            estimate: Relative losses of all samples, float32, shape `[N]`, strided or not; changed
-                in place.
-            variance: Their variances, float32, shape `[N]`; changed in place.
-            indices: The batch's samples, shape `[n]`, n >= 1.
-            loss: Mean of their losses, unweighted, finite.
-        """
+        """Take the finite mean loss of one batch; O(batch size). The arrays of all samples are changed in place."""
         n = len(indices)
         self._track(estimate, variance, loss, n)
         # Not `take`: it copies the whole of a strided array, as the columns of the catalog's rows are.
@@ -212,10 +197,6 @@ class BatchAttribution(Saved, Exact):
             relative = 1.0 + (np.asarray(losses, np.float64) - self.level) / self.scale
         return np.minimum(np.maximum(relative, -LIMIT), LIMIT).astype(np.float32)
 
-    def expected(self, estimate: Float32s) -> float:
-        """Return the loss that a batch with these relative losses, shape `[n]`, should have."""
-        return self.expected_mean(float(np.add.reduce(estimate)) / len(estimate))
-
     def expected_mean(self, estimate: float) -> float:
         """Return the loss of samples whose mean relative loss is `estimate`; O(1)."""
         return self.level + self.scale * (estimate - 1.0)
@@ -237,10 +218,6 @@ class BatchAttribution(Saved, Exact):
         return True
 
     def known(self, variance: Float32s, seen: float) -> float:
-        """Return the share of the samples' differences that is known."""
-        return self.confidence(variance)
-
-    def confidence(self, variance: Float32s) -> float:
         """Return the share of the samples' differences that is known, 0 to 1."""
         return min(1.0, max(0.0, 1.0 - float(np.mean(variance, dtype=np.float64)) / PRIOR_VARIANCE))
 
@@ -248,10 +225,7 @@ class BatchAttribution(Saved, Exact):
         """Fit all batches of the history together; for the end of an epoch.
 
         The fit replaces the arrays' values where it predicts held-out batches better than
-        the streaming estimate predicted the same batches before they were reported.
-
-        Returns:
-            Whether the arrays were changed.
+        the streaming estimate predicted the same batches before they were reported; says whether.
         """
         count = self._history.count
         if count / self.num_samples < _MIN_EQUATIONS or self.scale == 0.0 or self._news < _NEWS * count:

@@ -1,7 +1,7 @@
-"""All batch losses of the last epochs fitted together: the refinement of `attribution.py` at an epoch's end.
+"""All batch losses of the last epochs fitted together: the refinement of `batch_losses.py` at an epoch's end.
 
 Gauss-Newton, with conjugate gradients (Hestenes and Stiefel 1952) inside, over index arrays. The model is
-that of `attribution.py`; what is fitted is u, of which a sample's relative loss is a function.
+that of `batch_losses.py`; what is fitted is u, of which a sample's relative loss is a function.
 """
 
 from __future__ import annotations
@@ -57,15 +57,8 @@ class Refined(NamedTuple):
 def refine(history: BatchHistory, num_samples: int, scale: float, *, additive: bool) -> Refined | None:
     """Fit all batches of a history together.
 
-    Args:
-        history: The reports; at least one.
-        num_samples: Number of samples N.
-        scale: Loss per unit of relative loss.
-        additive: See `attribution.py`.
-
-    Returns:
-        The fit, or None where it predicts held-out batches no better than the streaming
-        estimate predicted the same batches before they were reported.
+    None where that predicts held-out batches no better than the streaming estimate predicted the same batches
+    before they were reported.
     """
     fit = _Fit(history, num_samples, scale, additive=additive)
     newest_first = np.arange(fit.count)[::-1]
@@ -103,10 +96,8 @@ def relative_std(s: float) -> float:
 class BatchHistory(Saved):
     """The last reports: flat sample ids, and per batch (size, loss, level, prediction).
 
-    Args:
-        capacity: Bound in entries of 4 bytes; a batch takes its size plus 8. The oldest quarter is dropped when it
-            is full. 0: nothing is kept.
-        most_ids: Bound of the sample ids alone.
+    In `capacity` entries of 4 bytes, of which a batch takes its size plus 8, and with at most `most_ids` sample ids.
+    The oldest quarter is dropped when it is full.
 
     Attributes:
         appended: Reports that were ever added, less those that were forgotten.
@@ -120,9 +111,6 @@ class BatchHistory(Saved):
     def __init__(self, capacity: int, most_ids: float = math.inf) -> None:
         self._capacity = capacity
         self._most_ids = most_ids
-        self._clear()
-
-    def _clear(self) -> None:
         self._ids = np.empty(0, np.uint32)
         self._records = np.empty((0, 4))
         self.entries = 0
@@ -217,8 +205,7 @@ class _Fit:
 
     def weights(self, half_life: float) -> Floats:
         """Return the weight of each batch."""
-        weights: Floats = np.exp2(-self.age / half_life)
-        return weights
+        return np.asarray(np.exp2(-self.age / half_life))
 
     def relative(self, u: Floats) -> Floats:
         """Return relative losses in the filter's terms: right on average over the last epoch."""
@@ -233,8 +220,7 @@ class _Fit:
 
     def error(self, u: Floats) -> Floats:
         """Return target minus prediction for each batch."""
-        error: Floats = self._target - self._mean(self._value(u))
-        return error
+        return np.asarray(self._target - self._mean(self._value(u)))
 
     def mean_square(self, error: Floats, mask: NDArray[np.bool_]) -> float:
         """Return the mean square of some batches' errors; old and small batches count less."""
@@ -291,16 +277,14 @@ class _Fit:
     def _value(self, u: Floats) -> Floats:
         if self._additive:
             return 1.0 + self._std * u
-        values: Floats = np.exp(np.clip(self._std * u - self._std**2 / 2, -14.0, 14.0))
-        return values
+        return np.asarray(np.exp(np.clip(self._std * u - self._std**2 / 2, -14.0, 14.0)))
 
     def _slope(self, u: Floats) -> Floats:
         return np.full_like(u, self._std) if self._additive else self._std * self._value(u)
 
     def _mean(self, x: Floats) -> Floats:
         x.take(self._ids, out=self._buffer, mode="clip")
-        means: Floats = np.add.reduceat(self._buffer, self._starts) / self._sizes
-        return means
+        return np.asarray(np.add.reduceat(self._buffer, self._starts) / self._sizes)
 
     def _spread_out(self, r: Floats) -> Floats:
         weights = np.repeat(r / self._sizes, self._sizes)
@@ -333,5 +317,4 @@ def _moving_sum(values: NDArray[Any]) -> Floats:
     total = np.concatenate([[0.0], np.cumsum(values)])
     centre = np.arange(len(values))
     last = np.minimum(centre + _WINDOW + 1, len(values))
-    sums: Floats = total[last] - total[np.maximum(centre - _WINDOW, 0)]
-    return sums
+    return np.asarray(total[last] - total[np.maximum(centre - _WINDOW, 0)])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.core.arrays import read_only
+from learnit_r8.core.arrays import largest, read_only
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution, Exact
 from learnit_r8.samples.quartiles import Quadrants, QuadrantTable
@@ -29,26 +29,15 @@ augmentation and dropout cause."""
 LIKELY_CORRECT = math.log(2.0)
 """A cross-entropy below ln 2 means a probability above one half: the sample is classified right."""
 
-_ROW = np.dtype(
-    [
-        ("estimate", "f4"),
-        ("variance", "f4"),
-        ("uses", "u4"),
-        ("last_seen", "u4"),
-        ("mean", "f4"),
-        ("m2", "f4"),
-        ("correct", "u4"),
-        ("quadrant", "u1"),
-        ("reported", "u1"),
-        ("epochs_in_q4", "u1"),
-        ("spare", "u1"),
-    ]
-)
+_WORDS = ("estimate", "variance", "uses", "last_seen", "mean", "m2", "correct")
+_KINDS = ("f4", "f4", "u4", "u4", "f4", "f4", "u4")
+_BYTES = ("quadrant", "reported", "epochs_in_q4", "spare")
+_ROW = np.dtype([*zip(_WORDS, _KINDS, strict=True), *((name, "u1") for name in _BYTES)])
 _OPAQUE = np.dtype(f"V{_ROW.itemsize}")  # numpy moves opaque rows twice as fast as structured ones
 
 # Columns of a batch's rows seen as flat float32 or uint32 words, or bytes: the per-step path slices
 # them by number, which costs half of what looking a field's name up does.
-_ESTIMATE, _VARIANCE, _USES, _LAST_SEEN, _MEAN, _M2, _CORRECT = (slice(word, None, 8) for word in range(7))
+_ESTIMATE, _VARIANCE, _USES, _LAST_SEEN, _MEAN, _M2, _CORRECT = (slice(word, None, 8) for word in range(len(_WORDS)))
 _REPORTED = slice(29, None, _ROW.itemsize)
 # Constants as arrays: numpy need not look up what a Python number's type would be.
 _ONE, _HALF, _LIKELY = np.array(1, np.uint32), np.array(SMOOTHING, np.float32), np.array(LIKELY_CORRECT, np.float32)
@@ -241,19 +230,14 @@ class LossCatalog:
             raise ValueError(f"k must be >= 0, got {k}")
         score = np.where(self._rows["uses"] > 0, self._rows[self._estimator.telling], -np.inf)
         score[self._left_out] = np.inf
-        k = min(int(k), int(np.count_nonzero(score > -np.inf)))
-        if k == 0:
-            return np.empty(0, np.int64)
-        worst = np.argpartition(score, -k)[-k:]
-        return worst[np.argsort(-score[worst], kind="stable")]
+        return largest(score, min(int(k), int(np.count_nonzero(score > -np.inf))))
 
     # What the loop writes -----------------------------------------------------------------
 
     def expect(self, batches: Sequence[Indices]) -> None:
         """Look up together the rows of batches that will be reported one by one, which costs a fraction.
 
-        Args:
-            batches: Sample ids of each, int64; no sample is in two of them, or is reported otherwise before.
+        No sample is in two of them, or is reported otherwise before.
         """
         if self._estimator.attributed:
             return
@@ -289,15 +273,10 @@ class LossCatalog:
         return Rows(indices, block, expected, unseen)
 
     def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
-        """Take one finite loss per sample of a batch; return them.
+        """Take one finite loss per sample of a batch, the catalog's to keep; return them.
 
-        Args:
-            rows: What `look_up` returned for the batch.
-            losses: float32 `[n]`, the catalog's to keep.
-            step: Global step.
-            mean: Mean of `losses`, where it is known: it saves adding up.
-            once: None of the samples is reported again before the rows are read: then reports of many steps are
-                written together, which costs a fraction.
+        `once`: none of the samples is reported again before the rows are read. Then reports of many steps are
+        written together, which costs a fraction. Their `mean`, where it is known, saves adding up.
         """
         if once and mean is not None and not self._estimator.attributed and rows.unseen in (0, len(losses)):
             # What `change` below adds up to.
@@ -433,13 +412,8 @@ class LossCatalog:
         """Set new quartile edges and return the quadrants' figures; None while nothing was seen.
 
         The samples that may be drawn are split into four equal parts (their sizes differ by
-        one at most, the larger ones first); ties at an edge are split at random.
-
-        Args:
-            rng: For the ties.
-            excluded: True for samples that this epoch leaves out, bool `[N]`. They count for
-                no edge and get the quadrant that the edges give them.
-            edges: The three quartile edges, where they are known from elsewhere; ties stay together.
+        one at most, the larger ones first); ties at an edge are split at random. Excluded ones count for no edge and
+        get the quadrant that the edges give them. Where the three `edges` are known from elsewhere ties stay together.
         """
         self._settle()
         self._ahead.clear()

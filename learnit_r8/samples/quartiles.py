@@ -40,10 +40,7 @@ class QuadrantTable:
 
 
 class Quadrants:
-    """The columns `quadrant`, `reported` and `epochs_in_q4` of the catalog's rows.
-
-    Args:
-        rows: The rows, structured, `[N]`.
+    """The columns `quadrant`, `reported` and `epochs_in_q4` of the catalog's structured rows.
 
     Attributes:
         edges: The three quartile edges of the last epoch start, in the units of the estimates; None before.
@@ -71,8 +68,7 @@ class Quadrants:
     ) -> tuple[float, ...] | None:
         """Set new edges; the arguments are those of `LossCatalog.refresh_quadrants`.
 
-        Returns:
-            Share of each planned quadrant that had moved to a lower one, or None while nothing was seen.
+        The share of each planned quadrant that had moved to a lower one comes back, or None while nothing was seen.
         """
         uses = self._rows["uses"]
         ranked = uses > 0 if excluded is None else (uses > 0) & ~excluded
@@ -81,15 +77,14 @@ class Quadrants:
         if not len(losses):
             return None
         moved = self._migration()
-        last = np.cumsum(_quarter_sizes(len(losses))) - 1  # rank of each quadrant's highest loss
-        given = edges is not None
         if edges is None:
-            ranks = np.maximum(last[:3], 0)
-            edges = np.partition(losses, ranks)[ranks]
-        codes = _quartiles(losses, edges)
-        if not given:
-            _split_ties(losses, codes, edges, last[:3] + 1, rng)
-        self.edges = edges
+            ends = np.cumsum(_quarter_sizes(len(losses)))[:3]
+            ranks = np.maximum(ends - 1, 0)  # of the quadrants' highest losses
+            self.edges = np.partition(losses, ranks)[ranks]
+            codes = _quartiles(losses, self.edges)
+            _split_ties(losses, codes, self.edges, ends, rng)
+        else:
+            self.edges, codes = edges, _quartiles(losses, edges)
         self._rows["reported"] = 0
         if everything:
             self._rows["quadrant"] = codes
@@ -97,22 +92,15 @@ class Quadrants:
             unranked = np.flatnonzero(~ranked)
             self._rows["quadrant"][ranked] = codes
             self._rows["quadrant"][unranked] = self._follow(self._rows["estimate"][unranked], uses[unranked])
-        quadrant = self._rows["quadrant"]
-        count = self._rows["epochs_in_q4"]
-        self._rows["epochs_in_q4"] = np.where(quadrant == 3, np.minimum(count, 254) + 1, 0)
+        epochs = np.minimum(self._rows["epochs_in_q4"], 254) + 1
+        self._rows["epochs_in_q4"] = np.where(self._rows["quadrant"] == 3, epochs, 0)
         self.number += 1
         return moved
 
     def table(
         self, moved: tuple[float, ...], in_loss_units: Callable[[NDArray[Any]], NDArray[Any]], unseen: int
     ) -> QuadrantTable:
-        """Return the quadrants' figures.
-
-        Args:
-            moved: What `refresh` returned.
-            in_loss_units: Estimates to losses.
-            unseen: Number of samples without a report.
-        """
+        """Return the quadrants' figures; `moved` is what `refresh` returned."""
         stride = 1 + len(self._rows) // _FIGURE_SAMPLES
         rows = self._rows[::stride]
         codes, losses = rows["quadrant"].astype(np.intp), in_loss_units(rows["estimate"])
@@ -132,15 +120,9 @@ class Quadrants:
         )
 
     def adopt(self, block: NDArray[Any], indices: NDArray[np.int64]) -> None:
-        """Put into earlier rows of some samples what the last epoch start made of their quadrants.
-
-        Args:
-            block: The rows, structured, `[n]`; changed in place.
-            indices: Their sample ids, `[n]`.
-        """
-        now = self._rows[indices]
+        """Put into earlier rows of some samples, in place, what the last epoch start made of their quadrants."""
         for name in ("quadrant", "epochs_in_q4"):
-            block[name] = now[name]
+            block[name] = self._rows[name][indices]
         block["reported"] = 1  # the quadrant follows from the estimate, which is an earlier one now
 
     def _present(self, rows: NDArray[Any]) -> NDArray[np.uint8]:
@@ -181,11 +163,7 @@ def _quarter_sizes(count: int) -> list[int]:
 
 
 def _split_ties(
-    losses: NDArray[Any],
-    codes: NDArray[np.uint8],
-    edges: NDArray[Any],
-    ends: NDArray[Any],
-    rng: np.random.Generator,
+    losses: NDArray[Any], codes: NDArray[np.uint8], edges: NDArray[Any], ends: NDArray[Any], rng: np.random.Generator
 ) -> None:
     """Move samples that tie with an edge up, at random, until the quadrants have their sizes."""
     for quadrant in range(3):

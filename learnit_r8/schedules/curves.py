@@ -49,6 +49,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from learnit_r8.core.config import Problems
 from learnit_r8.errors import ConfigError
 
 Schedule = Callable[[float, float], float]
@@ -174,9 +175,9 @@ def make_schedule(mode: str | Shape, warmup_proportion: float) -> Schedule:
             nor a function, a function that does not give a finite number (also from the returned
             schedule, while training), or a bad proportion.
     """
-    problems = [*_mode_problems(mode), *_proportion_problems(warmup_proportion)]
-    if problems:
-        raise ConfigError(problems)
+    problems = Problems(_mode_problems(mode))
+    problems.real("warmup_proportion", warmup_proportion, 0.0, 1.0)
+    problems.raise_if_any()
     if isinstance(mode, str):
         return _BY_NAME[_plain(mode)](float(warmup_proportion))
     return with_warmup(float(warmup_proportion), _checked(mode))
@@ -224,10 +225,14 @@ def _finite(value: Any) -> float | None:
 
 
 def _mode_problems(mode: Any) -> list[str]:
+    expected = f"scheduler_mode must be one of {', '.join(schedule_names())}, or a function of progress in [0, 1]"
     if isinstance(mode, str):
-        return _name_problems(_plain(mode))
+        name = _plain(mode)
+        near = difflib.get_close_matches(name.lower().replace("-", "_").replace(" ", "_"), _BY_NAME, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return [] if name in _BY_NAME else [f"{expected}, got {name!r}{hint}"]
     if not callable(mode):
-        return [f"{_expected_mode()}, got {mode!r}"]
+        return [f"{expected}, got {mode!r}"]
     try:
         _checked(mode)(0.0)
     except ConfigError as error:
@@ -238,25 +243,6 @@ def _mode_problems(mode: Any) -> list[str]:
             f"at progress 0.0 it raised {type(error).__name__}: {error}"
         ]
     return []
-
-
-def _name_problems(name: str) -> list[str]:
-    if name in _BY_NAME:
-        return []
-    near = difflib.get_close_matches(name.lower().replace("-", "_").replace(" ", "_"), _BY_NAME, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return [f"{_expected_mode()}, got {name!r}{hint}"]
-
-
-def _expected_mode() -> str:
-    return f"scheduler_mode must be one of {', '.join(schedule_names())}, or a function of progress in [0, 1]"
-
-
-def _proportion_problems(proportion: Any) -> list[str]:
-    number = None if isinstance(proportion, bool) else _finite(proportion)
-    if number is not None and 0.0 <= number <= 1.0:
-        return []
-    return [f"warmup_proportion must be a number in [0, 1], got {proportion!r}"]
 
 
 def _plain(name: str) -> str:

@@ -17,14 +17,7 @@ from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.strategies.base import BatchRequest, register
 from learnit_r8.strategies.contract import sound
-from learnit_r8.strategies.weighting import (
-    Floats,
-    WeightedSampler,
-    WeightedStrategy,
-    as_ids,
-    fill_unseen,
-    reported,
-)
+from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_ids, fill_unseen
 from learnit_r8.types import LossReport
 
 _LARGEST_EXPONENT = 20.0
@@ -72,18 +65,18 @@ class Adaptive(WeightedStrategy):
         """Return the weights so far; at first, those after one look at all catalogued losses."""
         if self._sampler is not None:
             return self._sampler.weights
-        losses, uses = request.catalog.expected_loss, request.catalog.uses
-        weights = np.ones(request.num_samples)
+        uses, weights = request.catalog.uses, np.ones(request.num_samples)
         seen = np.flatnonzero(uses)
         if len(seen):
-            weights[seen] = reweigh(weights[seen], losses[seen].astype(np.float64), self.learning_rate, self.momentum)
-        return fill_unseen(weights, uses, 1.0)
+            losses = request.catalog.expected_loss[seen].astype(np.float64)
+            weights[seen] = reweigh(weights[seen], losses, self.learning_rate, self.momentum)
+        return fill_unseen(weights, uses)
 
     def observe(self, report: LossReport) -> None:
         """Boost or relax the batch's samples."""
         if self._sampler is not None:
-            before = self._sampler.weights[report.indices]
-            self._sampler.set(report.indices, reweigh(before, reported(report), self.learning_rate, self.momentum))
+            before, losses = self._sampler.weights[report.indices], report.losses.astype(np.float64)
+            self._sampler.set(report.indices, reweigh(before, losses, self.learning_rate, self.momentum))
 
 
 class AdaptiveBatchSampler(WeightedSampler):

@@ -123,8 +123,7 @@ class Auto(Saved):
         hidden |= suspect & (request.rng.random(request.num_samples) >= rate)
         if (hidden | barred).all():
             hidden[:] = False
-        if self._sampler is None:
-            self._sampler = MixtureSampler(request.num_samples)
+        self._sampler = self._sampler or MixtureSampler(request.num_samples)
         self._sampler.restart(self._weights(request, suspect), request.rng, hidden | barred)
         return int(np.count_nonzero(~barred))
 
@@ -163,7 +162,7 @@ class Auto(Saved):
         return sum(self._untrained) / len(self._untrained) if self._untrained else 0.0
 
     def _weights(self, request: BatchRequest, suspect: Mask) -> Floats:
-        losses = np.maximum(fill_unseen(request.catalog.expected_loss, request.catalog.uses, 1.0), 0.0)
+        losses = np.maximum(fill_unseen(request.catalog.expected_loss, request.catalog.uses), 0.0)
         sought = losses**self.alpha
         mean = float(sought[~suspect].mean()) if not suspect.all() else 0.0
         if self._strength == 0 or mean <= 0:
@@ -174,8 +173,8 @@ class Auto(Saved):
 
     def _decide(self, arrays: dict[str, NDArray[Any]]) -> None:
         if not self._measuring:
-            reason = "the untrained loss is not above 0" if self._per_sample else "one loss per sample is needed"
             self._strength = 0.0
+            reason = "the untrained loss is not above 0" if self._per_sample else "one loss per sample is needed"
             self._tell("uniform", reason, self._reference)
             return
         measured = np.flatnonzero(~np.isnan(arrays["held"]))

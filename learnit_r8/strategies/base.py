@@ -136,14 +136,11 @@ def make(strategy: str | Strategy) -> Strategy:
     Raises:
         ConfigError: Unknown name, an object without a `draw` method, or state that is saved and never restored.
     """
-    if isinstance(strategy, str):
-        if strategy not in _REGISTRY:
-            raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
+    if isinstance(strategy, str) and strategy in _REGISTRY:
         return _REGISTRY[strategy]()
     if isinstance(strategy, type) and hasattr(strategy, "draw"):
-        raise ConfigError(
-            [f"strategy must be an object, got the class {strategy.__name__}: give {strategy.__name__}()"]
-        )
+        name = strategy.__name__
+        raise ConfigError([f"strategy must be an object, got the class {name}: give {name}()"])
     if isinstance(strategy, type) or not isinstance(strategy, Strategy):
         raise ConfigError([f"strategy must be one of {names()} or an object with draw(request), got {strategy!r}"])
     if fault := Rules(strategy).state_fault():

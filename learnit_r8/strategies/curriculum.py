@@ -40,15 +40,7 @@ class CurriculumStrategy(StrEnum):
 def bin_probabilities(
     strategy: CurriculumStrategy, n_bins: int, progress: float, temperature: float = 1.0, frontier: float | None = None
 ) -> list[float]:
-    """Return the probability of each bin, easiest first.
-
-    Args:
-        strategy: Which curriculum.
-        n_bins: Number of bins.
-        progress: Share of the training that is done; clamped to 0..1.
-        temperature: Higher is closer to uniform.
-        frontier: For competence_based: the bin to centre on, 0 to n_bins - 1. None: by progress.
-    """
+    """Return the probability of each bin, easiest first; `frontier`: the bin that competence_based is centred on."""
     t = min(1.0, max(0.0, progress))
     if strategy is CurriculumStrategy.UNIFORM:
         return [1.0 / n_bins] * n_bins
@@ -79,18 +71,22 @@ def check_curriculum(
     return CurriculumStrategy(strategy), int(n_bins)
 
 
-def _bins(edges: NDArray[Any], losses: NDArray[Any]) -> NDArray[np.intp]:
-    """Return the bin of each loss; equal losses that fill several are in the middle one of these.
+def bins_of(
+    edges: NDArray[Any], losses: NDArray[Any], lowest: float, highest: float, *, upper: bool
+) -> NDArray[np.intp]:
+    """Return the bin of each loss, at an edge the `upper` one; equal losses that fill several are in the middle one.
 
-    Unless they are the lowest or the highest there are, which are in the first and the last bin.
+    Unless they are the lowest or the highest there are, which are in the first and the last bin: what everybody
+    solves is the easiest bin, and what nobody solves the hardest, however many share it.
     """
     low, high = edges.searchsorted(losses, "left"), edges.searchsorted(losses, "right")
     tied = high - low > 1
+    bins = high if upper else low
     if tied.any():
-        high[tied] = (low[tied] + high[tied]) // 2
-        high[tied & (losses == losses.max())] = len(edges)
-        high[tied & (losses == losses.min())] = 0
-    return high
+        bins[tied] = (low[tied] + high[tied]) // 2
+        bins[tied & (losses >= highest)] = len(edges)
+        bins[tied & (losses <= lowest)] = 0
+    return bins
 
 
 @register("curriculum")
@@ -144,7 +140,7 @@ class Curriculum(Saved):
         bins = np.full(len(order), self.n_bins // 2, np.int32)
         if len(known):
             ranks = np.unique(np.arange(1, self.n_bins) * len(known) // self.n_bins)
-            bins[seen] = _bins(np.partition(known, ranks)[ranks], known)
+            bins[seen] = bins_of(np.partition(known, ranks)[ranks], known, known.min(), known.max(), upper=True)
         starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=self.n_bins))])
         self._members, self._starts, self._turns = order[np.argsort(bins, kind="stable")], starts, [0] * self.n_bins
         self._state_taken()

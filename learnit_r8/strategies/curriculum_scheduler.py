@@ -6,7 +6,6 @@ import math
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,16 @@ from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import KEEP, Kind, Saved, each, kind, row, table
 from learnit_r8.errors import ConfigError
-from learnit_r8.strategies.curriculum import LOWEST_TEMPERATURE, CurriculumStrategy, bin_probabilities, check_curriculum
+from learnit_r8.strategies.curriculum import (
+    LOWEST_TEMPERATURE,
+    CurriculumStrategy,
+    bin_probabilities,
+    bins_of,
+    check_curriculum,
+)
 from learnit_r8.strategies.weighting import Floats
 from learnit_r8.structures.keyed_averages import KeyedAverages
-from learnit_r8.structures.keys import key_from_json, key_to_json, plain_key
+from learnit_r8.structures.keys import KEY, key_to_json, plain_key
 
 _REBIN_EVERY = 50
 """Updates after which the bins' boundaries are taken anew."""
@@ -58,7 +63,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         seed=kind(int, absent=KEEP),
         steer=kind(bool, absent=KEEP),
         draws=kind(int, absent=0),
-        keys=each(Kind(lambda _, key: key_to_json(key), lambda _, saved: key_from_json(saved))),
+        keys=each(KEY),
         scores=Kind(lambda _, items: np.array(items[::2]), lambda _, saved: list(map(float, saved)), "_items"),
         counts=Kind(
             lambda _, items: np.array(items[1::2]).astype(np.int64),
@@ -95,7 +100,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         self._streams = RandomStreams(self.seed)
         self._draws = 0
         self._boundaries: list[float] = []
-        self._rising: list[float] = []
+        self._edges: list[float] = []  # the boundaries as losses
         self._ends = (0.0, 0.0)  # the lowest and the highest score
         self._mastered = 0.0  # share of the items at or above the threshold
         self._binned_at = 0
@@ -116,32 +121,18 @@ class CurriculumScheduler(KeyedAverages, Saved):
         return self._bin_of(self._items[2 * slot])
 
     def _bin_of(self, score: float) -> int:
-        low, high = bisect_left(self._rising, score), bisect_right(self._rising, score)
-        if high - low > 1:  # equal scores that fill several bins
-            low, high = self._place_of_ties(score, low, high)
-        return len(self._rising) - (low + high + 1) // 2
-
-    def _bins(self, scores: Floats) -> NDArray[np.int64]:
-        """Return `_bin_of` of many scores."""
-        rising = np.array(self._rising)
-        low, high = (rising.searchsorted(scores, side) for side in ("left", "right"))
-        for value in {score for score, after in pairwise(self._rising) if score == after}:
-            tied = scores == value
-            first = int(tied.argmax())
-            if tied[first]:
-                low[tied], high[tied] = self._place_of_ties(value, int(low[first]), int(high[first]))
-        return np.asarray(len(rising) - (low + high + 1) // 2)
-
-    def _place_of_ties(self, score: float, low: int, high: int) -> tuple[int, int]:
-        """Return where equal scores that fill several bins belong: into the middle one of these.
-
-        Unless they are the highest or the lowest there are: what everybody solves is the easiest bin, and what
-        nobody solves the hardest, however many share it.
-        """
+        """Return what `bins_of` says of one score."""
+        low, high = bisect_left(self._edges, -score), bisect_right(self._edges, -score)
+        if high - low < 2:
+            return low
         lowest, highest = self._ends
         if score >= highest:
-            return len(self._rising), len(self._rising)
-        return (0, 0) if score <= lowest else (low, high)
+            return 0
+        return len(self._edges) if score <= lowest else (low + high) // 2
+
+    def _bins(self, scores: Floats) -> NDArray[np.intp]:
+        lowest, highest = self._ends
+        return bins_of(np.array(self._edges), -scores, -highest, -lowest, upper=False)
 
     def _rebin_if_due(self) -> None:
         if not self._binned_at or self._updates - self._binned_at >= _REBIN_EVERY:
@@ -151,7 +142,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
     def _rebin(self) -> None:
         """Set the boundaries: the lowest score of each bin but the hardest, the easiest bin first.
 
-        All bins have the same number of items, within one, but equal scores share a bin (see `_bin_of`).
+        All bins have the same number of items, within one, but equal scores share a bin (see `bins_of`).
         (The published class compares with each bin's highest score: its easiest bin holds the
         best item only, its hardest nearly two bins' worth.) With fewer items than bins the
         boundaries are evenly spaced.
@@ -165,7 +156,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         self._ends = low, high
         if count < self.n_bins:
             self._boundaries = [high - i * (high - low) / self.n_bins for i in range(1, self.n_bins)]
-        self._rising = self._boundaries[::-1]
+        self._edges = [-score for score in self._boundaries]
         self._mastered = 1 - below / count
 
     def bin_probabilities(self, current_step: int = 0, total_steps: int = 1000) -> list[float]:
@@ -182,12 +173,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         return self._streams.at(Purpose.BATCH, 0, self._draws)
 
     def sample_bin(self, current_step: int = 0, total_steps: int = 1000) -> int:
-        """Draw the bin to take the next item from.
-
-        Args:
-            current_step: Current training step.
-            total_steps: Planned number of steps.
-        """
+        """Draw the bin to take the next item from, at this step of so many."""
         return self._pick_bin(self._rng(), current_step, total_steps)
 
     def _pick_bin(self, rng: np.random.Generator, current_step: int, total_steps: int) -> int:
@@ -266,4 +252,5 @@ class CurriculumScheduler(KeyedAverages, Saved):
             raise ConfigError(problems)
         self._track(keys, scores, counts)
         self._applied = updates
-        self._streams, self._rising = RandomStreams(self.seed), self._boundaries[::-1]
+        self._streams = RandomStreams(self.seed)
+        self._edges = [-score for score in self._boundaries]

@@ -112,19 +112,17 @@ class Mixture(Saved):
         Raises:
             ConfigError: A source has ids beyond the data set, or none may be drawn.
         """
-        if len(self._source) > request.num_samples:
-            raise ConfigError(
-                [f"sources must have ids below num_samples={request.num_samples}, got {len(self._source) - 1}"]
-            )
+        if len(self._source) > (count := request.num_samples):
+            raise ConfigError([f"sources must have ids below num_samples={count}, got {len(self._source) - 1}"])
         rng = request.rng
         for source in np.flatnonzero(self._positions == 0):
-            rng.shuffle(self._stream(int(source)))
+            rng.shuffle(self._stream(source))
         count = len(self._order) if request.excluded is None else int((~request.excluded[self._order]).sum())
         if not count:
             raise ConfigError(["no sample of any source is left to draw: all of them are excluded"])
         return count
 
-    def _stream(self, source: int) -> NDArray[np.uint32]:
+    def _stream(self, source: Any) -> NDArray[np.uint32]:
         return self._order[self._ends[source - 1] if source else 0 : self._ends[source]]
 
     def draw(self, request: BatchRequest) -> Draw:
@@ -137,12 +135,10 @@ class Mixture(Saved):
         edges = np.floor(np.cumsum(shares) / shares.sum() * request.size + self._phase)
         edges[-1] = request.size  # the sum's last bits
         counts = np.diff(np.minimum(edges, request.size), prepend=0.0).astype(int)
-        parts = [
-            self._take(source, int(counts[source]), request.excluded, rng) for source in np.flatnonzero(counts).tolist()
-        ]
+        parts = [self._take(source, counts[source], request.excluded, rng) for source in np.flatnonzero(counts)]
         return Draw(np.concatenate(parts).astype(np.int64))
 
-    def _take(self, source: int, count: int, excluded: Mask | None, rng: np.random.Generator) -> Indices:
+    def _take(self, source: Any, count: Any, excluded: Mask | None, rng: np.random.Generator) -> Indices:
         stream, parts, wanted = self._stream(source), [], count
         while wanted:
             start = int(self._positions[source]) % len(stream)

@@ -23,9 +23,6 @@ class EpochPlan:
 
     A batch takes from each queue in proportion to what is left in it, so queues of equal size
     give equal shares (within one sample) in every batch, and all run out at the epoch's end.
-
-    Args:
-        queues: Arrays of sample ids, uint32, disjoint.
     """
 
     def __init__(self, queues: Sequence[NDArray[np.uint32]]) -> None:
@@ -74,12 +71,6 @@ class EpochPlan:
         """Bring the next batch's mean loss near a target by swapping samples with later ones of their queue.
 
         Every sample is still drawn once. The hardest queue is tried first: its losses differ most.
-
-        Args:
-            size: Samples in the next batch.
-            losses: `(ids) -> losses` of those samples.
-            target: Mean loss wanted.
-            tolerance: Distance from it that is near enough.
         """
         shares = self._shares(size, self._taken)
         chosen = [queue[at : at + n] for queue, at, n in zip(self._queues, self._taken, shares, strict=True)]
@@ -172,9 +163,14 @@ class PlannedStrategy(Saved):
         return None if self._plan is None else self._plan.take(size)
 
 
+def allowed(request: Any) -> NDArray[np.uint32]:
+    """Return the ids that the epoch may draw, ascending, uint32."""
+    ids = np.arange(request.num_samples) if request.excluded is None else np.flatnonzero(~request.excluded)
+    return ids.astype(np.uint32)
+
+
 def shuffled(request: Any) -> NDArray[np.uint32]:
-    """Return the ids that the epoch may draw, in random order, uint32."""
+    """Return the same in random order."""
     # numpy shuffles 8-byte integers faster than others, by more than the conversion costs.
-    ids = request.num_samples if request.excluded is None else np.flatnonzero(~request.excluded)
-    order: NDArray[np.int64] = request.rng.permutation(ids)
+    order: NDArray[np.int64] = request.rng.permutation(allowed(request).astype(np.int64))
     return order.astype(np.uint32)

@@ -11,7 +11,7 @@ import numpy as np
 from learnit_r8.core.config import Problems
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.contract import sound
-from learnit_r8.strategies.weighting import MAX_WEIGHT, Floats, WeightedStrategy, fill_unseen, reported
+from learnit_r8.strategies.weighting import MAX_WEIGHT, Floats, WeightedStrategy, fill_unseen
 from learnit_r8.types import LossReport
 
 
@@ -54,12 +54,12 @@ class Prioritized(WeightedStrategy):
     def epoch_weights(self, request: BatchRequest) -> Floats:
         """Return the priorities of the catalog's losses."""
         catalog = request.catalog
-        return self._priorities(fill_unseen(np.abs(catalog.expected_loss), catalog.uses, 1.0))
+        return self._priorities(fill_unseen(np.abs(catalog.expected_loss), catalog.uses))
 
     def observe(self, report: LossReport) -> None:
         """Give the batch's samples their new priorities."""
         if self._sampler is not None:
-            self._sampler.set(report.indices, self._priorities(reported(report)))
+            self._sampler.set(report.indices, self._priorities(report.losses.astype(np.float64)))
 
     def draw(self, request: BatchRequest) -> Draw:
         """Return a batch with weights `(N P)^-beta`."""

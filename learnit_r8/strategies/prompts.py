@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from learnit_r8.core.state import Kind, Saved, table
+from learnit_r8.core.state import Saved, part, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.prompts import PromptScheduler
 from learnit_r8.strategies.base import BatchRequest
@@ -31,26 +33,20 @@ class Prompts(Saved):
     """
 
     catalogs = False
+    _saved = table(prompts=part(lambda me, _: me._new()))
 
     def __init__(
         self, group_size: int = 8, reward_range: tuple[float, float] = (0.0, 1.0), fade: float = 0.999
     ) -> None:
-        self._new = {"group_size": group_size, "reward_range": reward_range, "fade": fade}
-        self.prompts = PromptScheduler(**self._new)  # type: ignore[arg-type]
+        self._new = partial(PromptScheduler, group_size=group_size, reward_range=reward_range, fade=fade)
+        self.prompts = self._new()
         """What is known of the prompts: `pass_rate(id)`, `metrics_dict()`."""
-
-    _saved = table(prompts=Kind(lambda _, prompts: prompts.state_dict(), lambda me, saved: me._loaded(saved)))
-
-    def _loaded(self, saved: object) -> PromptScheduler:
-        prompts = PromptScheduler(**self._new)  # type: ignore[arg-type]
-        prompts.load_state_dict(saved)  # type: ignore[arg-type]
-        return prompts
 
     def start_epoch(self, request: BatchRequest) -> None:
         """Take in the prompts, at the first epoch."""
         if not len(self.prompts):
             seed = int(request.rng.integers(1 << 62))
-            self.prompts = PromptScheduler(range(request.num_samples), seed=seed, **self._new)  # type: ignore[arg-type]
+            self.prompts = self._new(range(request.num_samples), seed=seed)
 
     def draw(self, request: BatchRequest) -> Indices:
         """Return the next prompts."""

@@ -41,47 +41,29 @@ _Z_FACTORS = np.array([4.0, 2.0, 1.0, 0.5, 0.25])
 
 @dataclass(frozen=True, slots=True)
 class Spacing:
-    """How reviews are spaced.
+    """How reviews are spaced; the names are those of `SpacedRepetition`'s arguments."""
 
-    Attributes:
-        spacing_steps: Steps of a review interval of 1.
-        min_backlog_ratio: Least share of a batch that unseen samples get, while any are left.
-        growth_rate: Factor of the interval after a success.
-        max_interval: Its upper limit.
-        success_threshold_std: A loss below mean + this many standard deviations is a success.
-        patience: Steps after which a drawn sample without a report is due again.
-    """
+    spacing_steps: float
+    min_backlog_ratio: float
+    growth_rate: float
+    max_interval: float
+    success_threshold_std: float
+    patience: int
 
-    spacing_steps: float = 0
-    min_backlog_ratio: float = 0.1
-    growth_rate: float = 1.2
-    max_interval: float = 100
-    success_threshold_std: float = 0.5
-    patience: int = 32
-
-    @classmethod
-    def checked(cls, problems: Problems, **values: Any) -> Spacing:
+    def checked(self, problems: Problems) -> Spacing:
         """Return the checked values; what is wrong is added to `problems`."""
-        return cls(
-            spacing_steps=problems.real("spacing_steps", values["spacing_steps"], 0.0, 1e9),
-            min_backlog_ratio=problems.real("min_backlog_ratio", values["min_backlog_ratio"], 0.0, 1.0),
-            growth_rate=problems.real("growth_rate", values["growth_rate"], 1.0, 1e6),
-            max_interval=problems.real("max_interval", values["max_interval"], 1.0, 1e6),
-            success_threshold_std=problems.real("success_threshold_std", values["success_threshold_std"], -math.inf),
-            patience=problems.integer("patience", values["patience"], 1),
+        return Spacing(
+            problems.real("spacing_steps", self.spacing_steps, 0.0, 1e9),
+            problems.real("min_backlog_ratio", self.min_backlog_ratio, 0.0, 1.0),
+            problems.real("growth_rate", self.growth_rate, 1.0, 1e6),
+            problems.real("max_interval", self.max_interval, 1.0, 1e6),
+            problems.real("success_threshold_std", self.success_threshold_std, -math.inf),
+            problems.integer("patience", self.patience, 1),
         )
 
 
 class ReviewQueue(Saved):
-    """Unseen, due and waiting samples.
-
-    Args:
-        num_samples: Number of samples.
-        spacing: How reviews are spaced.
-        stats: Running statistics of all losses; this queue updates them.
-        rng: For the order of the unseen samples.
-        excluded: True for samples that must not be drawn, bool `[N]`.
-    """
+    """Unseen, due and waiting samples; `rng` puts the unseen ones in order, `stats` are of all losses."""
 
     _saved = table(
         difficulty=sized(np.float32, lambda queue: len(queue._rows), "queue"),
@@ -105,9 +87,8 @@ class ReviewQueue(Saved):
         # All that is known of a sample lies together, so that a step reads memory once for each.
         self._look_at(np.zeros(num_samples, _ROW))
         self._due[:] = _UNSEEN
-        order = np.arange(num_samples, dtype=np.uint32)
-        rng.shuffle(order)
-        self._unseen = order
+        self._unseen = np.arange(num_samples, dtype=np.uint32)
+        rng.shuffle(self._unseen)
         self.exclude(excluded)
 
     def _look_at(self, rows: NDArray[Any]) -> None:
@@ -131,13 +112,9 @@ class ReviewQueue(Saved):
         """Draw these no more (None: draw all again), and sort the others into their places; O(N)."""
         self.excluded = excluded
         allowed = np.ones(len(self._due), bool) if excluded is None else ~excluded
-        self._place(allowed)
-
-    def _place(self, allowed: Mask) -> None:
         self._unseen = self._unseen[self._due[self._unseen] == _UNSEEN]
-        order = self._unseen[allowed[self._unseen]]
-        self._backlog, self._next = order, 0
-        self._num_backlog = len(order)
+        self._backlog, self._next = self._unseen[allowed[self._unseen]], 0
+        self._num_backlog = len(self._backlog)
         self._pool = MaxTree(len(self._due))
         self._pool.fill(np.where((self._due == _DUE) & allowed, self.difficulty, -np.inf).astype(np.float32))
         self._calendar: dict[int, list[Indices]] = {}
@@ -175,14 +152,9 @@ class ReviewQueue(Saved):
 
     def _valid(self, day: int) -> Indices:
         """Take a day's entries out of the calendar; return those that still count."""
-        entries = self._calendar.pop(day)
-        if not entries:
-            return np.empty(0, np.int64)
-        ids = entries[0] if len(entries) == 1 else np.concatenate(entries)
-        ids = np.asarray(ids[self._due[ids] == day])
-        if self.excluded is not None:
-            ids = ids[~self.excluded[ids]]
-        return ids
+        ids: Indices = np.concatenate(self._calendar.pop(day) or [np.empty(0, np.int64)])
+        ids = ids[self._due[ids] == day]
+        return ids if self.excluded is None else ids[~self.excluded[ids]]
 
     def _take_backlog(self, count: int) -> list[NDArray[Any]]:
         count = min(count, self._num_backlog)
@@ -205,16 +177,12 @@ class ReviewQueue(Saved):
             ids = self._valid(day)
             if not len(ids):
                 continue
-            if len(ids) > count:
-                ids = self._hardest_first(ids)
-                if len(ids) > count:
-                    self._note(day, ids[count:])
-                    ids = ids[:count]
-                else:  # some were entered twice
-                    ids.sort()
+            if len(ids) > count and len(hardest := self._hardest_first(ids)) > count:
+                self._note(day, hardest[count:])
+                ids = hardest[:count]
             else:
                 ids.sort()
-                if np.count_nonzero(ids[1:] == ids[:-1]):
+                if np.count_nonzero(ids[1:] == ids[:-1]):  # some were entered twice
                     ids = np.unique(ids)
             parts.append(ids)
             count -= len(ids)
@@ -294,11 +262,9 @@ class ReviewQueue(Saved):
 
     def _strike(self, ids: Indices, step: int) -> None:
         """Strike out what the draw of this very batch entered: no longer valid, it would only be read in vain."""
-        entries = self._calendar.get(step + self.spacing.patience, [])
-        for number, entry in enumerate(entries):
-            if entry is ids:
-                del entries[number]
-                break
+        day = step + self.spacing.patience
+        if day in self._calendar:
+            self._calendar[day] = [entry for entry in self._calendar[day] if entry is not ids]
 
     def _enter(self, ids: Indices, due: Indices) -> None:
         """Enter samples into the calendar."""
@@ -306,18 +272,15 @@ class ReviewQueue(Saved):
             return
         order = due.argsort()
         ids, due = ids.take(order), due.take(order)
-        ends = [*(due[1:] != due[:-1]).nonzero()[0].tolist(), len(ids) - 1]
-        start = 0
-        for day, end in zip(due.take(ends).tolist(), ends, strict=True):
-            self._note(day, ids[start : end + 1])
-            start = end + 1
+        starts = [0, *((due[1:] != due[:-1]).nonzero()[0] + 1).tolist()]
+        for day, start, end in zip(due.take(starts).tolist(), starts, [*starts[1:], len(ids)], strict=True):
+            self._note(day, ids[start:end])
 
     def _note(self, day: int, ids: Indices) -> None:
-        if day in self._calendar:
-            self._calendar[day].append(ids)
-        else:
-            self._calendar[day] = [ids]
+        if day not in self._calendar:
+            self._calendar[day] = []
             heapq.heappush(self._days, day)
+        self._calendar[day].append(ids)
 
     def _state_taken(self) -> None:
         rows = np.zeros(len(self._due), _ROW)

@@ -14,7 +14,7 @@ from learnit_r8.core.config import Problems
 from learnit_r8.core.state import row, table
 from learnit_r8.strategies.base import BatchRequest, register
 from learnit_r8.strategies.contract import sound
-from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, WeightedSampler, WeightedStrategy, reported
+from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, WeightedSampler, WeightedStrategy
 from learnit_r8.types import LossReport
 
 
@@ -82,11 +82,9 @@ class RewardWeighted(WeightedStrategy):
             ValueError: There are more or fewer rewards than samples.
         """
         if self._rewards is not None:
-            if len(self._rewards) != request.num_samples:
-                raise ValueError(
-                    f"rewards must have one entry per sample: {len(self._rewards)} rewards, "
-                    f"{request.num_samples} samples"
-                )
+            count, samples = len(self._rewards), request.num_samples
+            if count != samples:
+                raise ValueError(f"rewards must have one entry per sample: {count} rewards, {samples} samples")
             return reward_weights(scores(self._rewards, use_rank=self.use_rank), self.temperature)
         weights = np.ones(request.num_samples)
         seen = np.flatnonzero(request.catalog.uses)
@@ -101,7 +99,7 @@ class RewardWeighted(WeightedStrategy):
         low, high = self._range
         if self._sampler is None or self._rewards is not None or self.use_rank or not high > low:
             return
-        score = (high - reported(report)) / (high - low)
+        score = (high - report.losses.astype(np.float64)) / (high - low)
         score = np.minimum(np.maximum(score, 0.0), 1.0)  # half of np.clip's time
         self._sampler.set(report.indices, reward_weights(score, self.temperature))
 

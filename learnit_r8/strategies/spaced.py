@@ -30,7 +30,7 @@ from learnit_r8.errors import ProtocolError
 from learnit_r8.strategies.base import BatchRequest, Draw, register
 from learnit_r8.strategies.contract import sound
 from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
-from learnit_r8.strategies.weighting import as_ids, draw_stable, reported
+from learnit_r8.strategies.weighting import as_ids, draw_stable
 from learnit_r8.structures.moving_stats import ExponentialMovingStats
 from learnit_r8.types import Indices, LossReport, Mask
 
@@ -74,15 +74,9 @@ class SpacedRepetition(Saved):
         ema_alpha: float = 0.1,
     ) -> None:
         problems = Problems()
-        self._spacing = Spacing.checked(
-            problems,
-            spacing_steps=0 if spacing_steps is None else spacing_steps,
-            min_backlog_ratio=min_backlog_ratio,
-            growth_rate=growth_rate,
-            max_interval=max_interval,
-            success_threshold_std=success_threshold_std,
-            patience=patience,
-        )
+        steps = 0 if spacing_steps is None else spacing_steps
+        spacing = Spacing(steps, min_backlog_ratio, growth_rate, max_interval, success_threshold_std, patience)
+        self._spacing = spacing.checked(problems)
         self._alpha = problems.real("ema_alpha", ema_alpha, 0.0, 1.0, open_low=True)
         problems.raise_if_any()
         self._by_epoch = spacing_steps is None
@@ -114,7 +108,7 @@ class SpacedRepetition(Saved):
     def observe(self, report: LossReport) -> None:
         """Reschedule the batch's samples."""
         if self._queue is not None:
-            self._queue.report(report.indices, reported(report), report.step)
+            self._queue.report(report.indices, report.losses.astype(np.float64), report.step)
 
     def forget(self, indices: Indices) -> None:
         """These will not be reported: they are due again."""
@@ -206,15 +200,8 @@ class SpacedRepetitionSampler(Saved):
         self.num_steps = problems.integer("num_steps", num_steps, 1)
         self.batch_size = problems.integer("batch_size", batch_size, 1)
         self.seed = problems.integer("seed", seed, 0)
-        spacing = Spacing.checked(
-            problems,
-            spacing_steps=spacing_steps,
-            min_backlog_ratio=min_backlog_ratio,
-            growth_rate=growth_rate,
-            max_interval=max_interval,
-            success_threshold_std=success_threshold_std,
-            patience=patience,
-        )
+        spacing = Spacing(spacing_steps, min_backlog_ratio, growth_rate, max_interval, success_threshold_std, patience)
+        spacing = spacing.checked(problems)
         problems.raise_if_any()
         self.loss_stats = loss_stats if loss_stats is not None else ExponentialMovingStats()
         self._queue = _empty_queue(size, spacing, self.loss_stats, self.seed)
@@ -254,14 +241,11 @@ class SpacedRepetitionSampler(Saved):
         return _Pass(self)
 
     def _batches(self) -> Iterator[list[int]]:
-        again: list[Indices] = []
-        if self._resuming:
-            again = [ids for _, ids in self._open]
-        else:
+        if not self._resuming:
             self.forget_open()
             self._issued = 0
         self._resuming = False
-        for ids in again:
+        for _, ids in list(self._open):
             yield ids.tolist()
         while self._issued < self.num_steps:
             patience = self._queue.spacing.patience
@@ -297,17 +281,14 @@ class SpacedRepetitionSampler(Saved):
             losses = np.full(len(ids), float(losses.reshape(-1)[0]))
         elif losses.shape != ids.shape:
             raise ValueError(f"need one loss, or one per sample: {len(ids)} samples, losses of shape {losses.shape}")
-        self._close(ids, exact=indices is not None)
+        self._close(ids)
         self._queue.report(ids, losses, self._step)
 
-    def _close(self, ids: Indices, *, exact: bool) -> None:
+    def _close(self, ids: Indices) -> None:
         """Strike the batch off the list of those without a report."""
-        if not exact:
-            self._open.popleft()
-            return
         named = np.sort(ids)
         for position, (_, batch) in enumerate(self._open):
-            if np.array_equal(np.sort(batch), named):
+            if batch is ids or np.array_equal(np.sort(batch), named):
                 del self._open[position]
                 return
 

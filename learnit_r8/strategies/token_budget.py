@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +13,7 @@ from learnit_r8.core.state import Saved, table
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.strategies.base import BatchRequest, Draw
 from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.plan import allowed
 
 _WINDOW = 2048
 """Samples that are packed together: enough for a fill of 95 to 99%, few enough for a batch to stay random."""
@@ -80,19 +82,18 @@ class TokenBudget(Saved):
                 "TokenBudget(padded=False) works on one rank: slices of a packed batch have equal samples, not equal "
                 "tokens. Use padded=True, or pack the samples beforehand"
             )
-        allowed = np.arange(request.num_samples) if request.excluded is None else np.flatnonzero(~request.excluded)
         rng = request.rng
-        self._plan(rng.permutation(allowed), rng, request)
+        self._plan(rng.permutation(allowed(request)), rng, request)
         return len(self._order)
 
-    def _plan(self, shuffled: NDArray[np.int64], rng: np.random.Generator, request: BatchRequest) -> None:
+    def _plan(self, shuffled: NDArray[Any], rng: np.random.Generator, request: BatchRequest) -> None:
         batches = self._padded_batches(shuffled, request) if self.padded else self._packed_batches(shuffled, request)
         places = rng.permutation(len(batches))
         self._order = np.concatenate([batches[k] for k in places]).astype(np.uint32)
         self._ends = np.cumsum([len(batches[k]) for k in places])
         self._taken = 0
 
-    def _padded_batches(self, shuffled: NDArray[np.int64], request: BatchRequest) -> list[NDArray[np.int64]]:
+    def _padded_batches(self, shuffled: NDArray[Any], request: BatchRequest) -> list[NDArray[Any]]:
         ranks = request.multiple
         shuffled = shuffled[: len(shuffled) - len(shuffled) % ranks]
         part = self.max_tokens // ranks
@@ -114,14 +115,13 @@ class TokenBudget(Saved):
             stop -= count
         return batches
 
-    def _packed_batches(self, shuffled: NDArray[np.int64], request: BatchRequest) -> list[NDArray[np.int64]]:
+    def _packed_batches(self, shuffled: NDArray[Any], request: BatchRequest) -> list[NDArray[Any]]:
         """Best fit, the longest first (Johnson 1973), a window of random samples at a time."""
-        batches: list[NDArray[np.int64]] = []
-        open_left: list[list[int]] = []
+        batches: list[NDArray[Any]] = []
+        bins: list[list[int]] = []
         for start in range(0, len(shuffled), _WINDOW):
             window = shuffled[start : start + _WINDOW]
-            free: list[tuple[int, int]] = []  # tokens that are left in a batch, and which one it is
-            bins: list[list[int]] = open_left
+            # Tokens that are left in a batch, and which one it is.
             free = sorted((self.max_tokens - int(self._lengths[b].sum()), k) for k, b in enumerate(bins))
             for sample in window[np.argsort(-self._lengths[window], kind="stable")].tolist():
                 length = int(self._lengths[sample])
@@ -137,8 +137,8 @@ class TokenBudget(Saved):
             # What is nearly full is done; the others get more of the next window.
             done = [sum(self._lengths[b]) >= 0.98 * self.max_tokens or len(b) >= request.size for b in bins]
             batches += [np.array(b) for b, full in zip(bins, done, strict=True) if full]
-            open_left = [b for b, full in zip(bins, done, strict=True) if not full]
-        return batches + [np.array(b) for b in open_left]
+            bins = [b for b, full in zip(bins, done, strict=True) if not full]
+        return batches + [np.array(b) for b in bins]
 
     def draw(self, request: BatchRequest) -> Draw:
         """Return the next batch; where `batch_size` is smaller than when the epoch was planned, a part of it."""

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from learnit_r8.core.arrays import as_losses
+from learnit_r8.core.arrays import as_losses, read_only
 from learnit_r8.core.state import Saved, sized, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies.base import BatchRequest, Draw
 from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.plan import allowed
 from learnit_r8.strategies.weighting import as_ids, next_phase
-from learnit_r8.structures.sum_tree import SumTree
-from learnit_r8.types import Mask
+from learnit_r8.structures.sum_tree import MAX_WEIGHT, SumTree
 
 
 @sound
@@ -61,9 +61,7 @@ class Weighted(Saved):
     @property
     def weights(self) -> NDArray[np.float64]:
         """The weight of each sample, read-only, `[num_samples]`."""
-        view = self._weights.view()
-        view.flags.writeable = False
-        return view
+        return read_only(self._weights)
 
     def set(self, ids: ArrayLike, weights: ArrayLike) -> None:
         """Give samples other weights, from the next batch on; with several ranks, on each of them.
@@ -96,7 +94,7 @@ class Weighted(Saved):
         """
         if request.num_samples != len(self._weights):
             raise ConfigError([f"weights must be one a sample: {len(self._weights)} for {request.num_samples} samples"])
-        self._order = _allowed(request.excluded, request.num_samples)
+        self._order = allowed(request)
         if not self._weights[self._order].any():
             raise ConfigError(["no sample with a weight is left to draw: all of them are excluded"])
         request.rng.shuffle(self._order)
@@ -113,10 +111,6 @@ class Weighted(Saved):
 
 def _checked(weights: Any) -> NDArray[np.float64]:
     values = as_losses(weights)
-    if not (np.isfinite(values).all() and (values >= 0).all()):
+    if not ((values >= 0) & (values <= MAX_WEIGHT)).all():
         raise ConfigError([f"weights must be finite and not negative, got {np.array2string(values, threshold=8)}"])
     return values
-
-
-def _allowed(excluded: Mask | None, count: int) -> NDArray[np.uint32]:
-    return (np.arange(count) if excluded is None else np.flatnonzero(~excluded)).astype(np.uint32)

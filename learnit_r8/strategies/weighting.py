@@ -33,7 +33,7 @@ from learnit_r8.core.state import Kind, Saved, each, kind, maybe, part, same, ta
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies.base import BatchRequest, Draw
 from learnit_r8.structures.sum_tree import SumTree
-from learnit_r8.types import Indices, LossReport, Mask
+from learnit_r8.types import Indices, Mask
 
 Floats = NDArray[np.float64]
 
@@ -41,9 +41,7 @@ UNIFORM_SHARE = 0.2
 """Least share of uniform draws in the mixture."""
 MAX_WEIGHT = 1 / UNIFORM_SHARE
 """No importance weight is larger."""
-_FRESH_SHARE = 0.22
-_MOST_UNIFORM = 0.999
-_HIGHEST_SHARE = 0.25
+_FRESH_SHARE, _HIGHEST_SHARE, _MOST_UNIFORM = 0.22, 0.25, 0.999
 _GOLDEN = (5**0.5 - 1) / 2
 _ALMOST_ONE = 1 - 1e-9
 _BATCHES_BEHIND = 4
@@ -54,12 +52,8 @@ _LARGE = 100_000
 class MixtureSampler(Saved):
     """Draws distinct samples from a defensive mixture over changing weights.
 
-    A draw and an update of B weights cost O(B log N).
-
-    Args:
-        num_samples: Number of samples. All weights start at 1.
-        uniform: Share of uniform draws, at least; a quarter more of it at most. With 0 draws are in
-            proportion to the weights, and no importance weight is limited.
+    A draw and an update of B weights cost O(B log N). All weights start at 1. With `uniform=0` draws are in
+    proportion to the weights, and no importance weight is limited.
     """
 
     _saved = table(
@@ -67,7 +61,7 @@ class MixtureSampler(Saved):
         order=np.uint32,
         floor=float,
         phase=float,
-        tree=Kind(lambda me, tree: tree.weights()[: len(me._order)], lambda me, saved: me._tree_of(saved)),
+        tree=Kind(lambda me, tree: tree.view[: len(me._order)].copy(), lambda me, saved: me._tree_of(saved)),
         behind=each(np.int64),
     )
 
@@ -87,13 +81,7 @@ class MixtureSampler(Saved):
         self._fill()
 
     def restart(self, weights: Floats, rng: np.random.Generator, excluded: Mask | None = None) -> None:
-        """Take new weights and put the samples in a new random order; O(N).
-
-        Args:
-            weights: Finite and not negative, float64 `[N]`.
-            rng: For order and phase.
-            excluded: True for samples that are never drawn, bool `[N]`.
-        """
+        """Take new weights, finite and not negative, and put the samples in a new random order; O(N)."""
         self.weights = weights
         order = np.arange(len(weights), dtype=np.uint32)
         self._order = order if excluded is None else order[~excluded]
@@ -172,7 +160,7 @@ class MixtureSampler(Saved):
         try:
             while left:
                 slots = self._tree.draw(self._points(left, phase))
-                values = self._tree.weights(slots)
+                values = self._tree.view.take(slots)
                 heavy = values * left > self._tree.total * _ALMOST_ONE
                 if not heavy.any():
                     certain = [found for found, _ in aside]
@@ -180,8 +168,8 @@ class MixtureSampler(Saved):
                     probabilities[size - left :] = values / self._tree.total * (left / size)
                     return np.concatenate([*certain, slots]), probabilities
                 found = np.unique(slots[heavy])
-                aside.append((found, self._tree.weights(found)))
-                self._tree.set(found, 0.0)
+                aside.append((found, self._tree.view.take(found)))
+                self._tree.set(found, np.zeros(len(found)))
                 left -= len(found)
             return np.concatenate([found for found, _ in aside]), np.full(size, 1 / size)
         finally:
@@ -249,8 +237,7 @@ class WeightedStrategy(Saved):
     def start_epoch(self, request: BatchRequest) -> None:
         """Take the weights from the catalog and a new random order."""
         weights = self.epoch_weights(request)
-        if self._sampler is None:
-            self._sampler = MixtureSampler(request.num_samples)
+        self._sampler = self._sampler or MixtureSampler(request.num_samples)
         self._sampler.restart(weights, request.rng, request.excluded)
 
     def draw(self, request: BatchRequest) -> Draw:
@@ -258,19 +245,11 @@ class WeightedStrategy(Saved):
         if self._sampler is None:
             self.start_epoch(request)
         assert self._sampler is not None
-        if request.stable_only:
-            return Draw(draw_stable(request))
-        return self._sampler.draw(request.size)
+        return Draw(draw_stable(request)) if request.stable_only else self._sampler.draw(request.size)
 
 
 class WeightedSampler(Saved):
-    """Base of the stand-alone samplers: a mixture sampler with its own randomness.
-
-    Args:
-        weights: Of each sample, float64 `[N]`.
-        seed: Any non-negative int.
-        uniform: Share of uniform draws; see `MixtureSampler`.
-    """
+    """Base of the stand-alone samplers: a mixture sampler with its own randomness."""
 
     _as_json = JSON_SIZE
     _saved = table(
@@ -317,13 +296,9 @@ class WeightedSampler(Saved):
         Raises:
             ConfigError: `n` is missing, given twice or below 1, or above the number of samples that can be drawn.
         """
-        size = n if batch_size is None else batch_size
-        if (
-            not isinstance(size, (int, np.integer))
-            or isinstance(size, bool)
-            or size < 1
-            or (n is not None and batch_size is not None)
-        ):
+        size: Any = n if batch_size is None else batch_size
+        whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not whole or size < 1 or None not in (n, batch_size):
             raise ConfigError([f"sample needs n >= 1 (or batch_size), got n={n!r}, batch_size={batch_size!r}"])
         if not self._uniform and len(self) > size > (able := int(np.count_nonzero(self._sampler.weights))):
             raise ConfigError([f"sample needs n <= {able} with defensive=0: no other sample has a weight, got {size}"])
@@ -354,29 +329,18 @@ def draw_stable(request: BatchRequest) -> Indices:
     return pool.astype(np.int64, copy=False)
 
 
-def fill_unseen(losses: ArrayLike, uses: NDArray[np.uint32], default: float) -> Floats:
-    """Return losses as float64 with the highest known one (`default`: none is known) where `uses` is 0."""
+def fill_unseen(losses: ArrayLike, uses: NDArray[np.uint32]) -> Floats:
+    """Return losses as float64 with the highest known one (1 where none is known) where `uses` is 0."""
     filled = np.array(losses, np.float64)
     seen = uses > 0
     if not seen.all():
-        filled[~seen] = filled[seen].max() if seen.any() else default
+        filled[~seen] = filled[seen].max() if seen.any() else 1.0
     return filled
 
 
-def reported(report: LossReport) -> Floats:
-    """Return the report's per-sample losses as float64."""
-    return report.losses.astype(np.float64)
-
-
 def as_ids(indices: Any, size: int) -> Indices:
-    """Return sample ids, an array or a tensor of any device, as int64 `[n]`.
-
-    Raises:
-        ValueError: Not integers, or outside 0 to `size` - 1.
-    """
-    if hasattr(indices, "detach"):
-        indices = indices.detach().cpu()
-    ids = np.asarray(indices).reshape(-1)
+    """Return sample ids below `size`, an array or a tensor of any device, as int64 `[n]`; else raise ValueError."""
+    ids = np.asarray(indices.detach().cpu() if hasattr(indices, "detach") else indices).reshape(-1)
     if len(ids) and ids.dtype.kind not in "iu":
         raise ValueError(f"indices must be integers, got dtype {ids.dtype}")
     ids = ids.astype(np.int64)

@@ -61,13 +61,11 @@ class KeyedAverages:
         if not keys:
             return
         self._applied += len(keys)
+        self._pending_keys, self._pending_scores = [], []
         if len(keys) <= _FEW:
             for key, score in zip(keys, scores, strict=True):
                 self._apply_one(key, score)
-            keys.clear()
-            scores.clear()
         else:
-            self._pending_keys, self._pending_scores = [], []
             self._apply_many(keys, scores)
         if self._ranked is not None and _CHANGED * len(self._entered) > len(self._keys):
             self._ranked = None
@@ -95,14 +93,9 @@ class KeyedAverages:
         np.add.at(items, at + 1, 1.0)
         alpha, rest = self._alpha, 1 - self._alpha
         if len(set(slots)) == len(slots):
-            new = np.array(scores)
-            known = old == old
-            if np.count_nonzero(known) == len(old):
-                new = alpha * new + rest * old
-            else:
-                old = old[known]
-                new[known] = alpha * new[known] + rest * old
-            items[at] = new
+            new, known = np.array(scores), old == old
+            new = np.where(known, alpha * new + rest * old, new)
+            items[at], old = new, old[known]
         else:
             now = dict(zip(slots, old.tolist(), strict=True))
             old = np.array([before for before in now.values() if before == before])

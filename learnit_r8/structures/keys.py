@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from learnit_r8.core.state import Kind
+
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _TUPLE, _BYTES = "tuple", "bytes"
 
 
 def plain_key(key: Any) -> Hashable:
-    """Return a key as Python's own value: an element of an array or a tensor as its number, tuples in depth.
-
-    Raises:
-        TypeError: It is of a kind that no state could hold.
-    """
+    """Return a key as Python's own value: an element of an array or a tensor as its number, tuples in depth."""
     if type(key) in _PLAIN:
         if key != key:
             raise TypeError("NaN is no key: it equals nothing, not even itself")
@@ -49,3 +47,7 @@ def key_from_json(saved: Any) -> Hashable:
         return plain_key(saved)
     ((kind, value),) = saved.items()
     return tuple(map(key_from_json, value)) if kind == _TUPLE else bytes.fromhex(value)
+
+
+KEY = Kind(lambda _, key: key_to_json(key), lambda _, saved: key_from_json(saved))
+"""How a key is saved."""

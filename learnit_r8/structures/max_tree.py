@@ -19,9 +19,6 @@ class MaxTree:
 
     The k highest slots lie below the k highest nodes of every level, so `top(k)` follows
     k nodes downwards: O(k log N). All slots start at minus infinity, which means empty.
-
-    Args:
-        size: Number of slots.
     """
 
     def __init__(self, size: int) -> None:
@@ -61,8 +58,7 @@ class MaxTree:
 
     def top(self, k: int) -> Indices:
         """Return the slots of the k highest numbers, the highest first; fewer where fewer are set."""
-        if k > 0 and self._filled:
-            self._filled = bool(np.maximum.reduce(self._levels[-1]) > -np.inf)
+        self._filled = self._filled and bool(np.maximum.reduce(self._levels[-1]) > -np.inf)
         if k <= 0 or not self._filled:
             return np.empty(0, np.int64)
         nodes, lowest = _highest(self._levels[-1], k)

@@ -23,12 +23,8 @@ class RankWindows:
     """Many floats, of which a few change between questions for the numbers of certain ranks.
 
     Edges cut the line into cells: below the first edge, at it, between it and the second, and so on.
-    Of every cell the count is known, and of the cells around a rank the numbers themselves, in order.
-
-    Args:
-        values: Finite floats, in any order.
-        ranks: What is going to be asked for (0: the lowest number), or ranks near these.
-        mark: A number of which it is to be known how many are lower.
+    Of every cell the count is known, and of the cells around a rank (0: the lowest number's) the numbers themselves,
+    in order. Of the `mark` it is known how many are lower.
     """
 
     def __init__(self, values: NDArray[np.float64], ranks: Sequence[int], mark: float) -> None:
@@ -86,11 +82,7 @@ class RankWindows:
         return self._sorted[list(self._ranks)].tolist(), int(self._sorted.searchsorted(self._mark))
 
     def answer(self, ranks: Sequence[int], mark: float) -> tuple[list[float], int] | None:
-        """Return the same for these ranks and this mark, after changes.
-
-        Returns:
-            None where the mark is another one, a rank has left the windows or too many numbers have come.
-        """
+        """Return the same after changes; None where a rank has left the windows, or all is to be sorted anew."""
         if mark != self._mark or self._crowded:
             return None
         ends = self._counts.cumsum()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.samples.catalog import LossCatalog
@@ -17,7 +15,7 @@ from learnit_r8.testing.states import equal, require, round_trip
 from learnit_r8.types import Indices, LossReport, Mask
 
 _LARGEST_WEIGHT = 5.0
-_SEED = 7
+_SEED, _PROGRESS = 7, 0.3
 _LIMIT_Z = 5.5
 """A sound strategy fails a statistical check less than once in ten million times."""
 
@@ -72,30 +70,18 @@ class _Run:
     """The scheduler's loop around a strategy, without a model: losses are fixed and noisy."""
 
     def __init__(
-        self,
-        strategy: Strategy,
-        num_samples: int,
-        size: int,
-        *,
-        cataloged: bool = True,
-        excluded: Mask | None = None,
-        reports: bool = True,
-        progress: float = 0.3,
+        self, strategy: Strategy, num_samples: int, size: int, *, cataloged: bool = True, reports: bool = True
     ) -> None:
         self.rules = Rules(strategy)
         self.size = size
         self.excluded: Mask | None = None
-        self.exclude(excluded)
         self.catalog = LossCatalog(num_samples)
         self.streams = RandomStreams(_SEED)
         self.losses = np.random.default_rng(_SEED).lognormal(0.0, 1.0, num_samples).astype(np.float32)
         self.reports = reports
-        self.progress = progress
-        self.step = self.epoch = 0
-        self.cursor = self.left = 0
+        self.step = self.epoch = self.cursor = self.left = 0
         if cataloged:
-            everything = np.arange(num_samples)
-            self.catalog.record(self.catalog.look_up(everything), self.losses, 0)
+            self.catalog.record(self.catalog.look_up(np.arange(num_samples)), self.losses, 0)
 
     def exclude(self, mask: Mask | None) -> None:
         """Leave samples out from the next epoch on."""
@@ -104,13 +90,9 @@ class _Run:
             mask.flags.writeable = False
         self.left = 0
 
-    @property
-    def _allowed(self) -> int:
-        return self.catalog.num_samples - (0 if self.excluded is None else int(self.excluded.sum()))
-
     def request(self, purpose: Purpose, size: int, *, stable_only: bool = False) -> BatchRequest:
         return BatchRequest(
-            size, self.epoch, self.cursor, self.step, self.progress, self.catalog, self.streams,
+            size, self.epoch, self.cursor, self.step, _PROGRESS, self.catalog, self.streams,
             purpose, self.excluded, stable_only,
         )  # fmt: skip
 
@@ -118,7 +100,8 @@ class _Run:
         self.cursor = 0
         samples = self.rules.start_epoch(self.request(Purpose.PLAN, self.size))
         self._require(self.rules.length_fault(samples))
-        self.left = self._allowed if samples is None else int(samples)
+        allowed = self.catalog.num_samples - (0 if self.excluded is None else int(self.excluded.sum()))
+        self.left = allowed if samples is None else int(samples)
 
     def advance(self, *, stable_only: bool = False) -> Draw:
         """Draw one batch and report its losses; a new epoch begins where one is spent."""
@@ -173,7 +156,8 @@ def _check_stable(factory: Callable[[], Strategy]) -> None:
     excluded = np.zeros(200, bool)
     excluded[:20] = True
     for mask in (None, excluded):
-        run = _Run(factory(), 200, 16, excluded=mask)
+        run = _Run(factory(), 200, 16)
+        run.exclude(mask)
         for _ in range(8):
             run.advance(stable_only=True)
         run.epochs(2)
@@ -221,10 +205,8 @@ def _check_restore(factory: Callable[[], Strategy]) -> None:
 def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
     num_samples, size = (500, 20) if draws > 10_000 else (60, 5)
     run = _Run(factory(), num_samples, size, reports=False)
-    inverse = np.zeros(num_samples)
-    squares = np.zeros(num_samples)
-    total = 0
-    weights: list[NDArray[Any]] = []
+    inverse, squares = np.zeros((2, num_samples))
+    total, weights = 0, []
     claimed, first = True, run.epoch
     while total < draws or run.left > 0:
         draw = run.advance()
@@ -257,14 +239,13 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
         f"{int((squares == 0).sum())} of {num_samples} samples were never drawn in {total} draws: let every sample "
         "have a chance, p <- 0.8 p + 0.2 / N",
     )
-    statistic = float(np.sum((inverse - total) ** 2 / squares))
-    freedom = num_samples
+    statistic, spread = float(np.sum((inverse - total) ** 2 / squares)), 2 / (9 * num_samples)
     # Wilson & Hilferty 1931: the cube root of a chi-square variable is nearly normal.
-    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    z = ((statistic / num_samples) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     require(
         z < _LIMIT_Z,
-        f"samples were not drawn as often as the probabilities say (chi-square {statistic:.0f} for {freedom} samples, "
-        f"{total} draws): Draw.probabilities is each sample's expected share of a draw, and None means that all "
+        f"samples were not drawn as often as the probabilities say (chi-square {statistic:.0f} for {num_samples} "
+        f"samples, {total} draws): Draw.probabilities is each sample's expected share of a draw, and None means that all "
         "are drawn alike",
     )
 

@@ -8,10 +8,11 @@ from sklearn.mixture import GaussianMixture
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.checkpoint import state_codec
+from learnit_r8.core.arrays import in_any
 from learnit_r8.events import StrategyDecided, SuspectsNamed
 from learnit_r8.noise.cut import Classes, agreement, even_loss, half_way
 from learnit_r8.noise.evidence import LossesSince
-from learnit_r8.noise.guard import NoiseGuard, either
+from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import names
 
@@ -327,10 +328,10 @@ def test_odd_sizes_and_losses_never_stop_an_epoch(num_samples, batch_size, num_e
 
 def test_masks_are_joined():
     a, b = np.array([True, False, False]), np.array([False, False, True])
-    assert either(None, None) is None
-    assert either(a, None) is a
-    assert either(None, b) is b
-    assert either(a, b).tolist() == [True, False, True]
+    assert in_any(None, None) is None
+    assert in_any(a, None) is a
+    assert in_any(None, b) is b
+    assert in_any(a, b).tolist() == [True, False, True]
 
 
 @settings(deadline=None)

@@ -116,7 +116,7 @@ def test_the_uniform_share_stays_between_a_fifth_and_a_quarter_however_weights_m
         for _ in range(100):
             ids = sampler.draw(20).indices
             sampler.set(ids, scale * rng.random(20))
-            shares = sampler._tree.weights()
+            shares = sampler._tree.view
             share = sampler._floor * 500 / shares.sum()
             assert 0.2 - 1e-9 <= share <= 0.25 + 1e-9
 
