@@ -43,8 +43,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.arrays import largest, read_only
 from learnit_r8.core.state import Saved, finite, mask, maybe, part, table
-from learnit_r8.noise.cut import Classes, agreement, even_loss, half_way
-from learnit_r8.noise.evidence import LossesSince
+from learnit_r8.noise.cut import Classes, LossesSince, agreement, even_loss, half_way
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.types import Indices, Losses, Mask
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Kind, Saved, table
-from learnit_r8.errors import ConfigError
 
 
 class NStep(Saved):
@@ -34,14 +34,9 @@ class NStep(Saved):
     def __init__(
         self, n: int, gamma: float = 0.99, *, reward: int | str = 2, next_state: int | str = 3, done: int | str = 4
     ) -> None:
-        problems = []
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            problems.append(f"n must be an int of at least 1, got {n!r}")
-        if not 0.0 <= gamma <= 1.0:
-            problems.append(f"gamma must be in 0 .. 1, got {gamma!r}")
-        if problems:
-            raise ConfigError(problems)
-        self.n, self.gamma = n, gamma
+        problems = Problems()
+        self.n, self.gamma = problems.integer("n", n, 1), problems.real("gamma", gamma, 0.0, 1.0)
+        problems.raise_if_any()
         self._fields = (reward, next_state, done)
         self._pending: deque[Any] = deque()
 

@@ -15,10 +15,8 @@ from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, maybe, part, table
 from learnit_r8.errors import CheckpointError
-from learnit_r8.replay.drawn import DrawnIndices
 from learnit_r8.replay.n_step import NStep
-from learnit_r8.replay.ranking import Ranking
-from learnit_r8.replay.recent import RecentLargest
+from learnit_r8.replay.priorities import Ranking, RecentLargest
 from learnit_r8.replay.saving import SavedBuffer, filled, slots
 from learnit_r8.replay.storage import ArrayStorage, ObjectStorage
 from learnit_r8.replay.trees import as_array
@@ -36,6 +34,15 @@ _CALLS_AHEAD, _FEW_POINTS = 8, 4096
 """Calls of `sample` whose random numbers are drawn together, and the batch up to which that pays."""
 # What is known of an experience's slot, so that an update can tell whom it is for.
 _IDLE, _AWAITED, _REPLACED = 0, 1, 2
+
+
+class DrawnIndices(np.ndarray[Any, np.dtype[np.int64]]):
+    """The slots that `sample` returns; they and slices of them know how many experiences had been added until then."""
+
+    as_of: int | None = None
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.as_of = getattr(source, "as_of", None)
 
 
 class PrioritizedReplayBuffer(SavedBuffer):

@@ -7,6 +7,7 @@ that of `batch_losses.py`; what is fitted is u, of which a sample's relative los
 from __future__ import annotations
 
 import math
+from array import array
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ _ALLOWANCE = 1.1
 """The candidate did without an eighth of the batches, which the final fit has."""
 _WINDOW = 32
 """Batches to each side over which a refinement smooths the level."""
-_RECORD_ENTRIES = 8
+_FIELDS = 4
+_RECORD_ENTRIES = 2 * _FIELDS
 """History entries (4 bytes) that a batch's scalars take."""
 
 
@@ -104,75 +106,67 @@ class BatchHistory(Saved):
     """
 
     _saved = table(
-        ids=Kind(lambda me, _: me.ids.copy(), lambda _, saved: np.array(saved, np.uint32)),
-        records=Kind(lambda me, _: me.records.copy(), lambda _, saved: np.array(saved, np.float64).reshape(-1, 4)),
+        ids=Kind(lambda _, ids: np.array(ids, np.uint32), lambda _, saved: array("I", np.array(saved, np.uint32))),
+        records=Kind(
+            lambda _, records: np.reshape(records, (-1, _FIELDS)), lambda _, saved: array("d", np.ravel(saved).tolist())
+        ),
     )
 
     def __init__(self, capacity: int, most_ids: float = math.inf) -> None:
-        self._capacity = capacity
-        self._most_ids = most_ids
-        self._ids = np.empty(0, np.uint32)
-        self._records = np.empty((0, 4))
-        self.entries = 0
-        self.count = self.appended = 0
+        self._capacity, self._most_ids = capacity, most_ids
+        self._ids, self._records = array("I"), array("d")
+        self.appended = 0
+
+    @property
+    def entries(self) -> int:
+        """Sample ids that are held."""
+        return len(self._ids)
+
+    @property
+    def count(self) -> int:
+        """Batches that are held."""
+        return len(self._records) // _FIELDS
 
     def append(self, indices: NDArray[np.integer[Any]], loss: float, level: float, predicted: float) -> None:
         """Add a report: its samples, loss, and the level and the prediction before it."""
-        n = len(indices)
-        end = self.entries + n
+        end = len(self._ids) + len(indices)
         if end + _RECORD_ENTRIES * (self.count + 1) > self._capacity or end > self._most_ids:
             self._drop_oldest()
-            end = self.entries + n
+            end = len(self._ids) + len(indices)
             if end + _RECORD_ENTRIES * (self.count + 1) > self._capacity:
                 return
-        if end > len(self._ids):
-            self._ids = _grown(self._ids, max(end, 2 * len(self._ids), 1024))
-        if self.count == len(self._records):
-            self._records = _grown(self._records, max(64, 2 * self.count))
-        self._ids[self.entries : end] = indices
-        self._records[self.count] = (n, loss, level, predicted)
-        self.entries = end
-        self.count += 1
+        self._ids.frombytes(indices.astype(np.uint32).tobytes())
+        self._records.extend((len(indices), loss, level, predicted))
         self.appended += 1
 
     def forget(self, reports: int) -> int:
         """Forget the newest so many reports, as far as they are there; return how many these were."""
-        kept = max(0, self.count - reports)
-        forgotten = self.count - kept
-        self.entries -= int(self._records[kept : self.count, 0].sum())
-        self.count, self.appended = kept, self.appended - reports
+        forgotten = min(self.count, reports)
+        kept = self.count - forgotten
+        del self._ids[len(self._ids) - int(sum(self._records[kept * _FIELDS :: _FIELDS])) :]
+        del self._records[kept * _FIELDS :]
+        self.appended -= reports
         return forgotten
 
     def _drop_oldest(self) -> None:
-        sizes = self._records[: self.count, 0]
-        ends = np.cumsum(sizes + _RECORD_ENTRIES)
+        ends = np.cumsum(self.records[:, 0] + _RECORD_ENTRIES)
         bound = min(self._capacity, self._most_ids)
         drop = min(self.count, int(np.searchsorted(ends, bound / 4)) + 1)
-        entries = int(sizes[:drop].sum())
-        self._ids[: self.entries - entries] = self._ids[entries : self.entries].copy()
-        self._records[: self.count - drop] = self._records[drop : self.count].copy()
-        self.entries -= entries
-        self.count -= drop
+        del self._ids[: int(self.records[:drop, 0].sum())]
+        del self._records[: drop * _FIELDS]
 
     @property
     def ids(self) -> NDArray[np.uint32]:
-        """Sample ids, uint32 `[entries]`, batch after batch."""
-        return self._ids[: self.entries]
+        """Sample ids, uint32 `[entries]`, batch after batch; a copy, as views would keep the array from growing."""
+        return np.array(self._ids, np.uint32)
 
     @property
     def records(self) -> Floats:
-        """Size, loss, level and prediction of each batch, float64 `[count, 4]`."""
-        return self._records[: self.count]
+        """Size, loss, level and prediction of each batch, float64 `[count, 4]`; a copy."""
+        return np.array(self._records).reshape(-1, _FIELDS)
 
     def _state_taken(self) -> None:
-        self.entries = len(self._ids)
-        self.count = self.appended = len(self._records)
-
-
-def _grown(array: NDArray[Any], length: int) -> NDArray[Any]:
-    grown = np.empty((length, *array.shape[1:]), array.dtype)
-    grown[: len(array)] = array
-    return grown
+        self.appended = self.count
 
 
 class _Fit:

@@ -42,6 +42,14 @@ _REPORTED = slice(29, None, _ROW.itemsize)
 # Constants as arrays: numpy need not look up what a Python number's type would be.
 _ONE, _HALF, _LIKELY = np.array(1, np.uint32), np.array(SMOOTHING, np.float32), np.array(LIKELY_CORRECT, np.float32)
 
+_JOURNAL_BYTES = 8 << 20
+"""How far back reports can be undone: 770 steps of 256 samples. A longer journal would go on growing for longer,
+and memory that is touched for the first time costs more than all the rest of a step."""
+_ENTRY_BYTES = 600
+"""What Python's objects of one entry take beside the arrays' contents."""
+_TOGETHER = 32
+"""Reports that are written to the rows together."""
+
 
 class Rows(NamedTuple):
     """The catalog's rows of one batch before its report.
@@ -278,25 +286,24 @@ class LossCatalog:
         `once`: none of the samples is reported again before the rows are read. Then reports of many steps are
         written together, which costs a fraction. Their `mean`, where it is known, saves adding up.
         """
-        if once and mean is not None and not self._estimator.attributed and rows.unseen in (0, len(losses)):
-            # What `change` below adds up to.
-            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING if not rows.unseen else _total(losses)
-            self._num_seen += rows.unseen
+        exact = mean is not None and not self._estimator.attributed
+        if once and exact and rows.unseen in (0, len(losses)):
             self._waiting.append((rows, losses, step))
-            if len(self._waiting) >= _TOGETHER:
-                self._settle()
-            return losses
-        self._settle()
-        if not once:
-            self._ahead.clear()
-        with np.errstate(all="ignore"):
-            change = self._write(rows, losses, step)
-        if mean is None or rows.unseen or self._estimator.attributed:
-            self._sum += _total(change)
+            change = losses  # where all of them are new
         else:
-            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING
+            self._settle()
+            if not once:
+                self._ahead.clear()
+            with np.errstate(all="ignore"):
+                change = self._write(rows, losses, step)
+            self._remember(step, rows)
+        if exact and mean is not None and not rows.unseen:
+            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING  # what `change` adds up to
+        else:
+            self._sum += _total(change)
         self._num_seen += rows.unseen
-        self._remember(step, rows)
+        if len(self._waiting) >= _TOGETHER:
+            self._settle()
         return losses
 
     def _settle(self) -> None:
@@ -449,20 +456,16 @@ class LossCatalog:
             self._journal_bytes -= _size(rows)
             if mark is not None:
                 self._estimator.back_to(mark)
-            if edges != self._quadrants.number:
-                rows = rows._replace(block=self._in_present_quadrants(rows))
+            if edges != self._quadrants.number:  # a row of an earlier epoch, with what this one's start made of it
+                block = rows.block.copy().view(_ROW)
+                self._quadrants.adopt(block, rows.indices)
+                rows = rows._replace(block=block.view(_OPAQUE))
             before, now = rows.block.view(_ROW)["estimate"], self._rows["estimate"][rows.indices]
             self._sum += float((before - now).sum(dtype=np.float64))
             self._num_seen -= rows.unseen
             self._opaque[rows.indices] = rows.block
             undone += 1
         return undone
-
-    def _in_present_quadrants(self, rows: Rows) -> NDArray[Any]:
-        """Return rows of an earlier epoch with what this epoch's start made of the quadrants."""
-        block = rows.block.copy().view(_ROW)
-        self._quadrants.adopt(block, rows.indices)
-        return block.view(_OPAQUE)
 
     # State --------------------------------------------------------------------------------
 
@@ -501,17 +504,6 @@ class LossCatalog:
         self._estimator, self._quadrants.edges = estimator, edges
         self._rows.view(np.uint8)[:] = rows  # in place: they may be most of the memory
         self._forget_journal()
-
-
-_JOURNAL_BYTES = 8 << 20
-"""How far back reports can be undone: 770 steps of 256 samples. A longer journal would go on growing for longer,
-and memory that is touched for the first time costs more than all the rest of a step."""
-_ENTRY_BYTES = 600
-"""What Python's objects of one entry take beside the arrays' contents."""
-
-
-_TOGETHER = 32
-"""Reports that are written to the rows together."""
 
 
 def _total(values: NDArray[Any]) -> float:

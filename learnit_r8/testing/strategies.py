@@ -245,8 +245,8 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
     require(
         z < _LIMIT_Z,
         f"samples were not drawn as often as the probabilities say (chi-square {statistic:.0f} for {num_samples} "
-        f"samples, {total} draws): Draw.probabilities is each sample's expected share of a draw, and None means that all "
-        "are drawn alike",
+        f"samples, {total} draws): Draw.probabilities is each sample's expected share of a draw, and None means that "
+        "all are drawn alike",
     )
 
 

@@ -10,8 +10,7 @@ from learnit_r8 import R8Scheduler
 from learnit_r8.checkpoint import state_codec
 from learnit_r8.core.arrays import in_any
 from learnit_r8.events import StrategyDecided, SuspectsNamed
-from learnit_r8.noise.cut import Classes, agreement, even_loss, half_way
-from learnit_r8.noise.evidence import LossesSince
+from learnit_r8.noise.cut import Classes, LossesSince, agreement, even_loss, half_way
 from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import names
