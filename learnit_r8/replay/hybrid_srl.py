@@ -217,11 +217,8 @@ class HybridSRLReplayBuffer(SavedBuffer):
         """Return the diversity of all experiences by slot, or of some, boosts included."""
         which: Any = slice(len(self)) if slots is None else slots
         distances = self._spread.relative(slots)
-        columns = self._columns
-        result: NDArray[np.float64] = (
-            self.beta * columns["variance"][which] + (1.0 - self.beta) * distances + columns["boost"][which]
-        )
-        return result
+        variance, boost = (self._columns[name][which] for name in ("variance", "boost"))
+        return np.asarray(self.beta * variance + (1.0 - self.beta) * distances + boost)
 
     def get_due_samples(self, current_step: float, batch_size: int) -> list[ReplayItem]:
         """Return up to `batch_size` experiences that are due, lowest easiness first.
@@ -241,21 +238,17 @@ class HybridSRLReplayBuffer(SavedBuffer):
             used, columns = len(self), self._columns
             due_at = columns["last_review"][:used] + columns["interval"][:used]
             due = np.flatnonzero(due_at <= current_step)
-            keys = columns["serial"][due], due_at[due], columns["easiness"][due]
-            if batch_size < len(due):
-                chosen = np.arange(len(due))
-                taken = [chosen[:0]]
-                for key in reversed(keys):
-                    # Sorting all would take ten times as long as finding who lies below the border.
-                    places = batch_size - sum(map(len, taken))
-                    border = np.partition(key[chosen], places - 1)[places - 1]
-                    taken.append(chosen[key[chosen] < border])
-                    chosen = chosen[key[chosen] == border]
-                    if sum(map(len, taken)) + len(chosen) == batch_size:
-                        break
-                chosen = np.concatenate([*taken, chosen])
-                due, keys = due[chosen], (keys[0][chosen], keys[1][chosen], keys[2][chosen])
-            return [self._item(slot) for slot in due[np.lexsort(keys)].tolist()]
+            keys = columns["serial"], due_at, columns["easiness"]
+            certain = due[:0]
+            for key in reversed(keys):
+                # Sorting all would take ten times as long as finding who lies below the border.
+                places = batch_size - len(certain)
+                if places < len(due):
+                    border = np.partition(key[due], places - 1)[places - 1]
+                    certain = np.append(certain, due[key[due] < border])
+                    due = due[key[due] == border]
+            due = np.append(certain, due)
+            return [self._item(slot) for slot in due[np.lexsort([key[due] for key in keys])].tolist()]
 
     def update_after_replay(self, items: Sequence[Any], recall_scores: ArrayLike, current_step: float) -> None:
         """Reschedule experiences after they were replayed.
@@ -305,9 +298,8 @@ class HybridSRLReplayBuffer(SavedBuffer):
         self.flush()
         with self._lock:  # other threads go on while the copies are pickled
             copies: dict[str, Any] = {name: copy.deepcopy(vars(self)[name]) for name in ("_columns", "_spread")}
-            worker = self._worker is not None
-            experiences = list(self._experiences)
-            return {**super().__getstate__(), **copies, "_experiences": experiences, "_jobs": [], "_worker": worker}
+            copies |= {"_experiences": list(self._experiences), "_jobs": [], "_worker": self._worker is not None}
+            return {**super().__getstate__(), **copies}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -17,17 +17,12 @@ from learnit_r8.core.state import Kind, maybe, part, table
 from learnit_r8.errors import CheckpointError
 from learnit_r8.replay.n_step import NStep
 from learnit_r8.replay.priorities import Ranking, RecentLargest
-from learnit_r8.replay.saving import SavedBuffer, filled, slots
+from learnit_r8.replay.saving import SavedBuffer, check_made_with, filled, slots
 from learnit_r8.replay.storage import ArrayStorage, ObjectStorage
 from learnit_r8.replay.trees import as_array
 from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.types import Indices, Losses
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "normalize": ("max", "mean", None),
-    "variant": ("proportional", "rank"),
-    "storage": ("objects", "arrays"),
-}
 _LARGEST_ALPHA, _LARGEST_BETA, _LARGEST_EPS, _LARGEST_ERROR = 3.0, 10.0, 1.0, 1e90
 """Larger errors count as this one, so that no priority leaves the range of float64."""
 _CALLS_AHEAD, _FEW_POINTS = 8, 4096
@@ -123,9 +118,10 @@ class PrioritizedReplayBuffer(SavedBuffer):
         self.beta_start = problems.real("beta", beta, 0.0, _LARGEST_BETA)
         self.beta_end = problems.real("beta_end", beta_end, 0.0, _LARGEST_BETA)
         self.eps = problems.real("eps", eps, 0.0, _LARGEST_EPS)
-        for name, value in (("normalize", normalize), ("variant", variant), ("storage", storage)):
-            if value not in _CHOICES[name]:
-                problems.append(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+        if normalize not in ("max", "mean", None):
+            problems.append(f"normalize must be 'max', 'mean' or None, got {normalize!r}")
+        problems.choice("variant", variant, ("proportional", "rank"))
+        problems.choice("storage", storage, ("objects", "arrays"))
         if path is not None and storage != "arrays":
             problems.append(f'path needs storage="arrays", got storage={storage!r}')
         problems.raise_if_any()
@@ -302,14 +298,13 @@ class PrioritizedReplayBuffer(SavedBuffer):
                 raise IndexError(
                     f"indices must be in 0 .. {len(self) - 1}, got {bad[0]} ({bad.size} of {slots.size} outside)"
                 )
-            marks = self._marks[slots] if as_of is None else None
-            self._marks[slots] = _IDLE
-            current = None if marks is None else marks != _REPLACED
-            if as_of is not None and as_of < self._added:
-                # How many experiences were added after the one now in the slot.
+            current: Any = slice(None)
+            if as_of is None:
+                current = self._marks[slots] != _REPLACED
+            elif as_of < self._added:  # how many experiences were added after the one now in the slot?
                 current = (self._added - 1 - slots) % self.capacity >= self._added - as_of
-            if current is not None:
-                slots, errors = slots[current], errors[current]
+            self._marks[slots] = _IDLE
+            slots, errors = slots[current], errors[current]
             if slots.size:
                 self._set(slots, errors)
         return int(slots.size)
@@ -333,6 +328,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
             raise ValueError("ranking or n_step is missing, or too much")
         self._streams, self._ahead = RandomStreams(self.seed), ((-1, 0), np.zeros((0, 0)))
         if state["experiences"] is not None:
+            check_made_with({"storage": state["experiences"]["kind"]}, {"storage": self._kind["storage"]})
             self._storage.load_state_dict(state["experiences"], len(self), self._added % self.capacity)
         elif len(self) and before["_added"] != self._added:
             raise CheckpointError(

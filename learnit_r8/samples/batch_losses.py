@@ -53,24 +53,11 @@ _NEWS = 1 / 8
 """Share of the history that must be new: so refinements cost the same share of a run, however long it grows."""
 
 
-_ALL = slice(None)
-
-
 class Exact:
-    """The catalog's estimator while one loss is reported for each sample: estimates are losses, nothing is tracked.
-
-    Attributes:
-        attributed: Whether estimates come from one loss a batch.
-        telling: The column of the rows that tells best who is learned last.
-    """
+    """The units of the catalog's estimates while one loss is reported for each sample: they are losses."""
 
     attributed = False
-    telling = "mean"
-
-    def losses(self, rows: NDArray[Any], which: Any = _ALL) -> Float32s:
-        """Return the estimated losses of rows of the catalog, 0 where unseen."""
-        estimate: Float32s = rows["estimate"][which]
-        return estimate
+    """Whether estimates come from one loss a batch: then they are relative, and an unseen sample's is the mean."""
 
     def to_loss(self, estimate: Float32s) -> Float32s:
         """Return estimates in units of the loss."""
@@ -80,28 +67,9 @@ class Exact:
         """Return losses in units of the estimates."""
         return losses
 
-    def mean_of(self, total: float, seen: int, samples: int) -> float:
-        """Return the mean loss of all that was seen, from the sum of the estimates."""
-        return total / seen
-
-    def expected_of(self, total: float, size: int, unseen: int, known: tuple[float, int]) -> float:
-        """Return the loss of a batch, from the sum of its estimates; unseen samples are as those that are `known`."""
-        return (total + unseen * known[0] / known[1]) / size if unseen else total / size
-
-    def counted(self, seen: NDArray[np.bool_]) -> Any:
-        """Say whose estimates are added up."""
-        return seen
-
-    def known(self, variance: Float32s, seen: float) -> float:
-        """Return how far the estimates are identified, 0 to 1; `seen` is the share that was seen."""
-        return seen
-
-    def refine(self, estimate: Float32s, variance: Float32s) -> bool:
-        """Say that there is nothing to refine."""
-        return False
-
-    def back_to(self, mark: tuple[float, ...]) -> None:
-        """Take back nothing."""
+    def expected_mean(self, estimate: float) -> float:
+        """Return the loss of samples whose mean estimate this is."""
+        return estimate
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return None: there is no state."""
@@ -121,7 +89,6 @@ class BatchAttribution(Saved, Exact):
     """
 
     attributed = True
-    telling = "estimate"
     _saved = table(
         level=float, scale=float, additive=bool, reports=int, batch_size=float, spread=float, history=part(),
         news=kind(int, absent=0),
@@ -201,23 +168,7 @@ class BatchAttribution(Saved, Exact):
         """Return the loss of samples whose mean relative loss is `estimate`; O(1)."""
         return self.level + self.scale * (estimate - 1.0)
 
-    def losses(self, rows: NDArray[Any], which: Any = _ALL) -> Float32s:
-        """Return the estimated losses of rows of the catalog, 0 where unseen."""
-        return np.where(rows["uses"][which] > 0, self.to_loss(rows["estimate"][which]), 0).astype(np.float32)
-
-    def mean_of(self, total: float, seen: int, samples: int) -> float:
-        """Return the mean loss of all samples: unseen ones are at the mean."""
-        return self.expected_mean(total / samples)
-
-    def expected_of(self, total: float, size: int, unseen: int, known: tuple[float, int]) -> float:
-        """Return the loss of a batch, from the sum of its estimates."""
-        return self.expected_mean(total / size)
-
-    def counted(self, seen: NDArray[np.bool_]) -> Any:
-        """Say that the estimates of all are added up."""
-        return True
-
-    def known(self, variance: Float32s, seen: float) -> float:
+    def known(self, variance: Float32s) -> float:
         """Return the share of the samples' differences that is known, 0 to 1."""
         return min(1.0, max(0.0, 1.0 - float(np.mean(variance, dtype=np.float64)) / PRIOR_VARIANCE))
 

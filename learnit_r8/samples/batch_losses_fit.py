@@ -106,10 +106,8 @@ class BatchHistory(Saved):
     """
 
     _saved = table(
-        ids=Kind(lambda _, ids: np.array(ids, np.uint32), lambda _, saved: array("I", np.array(saved, np.uint32))),
-        records=Kind(
-            lambda _, records: np.reshape(records, (-1, _FIELDS)), lambda _, saved: array("d", np.ravel(saved).tolist())
-        ),
+        ids=Kind(lambda me, _: me.ids, lambda _, saved: _array("I", np.asarray(saved, np.uint32))),
+        records=Kind(lambda me, _: me.records, lambda _, saved: _array("d", np.asarray(saved, np.float64))),
     )
 
     def __init__(self, capacity: int, most_ids: float = math.inf) -> None:
@@ -167,6 +165,12 @@ class BatchHistory(Saved):
 
     def _state_taken(self) -> None:
         self.appended = self.count
+
+
+def _array(code: str, numbers: NDArray[Any]) -> array[Any]:
+    made = array(code)
+    made.frombytes(numbers.tobytes())
+    return made
 
 
 class _Fit:

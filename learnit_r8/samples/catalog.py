@@ -51,6 +51,9 @@ _TOGETHER = 32
 """Reports that are written to the rows together."""
 
 
+_ALL = slice(None)
+
+
 class Rows(NamedTuple):
     """The catalog's rows of one batch before its report.
 
@@ -83,7 +86,7 @@ class LossCatalog:
         self._waiting: deque[tuple[Rows, Losses, int]] = deque()
         # By their identity, batches that were looked up ahead: ids, rows, sum of their estimates, number unseen.
         self._ahead: dict[int, tuple[Indices, NDArray[Any], float, int]] = {}
-        self._estimator: Exact | BatchAttribution = Exact()
+        self._estimator = Exact()
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
         # Step, number of the edges, rows, and where the attribution stood.
@@ -112,11 +115,14 @@ class LossCatalog:
     @property
     def expected_loss(self) -> Losses:
         """Estimated current loss of each sample, float32 `[N]`, read-only; 0 where unseen."""
-        return read_only(self._estimator.losses(self._rows))
+        return read_only(self.expected_of(_ALL))
 
-    def expected_of(self, indices: Indices) -> Losses:
+    def expected_of(self, indices: Any) -> Losses:
         """Return the estimated current loss of some samples, float32 `[n]`, without touching the others."""
-        return self._estimator.losses(self._rows, indices)
+        losses = self._estimator.to_loss(self._rows["estimate"][indices])
+        if self._estimator.attributed:
+            losses = np.where(self._table["uses"][indices] > 0, losses, np.float32(0))
+        return losses
 
     @property
     def variance(self) -> Losses:
@@ -190,7 +196,7 @@ class LossCatalog:
         """Mean of the expected loss over the samples that were seen; NaN while none was."""
         if not self._num_seen:
             return math.nan
-        return self._estimator.mean_of(self._sum, self._num_seen, self.num_samples)
+        return self._estimator.expected_mean(self._sum / (self.num_samples if self.attributed else self._num_seen))
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +210,9 @@ class LossCatalog:
         From per-sample losses: the share of samples that were seen. From one loss a batch
         there are N unknowns and N/B equations an epoch, so it takes many epochs.
         """
-        return self._estimator.known(self._rows["variance"], self._num_seen / self.num_samples)
+        if isinstance(self._estimator, BatchAttribution):
+            return self._estimator.known(self._rows["variance"])
+        return self.share_seen
 
     def quadrants(self) -> NDArray[np.uint8]:
         """Return each sample's loss quartile, uint8 `[N]`: 0 (lowest) to 3; 255 where unseen.
@@ -236,7 +244,7 @@ class LossCatalog:
             raise TypeError(f"k must be a whole number, got {k!r}")
         if k < 0:
             raise ValueError(f"k must be >= 0, got {k}")
-        score = np.where(self._rows["uses"] > 0, self._rows[self._estimator.telling], -np.inf)
+        score = np.where(self._rows["uses"] > 0, self._rows["estimate" if self.attributed else "mean"], -np.inf)
         score[self._left_out] = np.inf
         return largest(score, min(int(k), int(np.count_nonzero(score > -np.inf))))
 
@@ -277,8 +285,9 @@ class LossCatalog:
             unseen, total = self._unseen(block), _total(block.view(np.float32)[_ESTIMATE])
         if unseen == size:
             return Rows(indices, block, math.nan, unseen)
-        expected = self._estimator.expected_of(total, size, unseen, (self._sum, self._num_seen))
-        return Rows(indices, block, expected, unseen)
+        if unseen and not self._estimator.attributed:
+            total += unseen * self._sum / self._num_seen  # as those that were seen
+        return Rows(indices, block, self._estimator.expected_mean(total / size), unseen)
 
     def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
         """Take one finite loss per sample of a batch, the catalog's to keep; return them.
@@ -405,11 +414,12 @@ class LossCatalog:
         """Sum the estimates anew: of the seen samples, or with attribution of all (unseen ones are at the mean)."""
         seen = self._rows["uses"] > 0
         self._num_seen = int(np.count_nonzero(seen))  # a batch may have held an unseen sample twice
-        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=self._estimator.counted(seen)))
+        self._sum = float(self._rows["estimate"].sum(dtype=np.float64, where=self.attributed or seen))
 
     def end_epoch(self) -> None:
         """Refine the estimates over the reported batches of the last epochs; O(N) and more."""
-        if self._estimator.refine(self._rows["estimate"], self._rows["variance"]):
+        rows, estimator = self._rows, self._estimator
+        if isinstance(estimator, BatchAttribution) and estimator.refine(rows["estimate"], rows["variance"]):
             self._resum()
             self._forget_journal()
 
@@ -454,7 +464,7 @@ class LossCatalog:
         while self._journal and self._journal[-1][0] >= step:
             _, edges, rows, mark = self._journal.pop()
             self._journal_bytes -= _size(rows)
-            if mark is not None:
+            if mark is not None and isinstance(self._estimator, BatchAttribution):
                 self._estimator.back_to(mark)
             if edges != self._quadrants.number:  # a row of an earlier epoch, with what this one's start made of it
                 block = rows.block.copy().view(_ROW)

@@ -123,7 +123,6 @@ class LrFinder:
             smoothing = min(MAX_SMOOTHING, math.exp(-decades_per_step / MEMORY_DECADES))
         self.smoothing, self.divergence = float(smoothing), float(divergence)
         self._losses: list[float] = []
-        self._sorted: list[float] = []
         self._smoothed: list[float] = []
         self._mean = 0.0
         self._end = ""
@@ -188,7 +187,6 @@ class LrFinder:
             return False
         self._mean = mean
         self._losses.append(loss)
-        bisect.insort(self._sorted, loss)
         self._smoothed.append(smoothed)
         return True
 
@@ -199,8 +197,8 @@ class LrFinder:
         best = min(curve)
         scale = best
         if best <= 0.0:
-            middle = self._sorted[len(self._sorted) // 2]
-            spread = 1.4826 * float(np.median(np.abs(np.array(self._sorted) - middle)))
+            losses = np.sort(self._losses)
+            spread = 1.4826 * float(np.median(np.abs(losses - losses[len(losses) // 2])))
             scale = max(-best, max(curve[: curve.index(best) + 1]) - best, spread)
         return bool(curve[-1] > best + (self.divergence - 1.0) * scale)
 

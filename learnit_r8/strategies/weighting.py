@@ -123,7 +123,7 @@ class MixtureSampler(Saved):
         if size == count:
             self._phase = next_phase(self._phase)
             probabilities = np.full(count, 1 / max(count, 1))
-            return Draw(self._order.astype(np.int64), probabilities, self._importance(probabilities, count))
+            return Draw(self._order.astype(np.int64), probabilities, self._importance(probabilities))
         if not self._ahead or size != self._ahead_size:
             self._draw_ahead(size)
         self._phase = next_phase(self._phase)
@@ -145,7 +145,7 @@ class MixtureSampler(Saved):
         else:
             probabilities = values / self._tree.total
         indices = self._order.take(slots).astype(np.int64)
-        weights = self._importance(probabilities, len(self._order))
+        weights = self._importance(probabilities)
         self._ahead_size = size
         self._ahead = deque(map(Draw, *(array.reshape(-1, size) for array in (indices, probabilities, weights))))
 
@@ -155,36 +155,29 @@ class MixtureSampler(Saved):
         Such a sample is wider than the distance between two points, so every draw finds it:
         which ones are set aside does not depend on the phase.
         """
-        aside: list[tuple[Indices, Floats]] = []
-        left = size
+        certain, widths = np.empty(0, np.int64), np.empty(0)
         try:
-            while left:
-                slots = self._tree.draw(self._points(left, phase))
+            while True:
+                left = size - len(certain)
+                slots = self._tree.draw(self._points(left, phase)) if left else certain[:0]
                 values = self._tree.view.take(slots)
-                heavy = values * left > self._tree.total * _ALMOST_ONE
-                if not heavy.any():
-                    certain = [found for found, _ in aside]
-                    probabilities = np.full(size, 1 / size)
-                    probabilities[size - left :] = values / self._tree.total * (left / size)
-                    return np.concatenate([*certain, slots]), probabilities
-                found = np.unique(slots[heavy])
-                aside.append((found, self._tree.view.take(found)))
+                found = np.unique(slots[values * left > self._tree.total * _ALMOST_ONE])
+                if not len(found):
+                    shares = values / self._tree.total * (left / size)
+                    return np.append(certain, slots), np.append(np.full(len(certain), 1 / size), shares)
+                certain, widths = np.append(certain, found), np.append(widths, self._tree.view.take(found))
                 self._tree.set(found, np.zeros(len(found)))
-                left -= len(found)
-            return np.concatenate([found for found, _ in aside]), np.full(size, 1 / size)
         finally:
-            for found, values in aside:
-                self._tree.set(found, values)
+            self._tree.set(certain, widths)
 
-    def _importance(self, probabilities: Floats, count: int) -> Floats:
-        weights: Floats = 1.0 / (count * probabilities)
+    def _importance(self, probabilities: Floats) -> Floats:
+        weights: Floats = 1.0 / (len(self._order) * probabilities)
         return np.minimum(weights, 1 / self._uniform) if self._uniform else weights
 
     def _points(self, size: int, *phases: float) -> Floats:
         if len(self._steps) != size:
             self._steps = np.arange(float(size))
-        points: Floats = (self._steps + np.array(phases)[:, None]) / size
-        return points.reshape(-1)
+        return np.asarray((self._steps + np.array(phases)[:, None]) / size).reshape(-1)
 
     def _place(self) -> None:
         self._slots = np.full(len(self.weights), -1, np.int64)
@@ -192,20 +185,20 @@ class MixtureSampler(Saved):
 
     def _fill(self) -> None:
         """Set the floor for the current weights and build the tree; O(N)."""
-        values = np.zeros(len(self.weights))
-        live = values[: len(self._order)]
-        live[:] = self.weights[self._order]
+        live = self.weights[self._order]
         mean = float(live.mean()) if len(live) else 0.0
         share = min(self._uniform * _FRESH_SHARE / UNIFORM_SHARE, _MOST_UNIFORM)
         self._floor = mean * share / (1 - share) if mean > 0 else 1.0
-        live += self._floor
-        self._tree.fill(values)
+        self._tree.fill(self._padded(live + self._floor))
         self._behind.clear()
         self._ahead.clear()
 
-    def _tree_of(self, values: Floats) -> SumTree:
+    def _padded(self, values: Any) -> Floats:
+        return np.pad(np.asarray(values, np.float64), (0, len(self.weights) - len(values)))
+
+    def _tree_of(self, values: Any) -> SumTree:
         tree = SumTree(len(self.weights))
-        tree.fill(np.pad(np.asarray(values, np.float64), (0, len(self.weights) - len(values))))
+        tree.fill(self._padded(values))
         return tree
 
     def _state_taken(self) -> None:

@@ -30,7 +30,7 @@ class Held:
         return self.attribution.to_loss(self.estimate)
 
     def confidence(self):
-        return self.attribution.known(self.variance, 0.0)
+        return self.attribution.known(self.variance)
 
     def assert_sane(self):
         assert np.isfinite(self.estimate).all()
