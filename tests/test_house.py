@@ -67,13 +67,16 @@ def test_no_room_is_crowded():
 
 
 def published():
-    """Return what the site shows: names in `__all__`, and modules and classes that a page names."""
-    pages = "".join(page.read_text(encoding="utf-8") for page in (PACKAGE.parent / "docs" / "api").glob("*.md"))
+    """Return the names of what the site shows: modules and classes that a page names, and what those modules list."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     named = set(re.findall(r"^::: ([\w.]+)", pages, re.MULTILINE))
+    names = {name.rpartition(".")[2] for name in named}
     for path in PACKAGE.rglob("*.py"):
-        if listed := re.search(r"^__all__ = \[.*?\]", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            named.update(re.findall(r'"(\w+)"', listed[0]))
-    return named | {name.rpartition(".")[2] for name in named}
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        listed = re.search(r"^__all__ = \[.*?\]", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        if module in named and listed:
+            names.update(re.findall(r'"(\w+)"', listed[0]))
+    return names
 
 
 def undescribed_arguments():
