@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -153,29 +153,20 @@ class ImportanceWeightedSFTLoss(nn.Module):
         weights = mask.float()
         if ref_log_probs is not None:
             current = torch.zeros_like(weights).masked_scatter(mask, chosen.detach())
+            options = self.temperature, self.epsilon, self.clip_weight
             weights = importance_weights(
-                current,
-                ref_log_probs,
-                self.temperature,
-                self.epsilon,
-                self.clip_weight,
-                mask=mask,
-                level=self.level,
-                ratio=self.ratio,
+                current, ref_log_probs, *options, mask=mask, level=self.level, ratio=self.ratio
             )
         loss = (weights[mask] * losses).sum() / mask.sum().clamp(min=1)
         return (loss, weights) if return_weights else loss
 
     def _check_inputs(self, logits: Tensor, labels: Tensor, ref_log_probs: Tensor | None) -> None:
+        shape = tuple(labels.shape)
         if logits.ndim != 3 or labels.shape != logits.shape[:2]:
-            raise ValueError(
-                f"need logits [B, S, V] and labels [B, S], got {tuple(logits.shape)} and {tuple(labels.shape)}"
-            )
+            raise ValueError(f"need logits [B, S, V] and labels [B, S], got {tuple(logits.shape)} and {shape}")
         if ref_log_probs is not None and ref_log_probs.shape != labels.shape:
-            raise ValueError(
-                f"need the reference's log-probability of each label, {tuple(labels.shape)}, got "
-                f"{tuple(ref_log_probs.shape)}"
-            )
+            given = tuple(ref_log_probs.shape)
+            raise ValueError(f"need the reference's log-probability of each label, {shape}, got {given}")
         bad = ((labels < 0) & (labels != IGNORED)) | (labels >= logits.shape[-1])
         if bad.any():
             raise ValueError(f"labels must be {IGNORED} or in 0 .. {logits.shape[-1] - 1}, got {int(labels[bad][0])}")
@@ -192,9 +183,8 @@ def _check_options(
     limits = [0.0, clip_weight] if isinstance(clip_weight, (int, float)) else clip_weight
     if limits is not None and not _are_limits(limits):
         problems.append(f"clip_weight must be a number above 0, (smallest, largest) or None, got {clip_weight!r}")
-    for name, value, kind in (("level", level, Level), ("ratio", ratio, Ratio)):
-        if value not in kind.__args__:  # type: ignore[attr-defined]
-            problems.append(f"{name} must be one of {kind.__args__}, got {value!r}")  # type: ignore[attr-defined]
+    problems.choice("level", level, get_args(Level))
+    problems.choice("ratio", ratio, get_args(Ratio))
     problems.raise_if_any()
 
 

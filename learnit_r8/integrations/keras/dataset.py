@@ -29,6 +29,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.config import Problems
 from learnit_r8.errors import ConfigError, ProtocolError, tell
 from learnit_r8.integrations.keras.host import Host, fit_problems, for_loggers, host
 from learnit_r8.integrations.keras.losses import install as install_losses
@@ -80,15 +81,13 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         self.scheduler = scheduler
         self._load: Callable[[NDArray[np.int64]], tuple[Any, ...]] = x if callable(x) else _rows_of(x, y)
         lengths = set() if callable(x) else {len(array) for array in keras.tree.flatten((x, y)) if array is not None}
-        problems, samples = [], scheduler.catalog.num_samples
+        problems, samples = Problems(), scheduler.catalog.num_samples
         if not lengths <= {samples}:
             problems.append(f"x and y must have {samples} rows, the scheduler's num_samples, got {sorted(lengths)}")
         if scheduler.world_size > 1:
             problems.append(f"R8Dataset is for one process, the scheduler has world_size={scheduler.world_size}")
-        if not isinstance(workers, int) or workers < 1:
-            problems.append(f"workers must be a whole number >= 1, got {workers!r}")
-        if problems:
-            raise ConfigError(problems)
+        problems.integer("workers", workers, 1)
+        problems.raise_if_any()
         self._class_weight = None if class_weight is None else dict(class_weight)
         self._testing = False
         self._loaders = workers

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from learnit_r8.core.config import Problems
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.integrations.torch.worker_seeds import SeededIndices
 from learnit_r8.integrations.torch.worker_signals import SignalsHeld, shield
@@ -57,15 +58,11 @@ class R8BatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, scheduler: R8Scheduler, ahead: int = 0) -> None:
-        problems = []
+        problems = Problems()
         if not hasattr(scheduler, "batch_iterator"):
             problems.append(f"scheduler must be an R8Scheduler, got {type(scheduler).__name__}")
-        if not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 0:
-            problems.append(f"ahead must be a whole number >= 0, got {ahead!r}")
-        if problems:
-            raise ConfigError(problems)
-        self.scheduler = scheduler
-        self.ahead = ahead
+        self.scheduler, self.ahead = scheduler, problems.integer("ahead", ahead, 0)
+        problems.raise_if_any()
         self._generator = torch.Generator()
 
     def __len__(self) -> int:
@@ -246,8 +243,7 @@ class _Asker:
                 "DataLoader(in_order=False) delivers batches in another order than they were drawn, so losses would "
                 "reach the wrong samples: remove in_order=False"
             )
-        every = getattr(iterator, "_snapshot_interval", 1)
-        if every != 1:
+        if (every := getattr(iterator, "_snapshot_interval", 1)) != 1:
             problems.append(
                 f"StatefulDataLoader(snapshot_every_n_steps={every}) draws batches and drops them on resume: "
                 "leave it at 1, a snapshot of R8BatchSampler costs nothing"
@@ -270,11 +266,8 @@ class _Asker:
 
 def _who_asks(frame: FrameType | None, sampler: R8BatchSampler) -> tuple[_Asker | None, Any]:
     """Look up the iterator that draws from a sampler, and its loader: torch tells the sampler of neither."""
-    found: _Asker | None = None
-    loader = None
-    for _ in range(_DEPTH):
-        if frame is None:
-            break
+    found, loader, depth = None, None, 0
+    while frame is not None and (depth := depth + 1) <= _DEPTH:
         host = frame.f_locals.get("self")
         if found is None and isinstance(host, _BaseDataLoaderIter):
             around, asked = _unwrapped(host._index_sampler)
