@@ -18,13 +18,7 @@ _POINTS = 256
 
 
 class Budget(Saved):
-    """Epochs, steps or seconds, and where the run stands in them.
-
-    Args:
-        config: Says which of them, and how many.
-        schedule: (position, total) -> factor in [0, 1].
-        clock: Measures seconds; they count across resumes.
-    """
+    """Epochs, steps or seconds, and where the run stands in them."""
 
     _saved = table(
         elapsed=Kind(lambda budget, _: budget.elapsed, lambda _, saved: float(saved), "_before"),

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 class SaveCallback:
     """`save_callback(state_dict, filepath)`, or `save_callback(filepath)`.
 
-    Args:
-        function: The user's function.
-
     Attributes:
         collective: It has to run on all ranks at once, see `learnit_r8.integrations.distributed.collective`.
 
@@ -107,9 +104,6 @@ class BackgroundSave:
 
 class LoadCallback:
     """`load_callback(source)`, or `load_callback(source, from_ram=...)`.
-
-    Args:
-        function: The user's function.
 
     Raises:
         TypeError: It takes no positional argument.

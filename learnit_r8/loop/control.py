@@ -15,13 +15,6 @@ from learnit_r8.types import Command
 class Control:
     """Takes in signals and commands, and says whether the loop has to stop.
 
-    Args:
-        bus: Its sinks give commands.
-        ranks: What one rank is asked counts for all.
-        clock: Sleeps while the run is paused.
-        saves: Whether the run can be saved.
-        signals: Names of the signals to catch.
-
     Attributes:
         interrupts: Keeps signals for the next step boundary.
         stop: The command to stop that is in force, or None.
@@ -55,12 +48,7 @@ class Control:
         self._asks_save = True
 
     def word(self, damaged: int | None, *, skipped: bool) -> Word:
-        """Return what this rank has to say to the others, once.
-
-        Args:
-            damaged: See `Word`; likewise `skipped`.
-            skipped: See there.
-        """
+        """Return what this rank has to say to the others, once."""
         word = Word(self.interrupts.pending or 0, self._asked, self._asks_save, damaged, skipped)
         self._asked, self._asks_save = None, False
         return word
@@ -80,9 +68,6 @@ class Control:
 
     def act_together(self, step: int) -> None:
         """Carry out what another exchange told all ranks: stop at once, or wait until one of them says to go on.
-
-        Args:
-            step: Global step.
 
         Raises:
             KeyboardInterrupt: One asked to stop at once.
@@ -110,10 +95,6 @@ class Control:
 
     def obey(self, step: int, save: Callable[[], None]) -> None:
         """Carry out what sinks ask for; while paused, wait here.
-
-        Args:
-            step: Global step.
-            save: Writes a checkpoint.
 
         Raises:
             KeyboardInterrupt: One asked to stop at once.

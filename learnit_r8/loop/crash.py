@@ -17,13 +17,7 @@ BUNDLE = "crash.json"
 
 
 class CrashRecorder:
-    """Remembers the last steps, and writes the bundle.
-
-    Args:
-        folder: Where bundles go, a folder or a URL, or None: then nothing is written.
-        config: The run's configuration as JSON data.
-        recent_events: Returns the last notable events.
-    """
+    """Remembers the last steps, and writes the bundle."""
 
     def __init__(
         self, folder: str | None, config: Mapping[str, Any], recent_events: Callable[[], Sequence[Event]]

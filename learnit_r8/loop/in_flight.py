@@ -61,12 +61,7 @@ _LEFT_OUT = (
 
 
 class InFlight:
-    """Open tickets in the order of issue, and drawn batches that wait to be issued again.
-
-    Args:
-        lookahead: How many tickets may be open at once.
-        replayed: How many of the last calm ones can be replayed, at most.
-    """
+    """Open tickets in the order of issue, and drawn batches that wait to be issued again."""
 
     def __init__(self, lookahead: int, replayed: int) -> None:
         self._lookahead = lookahead  # without a loader

@@ -23,10 +23,6 @@ from learnit_r8.types import Indices, StepResult, Verdict
 class LrSearch:
     """The search's batches and what came of them. No epoch, no catalog entry and no step of the budget is used.
 
-    Args:
-        config: The run.
-        streams: The run's randomness.
-
     Attributes:
         steps: Length of the search; 0 where the run is too short for one.
     """

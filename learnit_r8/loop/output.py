@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Opens what is to be seen of a run when it begins, and closes it when it ends.
-
-    Args:
-        args: The run's arguments.
-        bus: Gets the display and the event log as sinks.
-        catalog: Its figures are logged.
-        guard: Says which samples look wrong.
-        rank: Rank 0 alone shows and logs.
-    """
+    """Opens what is to be seen of a run when it begins, and closes it when it ends."""
 
     def __init__(self, args: Arguments, bus: EventBus, catalog: LossCatalog, guard: NoiseGuard, rank: int) -> None:
         self._args = args
@@ -52,13 +44,7 @@ class Output:
         self._far = FarFolders(self._config, bus) if rank == 0 else None
 
     def begin(self, step: int, elapsed: float, *, resumed: bool) -> None:
-        """Open the display and the log, and tell them of the run.
-
-        Args:
-            step: Global step.
-            elapsed: Training seconds so far.
-            resumed: The run goes on from a checkpoint.
-        """
+        """Open the display and the log, and tell them of the run."""
         config = self._config
         if self._far is not None and not self._begun:
             self._folder = self._far.open(step)
@@ -140,15 +126,7 @@ class Output:
         levels: tuple[float | None, float | None, int | None],
         warning: str,
     ) -> None:
-        """Tell of the end, and give the terminal back: what the user prints from now on belongs on the normal screen.
-
-        Args:
-            step: Global step.
-            reason: As in `events.RunEnded`.
-            elapsed: Training seconds.
-            levels: Final and best level of the loss, and the step of the best one.
-            warning: How it ended, where that is not as good as it was; or "".
-        """
+        """Tell of the end, and give the terminal back: what is printed from now on belongs on the normal screen."""
         self.log_catalog(step)
         left_out = tuple(self._catalog.left_out.tolist())
         if warning:
@@ -174,12 +152,7 @@ class Output:
 
 
 class FarFolders:
-    """Copies what a run writes beside its checkpoints to the object stores that `log_dir` and `checkpoint_dir` name.
-
-    Args:
-        config: Says where.
-        bus: Hears of failures.
-    """
+    """Copies what a run writes beside its checkpoints to the object stores that `log_dir` and `checkpoint_dir` name."""
 
     def __init__(self, config: Config, bus: EventBus) -> None:
         self._bus = bus
@@ -202,12 +175,7 @@ class FarFolders:
         return str(store.folder)
 
     def send(self, step: int, *, wait: bool = False) -> None:
-        """Copy what has changed, in the background.
-
-        Args:
-            step: Global step.
-            wait: Until it is there.
-        """
+        """Copy what has changed, in the background."""
         if not self._urls or (self._sending is not None and not self._sending.done and not wait):
             return
         from learnit_r8.checkpoint.background import Background

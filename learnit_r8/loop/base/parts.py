@@ -38,11 +38,7 @@ from learnit_r8.types import Batch, Sink
 
 
 class Parts:
-    """A run's parts, and what users and integrations may ask of them.
-
-    Args:
-        args: Checked arguments of the scheduler.
-    """
+    """A run's parts, and what users and integrations may ask of them."""
 
     def __init__(self, args: Arguments) -> None:
         config = args.config
@@ -200,11 +196,7 @@ class Parts:
         self._saver.tell(self._progress.global_step, message)
 
     def importance_weights(self, position: int) -> NDArray[np.float32] | None:
-        """Return the importance weights of an open batch, None where all are 1.
-
-        Args:
-            position: Its place in `open_batches`.
-        """
+        """Return the importance weights of an open batch, None where all are 1."""
         return self._desk.importance_weights(position)
 
     @property

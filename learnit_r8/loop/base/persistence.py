@@ -179,11 +179,7 @@ class Persistence(Parts):
             self._save_if_possible(background=self._together is None)
 
     def _save_if_possible(self, *, background: bool = False) -> None:
-        """Save; a failure is an event and a warning, and training goes on.
-
-        Args:
-            background: A thread does what does not need the model, while training goes on.
-        """
+        """Save; a failure is an event and a warning, and training goes on."""
         if self._config.checkpoint_dir is None or not (self._ranks.writes or self._together):
             return
         if self._search is not None and self._search.running:

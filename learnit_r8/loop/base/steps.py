@@ -247,12 +247,7 @@ class Steps(Persistence):
 
 
 class BatchLoop:
-    """The batches of a loop. Asked beyond the last one, as loaders with workers do, it lets the scheduler know.
-
-    Args:
-        batches: Yields them.
-        beyond: Called when one more is asked for after the last.
-    """
+    """The batches of a loop. Asked beyond the last one, as loaders with workers do, it lets the scheduler know."""
 
     def __init__(self, batches: Iterator[Batch], beyond: Callable[[], None]) -> None:
         self._batches = batches
