@@ -348,7 +348,7 @@ def test_training_continues_to_the_bit_from_a_captured_state():
 class Both:
     """Two optimizers as one, with the two methods that a state needs."""
 
-    def __init__(self, *optimizers):
+    def __init__(self, optimizers):
         self.optimizers = optimizers
 
     def state_dict(self):
@@ -359,7 +359,11 @@ class Both:
             one.load_state_dict(state[str(at)])
 
 
-@pytest.mark.parametrize("given", [list, tuple, lambda each: Both(*each)], ids=["list", "tuple", "object"])
+def named(each):
+    return dict(zip("gd", each, strict=True))
+
+
+@pytest.mark.parametrize("given", [list, tuple, named, Both])
 def test_several_optimizers_come_back_together_and_gradients_are_cleared(given):
     models = [nn.Linear(2, 1), nn.Linear(2, 1)]
     optimizers = [torch.optim.Adam(model.parameters()) for model in models]
@@ -380,6 +384,16 @@ def test_several_optimizers_come_back_together_and_gradients_are_cleared(given):
         assert torch.equal(model.weight, before[at])
         assert torch.equal(optimizer.state[model.weight]["exp_avg"], moments[at])
         assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_state_of_other_objects_is_refused_before_anything_is_restored(count):
+    models = [nn.Linear(2, 1) for _ in range(3)]
+    state = capture_state(models[:2])
+    state["model"]["0"]["weight"].fill_(7.0)
+    with pytest.raises(ConfigError, match=f"model: {count} objects"):
+        restore_state(state, models[:count])
+    assert not (models[0].weight == 7.0).any()
 
 
 def test_a_captured_state_shares_no_memory_and_reuses_its_buffers():

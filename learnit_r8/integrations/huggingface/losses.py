@@ -279,10 +279,8 @@ class LossWatch:
         loss = loss if scale == 1 else loss / scale
         if not isinstance(items, Tensor) or not self._divided:
             return loss
-        labels = seen.inputs.get("shift_labels")
-        if labels is None:
-            labels = seen.inputs["labels"]
-            labels = labels[..., 1:] if getattr(self._host, "_loss_shifts_labels", False) else labels
+        if (labels := seen.inputs.get("shift_labels")) is None:
+            labels = seen.inputs["labels"][..., int(getattr(self._host, "_loss_shifts_labels", False)) :]
         own = labels.ne(IGNORED).sum().clamp(min=1).to(loss.device)
         part = loss * self._divided
         mean: Tensor = loss - part + part * items.to(loss.device).float().mean() / own

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,7 @@ from learnit_r8.integrations.huggingface.checks import data_problems, host_probl
 from learnit_r8.integrations.huggingface.loader import EpochLength, Repeated, make_loader
 from learnit_r8.integrations.huggingface.losses import LossWatch
 
-if TYPE_CHECKING:
-    _Trainer: TypeAlias = Any  # the class that is mixed into has all that is used of it here
-else:
-    _Trainer = object
+_Trainer: Any = object  # to type checkers: the class that is mixed into has all that is used of it here
 
 ENDLESS = 1 << 40
 """Epochs, and steps in each, that the Trainer reckons with: where they end is seen when the batches do."""
@@ -168,15 +165,13 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
                 f"{type(self).__name__}.get_train_dataloader() returned another loader than R8's, so other batches "
                 "would be trained on than R8 chooses: leave it out"
             )
-        values = list(super().set_initial_training_values(args, dataloader))
+        values = super().set_initial_training_values(args, dataloader)
         if len(values) != 7 or values[5] != len(dataloader):
             raise ConfigError(_VERSION)
-        self._length = EpochLength(values[5])
-        values[0], values[1], values[5] = ENDLESS, ENDLESS, self._length
-        start = TrainerState()
+        self._length, start = EpochLength(values[5]), TrainerState()
         self._follow(start)
-        values[6] = max(start.max_steps, 1)  # logging_steps=0.1 and the like are shares of it
-        return tuple(values)
+        most = max(start.max_steps, 1)  # logging_steps=0.1 and the like are shares of it
+        return ENDLESS, ENDLESS, *values[2:5], self._length, most
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As the Trainer's; the optimizer steps after the last of the micro-batches that are returned."""
@@ -184,7 +179,7 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
             self.control.should_training_stop = True
             return [], None
         if epoch_iterator is not self._given:
-            self._given = self._iterator = epoch_iterator
+            self._given, self._iterator, self._micro = epoch_iterator, epoch_iterator, 0
         aligned = num_batches - self._micro % num_batches  # the Trainer also steps at multiples of num_batches
         samples, items = super().get_batch_samples(self._iterator, aligned, device)
         if not samples and self._batches_left():  # after a rollback some come again
@@ -192,8 +187,7 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
             samples, items = super().get_batch_samples(self._iterator, aligned, device)
         self._micro += len(samples)
         self._length.end = self._micro
-        if not samples:
-            self.control.should_epoch_stop = True
+        self.control.should_epoch_stop |= not samples
         return samples, items
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -266,9 +260,6 @@ class _Callback(TrainerCallback):
         self._trainer._on_train_begin(control)
         state.num_train_epochs = math.ceil(args.num_train_epochs)
         self._trainer._follow(state)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._micro = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._report_notes()

@@ -32,7 +32,7 @@ def capture_state(
     """Return all that training changes, copied: nothing in it shares memory with the model.
 
     Args:
-        model: A module, or anything else with `state_dict()`, or a list of such; likewise the next three.
+        model: A module, or anything else with `state_dict()`, or a list or dict of such; likewise the next three.
         optimizer: Or None.
         scaler: `torch.amp.GradScaler`, or None.
         ema: Averaged weights (`torch.optim.swa_utils.AveragedModel`, ...), or None.
@@ -59,8 +59,9 @@ def capture_state(
 
 def _refuse_deepspeed(given: dict[str, Any]) -> None:
     """Raise where the states are DeepSpeed's, which hold a rank's part and do not load as they were given."""
-    modules = [one for one in _each(given["model"]) if isinstance(one, torch.nn.Module)]
-    theirs = any(type(part).__module__.startswith("deepspeed") for part in given.values())
+    modules = [one for one in _named(given["model"]).values() if isinstance(one, torch.nn.Module)]
+    objects = [one for part in given.values() for one in _named(part).values()]
+    theirs = any(type(one).__module__.startswith("deepspeed") for one in objects)
     if theirs or any(hasattr(parameter, "ds_id") for module in modules for parameter in module.parameters()):
         raise ConfigError(
             "DeepSpeed's states cannot be copied and restored part by part: take no backups in RAM, and give its "
@@ -68,14 +69,16 @@ def _refuse_deepspeed(given: dict[str, Any]) -> None:
         )
 
 
-def _each(part: Any) -> list[Any]:
-    return list(part) if isinstance(part, (list, tuple)) else [part]
+def _named(part: Any) -> dict[str, Any]:
+    """Return the objects that a part consists of; one that is no list and no dict has the name ""."""
+    if isinstance(part, (list, tuple)):
+        return {str(number): one for number, one in enumerate(part)}
+    return dict(part) if isinstance(part, dict) else {"": part}
 
 
 def _state_of(part: Any) -> Any:
-    if isinstance(part, (list, tuple)):
-        return {str(number): one.state_dict() for number, one in enumerate(part)}
-    return part.state_dict()
+    states = {name: one.state_dict() for name, one in _named(part).items()}
+    return states.get("", states)
 
 
 def restore_state(
@@ -92,14 +95,26 @@ def restore_state(
         scaler: See there.
         ema: See there.
         rngs: Whether to restore random generators.
+
+    Raises:
+        ConfigError: The state is of another list, or dict, of objects; nothing has changed then.
     """
     given = dict(zip(_PARTS, (model, optimizer, scaler, ema), strict=True))
+    loads: list[tuple[Any, Any]] = []
     for name, part in given.items():
-        if part is not None and name in state:
-            several = isinstance(part, (list, tuple))
-            for number, one in enumerate(_each(part)):
-                _load(one, state[name][str(number)] if several else state[name])
-    for one in (*_each(optimizer), *_each(model)):
+        if part is None or name not in state:
+            continue
+        objects = _named(part)
+        states = {"": state[name]} if "" in objects else state[name]
+        if objects.keys() != states.keys():
+            raise ConfigError(
+                f"{name}: {len(objects)} objects are to be restored, and the state was captured of others: give "
+                "restore_state what capture_state got"
+            )
+        loads += [(one, states[key]) for key, one in objects.items()]
+    for one, kept in loads:
+        _load(one, kept)
+    for one in (*_named(optimizer).values(), *_named(model).values()):
         if hasattr(one, "zero_grad"):
             one.zero_grad(set_to_none=True)
     if rngs and "rngs" in state:
