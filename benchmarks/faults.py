@@ -119,11 +119,12 @@ def _fuzz_state(rng: np.random.Generator) -> Result:
 
 
 def clean_trainings(count: int, seed: int) -> Iterator[Result]:
-    """Run ordinary trainings, 3000 steps or so each; nothing may happen."""
+    """Run ordinary trainings, 3000 steps or so each; nothing may happen, but what ends untrained may be told."""
     for name, recipe in list(clean_runs.RECIPES.items())[:count]:
         heard = clean_runs.train(recipe, seed)
         spikes = heard.count["SpikeSeen"]
-        yield Result(name, spikes == 0, f"{spikes} interventions", 0, None, heard.count["RolledBack"])
+        untrained = np.median(heard.losses[-48:]) > 0.5 * np.median(heard.losses[:16])
+        yield Result(name, spikes == 0 or untrained, f"{spikes} interventions", 0, None, heard.count["RolledBack"])
 
 
 CLASSES: dict[str, tuple[Callable[[int, int], Iterator[Result]], int, int]] = {
@@ -142,9 +143,9 @@ CLASSES: dict[str, tuple[Callable[[int, int], Iterator[Result]], int, int]] = {
     "clean trainings": (clean_trainings, len(clean_runs.RECIPES), 0),
 }
 
-PUBLISHED = {"slow rise", "clean trainings"}
+PUBLISHED = {"slow rise"}
 """Classes whose misses are printed and bounded by the test, but fail no run of this benchmark: a slow rise may be in
-every backup before it shows, and a spike that is told where there is none costs no rollback (those still fail)."""
+every backup before it shows."""
 
 
 def summary(results: list[Result]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The level of the loss over longer times: the best it has been, whether it rises without end, or has shifted for good.
 
-Neither is proof of anything broken, and neither undoes itself: it is told.
+Neither is proof of anything broken, and neither undoes itself: it is told, and only what lies above all that the run
+has shown in the last half of its steps. A loss near 0 swings by factors, and one of warm restarts rises by design.
 
-* *Growth*: the median of the last 48 losses lies above the best such median by more than four times the best
-  level (in what scale it had then: its median, its mean or twice its spread, whichever is largest). After it was
-  told the present level is the best one, and the next growth must be ten times as large.
-* *Shift*: the median of the last 48 losses exceeds that of the 96 before by 15% and by seven standard errors, at
-  two looks in a row, and by 1.25 times the highest shift of the last 9000 losses: what swings is left alone.
+* *Growth*: the median of the last 48 losses lies above the highest level of the half of the run before the best
+  such median by more than four times the best level (in what scale it had then: its median, its mean or twice its
+  spread, whichever is largest). The next growth is told by the same measure of the level that was told.
+* *Shift*: the median of the last 48 losses exceeds that of the 96 before by seven standard errors, and by 10% both
+  that and the highest level of the half of the run before them, at two looks in a row.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from learnit_r8.stability.windows import HarmlessOutliers, numbers, take_numbers
+from learnit_r8.stability.windows import numbers, take_numbers
 
 _RECENT, _BEFORE, _EVERY = 48, 96, 16
-_GROWTH, _NEXT_GROWTH = 4.0, 10.0
-_SHIFT, _ERRORS = 0.15, 7.0
+_GROWTH = 4.0
+_SHIFT, _ERRORS = 0.1, 7.0
 _LEARNED, _LOST = 1 / 3, 0.75  # of the untrained model's level
 _SUDDEN = 6  # looks
 _STANDARD_ERROR = 0.22
 """Of the difference of the two medians, in standard deviations of a loss: 1.25 sqrt(1/48 + 1/96)."""
-_SWING, _SWING_MEMORY = 1.25, 64  # blocks of `_RECENT + _BEFORE` losses
+_BLOCKS, _LATELY = 48, 2  # of the levels of a run at most; the last half of them count
 _MAD_TO_STD = 1.4826
 _FLOOR = 1e-3
 
@@ -35,7 +36,7 @@ class Level:
 
     Attributes:
         now: Median of the last 48 losses; NaN until there are so many.
-        best: The lowest that it was since the last tale of growth; infinite at first.
+        best: The lowest that it was since a new level was accepted; infinite at first.
         best_step: The step at which that was.
         lowest: The lowest that it ever was.
         lowest_step: The step of that.
@@ -49,12 +50,13 @@ class Level:
         self.now, self.best, self.scale, self.best_step = math.nan, math.inf, 0.0, 0
         self.lowest, self.lowest_step = math.inf, 0
         self.learned, self.lost = 0, False
-        self._growth = _GROWTH
-        self._highest = 0.0  # shift since the last block
+        self._limit = math.inf  # a level above it is told
         self._shifted = False
         self._count = 0
+        self._looks, self._block = 0, 1  # looks in all, and in a block
+        self._highs: list[float] = []  # highest level of each block of looks, all blocks but the last of one length
+        self._before: deque[float] = deque(maxlen=(_RECENT + _BEFORE) // _EVERY)  # `_lately` at the last looks
         self._losses: deque[float] = deque(maxlen=_RECENT + _BEFORE)
-        self._swings = HarmlessOutliers(_SWING_MEMORY, 1)
 
     def push(self, step: int, loss: float, first_level: float) -> str:
         """Take a finite loss; return what is to be told, or "".
@@ -79,7 +81,23 @@ class Level:
             self.lowest, self.lowest_step = self.now, step
         if self.learned and recent[_RECENT // 8] > _LOST * first_level:
             self.learned, self.lost = 0, True
-        return self._grown(step, recent, first_level) or self._has_shifted(losses, first_level)
+        cut = recent[: 1 + _RECENT * 15 // 16]  # a mean that few losses cannot move
+        mean = math.fsum(cut) / len(cut)
+        lately = self._remember(max(self.now, mean))
+        told = self._grown(step, recent, mean, lately, first_level) or self._has_shifted(losses, first_level)
+        self._before.append(lately)
+        return told
+
+    def _remember(self, level: float) -> float:
+        """Keep the level of a look; return the highest of the last half of the run."""
+        if len(self._highs) == _BLOCKS and self._looks % self._block == 0:
+            self._highs = [max(pair) for pair in zip(self._highs[::2], self._highs[1::2], strict=True)]
+            self._block *= 2
+        if self._looks % self._block == 0:
+            self._highs.append(level)
+        self._looks += 1
+        self._highs[-1] = max(self._highs[-1], level)
+        return max(self._highs[-max(1, len(self._highs) // _LATELY) :])
 
     def just_lost(self, first_level: float) -> bool:
         """Say whether the last losses are the untrained model's, though it may be too early to call that the level."""
@@ -94,40 +112,31 @@ class Level:
     def restart(self, *, forget_best: bool) -> None:
         """Go on with new losses: a change was announced, a new level was accepted, or the model was restored."""
         self._losses.clear()
-        self._count, self._shifted, self._highest = 0, False, 0.0
+        self._count, self._shifted = 0, False
         if forget_best:
             self.best = math.inf
 
-    def _grown(self, step: int, recent: list[float], first_level: float) -> str:
-        spread = _spread(recent, self.now)
-        cut = recent[: 1 + _RECENT * 15 // 16]  # a mean that few losses cannot move
-        scale = max(abs(self.now), abs(math.fsum(cut) / len(cut)), 2.0 * spread, _FLOOR * first_level)
-        if self.now + scale < self.best + self.scale:
+    def _grown(self, step: int, recent: list[float], mean: float, lately: float, first_level: float) -> str:
+        scale = max(abs(self.now), abs(mean), 2.0 * _spread(recent, self.now), _FLOOR * first_level)
+        better, grown = self.now + scale < self.best + self.scale, self.now > self._limit
+        if better:
             self.best, self.scale, self.best_step = self.now, scale, step
-        if not self.now - self.best > self._growth * self.scale:
+        if better or grown:
+            self._limit = lately + _GROWTH * scale
+        if better or not grown:
             return ""
-        told = f"the loss has grown from {self.best:.4g} (step {self.best_step}) to {self.now:.4g}"
-        self.best, self.scale, self.best_step = self.now, scale, step
-        self._growth = min(self._growth * _NEXT_GROWTH, 1e6)
         self.restart(forget_best=False)
-        return told
+        return f"the loss has grown from {self.best:.4g} (step {self.best_step}) to {self.now:.4g}"
 
     def _has_shifted(self, losses: list[float], first_level: float) -> str:
         if len(losses) < _RECENT + _BEFORE:
             return ""
         before = sorted(losses[:_BEFORE])
         middle = _median(before)
-        rise = self.now - middle
         error = _STANDARD_ERROR * max(_spread(before, middle), _FLOOR * abs(middle), _FLOOR * first_level)
-        shifted = rise > max(_SHIFT * abs(middle), _ERRORS * error, _SWING * self._swings.envelope)
+        high = max(middle, self._before[0])
+        shifted = self.now > max(middle + _ERRORS * error, high + _SHIFT * abs(high))
         told = shifted and self._shifted
-        if not shifted or told:  # one that is not for good was a swing
-            self._highest = max(self._highest, rise)
-        if told or self._count % (_RECENT + _BEFORE) == 0:
-            self._swings.pass_step()
-            if self._highest > 0.0:
-                self._swings.remember(self._highest)
-            self._highest = 0.0
         self._shifted = shifted
         if not told:
             return ""
@@ -136,20 +145,23 @@ class Level:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers and lists; strict JSON knows no infinity."""
-        return {**numbers(self, _NUMBERS), "losses": list(self._losses), "swings": self._swings.state_dict()}
+        return {**numbers(self, _NUMBERS), **{name: list(getattr(self, "_" + name)) for name in _LISTS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         take_numbers(self, _NUMBERS, state)
-        self._losses = deque((float(loss) for loss in state["losses"]), maxlen=_RECENT + _BEFORE)
-        self._swings.fill(state["swings"])
+        for name in _LISTS:
+            values = getattr(self, "_" + name)
+            values.clear()
+            values.extend(float(value) for value in state[name])
 
 
 _NUMBERS: dict[str, float | int | bool] = {
     "now": math.nan, "best": math.inf, "scale": 0.0, "best_step": 0, "lowest": math.inf, "lowest_step": 0,
-    "learned": 0, "lost": False, "_growth": _GROWTH, "_highest": 0.0, "_shifted": False, "_count": 0,
+    "learned": 0, "lost": False, "_limit": math.inf, "_shifted": False, "_count": 0, "_looks": 0, "_block": 1,
 }  # fmt: skip
 """What is saved, and its value where nothing is known yet."""
+_LISTS = ("losses", "highs", "before")
 
 
 def _median(ordered: list[float]) -> float:

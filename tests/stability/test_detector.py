@@ -267,6 +267,19 @@ def test_a_loss_that_swings_is_told_at_its_first_swings_and_a_rise_beyond_them_a
     assert told
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_swings_by_factors_near_zero_is_not_told_and_its_return_from_there_is(seed):
+    k, rng = np.arange(4000), np.random.default_rng(seed)
+    level = 2.3 * np.exp(-k / 60) + 0.02 * np.exp(-k / 2000) * np.exp(1.2 * np.sin(2 * np.pi * k / 300))
+    losses = level * rng.lognormal(0, 0.5, k.size)
+    detector = Detector()
+    assert first_action(read(detector, losses.tolist())) is None
+    grown = 0.02 * np.exp(np.arange(2000) / 300) * rng.lognormal(0, 0.5, 2000)
+    at, verdict = first_action(read(detector, grown.tolist(), 4000))
+    assert verdict is Verdict.DRIFT
+    assert np.exp(at / 300) < 10
+
+
 def test_a_restore_to_before_the_first_level_leaves_the_detector_seeing():
     detector = Detector()
     young = detector.state_dict()
