@@ -152,14 +152,14 @@ class ReviewQueue(Saved):
 
     def _valid(self, day: int) -> Indices:
         """Take a day's entries out of the calendar; return those that still count."""
-        ids: Indices = np.concatenate(self._calendar.pop(day) or [np.empty(0, np.int64)])
+        entries = self._calendar.pop(day)
+        ids: Indices = entries[0] if len(entries) == 1 else np.concatenate(entries or [np.empty(0, np.int64)])
         ids = ids[self._due[ids] == day]
         return ids if self.excluded is None else ids[~self.excluded[ids]]
 
     def _take_backlog(self, count: int) -> list[NDArray[Any]]:
-        count = min(count, self._num_backlog)
+        missing = count = min(count, self._num_backlog)
         parts: list[NDArray[Any]] = []
-        missing = count
         while missing:
             part = self._backlog[self._next : self._next + missing]
             self._next += len(part)
@@ -277,10 +277,11 @@ class ReviewQueue(Saved):
             self._note(day, ids[start:end])
 
     def _note(self, day: int, ids: Indices) -> None:
-        if day not in self._calendar:
-            self._calendar[day] = []
+        if day in self._calendar:
+            self._calendar[day].append(ids)
+        else:
+            self._calendar[day] = [ids]
             heapq.heappush(self._days, day)
-        self._calendar[day].append(ids)
 
     def _state_taken(self) -> None:
         rows = np.zeros(len(self._due), _ROW)

@@ -286,9 +286,8 @@ class SpacedRepetitionSampler(Saved):
 
     def _close(self, ids: Indices) -> None:
         """Strike the batch off the list of those without a report."""
-        named = np.sort(ids)
         for position, (_, batch) in enumerate(self._open):
-            if batch is ids or np.array_equal(np.sort(batch), named):
+            if batch is ids or np.array_equal(np.sort(batch), np.sort(ids)):
                 del self._open[position]
                 return
 

@@ -99,11 +99,9 @@ class TokenBudget(Saved):
         part = self.max_tokens // ranks
         if len(long := shuffled[self._lengths[shuffled] > part]):
             raise ConfigError(
-                [
-                    f"lengths must be at most {part}, the part of max_tokens={self.max_tokens} that each of {ranks} "
-                    f"ranks has, and {len(long)} samples are longer, the first ones {np.sort(long)[:8].tolist()}: cut "
-                    "them, or raise max_tokens"
-                ]
+                f"lengths must be at most {part}, the part of max_tokens={self.max_tokens} that each of {ranks} "
+                f"ranks has, and {len(long)} samples are longer, the first ones {np.sort(long)[:8].tolist()}: cut "
+                "them, or raise max_tokens"
             )
         ids = shuffled[np.argsort(self._lengths[shuffled], kind="stable")]  # equal lengths stay shuffled
         lengths, batches, stop = self._lengths[ids], [], len(ids)

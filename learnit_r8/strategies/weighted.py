@@ -45,9 +45,8 @@ class Weighted(Saved):
     def __init__(self, weights: ArrayLike) -> None:
         self._weights = _checked(weights)
         if self._weights.ndim != 1 or not self._weights.any():
-            raise ConfigError(
-                [f"weights must be a 1-D array with a positive one, got shape {self._weights.shape} of all zeros"]
-            )
+            shape = self._weights.shape
+            raise ConfigError(f"weights must be a 1-D array with a positive one, got shape {shape} of all zeros")
         self._order = np.arange(len(self._weights), dtype=np.uint32)
         self._phase = 0.0
         self._state_taken()
