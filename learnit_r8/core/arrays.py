@@ -28,21 +28,22 @@ def largest(scores: NDArray[Any], k: int) -> NDArray[np.int64]:
     return found[np.argsort(-scores[found], kind="stable")]
 
 
-def as_losses(values: Any) -> NDArray[np.float64]:
-    """Return numbers, an array or a tensor (of any device, with grad) as a float64 array.
+def as_array(values: Any) -> NDArray[Any]:
+    """Return numbers, an array or a tensor (of any device, with grad) as an array."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def as_losses(values: Any, name: str = "losses") -> NDArray[np.float64]:
+    """Return the same as a float64 array of its own; numpy has no bfloat16.
 
     Raises:
         TypeError: Not numbers.
     """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.double().numpy() if hasattr(values, "double") else values
     try:
-        array = np.asarray(values)
+        array = as_array(values.double() if hasattr(values, "detach") and hasattr(values, "double") else values)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"losses must be numbers, an array or a tensor, got {type(values).__name__}: {error}"
-        ) from error
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"losses must be numbers, an array or a tensor, got {type(values).__name__} of {array.dtype}")
+        got = f"{type(values).__name__}: {error}"
+        raise TypeError(f"{name} must be numbers, an array or a tensor, got {got}") from error
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":  # that is JAX's and TensorFlow's
+        raise TypeError(f"{name} must be numbers, an array or a tensor, got {type(values).__name__} of {array.dtype}")
     return array.astype(np.float64)

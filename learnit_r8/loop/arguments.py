@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.arrays import as_array
 from learnit_r8.core.clock import Clock
 from learnit_r8.core.config import DEFAULT_DIR, UI_NAMES, Checkpoints, Config, Problems, argument, read_arguments
 from learnit_r8.core.urls import url_of
@@ -284,7 +285,7 @@ def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.int
     if groups is None:
         return None
     try:
-        array = np.asarray(groups.detach().cpu() if hasattr(groups, "detach") else groups)
+        array = as_array(groups)
     except (ValueError, TypeError, RuntimeError):  # ragged, or a tensor without data
         array = np.empty((0, 0))
     if array.ndim != 1 or array.dtype.kind not in "iub" or len(array) != num_samples:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.state import Kind, Saved, maybe, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.replay.saving import filled, slots
-from learnit_r8.replay.trees import as_array
 from learnit_r8.types import Indices
 
 Floats = NDArray[np.float64]
@@ -66,8 +66,8 @@ class EmbeddingSpread(Saved):
     def checked(self, embedding: Any) -> Vector:
         """Return an embedding of any kind as float32, shape `[d]`."""
         try:
-            vector = np.asarray(as_array(embedding, lambda tensor: tensor.double()), dtype=np.float64)
-        except (TypeError, ValueError) as error:
+            vector = as_losses(embedding)
+        except TypeError as error:
             raise ValueError(f"embedding must be a vector of numbers, got {type(embedding).__name__}") from error
         if vector.ndim == 2 and len(vector) == 1:
             vector = vector[0]

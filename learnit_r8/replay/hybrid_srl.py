@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, part, table
@@ -18,7 +19,6 @@ from learnit_r8.errors import CheckpointError
 from learnit_r8.replay.diversity import EmbeddingSpread
 from learnit_r8.replay.item import ReplayItem
 from learnit_r8.replay.saving import SavedBuffer, filled
-from learnit_r8.replay.trees import as_array
 from learnit_r8.types import Indices
 
 Filter = Callable[[Any, NDArray[np.float32], float], bool]
@@ -264,7 +264,7 @@ class HybridSRLReplayBuffer(SavedBuffer):
             ValueError: Not one finite score per item, or a step that is not finite. Nothing is changed.
             TypeError: Not items of this buffer. Nothing is changed.
         """
-        scores = np.asarray(as_array(recall_scores, lambda tensor: tensor.double()), dtype=np.float64).reshape(-1)
+        scores = as_losses(recall_scores, "recall scores").reshape(-1)
         if len(items) != len(scores):
             raise ValueError(f"need one recall score per item, got {len(items)} items and {len(scores)} scores")
         if not (np.isfinite(scores).all() and math.isfinite(current_step)):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from learnit_r8.core.arrays import as_array, as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, maybe, part, table
@@ -19,7 +20,6 @@ from learnit_r8.replay.n_step import NStep
 from learnit_r8.replay.priorities import Ranking, RecentLargest
 from learnit_r8.replay.saving import SavedBuffer, check_made_with, filled, slots
 from learnit_r8.replay.storage import ArrayStorage, ObjectStorage
-from learnit_r8.replay.trees import as_array
 from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.types import Indices, Losses
 
@@ -286,7 +286,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
             ValueError: NaN or infinite errors, or not one per index. Nothing is changed.
         """
         as_of = getattr(indices, "as_of", None) if as_of is None else as_of
-        slots = np.asarray(indices if isinstance(indices, np.ndarray) else as_array(indices)).reshape(-1)
+        slots = as_array(indices).reshape(-1)
         errors = self._checked_errors(td_errors, slots.size)
         if slots.size and slots.dtype.kind not in "iu":
             raise IndexError(f"indices must be integers, got dtype {slots.dtype}")
@@ -378,8 +378,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
             self._weigh(slots, value)
 
     def _checked_errors(self, values: ArrayLike, count: int) -> NDArray[np.float64]:
-        signed = np.asarray(as_array(values, lambda tensor: tensor.double()), dtype=np.float64)
-        errors: NDArray[np.float64] = np.fabs(signed.reshape(-1))
+        errors = np.abs(as_losses(values, "errors").reshape(-1))
         if errors.size != count:
             raise ValueError(f"need one error per experience: {count} experiences, {errors.size} errors")
         largest = np.maximum.reduce(errors, initial=0.0)

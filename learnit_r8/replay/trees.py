@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,6 @@ def fits(values: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> bool:
 def layout_of(held: Any) -> list[Any]:
     """Return dtype and shape of a leaf's rows, as JSON data."""
     return [held.dtype.str if isinstance(held, np.ndarray) else str(held.dtype), list(held.shape[1:])]
-
-
-def as_array(values: Any, cast: Callable[[Any], Any] = lambda tensor: tensor) -> np.ndarray[Any, Any]:
-    """Return anything array-like as a numpy array; `cast` is applied to tensors first."""
-    if hasattr(values, "detach"):
-        values = cast(values.detach()).cpu().numpy()
-    return np.asarray(values)
 
 
 def is_tensor(leaf: Any) -> bool:

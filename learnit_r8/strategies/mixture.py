@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from learnit_r8.core.arrays import as_array
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Saved, sized, table
 from learnit_r8.errors import ConfigError
@@ -189,7 +190,7 @@ class Balanced(Mixture):
     """
 
     def __init__(self, groups: ArrayLike) -> None:
-        labels = np.asarray(groups.detach().cpu() if hasattr(groups, "detach") else groups)
+        labels = as_array(groups)
         if labels.ndim != 1 or not len(labels):
             raise ConfigError([f"groups must be a 1-D array, one a sample, got shape {labels.shape}"])
         values, inverse = np.unique(labels, return_inverse=True)

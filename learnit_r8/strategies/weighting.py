@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from learnit_r8.core.arrays import read_only
+from learnit_r8.core.arrays import as_array, read_only
 from learnit_r8.core.portable import JSON_SIZE
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, Saved, each, kind, maybe, part, same, table
@@ -333,7 +333,7 @@ def fill_unseen(losses: ArrayLike, uses: NDArray[np.uint32]) -> Floats:
 
 def as_ids(indices: Any, size: int) -> Indices:
     """Return sample ids below `size`, an array or a tensor of any device, as int64 `[n]`; else raise ValueError."""
-    ids = np.asarray(indices.detach().cpu() if hasattr(indices, "detach") else indices).reshape(-1)
+    ids = as_array(indices).reshape(-1)
     if len(ids) and ids.dtype.kind not in "iu":
         raise ValueError(f"indices must be integers, got dtype {ids.dtype}")
     ids = ids.astype(np.int64)
