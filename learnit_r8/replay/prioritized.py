@@ -341,7 +341,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
         if not count:
             return
         kept = min(count, self.capacity)
-        slots = np.arange(self._added + count - kept, self._added + count) % self.capacity
+        slots = np.arange(self._added + count - kept, self._added + count, dtype=np.int64) % self.capacity
         self._storage.write(slots, rows)
         self._marks[slots] = np.where(self._marks[slots] == _IDLE, _IDLE, _REPLACED)
         self._added += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,17 @@ class SavedBuffer(Saved):
         Raises:
             CheckpointError: The state is damaged, or of a buffer made with other arguments. Nothing is changed.
         """
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"a state is the dict that state_dict() returned, got {type(state).__name__}")
+        mine = {"version", "made_with", "experiences", *self._table}
+        missing, unknown = sorted(mine - {*state}), [key for key in state if key not in mine]
+        if missing or unknown or state["version"] != 1:
+            raise CheckpointError(
+                f"this is no state of a buffer of version 1: got version {state.get('version')!r}, missing {missing}, "
+                f"unknown {unknown}"
+            )
         self._settle()
         with self._lock:
-            check_keys(state, {"version", "made_with", "experiences", *self._table})
             super().load_state_dict(state)
 
     def _take_state(self, state: Mapping[str, Any], changes: list[Any]) -> None:
@@ -109,18 +117,6 @@ class SavedBuffer(Saved):
         state = read(path)
         check_made_with({"class": state.pop("class", None)}, {"class": type(self).__name__})
         self.load_state_dict(state)
-
-
-def check_keys(state: Any, mine: Set[str]) -> None:
-    """Raise CheckpointError unless the state has what this version's states have."""
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"a state is the dict that state_dict() returned, got {type(state).__name__}")
-    missing, unknown = sorted(mine - {*state}), [key for key in state if key not in mine]
-    if missing or unknown or state["version"] != 1:
-        raise CheckpointError(
-            f"this is no state of a buffer of version 1: got version {state.get('version')!r}, missing {missing}, "
-            f"unknown {unknown}"
-        )
 
 
 def check_made_with(came: Any, mine: Mapping[str, Any]) -> None:

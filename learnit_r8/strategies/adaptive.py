@@ -15,8 +15,7 @@ from numpy.typing import ArrayLike
 
 from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
-from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, builtin
 from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_ids, fill_unseen
 from learnit_r8.types import LossReport
 
@@ -45,8 +44,7 @@ def _check(problems: Problems, learning_rate: float, momentum: float) -> tuple[f
     return problems.real("learning_rate", learning_rate, 0.0), problems.real("momentum", momentum, 0.0, 1.0)
 
 
-@register("adaptive")
-@sound
+@builtin("adaptive")
 class Adaptive(WeightedStrategy):
     """Draws by weights that are boosted where losses stay high, and corrects the bias.
 

@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Kind, Saved, each, maybe, row, table
-from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, Draw, builtin
 from learnit_r8.strategies.weighting import SAMPLER, Floats, MixtureSampler, draw_stable, fill_unseen
 from learnit_r8.types import LossReport, Mask
 
@@ -63,8 +62,7 @@ _COLUMNS = Kind(
 )
 
 
-@register("auto")
-@sound
+@builtin("auto")
 class Auto(Saved):
     """Leans to hard samples as far as they turn out learnable; avoids the unexplained. Experimental.
 

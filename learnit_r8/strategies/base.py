@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.errors import ConfigError
-from learnit_r8.strategies.contract import Rules
+from learnit_r8.strategies.contract import Rules, sound
 from learnit_r8.types import Indices, Losses, Mask
 
 if TYPE_CHECKING:
@@ -123,6 +123,11 @@ def register(name: str) -> Callable[[type], type]:
         return cls
 
     return add
+
+
+def builtin(name: str) -> Callable[[type], type]:
+    """Class decorator: do the same for a strategy of the library, which `check_strategy` has checked."""
+    return lambda cls: sound(register(name)(cls))
 
 
 def names() -> list[str]:

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Saved, each, table
-from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, Draw, builtin
 from learnit_r8.strategies.plan import shuffled
 from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, draw_stable
 
@@ -89,8 +88,7 @@ def bins_of(
     return bins
 
 
-@register("curriculum")
-@sound
+@builtin("curriculum")
 class Curriculum(Saved):
     """Draws from bins of the catalog's loss; the bins are made anew at every epoch start.
 

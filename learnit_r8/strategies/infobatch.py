@@ -21,15 +21,13 @@ import numpy as np
 
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Saved, made, mask, maybe, row, table
-from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, Draw, builtin
 from learnit_r8.strategies.plan import EpochPlan, shuffled
 from learnit_r8.strategies.weighting import MAX_WEIGHT
 from learnit_r8.types import Mask
 
 
-@register("infobatch")
-@sound
+@builtin("infobatch")
 class InfoBatch(Saved):
     """Every sample of high loss once an epoch, those below the mean once in `1 / (1 - ratio)` epochs.
 

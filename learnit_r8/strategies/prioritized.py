@@ -9,14 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from learnit_r8.core.config import Problems
-from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, Draw, builtin
 from learnit_r8.strategies.weighting import MAX_WEIGHT, Floats, WeightedStrategy, fill_unseen
 from learnit_r8.types import LossReport
 
 
-@register("prioritized")
-@sound
+@builtin("prioritized")
 class Prioritized(WeightedStrategy):
     """Draws in proportion to a power of the expected loss. Unseen samples get the highest one.
 

@@ -7,14 +7,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, builtin
 from learnit_r8.strategies.plan import PlannedStrategy, shuffled
 from learnit_r8.types import Indices
 
 
-@register("quadrant")
-@sound
+@builtin("quadrant")
 class Quadrant(PlannedStrategy):
     """Every sample once an epoch; every batch takes a quarter from each loss quartile.
 

@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike
 from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import row, table
-from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, builtin
 from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, WeightedSampler, WeightedStrategy
 from learnit_r8.types import LossReport
 
@@ -53,8 +52,7 @@ def _check(rewards: ArrayLike | None, temperature: float, seed: int = 0, defensi
     return values
 
 
-@register("reward")
-@sound
+@builtin("reward")
 class RewardWeighted(WeightedStrategy):
     """Draws samples of high reward more often, and corrects the bias.
 

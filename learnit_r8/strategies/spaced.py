@@ -27,8 +27,7 @@ from learnit_r8.core.portable import JSON_SIZE
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, Saved, maybe, part, table
 from learnit_r8.errors import ProtocolError
-from learnit_r8.strategies.base import BatchRequest, Draw, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, Draw, builtin
 from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
 from learnit_r8.strategies.weighting import as_ids, draw_stable
 from learnit_r8.structures.moving_stats import ExponentialMovingStats
@@ -37,8 +36,7 @@ from learnit_r8.types import Indices, LossReport, Mask
 __all__ = ["ExponentialMovingStats", "SpacedRepetition", "SpacedRepetitionSampler"]
 
 
-@register("spaced")
-@sound
+@builtin("spaced")
 class SpacedRepetition(Saved):
     """Chooses by review date. It meets unseen samples by itself, so there is no cataloging epoch.
 

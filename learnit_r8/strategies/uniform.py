@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.strategies.base import BatchRequest, register
-from learnit_r8.strategies.contract import sound
+from learnit_r8.strategies.base import BatchRequest, builtin
 from learnit_r8.strategies.plan import PlannedStrategy, shuffled
 
 
-@register("uniform")
-@sound
+@builtin("uniform")
 class Uniform(PlannedStrategy):
     """Random permutation of the data set each epoch."""
 

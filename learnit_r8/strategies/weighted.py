@@ -52,7 +52,7 @@ class Weighted(Saved):
         self._state_taken()
 
     def _state_taken(self) -> None:
-        self._slots = np.full(len(self._weights), -1)
+        self._slots = np.full(len(self._weights), -1, np.int64)
         self._slots[self._order] = np.arange(len(self._order))
         self._tree = SumTree(len(self._weights))
         self._tree.fill(np.pad(self._weights[self._order], (0, len(self._weights) - len(self._order))))
