@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,3 +23,8 @@ class UrlPath(type(Path())):  # type: ignore[misc]
 
     def __fspath__(self) -> str:
         return str(self)
+
+
+def settled(path: str | None) -> str | None:
+    """Return a URL as it is, and a folder's path as one that does not change with the working directory."""
+    return path if path is None or url_of(path) else os.path.abspath(path)

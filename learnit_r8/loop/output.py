@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.core.config import Config
-from learnit_r8.core.urls import url_of
+from learnit_r8.core.urls import settled, url_of
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, tell
 from learnit_r8.loop.arguments import Arguments
@@ -40,7 +40,7 @@ class Output:
         self._log: Sink | None = None
         self._begun = False
         self._logged_at: int | None = None
-        self._folder = self._config.log_dir  # or what stands in for it, where it is a URL
+        self._folder = settled(self._config.log_dir)  # or what stands in for it, where it is a URL
         self._far = FarFolders(self._config, bus) if rank == 0 else None
 
     def begin(self, step: int, elapsed: float, *, resumed: bool) -> None:
@@ -156,7 +156,7 @@ class FarFolders:
 
     def __init__(self, config: Config, bus: EventBus) -> None:
         self._bus = bus
-        self._log_dir = config.log_dir
+        self._log_dir = settled(config.log_dir)
         self._urls = sorted({url for path in (config.log_dir, config.checkpoint_dir) if path and (url := url_of(path))})
         self._sending: Background[None] | None = None
 

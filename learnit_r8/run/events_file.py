@@ -24,7 +24,7 @@ class JsonlSink:
     ignores_batches = True
 
     def __init__(self, path: str | Path, flush_every: int = 100) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # programs change their working directory
         self._flush_every = flush_every
         self._file: TextIO | None = None
         self._buffered = 0

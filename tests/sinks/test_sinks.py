@@ -409,3 +409,20 @@ def test_a_log_of_an_older_version_lacks_what_has_a_default_and_nothing_else():
     del data["seconds"]
     with pytest.raises(ValueError, match="incomplete RunEnded: seconds"):
         events.from_json(data)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_program_that_changes_its_working_directory_keeps_one_log_and_one_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    options = {"log_dir": "log", "checkpoint_dir": "saved", "checkpoint_every": "epoch", "ui": "off"}
+    with R8Scheduler(20, 5, num_epochs=3, save_callback=lambda path: open(path, "w").close(), **options) as run:
+        for epoch in run.epoch_iterator():
+            for _ in run.batch_iterator():
+                run.update_with_loss(1.0)
+            if epoch == 0:
+                monkeypatch.chdir(tmp_path / "elsewhere")
+    assert not any((tmp_path / "elsewhere").iterdir())
+    heard = list(read_events(tmp_path / "log" / "events.jsonl"))
+    assert sum(isinstance(event, events.LossReported) for event in heard) == 12
+    assert (tmp_path / "saved" / "step-000000012").is_dir()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from learnit_r8 import events
 from learnit_r8.core.rng import Purpose, RandomStreams
-from learnit_r8.core.urls import url_of
+from learnit_r8.core.urls import settled, url_of
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.budget import Budget
@@ -65,7 +65,7 @@ class Parts:
             self._together = SaveTogether(args.save, self._ranks)
             args = self._args = replace(args, save=self._together)
         self._saver = Saver(args, self._bus)
-        evidence, recent = config.log_dir or config.checkpoint_dir, partial(tuple, self._bus.recent)
+        evidence, recent = settled(config.log_dir or config.checkpoint_dir), partial(tuple, self._bus.recent)
         self._safety = SafetyNet(
             args.recovery,
             args.load,
