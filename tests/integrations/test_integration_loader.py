@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from learnit_r8 import ProtocolError, R8Scheduler
 from learnit_r8.errors import ConfigError
-from learnit_r8.integrations.torch import R8BatchSampler, capture_state, evaluation_loader, restore_state, weighted
+from learnit_r8.integrations.torch import (
+    R8BatchSampler,
+    capture_state,
+    evaluation_loader,
+    follow_lr,
+    restore_state,
+    set_lr,
+    weighted,
+)
 from learnit_r8.strategies import Draw
 
 SAMPLES, BATCH = 40, 8
@@ -481,3 +489,24 @@ def test_a_loop_that_is_thrown_out_of_a_step_saves_no_model_of_half_a_step(tmp_p
     (note,) = caught.value.__notes__
     assert ("thrown out of step 5: the model may be trained halfway" if amid else "stopped after 6 steps") in note
     assert len(list(tmp_path.glob("step-*"))) == (not amid)
+
+
+# The learning rate -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("asks", ["nobody", "follow_lr", "lr", "constant"])
+def test_a_schedule_that_nobody_asks_for_is_told_once(capfd, asks, workers):
+    options = {"scheduler_mode": "constant", "warmup_proportion": 0.0} if asks == "constant" else {}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = R8Scheduler(64, 16, num_epochs=3, ui="off", checkpoint_dir=None, **options)
+    if asks == "follow_lr":
+        follow_lr(scheduler, optimizer)
+    loader = DataLoader(torch.arange(64), batch_sampler=R8BatchSampler(scheduler), num_workers=workers)
+    for _ in scheduler.epoch_iterator():
+        for _batch in loader:
+            if asks == "lr":
+                set_lr(optimizer, scheduler.lr)
+            optimizer.step()
+            scheduler.update_with_loss(1.0)
+    assert capfd.readouterr().err.count("nobody asks for R8Scheduler's learning rate") == (asks == "nobody")

@@ -24,6 +24,12 @@ from learnit_r8.types import Batch
 _DEPTH = 16
 """Frames between a sampler and whatever iterates its loader: torch has 3, wrappers of Accelerate up to 8."""
 
+_UNUSED = (
+    "nobody asks for R8Scheduler's learning rate, so the optimizer keeps its own while the schedule goes on: call "
+    "learnit_r8.integrations.torch.follow_lr(scheduler, optimizer) once before the loop, or, with a schedule of your "
+    "own, give R8Scheduler(scheduler_mode='constant', warmup_proportion=0)"
+)
+
 
 class R8BatchSampler(Sampler[list[int]]):
     """What `DataLoader(data, batch_sampler=R8BatchSampler(scheduler))` draws its batches from.
@@ -38,7 +44,7 @@ class R8BatchSampler(Sampler[list[int]]):
     each batch that comes out of the loader has to be reported before the next one, also one that is left out:
     `scheduler.update_with_loss(float("nan"), skipped=True)`. Batches that a loop was left with are handed out again by
     the next one. A loop where no epoch is open is refused: to evaluate on the training data, take
-    `evaluation_loader(loader)`.
+    `evaluation_loader(loader)`. Where nobody asks for the scheduler's learning rate (see `follow_lr`), that is said.
 
     Workers' random numbers (torch, numpy, random) follow from the scheduler's seed, the epoch and the batch, so a
     resumed run has those of the uninterrupted one. A dataset with generators of its own derives them from
@@ -95,6 +101,8 @@ class _Lists:
         self._asker = asker
         self._held = held
         self._batches: Iterator[Batch] | None = None
+        self._first_lr: float | None = None
+        self._looked = False  # whether anybody asks for the learning rate
 
     def __iter__(self) -> _Lists:
         return self
@@ -104,6 +112,12 @@ class _Lists:
             self._held.end()  # the loader's workers have been started
             self._batches = self._begin()
         batch = next(self._batches)
+        if self._first_lr is None:
+            self._first_lr = batch.lr
+        elif not self._looked and batch.lr != self._first_lr and self._sampler.scheduler.global_step > 1:
+            self._looked = True
+            if not self._sampler.scheduler.lr_asked:
+                self._sampler.scheduler.tell(_UNUSED)
         ids: list[int] = batch.indices.tolist()
         seeds = self._asker is not None and self._asker.workers > 0
         return SeededIndices(ids, self._sampler.scheduler.data_seed(batch)) if seeds else ids

@@ -90,6 +90,7 @@ class Parts:
         self._search = LrSearch(config, self._streams) if config.auto_find_lr else None
         self._resumed = self._begun = self._closed = False
         self._weighs = False  # whether it is known that importance weights reach the loss, or was said that they do not
+        self.lr_asked = False  # for the rate of a step, by whoever sets it
         self.host_saves = False  # a framework saves the run, and acts on signals
         self._within = False  # whether an epoch loop is going
         self._diverged = False
@@ -111,6 +112,7 @@ class Parts:
     @property
     def lr(self) -> float:
         """Learning rate of the batch that was handed out last; before the first one, that one's."""
+        self.lr_asked = True
         return self._lr
 
     @property
