@@ -28,6 +28,7 @@ _STANDARD_ERROR = 0.22
 """Of the difference of the two medians, in standard deviations of a loss: 1.25 sqrt(1/48 + 1/96)."""
 _BLOCKS, _LATELY = 48, 2  # of the levels of a run at most; the last half of them count
 _MAD_TO_STD = 1.4826
+_SWING = 1.5  # mean deviations; a level that has just jumped to a constant one is up to two of them above the old one
 _FLOOR = 1e-3
 
 
@@ -106,8 +107,12 @@ class Level:
         return self.learned > 0 and level > _LOST * first_level
 
     def far_above_best(self) -> bool:
-        """Say whether the level is twice its best, or more, and beyond its spread."""
-        return math.isfinite(self.now) and math.isfinite(self.best) and self.now - self.lowest > self.scale
+        """Say whether the level is twice its best, or more, and beyond its spread, then and now."""
+        if not (math.isfinite(self.now) and math.isfinite(self.best)):
+            return False
+        # Not the median of the deviations: of losses that are 0 but for a few that is 0, too.
+        swing = math.fsum(abs(loss - self.now) for loss in self._losses) / max(1, len(self._losses))
+        return self.now - self.lowest > max(self.scale, _SWING * swing)
 
     def restart(self, *, forget_best: bool) -> None:
         """Go on with new losses: a change was announced, a new level was accepted, or the model was restored."""

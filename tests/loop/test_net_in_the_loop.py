@@ -84,6 +84,27 @@ def test_the_end_says_when_the_best_is_long_past_and_gives_it_back():
     assert w["w"][0] == step <= 500
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda rng, step: float(rng.random() < 0.02),
+        lambda rng, step: rng.normal() * (1 + step / 1000),
+        lambda rng, step: rng.lognormal(0, 1.2),
+        lambda rng, step: 1 + 0.8 * math.sin(step / 10) + 0.1 * rng.normal(),
+    ],
+    ids=["nearly always 0", "of growing spread", "of a heavy tail", "of a period"],
+)
+def test_a_loss_that_swings_is_not_said_to_end_above_its_best(loss):
+    for seed in range(3):
+        scheduler, ears = quiet(16000, 32)
+        rng = np.random.default_rng(seed)
+        for batch in each(scheduler):
+            scheduler.update_with_loss(loss(rng, batch.step))
+        (end,) = ears.of(events.RunEnded)
+        assert end.final_level is not None
+        assert [event.message for event in ears.of(events.Notice) if "far above" in event.message] == []
+
+
 def test_a_backup_without_the_optimizer_is_named_as_the_cause():
     torch.manual_seed(0)
     x, y = torch.randn(256, 8), torch.randint(0, 3, (256,))
