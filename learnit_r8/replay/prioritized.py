@@ -74,7 +74,8 @@ class PrioritizedReplayBuffer(SavedBuffer):
             fixed shapes (see `ArrayStorage`), `sample` returns them stacked, much faster.
         path: Folder for memory-mapped arrays, of this buffer alone; needs `storage="arrays"`.
         n_step: Makes n-step experiences of single steps on their way in.
-        fast: See `SumTree`.
+        fast: True: draws compiled with numba. False: numpy. None: numba where it is installed and the buffer is
+            large enough to repay its import. Draws do not depend on it.
 
     Raises:
         ConfigError: Lists every bad argument.
@@ -179,11 +180,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
         Raises:
             ValueError: A NaN or infinite priority, or an experience unlike the first.
         """
-        with self._lock:
-            if self._n_step is None:
-                self._append([experience], None if priority is None else [priority])
-            else:
-                self._add_steps([experience], priority)
+        self._put([experience], None if priority is None else [priority])
 
     def extend(self, experiences: Any, priorities: ArrayLike | None = None, *, stacked: bool = False) -> None:
         """Add many experiences at once.
@@ -199,11 +196,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
         """
         if self._n_step is not None and (stacked or priorities is not None):
             raise ValueError("with n_step, extend takes an iterable of single steps and no priorities")
-        with self._lock:
-            if self._n_step is None:
-                self._append(experiences, priorities, stacked=stacked)
-            else:
-                self._add_steps(list(experiences), None)
+        self._put(experiences, priorities, stacked=stacked)
 
     def end_episode(self) -> None:
         """With `n_step`: the episode was cut short, so add what is pending."""
@@ -211,14 +204,18 @@ class PrioritizedReplayBuffer(SavedBuffer):
             with self._lock:
                 self._append(self._n_step.end_episode(), None)
 
-    def _add_steps(self, steps: list[Any], priority: float | None) -> None:
-        assert self._n_step is not None
-        # Each step by itself: what does not fit is refused now, not when it has become part of others.
-        alone = steps if len(self) else [*self._n_step.pending, *steps]
-        ready, pending = self._n_step.follow(steps)
-        self._storage.stack([self._n_step.combined([step]) for step in alone], stacked=False)
-        self._append(ready, None if priority is None else [priority] * len(ready))
-        self._n_step.keep(pending)
+    def _put(self, experiences: Any, priorities: Any, *, stacked: bool = False) -> None:
+        with self._lock:
+            if self._n_step is None:
+                self._append(experiences, priorities, stacked=stacked)
+                return
+            steps = list(experiences)
+            # Each step by itself: what does not fit is refused now, not when it has become part of others.
+            alone = steps if len(self) else [*self._n_step.pending, *steps]
+            ready, pending = self._n_step.follow(steps)
+            self._storage.stack([self._n_step.combined([step]) for step in alone], stacked=False)
+            self._append(ready, None if priorities is None else priorities * len(ready))
+            self._n_step.keep(pending)
 
     def sample(self, batch_size: int, beta: float | None = None) -> tuple[Any, Losses, Indices]:
         """Draw a batch, with replacement.

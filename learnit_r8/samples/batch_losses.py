@@ -81,11 +81,6 @@ class BatchAttribution(Saved, Exact):
 
     The caller owns the arrays; they start at `PRIOR_ESTIMATE` and `PRIOR_VARIANCE`. `history_entries` bounds the
     history, in entries of 4 bytes; 0: no refinement.
-
-    Attributes:
-        level: Mean loss of the recent batches; 0 before the first report.
-        scale: Loss per unit of relative loss.
-        additive: A negative loss was reported.
     """
 
     attributed = True
@@ -96,9 +91,9 @@ class BatchAttribution(Saved, Exact):
 
     def __init__(self, num_samples: int, *, history_entries: int = 1 << 24) -> None:
         self.num_samples = num_samples
-        self.level = 0.0
-        self.scale = 0.0
-        self.additive = False
+        self.level = 0.0  # mean loss of the recent batches; 0 before the first report
+        self.scale = 0.0  # loss per unit of relative loss
+        self.additive = False  # a negative loss was reported
         self._reports = 0
         self._batch_size = 0.0
         self._spread = relative_std(MAX_S)

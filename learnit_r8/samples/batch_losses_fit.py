@@ -43,17 +43,11 @@ _RECORD_ENTRIES = 2 * _FIELDS
 
 
 class Refined(NamedTuple):
-    """What a fit found.
+    """What a fit found for each sample."""
 
-    Attributes:
-        estimate: Relative losses, float64 `[N]`.
-        variance: Their variances in u, float64 `[N]`.
-        seen: The samples that any batch held, bool `[N]`; the others' values are the prior's.
-    """
-
-    estimate: Floats
-    variance: Floats
-    seen: NDArray[np.bool_]
+    estimate: Floats  # relative losses
+    variance: Floats  # of u
+    seen: NDArray[np.bool_]  # the samples that any batch held; the others' values are the prior's
 
 
 def refine(history: BatchHistory, num_samples: int, scale: float, *, additive: bool) -> Refined | None:
@@ -100,9 +94,6 @@ class BatchHistory(Saved):
 
     In `capacity` entries of 4 bytes, of which a batch takes its size plus 8, and with at most `most_ids` sample ids.
     The oldest quarter is dropped when it is full.
-
-    Attributes:
-        appended: Reports that were ever added, less those that were forgotten.
     """
 
     _saved = table(
@@ -113,7 +104,7 @@ class BatchHistory(Saved):
     def __init__(self, capacity: int, most_ids: float = math.inf) -> None:
         self._capacity, self._most_ids = capacity, most_ids
         self._ids, self._records = array("I"), array("d")
-        self.appended = 0
+        self.appended = 0  # reports that were ever added, less those that were forgotten
 
     @property
     def entries(self) -> int:

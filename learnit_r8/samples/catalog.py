@@ -55,19 +55,12 @@ _ALL = slice(None)
 
 
 class Rows(NamedTuple):
-    """The catalog's rows of one batch before its report.
-
-    Attributes:
-        indices: Sample ids, int64 `[n]`.
-        block: Their rows, opaque, `[n]`.
-        expected: Mean expected loss; NaN while none of them has been seen.
-        unseen: How many have never been seen.
-    """
+    """The catalog's rows of one batch before its report."""
 
     indices: Indices
-    block: NDArray[Any]
-    expected: float
-    unseen: int
+    block: NDArray[Any]  # opaque, a row for each
+    expected: float  # mean expected loss; NaN while none of them has been seen
+    unseen: int  # how many have never been seen
 
 
 class LossCatalog:

@@ -42,9 +42,8 @@ class QuadrantTable:
 class Quadrants:
     """The columns `quadrant`, `reported` and `epochs_in_q4` of the catalog's structured rows.
 
-    Attributes:
-        edges: The three quartile edges of the last epoch start, in the units of the estimates; None before.
-        number: How often they were set.
+    `edges` are the three quartile edges of the last epoch start, in the units of the estimates, and were set `number`
+    times.
     """
 
     def __init__(self, rows: NDArray[Any]) -> None:

@@ -51,18 +51,9 @@ _COMPILE_FROM = 4096
 class SumTree:
     """Non-negative weights of `size` slots, and draws in proportion to them; all start at zero.
 
-    Arrays of slots are int64, of weights float64, both in one piece: who calls has checked them.
-
-    Args:
-        size: Number of slots, at least 1.
-        fast: True: compiled with numba. False: numpy. None: numba where it is installed and
-            the tree is large enough to repay its import. Draws do not depend on it.
-
-    Attributes:
-        view: The weights themselves, read-only, and all there is to save; `fill` restores them.
-
-    Raises:
-        ConfigError: `fast=True` without numba.
+    Arrays of slots are int64, of weights float64, both in one piece: who calls has checked them. `view` is the
+    weights themselves, read-only, and all there is to save; `fill` restores them. What `fast` is
+    `PrioritizedReplayBuffer` says.
     """
 
     def __init__(self, size: int, *, fast: bool | None = None) -> None:
@@ -113,11 +104,7 @@ class SumTree:
         np.add.accumulate(self._last_values, out=self._last_sums)
 
     def fill(self, weights: ArrayLike) -> None:
-        """Replace all weights, shape `[size]`.
-
-        Raises:
-            ValueError: A weight is negative, NaN or too large; the tree is unchanged.
-        """
+        """Replace all weights; raise ValueError, with nothing changed, where one is negative, NaN or too large."""
         values = np.asarray(weights, np.float64)
         bad = values[~((values >= 0.0) & (values <= MAX_WEIGHT))]
         if bad.size:
@@ -133,12 +120,7 @@ class SumTree:
     def draw(self, u: Weights) -> Indices:
         """Return the slots at which the running sum of all weights passes `u * total`, never one of weight zero.
 
-        Args:
-            u: Uniform numbers in [0, 1), shape `[n]`. Sorted numbers, such as a
-                stratified draw's, are the kindest to the cache.
-
-        Raises:
-            ValueError: All weights are zero.
+        Sorted numbers, such as a stratified draw's, are the kindest to the cache.
         """
         if not self._last_sums[-1] > 0.0:
             raise ValueError("nothing to draw: every weight is zero")

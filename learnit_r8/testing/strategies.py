@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -121,13 +121,12 @@ class _Run:
         self.step += 1
         return draw
 
-    def epochs(self, count: int) -> Iterator[Draw]:
-        draws = []
+    def epochs(self, count: int) -> list[Draw]:
         last = self.epoch + count
-        while True:
+        draws = [self.advance()]
+        while self.left > 0 or self.epoch + 1 < last:
             draws.append(self.advance())
-            if self.left <= 0 and self.epoch + 1 >= last:
-                return iter(draws)
+        return draws
 
     def _checked(self, draw: Draw, asked: int) -> Indices:
         for one in (draw, Draw(draw.indices, draw.probabilities)):
@@ -250,5 +249,5 @@ def _check_probabilities(factory: Callable[[], Strategy], draws: int) -> None:
     )
 
 
-def _ids(draws: Iterator[Draw]) -> list[Indices]:
+def _ids(draws: Iterable[Draw]) -> list[Indices]:
     return [np.asarray(draw.indices).astype(np.int64) for draw in draws]
