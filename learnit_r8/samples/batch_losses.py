@@ -71,10 +71,6 @@ class Exact:
         """Return the loss of samples whose mean estimate this is."""
         return estimate
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return None: there is no state."""
-        return None
-
 
 class BatchAttribution(Saved, Exact):
     """Streaming estimates from batch losses, and a history of reports to refine them.

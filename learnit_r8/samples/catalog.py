@@ -474,13 +474,14 @@ class LossCatalog:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything; arrays and JSON scalars."""
+        estimator = self._estimator
         state = {
             "rows": self._rows.view(np.uint8).copy(),
             "edges": None if self._quadrants.edges is None else self._quadrants.edges.copy(),
             "sum": self._sum,
             "num_seen": self._num_seen,
             "left_out": self._left_out,
-            "attribution": self._estimator.state_dict(),
+            "attribution": estimator.state_dict() if isinstance(estimator, BatchAttribution) else None,
         }
         return portable(state)  # type: ignore[no-any-return]
 

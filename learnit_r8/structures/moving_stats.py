@@ -42,13 +42,10 @@ class ExponentialMovingStats(Saved):
         Raises:
             TypeError: Not numbers.
         """
-        values = as_losses(x).reshape(-1)
-        finite = np.isfinite(values)
-        if not finite.all():
-            values = values[finite]
-        if not len(values):
-            return
-        self.move(values - self._mean)
+        values = as_losses(x)
+        values = values[np.isfinite(values)]
+        if len(values):
+            self.move(values - self._mean)
 
     def move(self, off: NDArray[np.float64]) -> None:
         """Take finite numbers, at least one, given as what they are above the mean."""
