@@ -15,8 +15,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from learnit_r8.core.config import Problems
 from learnit_r8.errors import ConfigError, ProtocolError
-from learnit_r8.integrations.torch.worker_seeds import SeededIndices
-from learnit_r8.integrations.torch.worker_signals import SignalsHeld, shield
+from learnit_r8.integrations.torch.workers import SeededIndices, SignalsHeld, shield
 from learnit_r8.loop.in_flight import Loader
 from learnit_r8.scheduler import R8Scheduler
 from learnit_r8.types import Batch

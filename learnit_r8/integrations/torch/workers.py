@@ -1,18 +1,46 @@
-"""Keeps a loader's workers alive when a signal goes to the whole process group.
+"""What a loader's workers get: random numbers that depend on the batch, and shelter from signals.
 
-Ctrl-C, `scancel`, torchrun and a hung-up terminal reach the workers too. Torch answers a dead worker with an exception
-in the middle of the step, and then there is nothing whole to save. So workers ignore what the run itself waits for;
-only their parent may end them.
+Random numbers depend neither on the worker nor on how often a run was resumed. Ctrl-C, `scancel`, torchrun and a
+hung-up terminal reach the workers too; torch answers a dead worker with an exception in the middle of the step, and
+then there is nothing whole to save. So workers ignore what the run itself waits for; only their parent may end them.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+
+class SeededIndices(list[int]):
+    """A batch's sample ids; on their way into a worker process they seed its random generators.
+
+    The worker takes them out of its queue right before it loads the batch, so whatever it draws then follows from
+    the seed (from 0, below 2^63): from torch (on the CPU), numpy and `random`.
+    """
+
+    def __init__(self, ids: Iterable[int], seed: int) -> None:
+        super().__init__(ids)
+        self.seed = seed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (list(self), self.seed)
+
+
+def _arrive(ids: list[int], seed: int) -> list[int]:
+    if get_worker_info() is not None:
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % (1 << 32))  # noqa: NPY002 - what datasets draw from
+        random.seed(seed)
+    return ids
 
 
 class ShieldedWorker:
