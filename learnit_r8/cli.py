@@ -95,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "show a synthetic run with spikes, rollbacks and checkpoints")
     sub.add_argument("--ui", default="auto", help="auto, curses, rich or log")
-    sub.add_argument(
-        "--speed", type=_number(*_SPEEDS), default=5.0, help="times faster than its own clock (%(default)g)"
-    )
+    sub.add_argument("--speed", type=_speed, default=5.0, help="times faster than its own clock (%(default)g)")
     sub.add_argument("--epochs", type=_whole(1), default=10, help="epochs of 400 steps of 50 ms (%(default)d)")
     sub.add_argument("--seed", type=_whole(0), default=0)
     sub.add_argument("--log-dir", type=Path, help="also write the event log there, for r8 watch")
@@ -131,24 +129,28 @@ def _whole(low: int) -> Callable[[str], int]:
     return convert
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"give a number from {low:g} to {high:g}, not {text!r}")
-        return value
+def _speed(text: str) -> float:
+    low, high = _SPEEDS
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"give a number from {low:g} to {high:g}, not {text!r}")
+    return value
 
-    return convert
+
+def _folders(options: argparse.Namespace) -> list[Path]:
+    from learnit_r8.watch import find_run
+
+    return [find_run(folder) for folder in options.runs]
 
 
 def _watch(options: argparse.Namespace) -> int:
-    from learnit_r8.watch import WatchedRun, find_run
+    from learnit_r8.watch import WatchedRun
     from learnit_r8.watch.screen import frame, show
 
-    runs = [WatchedRun(find_run(folder)) for folder in options.runs]
+    runs = [WatchedRun(folder) for folder in _folders(options)]
     clock = Clock()
     if not (options.once or options.json):
         show(runs, os.environ, clock.wall)
@@ -167,27 +169,23 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from learnit_r8.report.run_data import load_run
-    from learnit_r8.watch import find_run
 
     try:
         from learnit_r8.report.page import write_report
     except ImportError as error:
         raise ConfigError([f'r8 report needs {error.name}: pip install "learnit_r8[report]"']) from error
     _check_folder(options.output)
-    write_report([load_run(find_run(folder)) for folder in options.runs], options.output)
+    write_report([load_run(folder) for folder in _folders(options)], options.output)
     print(f"{options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from learnit_r8.watch import find_run
-
     try:
         from learnit_r8.report.serve import Server
     except ImportError as error:
         raise ConfigError([f'r8 serve needs {error.name}: pip install "learnit_r8[report]"']) from error
-    folders = [find_run(folder) for folder in options.runs]
-    with Server(folders, options.host, options.port, options.token) as server:
+    with Server(_folders(options), options.host, options.port, options.token) as server:
         print(f"{server.url}  (Ctrl-C ends)", flush=True)
         server.serve_forever()
     return 0
@@ -196,22 +194,21 @@ def _serve(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from learnit_r8.report.plot import as_csv, write_png
     from learnit_r8.report.run_data import load_run
-    from learnit_r8.watch import find_run
 
     if options.csv and len(options.runs) > 1:
         raise ConfigError(["--csv writes one run: give one RUN_DIR"])
     output = options.output or (None if options.csv else Path("plot.png"))
     if output is not None:
         _check_folder(output)
-    runs = [load_run(find_run(folder)) for folder in options.runs]
+    runs = [load_run(folder) for folder in _folders(options)]
     if output is None:
         print(as_csv(runs[0]))
-        return 0
-    if options.csv:
+    elif options.csv:
         output.write_text(as_csv(runs[0]) + "\n", encoding="utf-8")
     else:
         write_png(runs, output)
-    print(output)
+    if output is not None:
+        print(output)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,10 @@ def _steps(steps: Sequence[Mapping[str, Any]], everything: bool) -> list[str]:
     for step in shown:
         mark = " " if step["verdict"] in {"calm", "skipped"} else "!"
         ids = _ids(step["indices"], None if everything else _IDS_SHOWN)
-        lines.append(f"{mark} {step['step']:>9}  {step['verdict']:<9}  loss {_loss(step['loss']):>10}  samples {ids}")
+        lines.append(
+            f"{mark} {step['step']:>9}  {step['verdict']:<9}  loss {float(step['loss']):>10.4g}  samples {ids}"
+        )
     return lines
-
-
-def _loss(value: float | str) -> str:
-    number = float(value)
-    return f"{number:.4g}" if math.isfinite(number) else str(number)
 
 
 def _ids(indices: Sequence[int], most: int | None) -> str:
@@ -80,15 +77,12 @@ def _ids(indices: Sequence[int], most: int | None) -> str:
 
 def _blamed(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name the samples that several faulty batches share."""
-    counts: dict[int, int] = {}
-    for step in steps:
-        if step["verdict"] in {"spike", "nonfinite", "drift"}:
-            for index in set(step["indices"]):
-                counts[index] = counts.get(index, 0) + 1
-    shared = sorted((index for index in counts if counts[index] > 1), key=lambda index: (-counts[index], index))
+    faulty = [step for step in steps if step["verdict"] in {"spike", "nonfinite", "drift"}]
+    counts = Counter(index for step in faulty for index in set(step["indices"]))
+    shared = sorted((-times, index) for index, times in counts.items() if times > 1)
     if not shared:
         return []
-    listing = ", ".join(f"{index} ({counts[index]}×)" for index in shared[:_IDS_SHOWN])
+    listing = ", ".join(f"{index} ({-times}×)" for times, index in shared[:_IDS_SHOWN])
     return [f"Samples in more than one faulty batch: {listing}" + (" …" if len(shared) > _IDS_SHOWN else "")]
 
 

@@ -20,7 +20,8 @@ from learnit_r8.core.clock import Clock
 from learnit_r8.dashboard.displays.choice import choose, default_glyphs, look, wanted_ui
 from learnit_r8.events import LossReported, RunEnded
 from learnit_r8.run import formats as f
-from learnit_r8.run.tail import EVENTS_FILE, EventTail
+from learnit_r8.run.events_file import read_events
+from learnit_r8.run.tail import EVENTS_FILE
 from learnit_r8.scheduler import R8Scheduler
 
 RUN_SECONDS = 1.0
@@ -71,12 +72,14 @@ def _versions() -> Iterator[Finding]:
 def _terminal(environment: Mapping[str, str]) -> Iterator[Finding]:
     around = look(environment)
     streams = {"input": around.stdin_tty, "output": around.stdout_tty}
-    kinds = ", ".join(f"{name} {'is a terminal' if tty else 'is no terminal'}" for name, tty in streams.items())
+    kinds = ", ".join(f"{name} is {'a' if tty else 'no'} terminal" for name, tty in streams.items())
     yield Finding("terminal", "streams", kinds)
     columns, rows = shutil.get_terminal_size()
     room = "charts need 60x16" if columns < 60 or rows < 16 else "room for charts"
     yield Finding("terminal", "size", f"{columns}x{rows}, {room}" if around.stdout_tty else "no screen")
-    yield Finding("terminal", "TERM", f"{around.term or 'not set'}" + _after(", ", around.term_problem))
+    yield Finding(
+        "terminal", "TERM", f"{around.term or 'not set'}" + (around.term_problem and f", {around.term_problem}")
+    )
     encoding = locale.getpreferredencoding(False)
     yield Finding("terminal", "characters", f"{default_glyphs(environment)} charts, encoding {encoding}")
     asked = wanted_ui("auto", environment)
@@ -86,15 +89,15 @@ def _terminal(environment: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding("terminal", "dashboard", f'a run with ui="auto" shows "{chosen.name}"{why}{setting}', True)
 
 
-def _after(separator: str, text: str) -> str:
-    return separator + text if text else ""
-
-
 def _places(folder: Path) -> Iterator[Finding]:
     places = {"runs and checkpoints": folder, "temporary files": Path(tempfile.gettempdir())}
     for name, place in places.items():
-        problem = _cannot_write(place)
-        if problem:
+        try:
+            fd, probe = tempfile.mkstemp(prefix=".r8-doctor-", dir=place)
+            os.close(fd)
+            os.unlink(probe)
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
             text = f"{place}: {problem}; give R8Scheduler another checkpoint_dir and log_dir"
             yield Finding("directories", name, text, False)
             continue
@@ -102,16 +105,6 @@ def _places(folder: Path) -> Iterator[Finding]:
         short = free < LITTLE_SPACE
         text = f"{place.resolve()}, {f.size(free)} free" + (": little for checkpoints" if short else "")
         yield Finding("directories", name, text, not short)
-
-
-def _cannot_write(place: Path) -> str:
-    try:
-        fd, name = tempfile.mkstemp(prefix=".r8-doctor-", dir=place)
-        os.close(fd)
-        os.unlink(name)
-    except OSError as error:
-        return error.strerror or type(error).__name__
-    return ""
 
 
 def _run(clock: Clock) -> Iterator[Finding]:
@@ -132,10 +125,7 @@ def _findings_of_run(folder: Path, clock: Clock) -> Iterator[Finding]:
     targets = inputs @ rng.normal(size=8).astype(np.float32)
 
     def load(source: Any) -> None:
-        if isinstance(source, dict):
-            weights["w"] = source["w"]
-        else:
-            weights["w"] = np.load(source, allow_pickle=False)
+        weights["w"] = source["w"] if isinstance(source, dict) else np.load(source, allow_pickle=False)
 
     def save(filepath: str) -> None:
         with open(filepath, "wb") as file:
@@ -164,7 +154,7 @@ def _findings_of_run(folder: Path, clock: Clock) -> Iterator[Finding]:
     ) as resumed:
         text = f"saved and read back at step {f.steps(resumed.global_step)}"
         yield Finding(topic, "checkpoint", text, resumed.global_step == steps)
-    events = _all_events(folder / "log" / EVENTS_FILE)
+    events = list(read_events(folder / "log" / EVENTS_FILE))
     reports = [event for event in events if isinstance(event, LossReported)]
     ended = any(isinstance(event, RunEnded) for event in events)
     yield Finding(topic, "event log", f"{f.steps(len(events))} events", ended and len(reports) == steps)
@@ -173,18 +163,11 @@ def _findings_of_run(folder: Path, clock: Clock) -> Iterator[Finding]:
         yield Finding(topic, "cost", f"the scheduler takes {1e6 * cost:.0f} µs of a step (median)")
 
 
-def _all_events(path: Path) -> list[Any]:
-    tail = EventTail(path)
-    events = tail.poll()
-    while tail.behind:
-        events += tail.poll()
-    return events
-
-
 def as_text(finding: Finding, topic_before: str) -> str:
     """Return a finding as a line, with its topic above it where that is new."""
     mark = {None: " ", True: "+", False: "!"}[finding.good]
-    head = "" if finding.topic == topic_before else f"{'' if not topic_before else chr(10)}{finding.topic}\n"
+    gap = "\n" if topic_before else ""
+    head = "" if finding.topic == topic_before else f"{gap}{finding.topic}\n"
     line = f"{head}{mark} {finding.name:<21} {finding.text}"
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     return line.encode(encoding, "replace").decode(encoding)

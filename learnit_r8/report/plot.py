@@ -9,14 +9,14 @@ import numpy as np
 
 from learnit_r8 import events as e
 from learnit_r8.errors import ConfigError
-from learnit_r8.report.bands import Band, band, wants_log
+from learnit_r8.report.bands import band, wants_log
 from learnit_r8.report.run_data import RunData
 
 CSV_BINS = 2000
-_MARKS: tuple[tuple[type[e.Event], str, str], ...] = (
-    (e.SpikeSeen, "spike", "#d8434e"),
-    (e.RolledBack, "rollback", "#e07b2c"),
-    (e.CheckpointSaved, "checkpoint", "#35a06a"),
+_MARKS: tuple[tuple[type[e.Event], str, str, str, float], ...] = (
+    (e.SpikeSeen, "spike", "#d8434e", "v", 0.985),
+    (e.RolledBack, "rollback", "#e07b2c", "v", 0.96),
+    (e.CheckpointSaved, "checkpoint", "#35a06a", "^", 0.015),
 )
 
 
@@ -57,14 +57,12 @@ def write_png(runs: Sequence[RunData], path: Path) -> None:
         top.plot(found.middle, found.smooth, color=colour, label=_plain(run.name))
         rate = band(run.table.columns["step"], run.table.columns["lr"])
         bottom.plot(rate.middle, rate.mean, color=colour)
-    for kind, name, colour in _MARKS:
+    for kind, name, colour, marker, place in _MARKS:
         steps = [event.step for event in runs[0].of(kind)]
         if steps:
-            place = {"spike": 0.985, "rollback": 0.96, "checkpoint": 0.015}[name]
-            transform = top.get_xaxis_transform()
-            marker = "^" if name == "checkpoint" else "v"
-            top.plot(steps, [place] * len(steps), marker, color=colour, ms=5, label=name, transform=transform, ls="")
-    if wants_log(np.concatenate([_extremes(found) for found in bands])):
+            where = {"transform": top.get_xaxis_transform(), "ls": ""}
+            top.plot(steps, [place] * len(steps), marker, color=colour, ms=5, label=name, **where)
+    if wants_log(np.concatenate([array for found in bands for array in (found.low, found.high)])):
         top.set_yscale("log")
     top.set_ylabel("loss (smoothed, min to max)")
     bottom.set_ylabel("learning rate")
@@ -73,10 +71,6 @@ def write_png(runs: Sequence[RunData], path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
     figure.savefig(path, format="png")
-
-
-def _extremes(found: Band) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return np.concatenate([found.low, found.high])
 
 
 def _plain(name: str) -> str:

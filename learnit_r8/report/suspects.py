@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +46,10 @@ def logged_catalog(folder: Path) -> CatalogSnapshot:
 
 def verdict(catalog: CatalogSnapshot) -> str:
     """Return what the noise guard makes of them, as a sentence: in data without a wrong label some are highest, too."""
-    if catalog.flagged is None:
-        text = "The noise guard was off."
-    elif not catalog.num_flagged:
+    text = "The noise guard was off."
+    if catalog.flagged is not None and not catalog.num_flagged:
         text = "The noise guard flags none: so far it sees no reason to take them for wrong rather than hard."
-    else:
+    elif catalog.flagged is not None:
         text = f"The noise guard flags {catalog.num_flagged} of {catalog.num_samples} samples as wrong."
     weak = " One loss a batch was reported: all these figures are estimates, and weak." if catalog.attributed else ""
     return text + weak
@@ -58,30 +57,19 @@ def verdict(catalog: CatalogSnapshot) -> str:
 
 def rows(catalog: CatalogSnapshot, top: int) -> list[Suspect]:
     """Return the worst samples of a logged catalog, `top` at most."""
-    found = []
-    for rank, sample in enumerate(catalog.suspects[:top].tolist(), start=1):
-        at = int(np.searchsorted(catalog.ids, sample))
-        found.append(
-            Suspect(
-                rank,
-                sample,
-                None if catalog.groups is None else int(catalog.groups[at]),
-                float(catalog.mean_loss[at]),
-                float(catalog.expected_loss[at]),
-                float(catalog.variability[at]),
-                float(catalog.correctness[at]),
-                int(catalog.uses[at]),
-                None if catalog.flagged is None else bool(catalog.flagged[at]),
-            )
-        )
-    return found
+    worst = catalog.suspects[:top]
+    at = np.searchsorted(catalog.ids, worst)
+    arrays = (
+        catalog.groups, catalog.mean_loss, catalog.expected_loss, catalog.variability, catalog.correctness,
+        catalog.uses, catalog.flagged,
+    )  # fmt: skip
+    columns = [itertools.repeat(None) if array is None else array[at].tolist() for array in arrays]
+    return [Suspect(*row) for row in zip(itertools.count(1), worst.tolist(), *columns, strict=False)]
 
 
 def as_csv(found: list[Suspect]) -> str:
     """Return the rows as CSV with a heading; a missing value is an empty field, flagged is 1 or 0."""
-    lines = [",".join(Suspect._fields)]
-    lines += [",".join(_exact(value) for value in row) for row in found]
-    return "\n".join(lines)
+    return "\n".join([",".join(Suspect._fields), *(",".join(map(_exact, row)) for row in found)])
 
 
 def _exact(value: float | None) -> str:
@@ -94,13 +82,12 @@ def as_text(found: list[Suspect]) -> str:
     empty |= set() if any(row.flagged for row in found) else {"flagged"}
     shown = [name for name in Suspect._fields if name not in empty]
     cells = [[_HEADINGS.get(name, name) for name in shown]]
-    cells += [[_brief(row._asdict(), name) for name in shown] for row in found]
+    cells += [[_brief(getattr(row, name), name) for name in shown] for row in found]
     widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def _brief(row: Mapping[str, float | None], name: str) -> str:
-    value = row[name]
+def _brief(value: float | None, name: str) -> str:
     if name == "correctness":
         return f"{value:.0%}"
     if name == "flagged":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +95,11 @@ class WatchedRun:
     def sentence(self, now: float) -> str:
         """Return the status in words."""
         status, ended = self.status(now), self.model.ended
+        words = f"{status}: last event {f.span(self.silence(now))} ago"
         if ended is not None:
             words = f"ended: {ended.reason} after {f.span(ended.seconds)}"
         elif status == "waiting":
             words = "waiting: no event yet"
-        else:
-            words = f"{status}: last event {f.span(self.silence(now))} ago"
         if self.trouble:
             words += f" (the log cannot be read now: {self.trouble})"
         return f"{self.name}: {words}, step {f.steps(self.model.step)}, {self.folder}"
@@ -109,12 +107,8 @@ class WatchedRun:
     def to_json(self, now: float) -> dict[str, Any]:
         """Return the run's numbers and status as strict-JSON data."""
         silence = self.silence(now)
-        watched = {
-            "folder": str(self.folder),
-            "status": self.status(now),
-            "silent_seconds": silence if math.isfinite(silence) else None,
-        }
-        return watched | self.model.to_json()
+        known = silence if math.isfinite(silence) else None
+        return {"folder": str(self.folder), "status": self.status(now), "silent_seconds": known} | self.model.to_json()
 
 
 def find_run(folder: str | Path) -> Path:
@@ -132,10 +126,6 @@ def find_run(folder: str | Path) -> Path:
         raise ConfigError([f"there is no {path}: give the folder that the run got as log_dir"])
     inside = sorted(found.parent.name for found in path.glob(f"*/{EVENTS_FILE}"))
     if inside:
-        raise ConfigError([f"{path} holds {_listed(inside)}: give one of these folders, as {path / inside[-1]}"])
+        listed = ", ".join(inside[:3]) + (f" and {len(inside) - 3} more" if len(inside) > 3 else "")
+        raise ConfigError([f"{path} holds {listed}: give one of these folders, as {path / inside[-1]}"])
     raise ConfigError([f"{path} holds no {EVENTS_FILE}: give the folder that the run got as log_dir"])
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
