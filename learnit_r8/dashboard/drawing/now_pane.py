@@ -9,7 +9,7 @@ from typing import Any
 from learnit_r8.dashboard.drawing.cells import Grid, clip, clip_middle
 from learnit_r8.dashboard.drawing.glyphs import sparkline
 from learnit_r8.dashboard.drawing.layout import Rect
-from learnit_r8.dashboard.drawing.panels import Piece, heading, pieces
+from learnit_r8.dashboard.drawing.panels import Piece, heading, write
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.meters import Gpu
 from learnit_r8.run import formats as f
@@ -156,7 +156,7 @@ def now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now
     """Draw the numbers as one column of rows."""
     heading(grid, rect, 2, "now", view)
     if not model.series["loss"].count:
-        grid.put(rect.y + 1, rect.x, _WAITING, Style.DIM, rect.x + rect.width)
+        write(grid, rect, 0, (_WAITING, Style.DIM))
         return
     metrics = [*(_metric(metric) for metric in _ordered(model)), *map(_gpu, view.gpus)]
     safety = _safety(model, now, rect.width)
@@ -173,7 +173,7 @@ def now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now
     if len(rows) > rect.height:
         rows = [fixed[0], safety[-2], fixed[2], *([safety[-1]] if model.alarms else []), *metrics, *steps, fixed[1]]
     for i, row in enumerate(rows[: rect.height]):
-        pieces(grid, rect.y + 1 + i, rect.x, rect.x + rect.width, row)
+        write(grid, rect, i, *row)
 
 
 def _ordered(model: DashboardModel) -> list[Metric]:
@@ -185,7 +185,7 @@ def short_now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewStat
     """Draw the numbers as two lines."""
     heading(grid, rect, 2, "now", view)
     if not model.series["loss"].count:
-        grid.put(rect.y + 1, rect.x, _WAITING, Style.DIM, rect.x + rect.width)
+        write(grid, rect, 0, (_WAITING, Style.DIM))
         return
     loss = model.series["loss"]
     arrow = "▲" if model.loss > loss.averages[0] else "▼"
@@ -207,26 +207,23 @@ def short_now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewStat
     if model.alarms:
         second.insert(0, f"alarm: {list(model.alarms.values())[-1].kind}")
     for row, fields in enumerate((first, second)):
-        x = rect.x
-        for text in fields:
-            if x + len(text) > rect.x + rect.width:
-                break
-            x = grid.put(rect.y + 1 + row, x, text, Style.NORMAL, rect.x + rect.width) + 2
+        while fields and len("  ".join(fields)) > rect.width:
+            fields.pop()
+        write(grid, rect, row, _fields(*fields))
 
 
 def metrics_table(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState) -> None:
     """Draw every number that the run reports, with its extremes and course: the zoomed pane."""
     heading(grid, rect, 2, "all numbers", view)
-    limit = rect.x + rect.width
     cells = max(0, min(60, rect.width - 62))
-    grid.put(rect.y + 1, rect.x, f"{'':20}{'last':>9}{'min':>10}{'max':>10}{'points':>9}  course", Style.DIM, limit)
+    write(grid, rect, 0, (f"{'':20}{'last':>9}{'min':>10}{'max':>10}{'points':>9}  course", Style.DIM))
     for i, name in enumerate(model.metric_names()[view.scroll :][: rect.height - 1]):
         series = model.metric_series(name)
         low, high = (series.lo, series.hi) if series.lo <= series.hi else (math.nan, math.nan)
         text = f"{f.number(series.last, 9)}{f.number(low, 10)}{f.number(high, 10)}{f.count(series.count):>9}  "
-        x = grid.put(rect.y + 2 + i, rect.x, clip_middle(name, 19).ljust(20), Style.BOLD, limit)
-        x = grid.put(rect.y + 2 + i, x, text, Style.NORMAL, limit)
-        grid.put(rect.y + 2 + i, x, sparkline(series.values(cells), cells), Style.ACCENT, limit)
+        course = sparkline(series.values(cells), cells)
+        shown = clip_middle(name, 19).ljust(20)
+        write(grid, rect, i + 1, (shown, Style.BOLD), (text, Style.NORMAL), (course, Style.ACCENT))
 
 
 def settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -249,8 +246,7 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 def run_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState) -> None:
     """Draw the machine's load, then the settings."""
     heading(grid, rect, 0, "run", view, [(f"pid {model.pid}", Style.DIM)] if model.pid else [])
-    limit = rect.x + rect.width
     rows = [*view.host, *settings(model.config)]
     for i, (label, text) in enumerate(rows[: rect.height]):
-        x = grid.put(rect.y + 1 + i, rect.x, f"{label:<{_SETTING}}", Style.DIM, limit)
-        grid.put(rect.y + 1 + i, x, clip_middle(text, limit - x), Style.NORMAL, limit)
+        shown = clip_middle(text, rect.width - _SETTING)
+        write(grid, rect, i, (f"{label:<{_SETTING}}", Style.DIM), (shown, Style.NORMAL))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from learnit_r8.dashboard.drawing.cells import Grid, clip, clip_middle
 from learnit_r8.dashboard.drawing.charts import Chart, draw_chart
@@ -11,6 +12,7 @@ from learnit_r8.dashboard.drawing.glyphs import bar, sparkline
 from learnit_r8.dashboard.drawing.layout import WIDE, Rect
 from learnit_r8.dashboard.drawing.scales import Scale
 from learnit_r8.dashboard.keys import TO_FIT, ViewState
+from learnit_r8.events import QuadrantsRefreshed, SuspectsNamed
 from learnit_r8.run import formats as f
 from learnit_r8.run.journal import Entry
 from learnit_r8.run.model import DECAYS, DashboardModel
@@ -26,25 +28,25 @@ _FAULTS = "!RXW"
 _AXIS_LEGEND = (("!", "spike"), ("R", "rollback"), ("C", "ckpt"), ("V", "val"), ("P", "phase"), ("L", "lr found"))
 
 
-def pieces(grid: Grid, y: int, x: int, limit: int, parts: Sequence[Piece]) -> int:
-    """Write styled pieces one after the other and return the cell after them."""
+def write(grid: Grid, rect: Rect, row: int, *parts: Piece, indent: int = 0) -> int:
+    """Write styled pieces one after the other into a row of a pane, the title's being -1; return the cell after them."""
+    x = rect.x + indent
     for text, style in parts:
-        x = grid.put(y, x, text, style, limit)
+        x = grid.put(rect.y + 1 + row, x, text, style, rect.x + rect.width)
     return x
 
 
 def heading(grid: Grid, rect: Rect, number: int, name: str, view: ViewState, parts: Sequence[Piece] = ()) -> None:
     """Write a pane's title into the line above it; the pane in focus has angles round its number."""
-    limit = rect.x + rect.width
     focused = number and view.focus == number
-    x = grid.put(rect.y, rect.x, f" {name} ", Style.REVERSE if focused else Style.TITLE, limit)
+    shown = [(f" {name} ", Style.REVERSE if focused else Style.TITLE)]
     if number:
-        mark = f"‹{number}› " if focused else f"[{number}] "
-        x = grid.put(rect.y, x, mark, Style.REVERSE if focused else Style.DIM, limit)
+        shown.append((f"‹{number}› ", Style.REVERSE) if focused else (f"[{number}] ", Style.DIM))
+    x = write(grid, rect, -1, *shown)
     for text, style in parts:
-        if x + len(text) + 2 > limit:
+        if x + len(text) + 2 > rect.x + rect.width:
             break
-        x = grid.put(rect.y, x, f" {text} ", style, limit)
+        x = write(grid, rect, -1, (f" {text} ", style), indent=x - rect.x)
 
 
 def chosen_metric(model: DashboardModel, view: ViewState) -> str:
@@ -64,16 +66,14 @@ def window_bins(model: DashboardModel, series: Series, view: ViewState) -> Bins:
 
 
 def _validation_twin(model: DashboardModel, name: str) -> str | None:
-    if name == "loss":
-        return next((m for m in ("val_loss", "val/loss", "eval_loss", "valid_loss") if m in model.metrics), None)
-    return None
+    names = ("val_loss", "val/loss", "eval_loss", "valid_loss") if name == "loss" else ()
+    return next((twin for twin in names if twin in model.metrics), None)
 
 
 def chart_series(model: DashboardModel, name: str, others: Sequence[DashboardModel] = ()) -> list[Series]:
     """Return every series that a metric's chart shows, its own first."""
-    twin = _validation_twin(model, name)
-    found = [model.metric_series(name), *([model.metric_series(twin)] if twin else [])]
-    return found + [other.metric_series(name) for other in others if name in other.metric_names()]
+    own = [model.metric_series(one) for one in (name, _validation_twin(model, name)) if one]
+    return own + [other.metric_series(name) for other in others if name in other.metric_names()]
 
 
 def _average(series: Series, bins: Bins, smoothing: float) -> int | None:
@@ -90,12 +90,8 @@ def chart_of(model: DashboardModel, view: ViewState, name: str, others: Sequence
     """Return the chart of a metric as the view wants it."""
     series = model.metric_series(name)
     bins = window_bins(model, series, view)
-    average = None if name == "lr" else _average(series, bins, view.smoothing)
     twin = _validation_twin(model, name)
-    points: list[tuple[float, float, float]] = []
-    if twin is not None:
-        found = window_bins(model, model.metrics[twin].series, view)
-        points = list(zip(*(found[name].tolist() for name in ("last_step", "last_time", "last")), strict=True))
+    seen = None if twin is None else window_bins(model, model.metric_series(twin), view)
     lines = [
         (chr(ord("a") + i), window_bins(other, other.metric_series(name), view))
         for i, other in enumerate(others)
@@ -103,15 +99,15 @@ def chart_of(model: DashboardModel, view: ViewState, name: str, others: Sequence
     ]
     return Chart(
         bins,
-        average,
-        view.x_axis,
-        model.started - model.spent_before if math.isfinite(model.started) else 0.0,
-        view.scale,
-        any(word in name.casefold() for word in _LOG_WORDS),
-        [(step, time, icon) for icon, places in model.marks.items() for step, time in places],
-        points,
-        model.epoch_starts,
-        lines,
+        average=None if name == "lr" else _average(series, bins, view.smoothing),
+        axis=view.x_axis,
+        origin=model.started - model.spent_before if math.isfinite(model.started) else 0.0,
+        scale=view.scale,
+        prefer_log=any(word in name.casefold() for word in _LOG_WORDS),
+        marks=[(step, time, icon) for icon, places in model.marks.items() for step, time in places],
+        points=[] if seen is None else seen[["last_step", "last_time", "last"]].tolist(),
+        epochs=model.epoch_starts,
+        others=lines,
     )
 
 
@@ -126,18 +122,18 @@ def chart_pane(
     scale = draw_chart(grid, rect.y + 1, rect.x - 1, rect.width + 1, height, chart, view.glyphs)
     kind = "log" if scale is not None and scale.log else "lin"
     window = "all" if view.window == 0 else f"1/{2**view.window}"
-    settings = f"y:{kind}  x:{view.x_axis}  win:{window}"
+    window = f"x:{view.x_axis}  win:{window}"
     line = "value" if chart.average is None else f"ema{DECAYS[chart.average]:g}".replace("0.", ".")
     if grid.width >= WIDE:
         parts = [(f"━ {line}", Style.ACCENT), ("░ min-max", Style.DIM)]
         parts += [("● val", Style.MARK)] if chart.points else []
         parts += [(f"{letter} run", Style.MARK) for letter, _ in chart.others]
-        parts.append((settings, Style.DIM))
+        parts.append((f"y:{kind}  {window}", Style.DIM))
     else:
         names = model.metric_names()
         at = names.index(name)
         parts = [(f"‹ {names[at - 1]} · {names[(at + 1) % len(names)]} ›", Style.DIM)]
-        parts.append((f"y:{kind}  {line}  x:{view.x_axis}  win:{window}", Style.DIM))
+        parts.append((f"y:{kind}  {line}  {window}", Style.DIM))
     heading(grid, rect, 1, name, view, parts)
     if legend:
         _legend(grid, rect, model, chart, scale)
@@ -150,12 +146,12 @@ def _legend(grid: Grid, rect: Rect, model: DashboardModel, chart: Chart, scale: 
     finite = chart.bins[chart.bins["points"] > chart.bins["bad"]]
     if scale is not None and ((finite["lo"] < scale.low) | (finite["hi"] > scale.high)).any():
         shown.append(("▲▼", "beyond the axis"))
-    x, limit = rect.x, rect.x + rect.width
+    x = 0
     for icon, meaning in shown:
-        if x + len(icon) + len(meaning) + 1 > limit:
+        if x + len(icon) + len(meaning) + 1 > rect.width:
             break
-        x = grid.put(rect.y + rect.height, x, icon, Style.BOLD)
-        x = grid.put(rect.y + rect.height, x, f" {meaning}  ", Style.DIM, limit)
+        parts = ((icon, Style.BOLD), (f" {meaning}  ", Style.DIM))
+        x = write(grid, rect, rect.height - 1, *parts, indent=x) - rect.x
 
 
 def small_chart_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, name: str) -> None:
@@ -200,64 +196,60 @@ def difficulty_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewSta
     found = model.quadrants
     if found is None:
         return
-    tall = rect.height >= 6
     heading(grid, rect, 3, "difficulty", view, [("loss quartiles, Q4 is hardest", Style.DIM)])
-    y, x, limit = rect.y + 1, rect.x, rect.x + rect.width
     draws = [n * uses for n, uses in zip(found.counts, found.uses, strict=False)]
     total = sum(draw for draw in draws if math.isfinite(draw)) or math.nan
-    rows = range(min(len(found.counts), len(found.losses), len(found.uses), len(found.easier), len(found.edges) - 1))
-    if not tall:
-        _difficulty_short(grid, rect, model, [draw / total for draw in draws])
+    shares = [draw / total for draw in draws]
+    known = range(min(len(shares), len(found.losses), len(found.easier), len(found.edges) - 1))
+    if rect.height < 6:
+        _difficulty_short(grid, rect, model, found, shares)
         return
-    grid.put(y, x, "Q     loss range        n  draws       used×  easier  trend", Style.DIM, limit)
-    for q in rows:
-        share = draws[q] / total
-        trend = _trend(model, q, 6)
-        percent = f"{100 * share:3.0f}%" if math.isfinite(share) else "  --"
+    write(grid, rect, 0, ("Q     loss range        n  draws       used×  easier  trend", Style.DIM))
+    for q in known:
         easier = f"{100 * found.easier[q]:3.0f}%" if q and math.isfinite(found.easier[q]) else "   -"
-        name = Style.WARN if q == 3 else Style.BOLD
         line = (
-            f"{_edges(found.edges[q], found.edges[q + 1], 13)}{_samples(found.counts[q]):>7}  {bar(share, 5, ' ')}"
-            f" {percent}  {f.brief(found.uses[q]):>5}    {easier}  {trend}"
+            f"{_edges(found.edges[q], found.edges[q + 1], 13)}{_samples(found.counts[q]):>7}  {bar(shares[q], 5, ' ')}"
+            f" {_share(shares[q])}  {f.brief(found.uses[q]):>5}    {easier}  {_trend(model, q, 6)}"
         )
-        pieces(grid, y + 1 + q, x, limit, [(f"Q{q + 1}  ", name), (line, Style.NORMAL)])
+        write(grid, rect, 1 + q, (f"Q{q + 1}  ", _quarter_style(q)), (line, Style.NORMAL))
     stuck = 100 * found.stuck / max(1, sum(found.counts))
     last = f"unseen {f.steps(found.unseen)}   stuck>5 epochs {f.steps(found.stuck)} ({stuck:.1f}%)"
     last += "   3 Enter: worst" if model.suspects else ""
-    grid.put(y + 5, x, last, Style.WARN if found.stuck else Style.DIM, limit)
+    write(grid, rect, 5, (last, Style.WARN if found.stuck else Style.DIM))
     if rect.height > 8 and model.suspects is not None:
-        _worst_list(grid, y + 7, rect, model)
+        _worst_list(grid, rect, model.suspects)
 
 
-def _difficulty_short(grid: Grid, rect: Rect, model: DashboardModel, shares: Sequence[float]) -> None:
-    found = model.quadrants
-    if found is None:
-        return
+def _quarter_style(q: int) -> Style:
+    return Style.WARN if q == 3 else Style.BOLD
+
+
+def _share(share: float, unknown: str = "  --") -> str:
+    return f"{100 * share:3.0f}%" if math.isfinite(share) else unknown
+
+
+def _difficulty_short(
+    grid: Grid, rect: Rect, model: DashboardModel, found: QuadrantsRefreshed, shares: Sequence[float]
+) -> None:
     half = rect.width // 2
     for q in range(min(4, len(found.counts), len(found.losses), len(found.edges) - 1)):
-        trend = _trend(model, q, 5)
-        share = f"{100 * shares[q]:3.0f}%" if q < len(shares) and math.isfinite(shares[q]) else " --%"
-        text = f" {_edges(found.edges[q], found.edges[q + 1], 13)} {trend:5} {share}"
+        share = _share(shares[q] if q < len(shares) else math.nan, " --%")
+        text = f" {_edges(found.edges[q], found.edges[q + 1], 13)} {_trend(model, q, 5):5} {share}"
         text += f"  stuck {f.count(found.stuck)}" if q == 3 and found.stuck else ""
-        y, x = rect.y + 1 + q // 2, rect.x + q % 2 * half
-        end = rect.x + rect.width if q % 2 else x + half
-        pieces(grid, y, x, end, [(f"Q{q + 1}", Style.WARN if q == 3 else Style.BOLD), (text, Style.NORMAL)])
+        side = replace(rect, width=rect.width if q % 2 else half)
+        parts = ((f"Q{q + 1}", _quarter_style(q)), (text, Style.NORMAL))
+        write(grid, side, q // 2, *parts, indent=q % 2 * half)
 
 
-def _worst_list(grid: Grid, y: int, rect: Rect, model: DashboardModel) -> None:
-    found = model.suspects
-    if found is None:
-        return
+def _worst_list(grid: Grid, rect: Rect, found: SuspectsNamed) -> None:
     head = f"{f.steps(found.count)} suspects, likely wrong rather than hard; the worst first: sample, loss"
-    grid.put(y, rect.x, head, Style.BOLD, rect.x + rect.width)
-    rows = rect.y + rect.height - y
-    if rows <= 0:
-        return
+    write(grid, rect, 7, (head, Style.BOLD))
+    rows = rect.height - 8
     for i, (index, loss) in enumerate(zip(found.indices, found.losses, strict=False)):
-        x = rect.x + i // rows * 24
-        if x + 22 > rect.x + rect.width:
+        indent = i // rows * 24
+        if indent + 22 > rect.width:
             break
-        grid.put(y + 1 + i % rows, x, f"{index:>12}  {f.number(loss, 8)}", Style.NORMAL, rect.x + rect.width)
+        write(grid, rect, 8 + i % rows, (f"{index:>12}  {f.number(loss, 8)}", Style.NORMAL), indent=indent)
 
 
 def events_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, tabs: bool = False) -> None:
@@ -268,17 +260,16 @@ def events_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, 
     heading(grid, rect, 5, "events", view, hint)
     lines = [line for line in reversed(model.entries) if not view.filter or line.matches(view.filter)]
     start = min(view.scroll, max(0, len(lines) - rect.height)) if view.focus == 5 else 0
-    limit = rect.x + rect.width
     wide = grid.width >= WIDE
     shown = lines[start : start + rect.height] if start or view.filter else _pinned(lines, rect.height)
     if not lines:
-        grid.put(rect.y + 1, rect.x, "nothing matches" if view.filter else "none yet", Style.DIM, limit)
+        write(grid, rect, 0, ("nothing matches" if view.filter else "none yet", Style.DIM))
     for i, line in enumerate(shown):
-        y = rect.y + 1 + i
         time = f.of_day(line.time, view.utc_offset, "%H:%M:%S" if wide else "%H:%M")
-        x = grid.put(y, rect.x, f"{time}  {f.steps(line.step):>10}  " if wide else f"{time} {line.step:>8} ", Style.DIM)
-        x = grid.put(y, x, f"{line.icon} {line.kind:<11} ", line.style, limit)
-        grid.put(y, x, clip(line.text, limit - x), Style.NORMAL, limit)
+        when = f"{time}  {f.steps(line.step):>10}  " if wide else f"{time} {line.step:>8} "
+        x = write(grid, rect, i, (when, Style.DIM), (f"{line.icon} {line.kind:<11} ", line.style))
+        room = rect.x + rect.width - x
+        write(grid, rect, i, (clip(line.text, room), Style.NORMAL), indent=rect.width - room)
 
 
 def _pinned(lines: Sequence[Entry], rows: int) -> Sequence[Entry]:
@@ -300,4 +291,4 @@ def console_pane(grid: Grid, rect: Rect, view: ViewState, lines: Sequence[str], 
         lines = [line for line in lines if needle in line.casefold()]
     end = len(lines) - (min(view.scroll, max(0, len(lines) - rect.height)) if view.focus == 6 else 0)
     for i, line in enumerate(lines[max(0, end - rect.height) : end]):
-        grid.put(rect.y + 1 + i, rect.x, clip(line.replace("\t", "    "), rect.width), limit=rect.x + rect.width)
+        write(grid, rect, i, (clip(line.replace("\t", "    "), rect.width), Style.NORMAL))
