@@ -44,6 +44,8 @@ _SLICE = 250
 _BREATH = 5e-5
 """After so many events the thread naps for so long: the training thread may be waiting for the GIL."""
 _JOIN_SECONDS = 1.0
+_LEAVE_SECONDS = 10.0
+"""A prompt waits so long for the screen to be left: printed earlier it would be drawn over."""
 _NOT_MINE = [f"SIG{name}" for name in ("INT", "TERM", "HUP", "TTOU", "TTIN", "WINCH", "CHLD", "USR1", "USR2", "ALRM")]
 
 _NOT_CLOSED = "not closed: write `with R8Scheduler(...) as scheduler:`, or call scheduler.close() after the loops"
@@ -115,7 +117,7 @@ class Dashboard:
         self._held.clear()
         self._free.clear()
         self._waker.wake()
-        self._held.wait(_JOIN_SECONDS)
+        self._held.wait(_LEAVE_SECONDS if self._thread.is_alive() else 0.0)
         display.board.lend()
         try:
             yield

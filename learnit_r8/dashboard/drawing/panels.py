@@ -29,7 +29,7 @@ _AXIS_LEGEND = (("!", "spike"), ("R", "rollback"), ("C", "ckpt"), ("V", "val"), 
 
 
 def write(grid: Grid, rect: Rect, row: int, *parts: Piece, indent: int = 0) -> int:
-    """Write styled pieces one after the other into a row of a pane, the title's being -1; return the cell after them."""
+    """Write styled pieces one after the other into a pane's row, the title's being -1; return the cell after them."""
     x = rect.x + indent
     for text, style in parts:
         x = grid.put(rect.y + 1 + row, x, text, style, rect.x + rect.width)

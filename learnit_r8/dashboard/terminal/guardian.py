@@ -5,7 +5,7 @@ died (SIGKILL, SIGSEGV, abort, SIGTERM's default action, os._exit), and then it 
 end of what was printed.
 
 The user's shell wakes up at the same time and prints its prompt. So the other screen is left with the very first
-command, and at the end the terminal seems to be resized for a moment: shells then draw their line anew.
+command, and at the end the terminal seems to be resized for a moment: shells that edit lines then draw theirs anew.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import IO, cast
 from learnit_r8.dashboard.terminal.capture import ConsoleFile
 
 LAST_LINES = 15
-# Modes are put back only while they are still the view's: a shell that took the terminal over has set its own.
-# Arguments: modes, the view's modes, bytes that leave the screen, console file, its first byte.
+# Modes are put back only while they are still the view's: a shell that took the terminal over has set its own. It is
+# given time for that: one that did so between the look and the deed would be left with the wrong ones.
+# Arguments: modes, the view's modes, bytes that leave the screen, console file, its first byte, the process's parent.
 _SCRIPT = r"""
 trap '' INT QUIT TERM HUP TSTP TTOU TTIN
-cr=$(printf '\r') esc=$(printf '\033') shown=yes ckpt=none
+cr=$(printf '\r') esc=$(printf '\033') shown=yes ckpt=none shell=$6
 while IFS= read -r word; do
     case $word in
     leave) exit 0 ;;
@@ -33,8 +34,8 @@ while IFS= read -r word; do
 done
 [ -n "$shown" ] && printf '%b' "$3"
 exec 2>/dev/null <&1
-[ "$(stty -g)" = "$2" ] && stty "$1"
-[ -n "$4" ] || exit 0
+modes() { [ "$(stty -g)" = "$2" ] && stty "$1"; }
+[ -n "$4" ] || { modes "$1" "$2"; exit 0; }
 said="it had printed nothing"
 if [ "$(wc -c <"$4")" -ge "$5" ]; then
     said=$(tail -c "+$5" <"$4" | tail -c 16384 | tail -n LAST_LINES |
@@ -42,14 +43,29 @@ if [ "$(wc -c <"$4")" -ge "$5" ]; then
 fi
 printf '\r\n[r8] the process died without a word; what it printed last:\r\n%s\r\n\n[r8] console: %s\r\n%s %s\r\n' \
     "$said" "$4" '[r8] newest checkpoint:' "$ckpt"
-for pause in 0.1 0.4; do
-    sleep "$pause"
-    set -- $(stty size)
-    [ "${2:-0}" -gt 2 ] && stty cols $(($2 - 1)) && sleep 0.1 && stty cols "$2"
+redraw() { [ "${3:-0}" -gt 2 ] && stty cols $(($3 - 1)) && sleep "$1" && stty cols "$3"; }
+sleep 0.1
+redraw 0.1 $(stty size)
+sleep 0.4
+modes "$1" "$2"
+redraw 0.4 $(stty size)
+stty -a | grep -q -e -icanon && exit 0
+# A shell that does not edit lines draws none anew, but after an interrupt it does. That is for people's shells only,
+# which ignore SIGTERM and catch SIGINT, and for the one that started the process, once it has the terminal again.
+waits_for_people() {
+    read -r stat </proc/self/stat && set -- ${stat##*) } && [ "$6" = "$shell" ] || return 1
+    while read -r name mask; do
+        case $name in
+        SigIgn:) [ $((0x$mask >> 14 & 1)) = 1 ] || return 1 ;;
+        SigCgt:) [ $((0x$mask >> 1 & 1)) = 1 ] || return 1 ;;
+        esac
+    done <"/proc/$shell/status"
+}
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+    waits_for_people && exec kill -INT "$shell"
+    sleep 0.2
 done
-# A shell that does not edit lines draws none anew.
-stty -a | grep -q -e -icanon || printf '[r8] Enter shows the prompt, where there is none
-'
+printf '[r8] Enter shows the prompt, where there is none\r\n'
 """.replace("LAST_LINES", str(LAST_LINES))
 
 
@@ -76,7 +92,7 @@ class Guardian:
         path, start = ("", 0) if prints is None else (str(prints.path), prints.start)
         # Its own process group: a Ctrl-C or a shell's SIGHUP for this job is not for the guardian.
         self._process = subprocess.Popen(
-            ["sh", "-c", _SCRIPT, "r8-guardian", saved, ours, octal, path, str(start + 1)],
+            ["sh", "-c", _SCRIPT, "r8-guardian", saved, ours, octal, path, str(start + 1), str(os.getppid())],
             bufsize=0, stdin=subprocess.PIPE, stdout=tty_fd, stderr=subprocess.DEVNULL, process_group=0, cwd="/",
         )  # fmt: skip
         self._pipe = cast("IO[bytes]", self._process.stdin)

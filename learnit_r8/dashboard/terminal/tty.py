@@ -19,6 +19,8 @@ from learnit_r8.dashboard.terminal.board import TerminalGone
 from learnit_r8.dashboard.terminal.outflow import Outflow
 
 LOOK_SECONDS = 0.5
+_AWAKE_LOOKS = 4
+"""So often a child that waited for what is typed may be seen awake before it is taken to have got it."""
 _MOST_CHILDREN = 16
 _READS = ("0 0x", "63 0x")
 """Numbers of `read` on x86-64 and arm64, as /proc shows the call that a process waits in."""
@@ -39,7 +41,7 @@ class Tty(Outflow):
         super().__init__(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
         self.saved: list[Any] = termios.tcgetattr(self.fd)
         self.modes = _view_modes(self.saved, self.fd)
-        self._look_again, self._asked = 0.0, False
+        self._look_again, self._asked, self._awake = 0.0, False, 0
 
     def size(self) -> tuple[int, int]:
         """Return columns and rows; 80 x 24 where the terminal does not know."""
@@ -80,7 +82,10 @@ class Tty(Outflow):
         now = time.monotonic()
         if now >= self._look_again:
             self._look_again = now + LOOK_SECONDS
-            self._asked = any(map(_reads_terminal, _descendants(os.getpid())))
+            found = set(map(_reads_terminal, _descendants(os.getpid())))
+            # New modes wake a reader: on a busy machine it is seen on its way back into its wait.
+            self._awake = self._awake + 1 if self._asked and None in found and True not in found else 0
+            self._asked = True in found or 0 < self._awake <= _AWAKE_LOOKS
         return self._asked
 
     def read(self) -> bytes:
@@ -133,11 +138,13 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _reads_terminal(pid: int) -> bool:
-    """Return whether a process waits in `read` for a terminal."""
+def _reads_terminal(pid: int) -> bool | None:
+    """Return whether a process waits in `read` for a terminal; None: it is awake, and may be about to."""
     try:
         with open(f"/proc/{pid}/syscall") as file:
             call = file.read()
+        if call.startswith("running"):
+            return None
         where = os.readlink(f"/proc/{pid}/fd/{int(call.split()[1], 16)}") if call.startswith(_READS) else ""
     except (OSError, ValueError, IndexError):
         return False
