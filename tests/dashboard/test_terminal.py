@@ -306,9 +306,14 @@ d.close()
         if talk == "IPython.embed":
             terminal.pump(1.0)  # it discards what is typed before it is ready
         entered = terminal.raw.count(b"\x1b[?1049h")
-        for key in keys:
-            terminal.send(key)
-            terminal.pump(0.02)
+        for line in keys.splitlines(keepends=True):
+            # A key that comes before the prompt means something else: an end of file among them is lost.
+            asked = terminal.raw.count(prompt)
+            for key in line:
+                terminal.send(key)
+                terminal.pump(0.02)
+            if not keys.endswith(line):
+                terminal.until(lambda asked=asked: terminal.raw.count(prompt) > asked)
         terminal.until(lambda: terminal.raw.count(b"\x1b[?1049h") > entered)
         terminal.stop()
         assert terminal.wait() == 0
