@@ -92,7 +92,7 @@ class R8Mixin(SampleLossMixin):
         self.scheduler = scheduler
         self._grouped = False
         super().__init__(*args, **kwargs)
-        self._epochs: Iterator[int] = iter(())
+        self._loop: Iterator[int] = iter(())
         self._rates: _SchedulerRates | None = None
         self._leaving = False
         scheduler.host_saves = True
@@ -160,18 +160,10 @@ class R8Mixin(SampleLossMixin):
 
     def _tell_replaced(self) -> None:
         """Name the Trainer's arguments that were given and that the scheduler's own take the place of."""
-        args, scheduler, tell = self.args, self.scheduler, self.scheduler.tell
-        ours = {
-            "num_train_epochs": self._epochs_in_all(),
-            "per_device_train_batch_size": scheduler.batch_size,
-            "learning_rate": None,
-        }
-        given = [
-            f"{name}={getattr(args, name)!r}"
-            for name, value in ours.items()
-            if getattr(args, name) not in (default_of(args, name), value)
-        ]
-        if given:
+        args, tell, size = self.args, self.scheduler.tell, self.scheduler.batch_size
+        ours = ("num_train_epochs", self._epochs()), ("per_device_train_batch_size", size), ("learning_rate", None)
+        theirs = [(name, getattr(args, name), (default_of(args, name), value)) for name, value in ours]
+        if given := [f"{name}={value!r}" for name, value, fine in theirs if value not in fine]:
             tell(f"{', '.join(given)} of the Trainer: R8Scheduler's own values count in place of it")
         most, own, each = args.max_steps, self._place()[1], args.gradient_accumulation_steps * self._times[1]
         if 0 < most < own:
@@ -182,12 +174,12 @@ class R8Mixin(SampleLossMixin):
         elif most > own:
             tell(f"max_steps={most} is not reached: R8Scheduler's budget is spent after {own} steps")
 
-    def _epochs_in_all(self) -> int:
+    def _epochs(self) -> int:
         steps = self.scheduler.total_steps
         return MANY if steps is None else -(-steps // self.scheduler.steps_per_epoch)
 
     def _take_over(self) -> None:
-        self.args.num_train_epochs = self._epochs_in_all()
+        self.args.num_train_epochs = self._epochs()
         rows = self._rows()
         if self._grouped:
             self._calculate_rewards = partial(self._keep_rewards, self._calculate_rewards)
@@ -200,8 +192,7 @@ class R8Mixin(SampleLossMixin):
     def _batch_sampler(self) -> Sampler[list[int]]:
         return R8BatchSampler(self.scheduler, ahead=self.args.gradient_accumulation_steps - 1)
 
-    def _position(self) -> int:
-        """Return the place among the open batches of the one that is being trained on."""
+    def _position(self) -> int:  # among the open batches, of the one that is being trained on
         return (len(self._parts) + len(self._watch.notes)) // self._times[1]
 
     def _batch_rows(self) -> int:
@@ -269,7 +260,7 @@ class R8Mixin(SampleLossMixin):
         if self._backups is not None:
             self._backups.watch()
         self._parts.clear()
-        self._epochs = self.scheduler.epoch_iterator()
+        self._loop = self.scheduler.epoch_iterator()
         self._on_epoch_end(control)
 
     def _on_step_end(self, control: Any) -> None:
@@ -302,7 +293,7 @@ class R8Mixin(SampleLossMixin):
         self._rewards.clear()
         if control.should_training_stop and self.scheduler.batches_left != 0:
             return  # by max_steps or a callback: a resume goes on in this epoch
-        if next(self._epochs, None) is None:
+        if next(self._loop, None) is None:
             control.should_training_stop = True
 
     def _say(self, key: str, sentence: str) -> None:
@@ -329,8 +320,8 @@ class R8Mixin(SampleLossMixin):
                 self.scheduler.deliver_signal("the training was over")
             return result
         finally:
-            if hasattr(self._epochs, "close"):
-                self._epochs.close()  # signal handlers are put back, also after an exception
+            if hasattr(self._loop, "close"):
+                self._loop.close()  # signal handlers are put back, also after an exception
 
 
 class R8Trainer(R8Mixin, Trainer):

@@ -111,7 +111,7 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         """Return a batch of this epoch; where nothing is trained, of all samples in order."""
         asker = host()
         if asker is not None and asker.name == "fit" and not self._running:
-            self.check(asker)
+            self._check(asker)
         looks = self._testing or (asker is not None and asker.name != "fit")
         planned = None if looks else self._find(int(index))
         if planned is None:
@@ -135,12 +135,7 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         classes = y.argmax(axis=-1) if y.ndim > 1 and y.shape[-1] > 1 else y.reshape(len(y))
         return np.array([self._class_weight.get(int(one), 1.0) for one in classes], np.float32)
 
-    def check(self, fit: Host) -> None:
-        """Check what `fit` was called with.
-
-        Raises:
-            ConfigError: It goes against the scheduler, or R8Callback is missing.
-        """
+    def _check(self, fit: Host) -> None:
         problems = fit_problems(fit)
         if not any(isinstance(one, R8Callback) and one._dataset is self for one in fit.callbacks):
             problems.append(
@@ -172,11 +167,7 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
     # What the callback uses -----------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin a run, or go on in the middle of one.
-
-        Raises:
-            ProtocolError: The scheduler's budget is spent.
-        """
+        """Begin a run, or go on in the middle of one; ProtocolError where its budget is spent."""
         if (former := _active.get(self.scheduler)) is not None:
             former.stop()  # after an exception Keras does not say that training ended
         _active[self.scheduler] = self
@@ -351,7 +342,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         problems = []
         fit = host()
         if fit is not None:
-            self._dataset.check(fit)
+            self._dataset._check(fit)
             for_loggers(fit, self)
             self._plateau = any(isinstance(one, keras.callbacks.ReduceLROnPlateau) for one in fit.callbacks)
         if (replicas := getattr(getattr(self.model, "distribute_strategy", None), "num_replicas_in_sync", 1)) > 1:
