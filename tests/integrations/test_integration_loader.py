@@ -510,3 +510,23 @@ def test_a_schedule_that_nobody_asks_for_is_told_once(capfd, asks, workers):
             optimizer.step()
             scheduler.update_with_loss(1.0)
     assert capfd.readouterr().err.count("nobody asks for R8Scheduler's learning rate") == (asks == "nobody")
+
+
+def test_who_sets_the_rate_by_hand_hears_nothing_when_a_loader_with_workers_resumes(capfd):
+    options = {"num_epochs": 3, "ui": "off", "checkpoint_dir": None}
+    first, second = R8Scheduler(64, 8, **options), R8Scheduler(64, 8, **options)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    for scheduler, most in ((first, 5), (second, 24)):
+        loader = DataLoader(torch.arange(64), batch_sampler=R8BatchSampler(scheduler), num_workers=2)
+        for _ in scheduler.epoch_iterator():
+            for _batch in loader:
+                set_lr(optimizer, scheduler.lr)
+                scheduler.update_with_loss(1.0)
+                if scheduler.global_step == most:
+                    break
+            if scheduler.global_step == most:
+                break
+        if scheduler is first:
+            second.load_state_dict(first.state_dict())
+    assert second.global_step == 24
+    assert "nobody asks" not in capfd.readouterr().err

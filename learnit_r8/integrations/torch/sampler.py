@@ -69,6 +69,8 @@ class R8BatchSampler(Sampler[list[int]]):
         self.scheduler, self.ahead = scheduler, problems.integer("ahead", ahead, 0)
         problems.raise_if_any()
         self._generator = torch.Generator()
+        self._first: tuple[float, int] | None = None  # rate, and global step when it was drawn
+        self._looked = False  # whether anybody asks for the learning rate
 
     def __len__(self) -> int:
         """Return the batches in a full epoch, also in the middle of one."""
@@ -83,6 +85,13 @@ class R8BatchSampler(Sampler[list[int]]):
             # after a resume.
             loader.generator = self._generator.manual_seed(self.scheduler.data_seed())
         return _Lists(self, asker, held)
+
+    def _look(self, lr: float) -> None:
+        first, step = self._first = self._first or (lr, self.scheduler.global_step)
+        if lr != first and self.scheduler.global_step > step + 1:  # else a loader may be ahead of who sets the rate
+            self._looked = True
+            if not self.scheduler.lr_asked:
+                self.scheduler.tell(_UNUSED)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a note for `StatefulDataLoader`: it must not count batches, which the scheduler does."""
@@ -100,8 +109,6 @@ class _Lists:
         self._asker = asker
         self._held = held
         self._batches: Iterator[Batch] | None = None
-        self._first_lr: float | None = None
-        self._looked = False  # whether anybody asks for the learning rate
 
     def __iter__(self) -> _Lists:
         return self
@@ -111,12 +118,8 @@ class _Lists:
             self._held.end()  # the loader's workers have been started
             self._batches = self._begin()
         batch = next(self._batches)
-        if self._first_lr is None:
-            self._first_lr = batch.lr
-        elif not self._looked and batch.lr != self._first_lr and self._sampler.scheduler.global_step > 1:
-            self._looked = True
-            if not self._sampler.scheduler.lr_asked:
-                self._sampler.scheduler.tell(_UNUSED)
+        if not self._sampler._looked:
+            self._sampler._look(batch.lr)
         ids: list[int] = batch.indices.tolist()
         seeds = self._asker is not None and self._asker.workers > 0
         return SeededIndices(ids, self._sampler.scheduler.data_seed(batch)) if seeds else ids
