@@ -44,7 +44,7 @@ def worker(folder: Path, rank: int, ranks: int, closed: bool) -> None:
         dist.init_process_group("gloo", init_method=f"file://{port}", rank=rank, world_size=ranks)
         options = rank_arguments()
     torch.manual_seed(0)
-    x = torch.randn(480, 8)
+    x = torch.randn(960, 8)
     y = (x.sum(1) > 0).long()
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 2))
     model = torch.nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
@@ -60,7 +60,7 @@ def worker(folder: Path, rank: int, ranks: int, closed: bool) -> None:
     try:
         run = R8Scheduler.resume_from_checkpoint(folder / "run", **options)
     except FileNotFoundError:
-        run = R8Scheduler(480, 24, num_epochs=4, checkpoint_dir=folder / "run", strategy="uniform", **options)
+        run = R8Scheduler(960, 24, num_epochs=2, checkpoint_dir=folder / "run", strategy="uniform", **options)
     follow_lr(run, optimizer)
     loader = DataLoader(TensorDataset(x, y), batch_sampler=R8BatchSampler(run), num_workers=2)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.harness import main, progress
 from learnit_r8.dashboard.demo import DemoRun
-from learnit_r8.run.samples_file import CatalogLog
+from learnit_r8.run.samples_file import write_catalog
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import JsonlSink
 
@@ -39,7 +39,7 @@ def write_run(folder: Path, steps: int) -> None:
     for epoch in range(3):
         losses = rng.lognormal(-epoch, 1.0, steps).astype(np.float32)
         catalog.record(catalog.look_up(np.arange(steps)), losses, epoch)
-    CatalogLog(folder).write(catalog, np.arange(steps) % 10, 3)
+    write_catalog(folder, catalog, np.arange(steps) % 10, 3)
 
 
 def run(*, quick: bool = False, rounds: int = 5) -> dict[str, Any]:

@@ -329,10 +329,8 @@ class R8Scheduler(Steps):
                 with suppress(Exception):  # another rank may be gone; else none dies before rank 0 has saved
                     self._ranks.everyone(0.0)
             self.deliver_signal(self._saver.farewell(self._progress.global_step, writes=self._ranks.writes))
-        if self._bus and self._bus.commanding:
+        if self._ranks.world_size > 1 or (self._bus and self._bus.commanding):
             self._control.obey(self._progress.global_step, self._save_if_possible)
-        if self._ranks.world_size > 1:
-            self._control.act_together(self._progress.global_step)
         self._safety.before_step(self._progress.global_step)
         if self._control.save_due:
             self._control.save_due = False

@@ -16,7 +16,7 @@ import pytest
 from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.events import LossReported, RunEnded, RunStarted, to_json
-from learnit_r8.run.samples_file import CatalogLog
+from learnit_r8.run.samples_file import write_catalog
 from learnit_r8.run.tail import EventTail
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import JsonlSink, read_events
@@ -300,7 +300,7 @@ def test_suspects_say_which_the_guard_flags_and_how_many_a_run_keeps(tmp_path):
     catalog.record(catalog.look_up(np.arange(1200)), np.arange(1200, dtype=np.float32), 0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "events.jsonl").touch()
-    CatalogLog(tmp_path / "run").write(catalog, None, 1, np.arange(1200) >= 950)
+    write_catalog(tmp_path / "run", catalog, None, 1, np.arange(1200) >= 950)
     done = r8("suspects", tmp_path / "run", "--top", "1100")
     heading, *rows, verdict = done.stdout.splitlines()
     assert heading.split()[-1] == "flagged"
@@ -310,7 +310,7 @@ def test_suspects_say_which_the_guard_flags_and_how_many_a_run_keeps(tmp_path):
     csv = r8("suspects", tmp_path / "run", "--csv").stdout.splitlines()
     assert csv[1] == "1,1199,,1199,1199,0,0,1,1"
     catalog.record_batch(catalog.look_up(np.arange(8)), 3.0, 2)
-    CatalogLog(tmp_path / "run").write(catalog, None, 2, np.zeros(1200, bool))
+    write_catalog(tmp_path / "run", catalog, None, 2, np.zeros(1200, bool))
     said = r8("suspects", tmp_path / "run").stdout.splitlines()[-1]
     assert said.startswith("The noise guard flags none")
     assert said.endswith("One loss a batch was reported: all these figures are estimates, and weak.")
@@ -321,7 +321,7 @@ def test_without_the_guard_nothing_is_said_of_flags(tmp_path):
     catalog.record(catalog.look_up(np.arange(1200)), np.arange(1200, dtype=np.float32), 0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "events.jsonl").touch()
-    CatalogLog(tmp_path / "run").write(catalog, None, 1)
+    write_catalog(tmp_path / "run", catalog, None, 1)
     assert r8("suspects", tmp_path / "run").stdout.endswith("The noise guard was off.\n")
     assert r8("suspects", tmp_path / "run", "--csv").stdout.splitlines()[1] == "1,1199,,1199,1199,0,0,1,"
 

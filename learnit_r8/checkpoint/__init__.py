@@ -7,11 +7,10 @@ from learnit_r8.checkpoint.remote import shown
 from learnit_r8.checkpoint.remote_store import open_store
 from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.storage import FileRecord, FileSystem
-from learnit_r8.checkpoint.store import CheckpointStore, Draft
+from learnit_r8.checkpoint.store import CheckpointStore
 
 __all__ = [
     "CheckpointStore",
-    "Draft",
     "Entry",
     "FileRecord",
     "FileSystem",

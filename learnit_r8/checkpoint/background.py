@@ -7,54 +7,37 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
-    """A function that a thread of its own has begun. The interpreter does not end before it has returned.
-
-    Args:
-        do: The function.
-    """
+class Background(Future[T]):
+    """A function that a thread of its own has begun; the interpreter does not end before it has returned."""
 
     def __init__(self, do: Callable[[], T]) -> None:
-        self._outcome: Future[T] = Future()
+        super().__init__()
         self._pid = os.getpid()
         _under_way.add(self)
         threading.Thread(target=self._run, args=(do,), name="r8-save").start()
 
     def _run(self, do: Callable[[], T]) -> None:
         try:
-            self._outcome.set_result(do())
+            self.set_result(do())
         except BaseException as error:
-            self._outcome.set_exception(error)
+            self.set_exception(error)
 
     @property
     def ours(self) -> bool:
         """Whether the thread is of this process; in a forked child nobody finishes what the parent has begun."""
         return self._pid == os.getpid()
 
-    @property
-    def done(self) -> bool:
-        """Whether it has returned, or failed."""
-        return self._outcome.done()
-
-    def wait(self) -> None:
-        """Return when it has returned, or failed."""
-        self._outcome.exception()
-
-    def result(self) -> T:
-        """Wait for what it returns, or raise what it raised."""
-        return self._outcome.result()
-
 
 def wait_for_all() -> None:
     """Return when nothing is under way in this process; whoever began it hears of failures."""
     for one in list(_under_way):
         if one.ours:
-            one.wait()
+            one.exception()
 
 
 _under_way: weakref.WeakSet[Background[Any]] = weakref.WeakSet()

@@ -16,9 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from learnit_r8.checkpoint.background import ALONE
 from learnit_r8.checkpoint.lock import DirectoryLock
 from learnit_r8.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from learnit_r8.checkpoint.storage import FileSystem, remove_tree, write_all
+from learnit_r8.checkpoint.writing import reported
 from learnit_r8.errors import CheckpointError
 
 NAME = re.compile(r"step-(\d{9,})(\.\d+)?(-(?P<run>r[0-9a-f]{8}))?(-\w+)?", re.ASCII)
@@ -42,47 +44,54 @@ class Entry:
 
 
 class CheckpointDirectory:
-    """One directory of checkpoints.
+    """One directory of checkpoints, which need not exist before the first; `run` is the id of who saves there."""
 
-    Args:
-        path: It need not exist before `open` is called.
-        fs: The operations used.
-    """
-
-    def __init__(self, path: Path, fs: FileSystem) -> None:
-        self.path = path
+    def __init__(self, path: Path, fs: FileSystem, run: str) -> None:
+        self.directory = path
+        self.run = run
         self._fs = fs
         self._lock = DirectoryLock(path, fs)
-        self._read: dict[str, tuple[tuple[int, int, int], Manifest | None]] = {}  # by name, with the file's stamp
+        self._read: dict[str, tuple[tuple[int, ...], Entry]] = {}  # by name, with the stamp of the manifest's file
 
-    def entries(self) -> list[Entry]:
-        """Return what is in the directory, saved last first; those without a readable manifest come first of all."""
-        if not self.path.is_dir():
+    def entries(self, *, again: bool = True) -> list[Entry]:
+        """Return what is in the directory, saved last first; those without a readable manifest come first of all.
+
+        Args:
+            again: Manifests that were read before are read again if they have changed; to look takes milliseconds
+                where a thousand are kept, and no save changes one.
+        """
+        if not self.directory.is_dir():
             return []
-        entries, read = [], self._read
-        self._read = {}
-        for name in self._fs.names(self.path):
-            if NAME.fullmatch(name) and (self.path / name).is_dir():
-                self._read[name] = self._manifest(name, read.get(name))
-                entries.append(Entry(self.path / name, self._read[name][1]))
-        return sorted(entries, key=lambda e: e.manifest.serial if e.manifest else float("inf"), reverse=True)
+        read, self._read = self._read, {}
+        for name in filter(NAME.fullmatch, self._fs.names(self.directory)):
+            stamp, entry = read.get(name) or ((), Entry(self.directory / name, None))
+            if entry.manifest is None or (again and stamp != self._stamp(name)):
+                if not entry.path.is_dir():
+                    continue
+                stamp, entry = self._stamp(name), self._entry(entry.path)
+            self._read[name] = stamp, entry
+        found = [entry for _, entry in self._read.values()]
+        return sorted(found, key=lambda e: e.manifest.serial if e.manifest else float("inf"), reverse=True)
 
-    def _manifest(
-        self, name: str, known: tuple[tuple[int, int, int], Manifest | None] | None
-    ) -> tuple[tuple[int, int, int], Manifest | None]:
-        """Return a checkpoint's manifest and its file's stamp; one that is known is read again if it changed."""
-        stamp = -1, -1, -1
+    def _stamp(self, name: str) -> tuple[int, ...]:
         with suppress(OSError):
-            info = os.stat(f"{self.path}/{name}/{MANIFEST}")
-            stamp = info.st_mtime_ns, info.st_size, info.st_ino
-        if known is not None and known[0] == stamp and known[1] is not None:
-            return known
-        with suppress(CheckpointError, OSError):
-            return stamp, read_manifest(self._fs, self.path / name)
-        return stamp, None
+            info = os.stat(f"{self.directory}/{name}/{MANIFEST}")
+            return info.st_mtime_ns, info.st_size, info.st_ino
+        return ()
 
-    def of_last_run(self, entries: list[Entry]) -> list[Entry]:
+    def _entry(self, path: Path) -> Entry:
+        with suppress(CheckpointError, OSError):
+            return Entry(path, read_manifest(self._fs, path))
+        return Entry(path, None)
+
+    def own(self, entries: list[Entry] | None = None) -> list[Entry]:
+        """Return the entries of this run."""
+        entries = self.entries() if entries is None else entries
+        return [entry for entry in entries if entry.manifest and entry.manifest.run == self.run]
+
+    def of_last_run(self) -> list[Entry]:
         """Return the entries of the run that saved or began here last; those that cannot be read may be its."""
+        entries = self.entries()
         newest = next((entry for entry in entries if entry.manifest), None)
         run, serial = (newest.manifest.run, newest.manifest.serial) if newest and newest.manifest else ("", 0)
         marked, since = self._begun()
@@ -94,21 +103,23 @@ class CheckpointDirectory:
     def _begun(self) -> tuple[str, int]:
         """Return the run that began here last and the serial that its first checkpoint may have; ("", 0) if unknown."""
         with suppress(OSError, ValueError, LookupError, TypeError):
-            said = json.loads((self.path / RUN).read_text())
+            said = json.loads((self.directory / RUN).read_text())
             return str(said["run"]), int(said["serial"])
         return "", 0
 
-    def note_run(self, run: str) -> None:
-        """Write down that a run begins, where another one's checkpoints lie; without them nothing is written.
+    def begin(self) -> None:
+        """Note in a directory with other runs' checkpoints that this one begins, and so is the last one from now on.
 
         Raises:
-            CheckpointError: Another process writes here.
-            OSError: The directory cannot be written to.
+            CheckpointError: The directory cannot be written to, or another process writes there.
         """
-        if all(entry.manifest and entry.manifest.run == run for entry in self.entries()) and not self._begun()[0]:
+        if not self.directory.is_dir():
             return
-        self.open()
-        self._replace(self.path / RUN, json.dumps({"run": run, "serial": self.next_serial()}))
+        with ALONE, reported(f"{self.directory} cannot be written to"):
+            entries = self.entries()
+            if len(self.own(entries)) < len(entries) or self._begun()[0]:
+                self.open()
+                self._replace(self.directory / RUN, json.dumps({"run": self.run, "serial": self.next_serial()}))
 
     def metrics(self, path: Path) -> Mapping[str, float]:
         """Return what was logged at a checkpoint's step, by name."""
@@ -117,24 +128,21 @@ class CheckpointDirectory:
         return {}
 
     def add_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
-        """Write down what was logged at a checkpoint's step.
+        """Write down beside a checkpoint what was logged at its step.
 
         Raises:
-            OSError: It cannot be written.
+            CheckpointError: It cannot be written.
         """
-        self._replace(path / METRICS, json.dumps({**self.metrics(path), **metrics}))
+        with reported(f"{path} cannot be written to"):
+            self._replace(path / METRICS, json.dumps({**self.metrics(path), **metrics}))
 
     def open(self) -> bool:
         """Create the directory if need be and lock it for this process, until `close` or until this object goes.
 
         Returns:
-            Whether the file system has locks.
-
-        Raises:
-            CheckpointError: Another process has the lock.
-            OSError: The directory cannot be made or written to.
+            Whether the file system has locks; a CheckpointError says that another process has this one.
         """
-        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
         for path in reversed(missing):
             with suppress(FileExistsError):
                 self._fs.make_directory(path)
@@ -142,30 +150,25 @@ class CheckpointDirectory:
         return self._lock.take()
 
     def close(self) -> None:
-        """Let go of the lock; the next `open` takes it again."""
+        """Let other processes write into the directory; the next save takes the lock again."""
         self._lock.release()
 
     def next_serial(self, entries: list[Entry] | None = None) -> int:
         """Return a number above that of every checkpoint here, even of one that cannot be read at the moment."""
         serials = [entry.manifest.serial for entry in entries or self.entries() if entry.manifest]
-        unread = sum(name.startswith("step-") for name in self._fs.names(self.path)) - len(serials)
+        unread = sum(name.startswith("step-") for name in self._fs.names(self.directory)) - len(serials)
         return max(1 + unread + max(serials, default=0), self._begun()[1])
 
     def _remove_leftovers(self, now: float, exclusive: bool) -> None:
         """Remove what killed processes left behind: with a lock, nobody else can be writing here."""
-        for name in self._fs.names(self.path):
-            path = self.path / name
-            if path in _ACTIVE or not _TEMPORARY.fullmatch(name):
-                continue
+        for name in filter(_TEMPORARY.fullmatch, self._fs.names(self.directory)):
+            path = self.directory / name
             with suppress(OSError):
-                if exclusive or now - path.lstat().st_mtime > _STALE_SECONDS:
+                if path not in _ACTIVE and (exclusive or now - path.lstat().st_mtime > _STALE_SECONDS):
                     remove_tree(self._fs, path)
 
     def new_temporary(self, *, exclusive: bool) -> Path:
-        """Make a directory for a new checkpoint: `drop` it, or rename it and `leave` it.
-
-        What killed processes left behind is removed first.
-        """
+        """Make a directory for a new checkpoint: `drop` it, or rename it and `leave` it."""
         path = self.temporary_path()
         _ACTIVE.add(path)
         try:
@@ -196,27 +199,17 @@ class CheckpointDirectory:
 
     def temporary_path(self) -> Path:
         """Return a name that no checkpoint has."""
-        return self.path / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        return self.directory / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
     def free_name(self, step: int, run: str, tag: str) -> Path:
-        """Return a path that is not taken yet.
-
-        Args:
-            step: Global step.
-            run: The run's id where the name has to tell it from another run's, else "".
-            tag: The caller's word, or "".
-        """
-        taken = set(self._fs.names(self.path))
+        """Return a path that is not taken yet; `run` is "" where the name need not tell it from another run's."""
+        taken = set(self._fs.names(self.directory))
         suffix = "".join(f"-{part}" for part in (run, tag) if part)
         number, name = 1, f"step-{step:09d}{suffix}"
         while name in taken:
             number += 1
             name = f"step-{step:09d}.{number}{suffix}"
-        return self.path / name
-
-    def point_latest(self, path: Path) -> None:
-        """Let the file `latest` name a checkpoint."""
-        self._replace(self.path / "latest", path.name)
+        return self.directory / name
 
     def _replace(self, path: Path, line: str) -> None:
         """Write a small file so that at any time it holds the old line or the new one."""

@@ -11,9 +11,7 @@ import os
 import sys
 import threading
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from learnit_r8.checkpoint.storage import FileSystem
 from learnit_r8.errors import CheckpointError
@@ -21,51 +19,31 @@ from learnit_r8.errors import CheckpointError
 _MUTEX = threading.RLock()  # a signal handler may save during a save
 
 
-@dataclass(slots=True, eq=False)
 class _Hold:
-    """The open lock file of one folder, in one process."""
+    """The open lock file of one folder, in one process; who has none of it any more lets go of it."""
 
-    key: tuple[int, str]
-    descriptor: int
-    users: int = 0
-    locked: bool = False
-
-
-_HELD: dict[tuple[int, str], _Hold] = {}
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.locked = False
+        weakref.finalize(self, os.close, self.descriptor).atexit = False  # who saves as the program ends needs it
 
 
-def _let_go(hold: _Hold) -> None:
-    with _MUTEX:
-        hold.users -= 1
-        if hold.users == 0:
-            os.close(hold.descriptor)
-            if _HELD.get(hold.key) is hold:
-                del _HELD[hold.key]
+_HELD: weakref.WeakValueDictionary[tuple[int, str], _Hold] = weakref.WeakValueDictionary()
 
 
 class DirectoryLock:
-    """One store's share in its folder's lock.
-
-    Args:
-        directory: The folder; it need not exist before `take`.
-        fs: Locks files.
-    """
+    """One store's share in its folder's lock; the folder need not exist before `take`."""
 
     def __init__(self, directory: Path, fs: FileSystem) -> None:
         self._directory = directory
         self._fs = fs
         self._hold: _Hold | None = None
-        self._release: weakref.finalize[..., Any] | None = None  # for stores that nobody closes
 
     def take(self) -> bool:
-        """Lock the folder for this process.
-
-        Returns:
-            Whether the file system has locks.
+        """Lock the folder for this process; return whether the file system has locks.
 
         Raises:
             CheckpointError: Another process has the lock.
-            OSError: The folder cannot be written to.
         """
         with _MUTEX:
             hold = self._share()
@@ -92,16 +70,11 @@ class DirectoryLock:
         hold = _HELD.get(key)
         if hold is not None and not (path.exists() and os.path.samestat(os.fstat(hold.descriptor), path.stat())):
             hold = None  # the folder was deleted and made anew: its other users notice it when they save
-        if hold is None:
-            hold = _HELD[key] = _Hold(key, os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
-        if self._hold is not hold:
-            self.release()
-            hold.users += 1
-            self._hold, self._release = hold, weakref.finalize(self, _let_go, hold)
-        return hold
+        self._hold = hold or _Hold(path)
+        _HELD[key] = self._hold
+        return self._hold
 
     def release(self) -> None:
         """Let other processes have the folder, unless another store of this one still writes there."""
-        if self._release is not None:
-            self._release()
-        self._hold = self._release = None
+        with _MUTEX:
+            self._hold = None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from learnit_r8.checkpoint.state_codec import MAX_JSON, strict_json
-from learnit_r8.checkpoint.storage import BLOCK, FileRecord, FileSystem, regular_size
+from learnit_r8.checkpoint.storage import BLOCK, FileRecord, FileSystem, read_all, regular_size
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError
 
 SCHEMA = 2
@@ -117,13 +117,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def read_manifest(fs: FileSystem, root: Path) -> Manifest:
-    """Read and check a checkpoint's manifest; its files are not looked at.
-
-    Raises:
-        CheckpointCorrupt: It is not as it was written.
-        CheckpointError: It is of another schema than this version's.
-        OSError: It cannot be read.
-    """
+    """Read and check a checkpoint's manifest; its files are not looked at."""
     name = f"{root / MANIFEST}"
     if not root.is_dir():
         raise CheckpointError(f"there is no checkpoint {root}: {contents(root.parent)}")
@@ -132,12 +126,7 @@ def read_manifest(fs: FileSystem, root: Path) -> Manifest:
         raise CheckpointCorrupt(f"{name}: {size:,} bytes, at most {MAX_MANIFEST:,} make sense")
     buffer = np.empty(size, np.uint8)
     with fs.open(root / MANIFEST) as file:
-        done = 0
-        while done < size:
-            count = fs.read(file, buffer.data[done:])
-            if not count:
-                raise CheckpointCorrupt(f"{name} ends early")
-            done += count
+        read_all(fs, file, buffer.data, root / MANIFEST)
     raw = buffer.tobytes()
     data = strict_json(raw, name)
     body = data.get("manifest") if isinstance(data, dict) else None

@@ -24,11 +24,7 @@ from learnit_r8.errors import CheckpointError, ConfigError
 
 
 def check(name: str, url: str) -> None:
-    """See whether a URL can be used; nothing is asked of the store.
-
-    Raises:
-        ConfigError: fsspec, or its part for this kind of store, is not installed.
-    """
+    """Raise a ConfigError where fsspec, or its part for a URL's kind of store, is not installed."""
     protocol = url.split(":")[0]
     try:
         importlib.import_module("fsspec").get_filesystem_class(protocol)
@@ -42,6 +38,8 @@ def check(name: str, url: str) -> None:
 
 class Remote:
     """One folder of a store, and the folder of this machine that stands in for it.
+
+    Where the store does not answer, the methods raise CheckpointError.
 
     Args:
         url: As `url_of` returns it.
@@ -71,11 +69,7 @@ class Remote:
             raise CheckpointError(f"{self.url} {what}: {type(error).__name__}: {error}") from error
 
     def names(self) -> list[str]:
-        """Return what lies in the folder.
-
-        Raises:
-            CheckpointError: The store cannot be read.
-        """
+        """Return what lies in the folder."""
         with self._store("cannot be read") as (fs, root):
             fs.invalidate_cache()
             try:
@@ -83,24 +77,8 @@ class Remote:
             except FileNotFoundError:
                 return []
 
-    def read(self, name: str) -> bytes | None:
-        """Return a small file, None where there is none.
-
-        Raises:
-            CheckpointError: The store cannot be read.
-        """
-        with self._store("cannot be read") as (fs, root):
-            try:
-                return bytes(fs.cat_file(f"{root}/{name}"))
-            except FileNotFoundError:
-                return None
-
     def bring(self, name: str) -> bool:
-        """Copy a file from the store to its place in `folder`; return whether it is there.
-
-        Raises:
-            CheckpointError: The store cannot be read.
-        """
+        """Copy a file from the store to its place in `folder`; return whether it is there."""
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._store("cannot be read") as (fs, root):
@@ -113,11 +91,7 @@ class Remote:
         return True
 
     def send(self, name: str) -> None:
-        """Copy a file of `folder` to the store, unless it has it.
-
-        Raises:
-            CheckpointError: The store did not take it.
-        """
+        """Copy a file of `folder` to the store, unless it has it."""
         source = self.folder / name
         stamp = _stamp(source)
         if self._sent.get(name) == stamp:
@@ -129,11 +103,7 @@ class Remote:
         self._sent[name] = stamp
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint from the store: its manifest first, without which it is none.
-
-        Raises:
-            CheckpointError: It is still there, or a part of it.
-        """
+        """Remove a checkpoint from the store: its manifest first, without which it is none."""
         with self._store("cannot be written to") as (fs, root):
             fs.invalidate_cache()
             if fs.exists(f"{root}/{name}/{MANIFEST}"):
@@ -142,22 +112,14 @@ class Remote:
                 fs.rm(f"{root}/{name}", recursive=True)
 
     def send_all(self) -> None:
-        """Copy what has changed in `folder` to the store; checkpoints, which may lie there too, have their own way.
-
-        Raises:
-            CheckpointError: The store did not take it.
-        """
+        """Copy what has changed in `folder` to the store; checkpoints, which may lie there too, have their own way."""
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             if path.is_file() and not name.parts[0].startswith((".", "step-")):
                 self.send(name.as_posix())
 
     def bring_all(self) -> None:
-        """Copy the files of the folder, not those in folders below it, from the store.
-
-        Raises:
-            CheckpointError: The store cannot be read.
-        """
+        """Copy the files of the folder, not those in folders below it, from the store."""
         for name in self.names():
             with self._store("cannot be read") as (fs, root):
                 is_file = fs.isfile(f"{root}/{name}")

@@ -12,19 +12,13 @@ from typing import Any
 from learnit_r8.checkpoint.directory import METRICS, NAME, RUN, Entry
 from learnit_r8.checkpoint.manifest import MANIFEST, LoadedCheckpoint, SavedCheckpoint, read_manifest
 from learnit_r8.checkpoint.remote import Remote, behind, remote, shown
-from learnit_r8.checkpoint.storage import FileRecord
-from learnit_r8.checkpoint.store import CheckpointStore, Draft
+from learnit_r8.checkpoint.store import CheckpointStore
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointError
 
 
 def open_store(directory: str | Path, **options: Any) -> CheckpointStore:
-    """Return the store of a folder, of a URL, or of the folder that stands in for one.
-
-    Args:
-        directory: Where the checkpoints lie.
-        **options: As for `CheckpointStore`.
-    """
+    """Return the store of a folder, of a URL, or of the folder that stands in for one; options: `CheckpointStore`'s."""
     url = url_of(directory)
     found = behind(Path(directory)) if url is None else remote(url)
     return CheckpointStore(directory, **options) if found is None else RemoteStore(found, **options)
@@ -35,10 +29,6 @@ class RemoteStore(CheckpointStore):
 
     Of those that are there, this machine holds the manifests. Names carry the run's id: nothing keeps another process
     from writing there, and its files must not get mixed with this one's.
-
-    Args:
-        place: The folder.
-        **options: As for `CheckpointStore`.
     """
 
     always_labelled = True
@@ -47,14 +37,10 @@ class RemoteStore(CheckpointStore):
         super().__init__(place.folder, **options)
         self._remote = place
         self._known = False  # whether this machine knows what is there
-        self._removed: set[str] = set()  # at the last save
+        self._removed: list[str] = []  # here, and still in the store
 
     def sync(self) -> None:
-        """Learn what is in the store.
-
-        Raises:
-            CheckpointError: It cannot be read.
-        """
+        """Learn what is in the store."""
         there = self._remote.names()
         for path in self.directory.iterdir():
             if NAME.fullmatch(path.name) and path.name not in there:
@@ -68,19 +54,14 @@ class RemoteStore(CheckpointStore):
             self._remote.bring(RUN)
         self._known = True
 
-    def entries(self) -> list[Entry]:
+    def entries(self, *, again: bool = True) -> list[Entry]:
         """Return what is in the store, as known; see `CheckpointStore.entries`."""
         if not self._known:
             self.sync()
-        return super().entries()
+        return super().entries(again=again)
 
     def load(self, path: str | Path) -> LoadedCheckpoint:
-        """Copy a checkpoint from the store, and verify every byte that its manifest names; it stays for this process.
-
-        Raises:
-            CheckpointCorrupt: Its bytes are not the ones that were written.
-            CheckpointError: It is not there, cannot be read, or was written by a newer version.
-        """
+        """Copy a checkpoint from the store, and verify it as `CheckpointStore` does; it stays for this process."""
         path = Path(path)
         if not self._known:
             self.sync()
@@ -92,13 +73,12 @@ class RemoteStore(CheckpointStore):
                     self._remote.bring(f"{path.name}/{name}")
         return super().load(path)
 
-    def _commit(self, draft: Draft, files: dict[str, FileRecord]) -> SavedCheckpoint:
-        before = {entry.path.name for entry in self.entries()}
-        saved = super()._commit(draft, files)
-        self._removed = before - {entry.path.name for entry in self.entries()}
-        return saved
+    def discard(self, path: Path) -> None:
+        """Remove a checkpoint from this machine; `_publish` removes it from the store once the new one is there."""
+        super().discard(path)
+        self._removed.append(path.name)
 
-    def _publish(self, draft: Draft, saved: SavedCheckpoint) -> SavedCheckpoint:
+    def _publish(self, step: int, saved: SavedCheckpoint) -> SavedCheckpoint:
         path, problems = saved.path, saved.problems
         try:
             for file in sorted(path.rglob("*"), key=lambda file: file.name == MANIFEST):
@@ -106,14 +86,16 @@ class RemoteStore(CheckpointStore):
                     self._remote.send(file.relative_to(self.directory).as_posix())
         except CheckpointError as error:
             self._known = False  # older ones that have gone here are still there
+            self._removed.clear()
             shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(
-                f"no checkpoint of step {draft.step} was written; earlier ones are kept: {error}"
+                f"no checkpoint of step {step} was written; earlier ones are kept: {error}"
             ) from error
         try:
             self._remote.send("latest")
-            for name in sorted(self._removed):
-                self._remote.remove(name)
+            while self._removed:
+                self._remote.remove(self._removed[0])
+                del self._removed[0]
         except CheckpointError as error:
             problems += (f"older checkpoints were not removed: {error}",)
         for file in path.rglob("*"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -43,14 +43,8 @@ _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def encode(state: Mapping[str, Any]) -> tuple[bytes, list[NDArray[np.uint8]]]:
     """Return the JSON text (UTF-8) and the array bytes, to be written one after another.
 
-    Contiguous little-endian arrays are not copied: the segments are views of the caller's memory.
-
-    Args:
-        state: Dicts with str keys, lists, tuples, str, int, float, bool, None, and numpy arrays and
-            scalars of a dtype in `DTYPES` (big-endian ones are stored, and come back, little-endian).
-
-    Raises:
-        CheckpointError: A value that cannot be stored; the message says where it is.
+    Contiguous little-endian arrays are not copied: the segments are views of the caller's memory. Big-endian ones are
+    stored, and come back, little-endian. Of what cannot be stored a CheckpointError says where it is.
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"a state is a dict with str keys, not {_describe(state)}")
@@ -70,13 +64,9 @@ def encode(state: Mapping[str, Any]) -> tuple[bytes, list[NDArray[np.uint8]]]:
 
 
 def decode(text: bytes, arrays: NDArray[np.uint8]) -> dict[str, Any]:
-    """Return the state that `encode` made `text` and `arrays` from.
+    """Return the state that `encode` made `text` and `arrays` from; CheckpointCorrupt: it would not have written that.
 
-    Arrays are writable views of `arrays`, so that a large catalog is in memory only once: whoever
-    keeps a small one for long should copy it.
-
-    Raises:
-        CheckpointCorrupt: Anything that `encode` would not have written.
+    Its arrays are writable views of `arrays`, so that a large catalog is in memory only once.
     """
     decoder = _Decoder(arrays)
     state = decoder.decode(strict_json(text, "state.json"), 0)
@@ -88,11 +78,7 @@ def decode(text: bytes, arrays: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def strict_json(text: bytes, name: str) -> Any:
-    """Parse JSON as the standard has it: UTF-8, finite numbers, no key twice in one object.
-
-    Raises:
-        CheckpointCorrupt: It is not that; the message begins with `name`.
-    """
+    """Parse JSON as the standard has it: UTF-8, finite numbers, no key twice in one object; `name` is what to blame."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -164,12 +150,6 @@ class _Decoder:
     def __init__(self, arrays: NDArray[np.uint8]) -> None:
         self.arrays = arrays
         self.end = 0
-        self._markers: dict[str, Callable[[Any, int], Any]] = {
-            "$float": self._float,
-            "$tuple": self._tuple,
-            "$array": self._array,
-            "$scalar": self._scalar,
-        }
 
     def decode(self, value: Any, depth: int) -> Any:
         if depth > MAX_DEPTH + 1:
@@ -180,8 +160,17 @@ class _Decoder:
             return value
         if len(value) == 1:
             ((key, item),) = value.items()
-            if key in self._markers:
-                return self._markers[key](item, depth)
+            match key:
+                case "$array":
+                    return self._array(item)
+                case "$scalar":
+                    return self._scalar(item)
+                case "$tuple" if isinstance(item, list):
+                    return tuple(self.decode(part, depth + 1) for part in item)
+                case "$float" if isinstance(item, str) and item in _SPECIAL:
+                    return _SPECIAL[item]
+                case "$tuple" | "$float":
+                    raise CheckpointCorrupt(f"state.json: no {key[1:]} is written as {item!r:.80}")
         return {self._key(key): self.decode(item, depth + 1) for key, item in value.items()}
 
     def _key(self, key: str) -> str:
@@ -191,23 +180,13 @@ class _Decoder:
             raise CheckpointCorrupt(f"state.json has the unknown marker {key!r}")
         return key[1:]
 
-    def _float(self, name: Any, depth: int) -> float:
-        if not isinstance(name, str) or name not in _SPECIAL:
-            raise CheckpointCorrupt(f"state.json: {name!r:.80} is none of the floats {list(_SPECIAL)}")
-        return _SPECIAL[name]
-
-    def _tuple(self, items: Any, depth: int) -> tuple[Any, ...]:
-        if not isinstance(items, list):
-            raise CheckpointCorrupt(f"state.json: a tuple is a list of items, not {items!r:.80}")
-        return tuple(self.decode(item, depth + 1) for item in items)
-
-    def _scalar(self, entry: Any, depth: int) -> Any:
-        array = self._array(entry, depth)
+    def _scalar(self, entry: Any) -> Any:
+        array = self._array(entry)
         if array.shape != ():
             raise CheckpointCorrupt(f"state.json: a scalar has the shape {list(array.shape)}")
         return array[()]
 
-    def _array(self, entry: Any, depth: int) -> NDArray[Any]:
+    def _array(self, entry: Any) -> NDArray[Any]:
         if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str) or entry[0] not in DTYPES:
             raise CheckpointCorrupt(
                 f"state.json: {entry!r:.80} is not [dtype, shape, offset] with one of {list(DTYPES)}"

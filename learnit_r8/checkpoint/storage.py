@@ -134,18 +134,7 @@ class FileRecord:
 
 
 def write_file(fs: FileSystem, path: Path, segments: Sequence[Bytes], pool: Executor) -> FileRecord:
-    """Write the segments one after another, sync, and hash what arrived.
-
-    Args:
-        fs: Where to write.
-        path: A file that does not exist yet.
-        segments: Contiguous arrays; they are neither copied nor changed.
-        pool: Hashes blocks while later ones are written and while the file is synced.
-
-    Raises:
-        CheckpointCorrupt: The file does not hold what was written to it.
-        OSError: A write or sync failed.
-    """
+    """Write the segments one after another, sync, and hash what arrived, while later blocks are written and synced."""
     digests: list[Future[str]] = []
     offset = 0
     with fs.create(path) as file:
@@ -163,16 +152,9 @@ def write_file(fs: FileSystem, path: Path, segments: Sequence[Bytes], pool: Exec
 
 
 def hash_file(fs: FileSystem, path: Path, nbytes: int, pool: Executor, into: Bytes | None = None) -> list[Future[str]]:
-    """Start to hash a file's first `nbytes` bytes and return the digests to come, block by block.
+    """Start to hash a file's first `nbytes` bytes, and to read them `into` an array; return digests, block by block.
 
     A digest's `result()` raises CheckpointCorrupt where the file ends early, OSError where a read fails.
-
-    Args:
-        fs: Where to read.
-        path: A regular file.
-        nbytes: How much to read; the caller has compared it with the file's size.
-        pool: Hashes blocks in parallel.
-        into: Receives the bytes, uint8, shape `[nbytes]`.
     """
     futures = []
     for offset in range(0, max(nbytes, 1), BLOCK):
@@ -185,12 +167,7 @@ def hash_file(fs: FileSystem, path: Path, nbytes: int, pool: Executor, into: Byt
 
 
 def regular_size(root: Path, name: str) -> int:
-    """Return the size of the file `name` (posix style, relative) below `root`.
-
-    Raises:
-        CheckpointCorrupt: The name leads outside of `root`, the file is missing or is no regular file,
-            or a part of the way to it is a symbolic link.
-    """
+    """Return the size of the regular file `name` (posix style, relative) below `root`, reached through no link."""
     parts = PurePosixPath(name).parts
     if name != "/".join(parts) or not parts or {"..", "/", "."} & set(parts) or "\\" in name or "\0" in name:
         raise CheckpointCorrupt(f"{root}: the manifest names {name!r}, which is not a plain path inside the checkpoint")
@@ -213,11 +190,7 @@ def regular_size(root: Path, name: str) -> int:
 
 
 def walk_files(fs: FileSystem, root: Path, below: str = "") -> Iterator[str]:
-    """Yield the relative posix names of all files below `root`, in order.
-
-    Raises:
-        CheckpointError: Something is neither a file nor a directory.
-    """
+    """Yield the relative posix names of all files below `root`, in order; anything else there is an error."""
     for entry in fs.names(root / below):
         name = f"{below}/{entry}" if below else entry
         mode = (root / name).lstat().st_mode
@@ -240,11 +213,7 @@ def remove_tree(fs: FileSystem, path: Path) -> None:
 
 
 def write_all(fs: FileSystem, file: FileIO, data: memoryview) -> None:
-    """Write until everything is written.
-
-    Raises:
-        OSError: A write failed, or wrote nothing.
-    """
+    """Write until everything is written."""
     while data:
         written = fs.write(file, data)
         if written <= 0:
@@ -279,7 +248,7 @@ def _digest(fs: FileSystem, path: Path, offset: int, block: Iterable[Bytes], *, 
             for start in range(0, segment.size, PIECE):
                 piece = segment[start : start + PIECE]
                 target = piece if scratch is None else scratch[: piece.size]
-                _read_all(fs, file, target.data, path)
+                read_all(fs, file, target.data, path)
                 sha256.update(target.data)
                 if scratch is not None and not _same(target, piece):
                     raise CheckpointCorrupt(
@@ -301,7 +270,8 @@ def _discard_digest(fs: FileSystem, path: Path, offset: int, length: int) -> str
     return _digest(fs, path, offset, pieces, compare=False)
 
 
-def _read_all(fs: FileSystem, file: FileIO, buffer: memoryview, path: Path) -> None:
+def read_all(fs: FileSystem, file: FileIO, buffer: memoryview, path: Path) -> None:
+    """Read until the buffer is full."""
     while buffer:
         count = fs.read(file, buffer)
         if count <= 0:

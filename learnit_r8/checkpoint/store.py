@@ -25,11 +25,11 @@ from __future__ import annotations
 import operator
 import re
 import time
-from collections.abc import Callable, Container, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,53 +54,19 @@ from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
 
 
-@dataclass(slots=True)
-class Draft:
-    """A checkpoint that is begun: the user's function has run, the rest may be done by another thread.
+class _Begun(NamedTuple):
+    """A checkpoint whose model the user's function has written, or copied."""
 
-    As a context manager it removes what it has written where the body fails.
-
-    Attributes:
-        store: Where it becomes a checkpoint.
-        path: Its temporary directory.
-        step: As for `CheckpointStore.save`.
-        tag: As for `CheckpointStore.save`.
-        start: When it was begun.
-        state: What `state_codec.encode` returned.
-        has_writer: A function of the user's was to write the model.
-        later: The rest of that function.
-    """
-
-    store: CheckpointStore
-    path: Path
+    path: Path  # a temporary directory
     step: int
     tag: str
     start: float
-    state: tuple[bytes, list[Bytes]]
+    state: tuple[bytes, list[Bytes]]  # what `encode` returned
     has_writer: bool
-    later: Later | None = None
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, *error: object) -> None:
-        if kind is not None:
-            self.store._directory.drop(self.path)
-
-    def finish(self) -> SavedCheckpoint:
-        """Write what is missing; when this returns the checkpoint survives a power cut.
-
-        Raises:
-            CheckpointError: As for `CheckpointStore.save`.
-        """
-        store = self.store
-        with self, store._saving(self.step):
-            files = fill(store._fs, self.path, *self.state, self.later)
-            with ALONE:
-                saved = store._commit(self, files)
-            return store._publish(self, saved)
+    later: Later | None
 
 
-class CheckpointStore:
+class CheckpointStore(CheckpointDirectory):
     """The checkpoints of one run, in one directory.
 
     Args:
@@ -114,7 +80,7 @@ class CheckpointStore:
         retention: What to keep beside the newest `keep`.
 
     Attributes:
-        run: As given; `adopt` and `begin` may change it.
+        run: As given; `adopt` may change it.
         always_labelled: Names carry the run's id, also where no other run's checkpoints lie.
 
     Raises:
@@ -137,14 +103,11 @@ class CheckpointStore:
     ) -> None:
         if keep < 1:
             raise ConfigError([f"keep={keep}: a number of checkpoints from 1 on is expected"])
-        self.directory = Path(directory).absolute()  # a later chdir must not move the run's checkpoints
-        self.run = run
+        super().__init__(Path(directory).absolute(), fs or FileSystem(), run)  # a later chdir must not move it
         self.version = version
         self._retention = retention or Retention(keep)
-        self._fs = fs or FileSystem()
         self._on_corrupt = on_corrupt or (lambda path, reason: None)
         self._clock = clock
-        self._directory = CheckpointDirectory(self.directory, self._fs)
         self._last_serial: int | None = None
         self._buffer: Bytes = np.empty(0, np.uint8)
 
@@ -173,7 +136,7 @@ class CheckpointStore:
                 very last sync fails may the new one exist.
             ConfigError: A bad step or tag.
         """
-        return self.draft(step, state, write_model, tag=tag, copied=False).finish()
+        return self.draft(step, state, write_model, tag=tag, copied=False)()
 
     def draft(
         self,
@@ -183,20 +146,11 @@ class CheckpointStore:
         *,
         tag: str = "",
         copied: bool = True,
-    ) -> Draft:
-        """Do what `save` has to do at the step boundary; `Draft.finish` does the rest, in any thread, once.
+    ) -> Callable[[], SavedCheckpoint]:
+        """Do what `save` has to do at the step boundary; return what does the rest, in any thread, once.
 
-        Args:
-            step: As for `save`.
-            state: As for `save`.
-            write_model: As for `save`.
-            tag: As for `save`.
-            copied: The state's arrays are copied, as they may change before they are written; the memory for that is
-                used again, so a draft has to be finished before the next one.
-
-        Raises:
-            CheckpointError: As for `save`.
-            ConfigError: A bad step or tag.
+        Arrays that may change before they are written are to be `copied`. The memory for that is used again, so the
+        rest has to be done before the next one is begun.
         """
         start = self._clock()
         step = _checked(step, tag)
@@ -204,12 +158,25 @@ class CheckpointStore:
         if copied:
             segments = [self._copied(segments)]
         with self._saving(step):
-            path = self._directory.new_temporary(exclusive=self._directory.open())
-        draft = Draft(self, path, step, tag, start, (text, segments), write_model is not None)
-        if write_model is not None:
-            with draft:
-                draft.later = call_writer(write_model, path / MODEL)
-        return draft
+            path = self.new_temporary(exclusive=self.open())
+        with self._dropped_where_it_fails(path):
+            later = None if write_model is None else call_writer(write_model, path / MODEL)
+        return partial(self._finish, _Begun(path, step, tag, start, (text, segments), write_model is not None, later))
+
+    def _finish(self, begun: _Begun) -> SavedCheckpoint:
+        with self._dropped_where_it_fails(begun.path), self._saving(begun.step):
+            files = fill(self._fs, begun.path, *begun.state, begun.later)
+            with ALONE:
+                saved = self._commit(begun, files)
+            return self._publish(begun.step, saved)
+
+    @contextmanager
+    def _dropped_where_it_fails(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.drop(path)
+            raise
 
     def _copied(self, segments: list[Bytes]) -> Bytes:
         size = sum(segment.size for segment in segments)
@@ -222,26 +189,26 @@ class CheckpointStore:
     def _saving(self, step: int) -> AbstractContextManager[None]:
         return reported(f"no checkpoint of step {step} was written to {shown(self.directory)}; earlier ones are kept")
 
-    def _publish(self, draft: Draft, saved: SavedCheckpoint) -> SavedCheckpoint:
+    def _publish(self, step: int, saved: SavedCheckpoint) -> SavedCheckpoint:
         """Do what is left once a checkpoint lies in the directory."""
         return saved
 
-    def _commit(self, draft: Draft, files: dict[str, FileRecord]) -> SavedCheckpoint:
+    def _commit(self, begun: _Begun, files: dict[str, FileRecord]) -> SavedCheckpoint:
         """Make a checkpoint of a filled directory, and remove what need not stay."""
-        before = self.entries()
-        serial = self._directory.next_serial(before)
+        before = self.entries(again=False)
+        serial = self.next_serial(before)
         strangers = any(entry.manifest is None or entry.manifest.run != self.run for entry in before)
-        manifest = Manifest(draft.step, serial, draft.tag, self.version, files, self.run)
-        write_manifest(self._fs, draft.path, manifest)
-        path = self._directory.free_name(draft.step, self.run if strangers or self.always_labelled else "", draft.tag)
-        self._fs.rename(draft.path, path)
-        self._directory.leave(draft.path)
+        manifest = Manifest(begun.step, serial, begun.tag, self.version, files, self.run)
+        write_manifest(self._fs, begun.path, manifest)
+        path = self.free_name(begun.step, self.run if strangers or self.always_labelled else "", begun.tag)
+        self._fs.rename(begun.path, path)
+        self.leave(begun.path)
         self._fs.sync_directory(self.directory)
         problems = self._strangers(serial, before) + self._tidy(path, manifest, before)
         self._last_serial = serial
-        if draft.has_writer and not manifest.holds_model:
+        if begun.has_writer and not manifest.holds_model:
             problems += ("save_callback wrote nothing to the path that it got: the checkpoint holds no model",)
-        return SavedCheckpoint(path, manifest.nbytes, self._clock() - draft.start, problems)
+        return SavedCheckpoint(path, manifest.nbytes, self._clock() - begun.start, problems)
 
     def load(self, path: str | Path) -> LoadedCheckpoint:
         """Read one checkpoint and verify every byte that its manifest names.
@@ -282,23 +249,15 @@ class CheckpointStore:
         return self._first_whole(self.of_last_run())
 
     def older_than(self, step: int, *, names: Container[str] | None = None, skip: int = 0) -> LoadedCheckpoint | None:
-        """Return the checkpoint saved last among those of a step below `step`, as `newest` does.
+        """Return the checkpoint saved last among those of earlier steps, as `newest` does.
 
         Args:
             step: Global step.
-            names: Directory names that count; None for all.
+            names: Names of folders that count; None for all.
             skip: How many of the newest not to return.
         """
         older = [e for e in self.entries() if e.manifest and e.manifest.step < step]
         return self._first_whole([e for e in older if names is None or e.path.name in names][skip:])
-
-    def of_last_run(self) -> list[Entry]:
-        """Return those of `entries` that belong, or may belong, to the run that saved or began here last."""
-        return self._directory.of_last_run(self.entries())
-
-    def entries(self) -> list[Entry]:
-        """Return what is in the directory, saved last first; those without a readable manifest come first of all."""
-        return self._directory.entries()
 
     def _first_whole(self, entries: list[Entry]) -> LoadedCheckpoint | None:
         for entry in entries:
@@ -342,7 +301,7 @@ class CheckpointStore:
         """Move `latest`, and remove the run's old checkpoints if the new one is really there."""
         problems = []
         try:
-            self._directory.point_latest(path)
+            self._replace(self.directory / "latest", path.name)
         except OSError as error:
             problems.append(f"{self.directory / 'latest'} still names an older checkpoint: {error}")
         try:
@@ -351,35 +310,20 @@ class CheckpointStore:
             for name, record in manifest.files.items():
                 if regular_size(path, name) != record.nbytes:
                     raise CheckpointCorrupt(f"{path}: {name} changed its size")
-            own = [Entry(path, manifest), *self._own(before)]
-            for entry in self._retention.doomed(own, self._directory.metrics):
-                self._directory.discard(entry.path)
+            own = [Entry(path, manifest), *self.own(before)]
+            for entry in self._retention.doomed(own, self.metrics):
+                self.discard(entry.path)
         except (OSError, CheckpointError) as error:
             problems.append(f"older checkpoints were not removed: {error}")
         return tuple(problems)
 
-    def _own(self, entries: list[Entry]) -> list[Entry]:
-        return [entry for entry in entries if entry.manifest and entry.manifest.run == self.run]
-
     # Whose the directory is ---------------------------------------------------------------
-
-    def begin(self) -> None:
-        """Note in a directory with other runs' checkpoints that this one begins, and so is the last one from now on.
-
-        Raises:
-            CheckpointError: The directory cannot be written to.
-        """
-        if self.directory.is_dir():
-            with ALONE, reported(f"{self.directory} cannot be written to"):
-                self._directory.note_run(self.run)
 
     def adopt(self, loaded: LoadedCheckpoint) -> bool:
         """Go on as the run that wrote a checkpoint here, if that is the run's newest one.
 
-        From an older one a run branches off: it keeps its own id, and never removes the other branch.
-
-        Returns:
-            Whether it is the same run from now on.
+        From an older one a run branches off: it keeps its own id, and never removes the other branch. Returned is
+        whether it is the same run from now on.
         """
         run = loaded.manifest.run
         if run == "" or loaded.path.parent.resolve() != self.directory.resolve():
@@ -390,33 +334,16 @@ class CheckpointStore:
         self.run = run
         return True
 
-    def own(self) -> dict[str, int]:
-        """Return name and step of each checkpoint of this run."""
-        return {entry.path.name: entry.manifest.step for entry in self._own(self.entries()) if entry.manifest}
-
     def at_step(self, step: int) -> LoadedCheckpoint | None:
         """Return the checkpoint of a step that was saved last, whoever wrote it, if it is whole."""
         return self._first_whole([entry for entry in self.entries() if entry.manifest and entry.manifest.step == step])
-
-    def add_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
-        """Write down beside a checkpoint what was logged at its step.
-
-        Raises:
-            CheckpointError: It cannot be written.
-        """
-        with reported(f"{path} cannot be written to"):
-            self._directory.add_metrics(path, metrics)
 
     def best(self) -> tuple[float, Path] | None:
         """Return the best value of the retention's metric among the run's checkpoints, and where it lies."""
         if self._retention.best is None:
             return None
-        found = self._retention.best_of(self._own(self.entries()), self._directory.metrics)
+        found = self._retention.best_of(self.own(), self.metrics)
         return None if found is None else (found[0], found[1].path)
-
-    def close(self) -> None:
-        """Let other processes write into the directory; the next save takes the lock again."""
-        self._directory.close()
 
 
 def _checked(step: int, tag: str) -> int:

@@ -65,19 +65,7 @@ class _AtOnce(Executor):
 
 
 def fill(fs: FileSystem, root: Path, text: bytes, segments: list[Bytes], later: Later | None) -> dict[str, FileRecord]:
-    """Write and sync every file but the manifest.
-
-    Args:
-        fs: Where to write.
-        root: A directory with nothing in it but what the user's function has written.
-        text: The state's JSON.
-        segments: The state's arrays.
-        later: The rest of the user's function.
-
-    Raises:
-        CheckpointError: The user's function failed, or wrote what does not belong into a checkpoint.
-        OSError: A write or sync failed.
-    """
+    """Write and sync every file but the manifest, into a directory that holds what the user's function has written."""
     if later is not None:
         call_writer(later)
     with hashing_threads() as pool:
@@ -111,11 +99,7 @@ def write_manifest(fs: FileSystem, root: Path, manifest: Manifest) -> None:
 
 
 def call_writer(write: Callable[..., object], *args: Any) -> Later | None:
-    """Call the user's function, or the rest of it; return what is left to be done.
-
-    Raises:
-        CheckpointError: It raised, or returned False.
-    """
+    """Call the user's function, or the rest of it; return what is left. That it failed is a CheckpointError."""
     try:
         result = write(*args)
     except CheckpointError:  # it says what is wrong itself

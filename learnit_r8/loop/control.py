@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from learnit_r8 import events
 from learnit_r8.core.clock import Clock
@@ -10,6 +10,8 @@ from learnit_r8.loop.ranks import Ranks, Word
 from learnit_r8.loop.signals import Interrupts
 from learnit_r8.sinks import EventBus
 from learnit_r8.types import Command
+
+_END_A_PAUSE = (Command.RESUME, Command.STOP_NOW, Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH)
 
 
 class Control:
@@ -59,6 +61,9 @@ class Control:
         self.save_due |= word.saves
         if word.signal:  # else one that has come meanwhile waits for the next exchange
             self.interrupts.pending = word.signal
+        self._take(command)
+
+    def _take(self, command: Command | None) -> None:
         if command is Command.STOP_NOW:
             self._at_once = True
         elif command in (Command.PAUSE, Command.RESUME):
@@ -66,55 +71,45 @@ class Control:
         else:
             self.stop = command or self.stop
 
-    def act_together(self, step: int) -> None:
-        """Carry out what another exchange told all ranks: stop at once, or wait until one of them says to go on.
+    def obey(self, step: int, save: Callable[[], None]) -> None:
+        """Carry out what sinks ask for, those of other ranks by the last exchange; while paused, wait here.
 
         Raises:
             KeyboardInterrupt: One asked to stop at once.
         """
+        for command in self._asked_here(step, save):
+            if self._ranks.world_size > 1:
+                self._asked = command
+            else:
+                self._take(command)
+        if self._paused:
+            self._bus.emit(events.Paused(step=step, paused=True))
+            self._wait(step, save)
+            self._bus.emit(events.Paused(step=step, paused=False))
         if self._at_once:
             self._at_once = False
             raise KeyboardInterrupt
-        if not self._paused:
-            return
-        self._bus.emit(events.Paused(step=step, paused=True))
-        ends = (Command.RESUME, Command.STOP_NOW, Command.STOP_AFTER_STEP, Command.STOP_AFTER_EPOCH)
+
+    def _asked_here(self, step: int, save: Callable[[], None]) -> Iterator[Command]:
+        for command in self._bus.commands(step):
+            if command is not Command.CHECKPOINT:
+                yield command
+            elif self.together:
+                self.ask_for_save()
+            else:
+                save()
+
+    def _wait(self, step: int, save: Callable[[], None]) -> None:
+        """Return when a rank is asked to go on or to stop or has a signal, or when none can be asked any more."""
+        signal, nobody = -1, -2
         while self._paused:
-            asked = [command for command in self._bus.commands(step) if command in ends]
-            mine = ends.index(asked[-1]) + 1 if asked else -(self.interrupts.pending is not None)
-            heard = self._ranks.everyone(float(mine))
-            if heard.any():  # a signal ends the pause, too: the next step's exchange tells of it
+            asked = [command for command in self._asked_here(step, save) if command in _END_A_PAUSE]
+            mine = 0 if self._bus.commanding else nobody
+            if self.interrupts.pending is not None:  # the next step's exchange tells of it
+                mine = signal
+            heard = self._ranks.everyone(_END_A_PAUSE.index(asked[-1]) + 1 if asked else mine)
+            if heard.max() > 0 or signal in heard or (heard == nobody).all():
                 self._paused = False
-                command = ends[int(heard.max()) - 1] if heard.max() > 0 else Command.RESUME
-                self.stop = command if command in ends[2:] else self.stop
-                self._at_once = command is Command.STOP_NOW
+                self._take(_END_A_PAUSE[int(heard.max()) - 1] if heard.max() > 0 else None)
             else:
                 self._clock.sleep(0.05)
-        self._bus.emit(events.Paused(step=step, paused=False))
-        self.act_together(step)
-
-    def obey(self, step: int, save: Callable[[], None]) -> None:
-        """Carry out what sinks ask for; while paused, wait here.
-
-        Raises:
-            KeyboardInterrupt: One asked to stop at once.
-        """
-        paused = False
-        while self._bus.commanding:
-            for command in self._bus.commands(step):
-                if command is Command.CHECKPOINT and self.together:
-                    self.ask_for_save()
-                elif command is Command.CHECKPOINT:
-                    save()
-                elif self._ranks.world_size > 1:
-                    self._asked = command
-                elif command in (Command.PAUSE, Command.RESUME):
-                    paused = command is Command.PAUSE
-                    self._bus.emit(events.Paused(step=step, paused=paused))
-                elif command is Command.STOP_NOW:
-                    raise KeyboardInterrupt
-                else:
-                    self.stop = command
-            if not paused or self.stops_now or self.interrupts.pending is not None:
-                return
-            self._clock.sleep(0.05)

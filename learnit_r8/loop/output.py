@@ -16,7 +16,7 @@ from learnit_r8.errors import CheckpointError, tell
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.judge import shown
 from learnit_r8.noise.guard import NoiseGuard
-from learnit_r8.run.samples_file import CATALOG_FILE, CatalogLog
+from learnit_r8.run.samples_file import CATALOG_FILE, write_catalog
 from learnit_r8.run.tail import CONSOLE_FILE, EVENTS_FILE
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import EventBus, JsonlSink
@@ -111,7 +111,7 @@ class Output:
         self._logged_at = step
         try:
             flagged = None if self._guard.mode == "off" else self._guard.flagged
-            CatalogLog(self._folder).write(self._catalog, self._args.groups, step, flagged)
+            write_catalog(self._folder, self._catalog, self._args.groups, step, flagged)
         except Exception as error:
             message = f"the samples' figures were not logged: {type(error).__name__}: {error}"
             self._bus.emit(events.Notice(step=step, message=message, level="warning"))
@@ -176,7 +176,7 @@ class FarFolders:
 
     def send(self, step: int, *, wait: bool = False) -> None:
         """Copy what has changed, in the background."""
-        if not self._urls or (self._sending is not None and not self._sending.done and not wait):
+        if not self._urls or (self._sending is not None and not self._sending.done() and not wait):
             return
         from learnit_r8.checkpoint.background import Background
 

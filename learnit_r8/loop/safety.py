@@ -245,14 +245,13 @@ class SafetyNet(Judge):
     def _on_disk(self, before: int, skip: int = 0) -> _Found | None:
         """Return a checkpoint that every rank can read."""
         found = self._saver.find_before(before, skip)
-        steps = self._everyone(-1.0 if found is None else found[0])
+        steps = self._everyone(-1.0 if found is None else found.step)
         if found is None and steps[0] >= 0:
             found = self._saver.find_step(int(steps[0]))
-        steps = self._everyone(-1.0 if found is None else found[0])
+        steps = self._everyone(-1.0 if found is None else found.step)
         if found is None or steps.min() != steps.max():
             return None
-        to_step, path = found
-        return _Found(to_step, str(path), str(path.parent), self._saver.detector_of(path))
+        return _Found(found.step, str(found.model_path), str(found.path), found.state["safety"]["detector"])
 
     def _try_load(self, found: _Found) -> str:
         """Let the user's function restore the model; return what went wrong, or ""."""
@@ -313,7 +312,7 @@ class SafetyNet(Judge):
         if best is not None and self._load is not None:
             return f"the backup of step {best.step} holds it, scheduler.restore_best() gets it back"
         found = self._saver.find_before(self._detector.level.lowest_step + 1, 0)
-        return "" if found is None else f"the checkpoint {found[1].parent} is from before that"
+        return "" if found is None else f"the checkpoint {found.path} is from before that"
 
     def restore_best(self, step: int, epoch: int) -> int:
         """Bring the model back to the backup, or else the checkpoint, of the best level; return its step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,14 @@ from learnit_r8.loop.signals import say
 from learnit_r8.sinks import EventBus
 
 if TYPE_CHECKING:  # loaded at the first checkpoint: many runs have none
-    from learnit_r8.checkpoint import CheckpointStore, Draft, LoadedCheckpoint, SavedCheckpoint
+    from learnit_r8.checkpoint import CheckpointStore, LoadedCheckpoint, SavedCheckpoint
     from learnit_r8.checkpoint.background import Background
 
 State = dict[str, Any]
 
 
 class Saver:
-    """The scheduler's side of a checkpoint directory.
-
-    Args:
-        arguments: Directory, cadence, retention and callbacks of the run.
-        bus: Hears what was saved.
-    """
+    """The scheduler's side of a checkpoint directory."""
 
     def __init__(self, arguments: Arguments, bus: EventBus) -> None:
         self._args = arguments
@@ -48,11 +43,7 @@ class Saver:
 
     @property
     def store(self) -> CheckpointStore:
-        """The checkpoint directory.
-
-        Raises:
-            CheckpointError: The run has none.
-        """
+        """The checkpoint directory; a CheckpointError where the run has none."""
         config = self._args.config
         if config.checkpoint_dir is None:
             raise CheckpointError("this scheduler has checkpoint_dir=None: create it with a checkpoint_dir to save")
@@ -113,12 +104,7 @@ class Saver:
         tell(f"a checkpoint is passed over: {reason}", stacklevel=2)
 
     def due(self, step: int, finished_epoch: int | None) -> bool:
-        """Whether the cadence asks for a checkpoint now: its turn has come, or has passed since the last one.
-
-        Args:
-            step: Global step.
-            finished_epoch: The epoch that has just ended, or None in the middle of one.
-        """
+        """Whether the cadence asks for a checkpoint now: its turn has come, or has passed since the last one."""
         every = self._args.config.checkpoint_every
         if every == "epoch":
             return finished_epoch is not None and finished_epoch != self._attempted_epoch
@@ -140,30 +126,20 @@ class Saver:
         return wanted and step > 0 and step != (self._newest[0] if self._newest else -1)
 
     def save(self, step: int, finished_epoch: int | None, state: Callable[[], State], tag: str = "") -> Path:
-        """Write a checkpoint and return its path.
-
-        Raises:
-            CheckpointError: It could not be written; earlier ones are as they were.
-        """
-        draft, was_due = self._draft(step, finished_epoch, state, tag, copied=False)
-        return self._committed(step, was_due, draft.finish)
+        """Write a checkpoint and return its path; a CheckpointError leaves earlier ones as they were."""
+        finish, was_due = self._draft(step, finished_epoch, state, tag, copied=False)
+        return self._committed(step, was_due, finish)
 
     def save_in_background(self, step: int, finished_epoch: int | None, state: Callable[[], State]) -> None:
-        """Do what a checkpoint needs of the model now, and let a thread do the rest; `settle` tells how that went.
-
-        One at most is under way: the one before is waited for.
-
-        Raises:
-            CheckpointError: It could not be begun; earlier ones are as they were.
-        """
+        """Do what a checkpoint needs of the model now, and let a thread do the rest; `settle` tells how that went."""
         from learnit_r8.checkpoint.background import Background
 
-        draft, was_due = self._draft(step, finished_epoch, state, "", copied=True)
-        self._under_way = step, was_due, Background(draft.finish)
+        finish, was_due = self._draft(step, finished_epoch, state, "", copied=True)
+        self._under_way = step, was_due, Background(finish)
 
     def _draft(
         self, step: int, finished_epoch: int | None, state: Callable[[], State], tag: str, *, copied: bool
-    ) -> tuple[Draft, bool]:
+    ) -> tuple[Callable[[], SavedCheckpoint], bool]:
         self.settle()
         save, contents = self._args.save, state()
         write = None if save is None else lambda path: save(lambda: contents, path)
@@ -198,31 +174,21 @@ class Saver:
         return saved.path
 
     def settle(self, *, wait: bool = True) -> None:
-        """Take note of what has become of the checkpoint that is under way; a failure is told, and training goes on.
-
-        Args:
-            wait: Until it is there; else only where it is already.
-        """
+        """Take note of what has become of the checkpoint that is under way; a failure is told, and training goes on."""
         if self._under_way is None:
             return
-        step, was_due, background = self._under_way
-        if not background.ours or not (wait or background.done):
+        step, was_due, outcome = self._under_way
+        if not outcome.ours or not (wait or outcome.done()):
             return
-        background.wait()
+        outcome.exception()  # waits; interrupted meanwhile, it stays under way
         self._under_way = None
         try:
-            self._committed(step, was_due, background.result)
+            self._committed(step, was_due, outcome.result)
         except CheckpointError as error:
             not_saved(error)
 
     def note(self, step: int, finished_epoch: int | None, path: Path | None = None) -> None:
-        """Let the cadence count from a step, which was saved or loaded, by this rank or another.
-
-        Args:
-            step: Global step.
-            finished_epoch: The epoch that had just ended, or None in the middle of one.
-            path: Where the state of that step is on disk, if it is.
-        """
+        """Let the cadence count from a step, which was saved (at `path`) or loaded, by this rank or another."""
         self._attempted = step
         self._attempted_epoch = -1 if finished_epoch is None else finished_epoch
         if path is not None:
@@ -246,8 +212,11 @@ class Saver:
             return
         if self._best is None and (known := self.store.best()) is not None:
             self._best = known[0]
-        if self._best is None or (value > self._best if best[1] == "max" else value < self._best):
-            self.best_due = True
+        self.best_due |= self._is_best(value)
+
+    def _is_best(self, value: float) -> bool:
+        higher = self._args.config.keep_best is not None and self._args.config.keep_best[1] == "max"
+        return self._best is None or (value > self._best if higher else value < self._best)
 
     def _attach(self, path: Path) -> None:
         best = self._args.config.keep_best
@@ -258,7 +227,7 @@ class Saver:
             self.store.add_metrics(path, {best[0]: value})
         except CheckpointError as error:
             self.tell(step, str(error))
-        if self._best is None or (value > self._best if best[1] == "max" else value < self._best):
+        if self._is_best(value):
             self._best = value
 
     def missed_metric(self) -> str:
@@ -269,46 +238,30 @@ class Saver:
         return f"keep_best={best[0]!r} was never logged: give it to scheduler.log({best[0]}=...)"
 
     def farewell(self, step: int, *, writes: bool) -> str:
-        """Return where a run that stops now is saved and how it goes on, as one sentence.
-
-        Args:
-            step: Global step.
-            writes: Whether this rank writes checkpoints.
-        """
-        self.settle()
+        """Return where a run that stops now is saved and how it goes on, as one sentence."""
         stopped = f"stopped after {step} steps"
         if not writes:
             return f"{stopped}; rank 0 saves the run"
         if self._args.config.checkpoint_dir is None:
             return f"{stopped} and not saved: give R8Scheduler a checkpoint_dir to be able to go on"
+        saved = self.saved_at
         if self._newest is None:
             return f"{stopped} and not saved: start again"
-        saved_step, path = self._newest
-        saved = "saved" if saved_step == step else f"saved last after {saved_step}"
         lacking = "" if self._args.save else " (without the model: give save_callback for that)"
-        return (
-            f"{stopped}, {saved} in {path}{lacking}: go on with R8Scheduler.resume_from_checkpoint({str(path)!r}, ...)"
-        )
+        return f"{stopped}, {'saved' if saved == step else f'saved last after {saved}'} {self._goes_on(lacking)}"
 
     def broken_off(self, step: int) -> str:
         """Return that a step was broken off, so that the model cannot be saved, and how the run goes on; a sentence."""
-        self.settle()
         why = f"thrown out of step {step}: the model may be trained halfway and is not saved"
+        saved = self.saved_at
         if self._newest is None:
             return f"{why}, nor was anything before: start again"
-        saved_step, path = self._newest
-        return (
-            f"{why}, the run was saved last after {saved_step} steps in {path}: go on with "
-            f"R8Scheduler.resume_from_checkpoint({str(path)!r}, ...)"
-        )
+        return f"{why}, the run was saved last after {saved} steps {self._goes_on()}"
 
     def brought_back(self, step: int, back: int, again: int) -> str:
-        """Return that a step was broken off and the model brought back, and how the run goes on; a sentence.
+        """Return that a step was broken off and the model brought back to step `back`, and how the run goes on.
 
-        Args:
-            step: Step that was broken off.
-            back: Step of the state of the model that was saved.
-            again: How many of the batches since will come again.
+        `again` of the batches since come again.
         """
         to = "as it was before" if back == step else f"as it was after {back} steps, the newest backup in RAM"
         lost = step - back - again
@@ -318,6 +271,10 @@ class Saver:
             to += f"; what it learned from {lost} others since is lost"
         return f"thrown out of step {step}, the model was put back {to}; {self.farewell(step - again, writes=True)}"
 
+    def _goes_on(self, lacking: str = "") -> str:
+        path = str(self._newest[1]) if self._newest else ""
+        return f"in {path}{lacking}: go on with R8Scheduler.resume_from_checkpoint({path!r}, ...)"
+
     @property
     def saved_at(self) -> int:
         """Step of the newest checkpoint that was saved or loaded, -1 without one."""
@@ -325,46 +282,23 @@ class Saver:
         return -1 if self._newest is None else self._newest[0]
 
     def find(self, path: str | Path) -> LoadedCheckpoint:
-        """Return the checkpoint that a path means, verified.
-
-        Raises:
-            FileNotFoundError: There is none.
-            CheckpointError: It cannot be used.
-        """
+        """Return the checkpoint that a path means, verified; FileNotFoundError or CheckpointError without one."""
         from learnit_r8.checkpoint import resolve
 
         self.settle()
         return resolve(path, on_corrupt=self.passed_over)
 
-    def find_before(self, step: int, passed_over: int) -> tuple[int, Path] | None:
-        """Return step and model path of this run's newest whole checkpoint of an earlier step.
-
-        Args:
-            step: Checkpoints of this step and later ones do not count.
-            passed_over: How many of the newest not to return.
-        """
+    def find_before(self, step: int, passed_over: int) -> LoadedCheckpoint | None:
+        """Return this run's newest whole checkpoint of an earlier step, `passed_over` newer ones not counted."""
         self.settle()
         if not self._own or self._args.save is None:
             return None
-        found = self.store.older_than(step, names=self._own, skip=passed_over)
-        return None if found is None else (found.step, found.model_path)
+        return self.store.older_than(step, names=self._own, skip=passed_over)
 
-    def find_step(self, step: int) -> tuple[int, Path] | None:
-        """Return step and model path of a whole checkpoint of a step, which another rank has written."""
+    def find_step(self, step: int) -> LoadedCheckpoint | None:
+        """Return a whole checkpoint of a step, which another rank has written."""
         self.settle()
-        found = None if self._args.config.checkpoint_dir is None else self.store.at_step(step)
-        return None if found is None else (found.step, found.model_path)
-
-    def detector_of(self, model_path: Path) -> dict[str, Any] | None:
-        """Return the state that the detector had when a checkpoint was written, None where it cannot be read.
-
-        Args:
-            model_path: As `find_before` returns it.
-        """
-        with suppress(CheckpointError, FileNotFoundError, LookupError):
-            detector = self.find(model_path.parent).state["safety"]["detector"]
-            return detector if isinstance(detector, dict) else None
-        return None
+        return None if self._args.config.checkpoint_dir is None else self.store.at_step(step)
 
     def has_before(self, step: int) -> bool:
         """Whether `find_before` has anything to look at: reading a checkpoint takes far longer than a rollback."""
@@ -374,19 +308,12 @@ class Saver:
         return any((self.store.directory / name).is_dir() for name, saved in self._own.items() if saved < step)
 
     def compare_directory(self, saved: str | None) -> None:
-        """Tell where a resumed run saves, if that is not where it was told to save when it began.
-
-        Args:
-            saved: The `checkpoint_dir` that it had.
-        """
+        """Tell where a resumed run saves, if that is not `saved`, where it was told to save when it began."""
         directory = self._args.config.checkpoint_dir
         if directory and saved and not url_of(directory) and os.path.realpath(directory) != os.path.realpath(saved):
             message = f"new checkpoints go to {os.path.abspath(directory)}, where this one lies, not to {saved}"
-            self._bus.emit(
-                events.Notice(
-                    step=self._attempted, message=f"{message}: give checkpoint_dir to change that", level="warning"
-                )
-            )
+            message += ": give checkpoint_dir to change that"
+            self._bus.emit(events.Notice(step=self._attempted, message=message, level="warning"))
 
     def restored(self, loaded: LoadedCheckpoint, finished_epoch: int | None) -> None:
         """Note where the run stands after a load, so that the same state is not saved again."""
@@ -399,7 +326,7 @@ class Saver:
         self._own = {}
         if self._args.config.checkpoint_dir is not None:
             if self.store.adopt(loaded):  # older ones too: the newest may hold a model that was damaged already
-                self._own = self.store.own()
+                self._own = {entry.path.name: entry.manifest.step for entry in self.store.own() if entry.manifest}
             elif loaded.path.parent.resolve() == self.store.directory.resolve():
                 message = f"this run branches off at {loaded.path.name}: later checkpoints there stay as they are"
                 self._bus.emit(events.Notice(step=loaded.step, message=message, level="info"))

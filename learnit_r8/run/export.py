@@ -11,14 +11,20 @@ if TYPE_CHECKING:
 
 _SILENT_STEPS = 20
 """So many steps' time without an event is no reason to worry."""
+_SAME = (
+    "run", "phase", "step", "total_steps", "epoch", "num_epochs", "epoch_step", "epoch_batches", "lr", "spikes",
+    "rollbacks", "quarantined", "backup_step",
+)  # fmt: skip
+_QUADRANTS = ("edges", "counts", "losses", "uses", "easier", "unseen", "stuck")
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
-
-
-def _listed(values: tuple[float, ...]) -> list[float | None]:
-    return [_finite(value) for value in values]
+def _strict(value: Any) -> Any:
+    """Return data whose numbers are finite or None."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def state(model: DashboardModel) -> str:
@@ -39,64 +45,34 @@ def silent_for(model: DashboardModel, now: float, least: float) -> float:
 
 def numbers(model: DashboardModel) -> dict[str, Any]:
     """Return what the screen shows as plain data; times are seconds, the present is the last event."""
-    now = model.last_time
-    eta = model.eta(now)
-    loss = model.series["loss"]
-    return {
-        "run": model.run,
+    now, loss = model.last_time, model.series["loss"]
+    left, error = model.eta(now) or (None, None)
+    data = {
+        **{name: getattr(model, name) for name in _SAME},
         "state": state(model),
-        "phase": model.phase,
-        "time": _finite(now),
-        "elapsed": _finite(model.elapsed(now)),
-        "step": model.step,
-        "total_steps": model.total_steps,
-        "epoch": model.epoch,
-        "num_epochs": model.num_epochs,
-        "epoch_step": model.epoch_step,
-        "epoch_batches": model.epoch_batches,
-        "progress": _finite(model.progress(now)),
-        "eta": None if eta is None else _finite(eta[0]),
-        "eta_error": None if eta is None else _finite(eta[1]),
+        "time": now,
+        "elapsed": model.elapsed(now),
+        "progress": model.progress(now),
+        "eta": left,
+        "eta_error": error,
         "loss": {
-            "last": _finite(model.loss),
-            "ema": _finite(loss.averages[0]),
-            "min": _finite(loss.lo),
+            "last": model.loss,
+            "ema": loss.averages[0],
+            "min": loss.lo,
             "min_step": model.best_step,
-            "max": _finite(loss.hi),
-            "sigma": _finite(model.sigma),
-            "expected": _finite(model.expected_loss),
-            "score": _finite(model.score),
-            "verdict": model.verdict,
-            "nonfinite": model.nonfinite,
+            "max": loss.hi,
+            "expected": model.expected_loss,
+            **{name: getattr(model, name) for name in ("sigma", "score", "verdict", "nonfinite")},
         },
-        "lr": _finite(model.lr),
-        "step_seconds": _finite(model.pace.step_seconds),
-        "spent": {name: _finite(seconds) for name, seconds in model.pace.spent.items()},
-        "spikes": model.spikes,
-        "rollbacks": model.rollbacks,
-        "quarantined": model.quarantined,
-        "backup_step": model.backup_step,
-        "checkpoint": None if model.checkpoint is None else model.checkpoint.path,
+        "step_seconds": model.pace.step_seconds,
+        "spent": model.pace.spent,
+        "checkpoint": model.checkpoint and model.checkpoint.path,
         "metrics": {
-            name: {"last": _finite(metric.last), "best": _finite(metric.best), "step": metric.last_step}
+            name: {"last": metric.last, "best": metric.best, "step": metric.last_step}
             for name, metric in model.metrics.items()
         },
-        "quadrants": _quadrants(model),
-        "suspects": None if model.suspects is None else model.suspects.count,
-        "alarms": [line.text for line in model.alarms.values()],
+        "quadrants": model.quadrants and {name: getattr(model.quadrants, name) for name in _QUADRANTS},
+        "suspects": model.suspects and model.suspects.count,
+        "alarms": tuple(line.text for line in model.alarms.values()),
     }
-
-
-def _quadrants(model: DashboardModel) -> dict[str, Any] | None:
-    found = model.quadrants
-    if found is None:
-        return None
-    return {
-        "edges": _listed(found.edges),
-        "counts": list(found.counts),
-        "losses": _listed(found.losses),
-        "uses": _listed(found.uses),
-        "easier": _listed(found.easier),
-        "unseen": found.unseen,
-        "stuck": found.stuck,
-    }
+    return {name: _strict(value) for name, value in data.items()}

@@ -120,13 +120,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def of_day(time: float, utc_offset: int | None, pattern: str = "%H:%M:%S") -> str:
-    """Return a wall-clock time as text.
-
-    Args:
-        time: Seconds since the Unix epoch.
-        utc_offset: Seconds ahead of UTC; None uses the machine's zone.
-        pattern: As for `time.strftime`.
-    """
+    """Return a wall-clock time as text; without seconds ahead of UTC, in the machine's zone."""
     try:
         parts = clock.localtime(time) if utc_offset is None else clock.gmtime(time + utc_offset)
     except (ValueError, OverflowError, OSError):

@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
+
+from learnit_r8.run.series import Floats
 
 MIN_STEPS = 20
 MIN_SECONDS = 10.0
@@ -62,17 +63,8 @@ class StepTimes:
     seconds: float = 0.0
     total_steps: int = 0
 
-    def add(self, seconds: float) -> None:
-        """Take one step's duration."""
-        self.steps += 1
-        self.total_steps += 1
-        self.seconds += seconds
-        if self.seconds >= BLOCK_SECONDS and self.steps >= BLOCK_STEPS:
-            self.blocks.add(self.seconds / self.steps)
-            self.steps, self.seconds = 0, 0.0
-
-    def extend(self, seconds: npt.NDArray[np.float64]) -> None:
-        """Take consecutive steps' durations, float64 `[n]`, as `add` does one by one."""
+    def extend(self, seconds: Floats) -> None:
+        """Take consecutive steps' durations, float64 `[n]`."""
         self.total_steps += len(seconds)
         while len(seconds):
             sums = self.seconds + np.cumsum(seconds)
@@ -111,57 +103,28 @@ class Pace:
     _paused_at: float | None = None
     _set_aside: float = 0.0
 
-    def report(self, time: float, step_seconds: float, r8_seconds: float, kind: str) -> float:
-        """Take one reported step and return its seconds, no more than have passed since the one before.
+    def report(self, times: Floats, step_seconds: Floats, r8_seconds: Floats, kind: str) -> Floats:
+        """Take consecutive steps, "train", "cataloging" or "search"; return the seconds of each, `[n]` as all are.
 
-        Where batches are handed out ahead (a loader's workers), a step's own seconds hold those of the steps before.
-
-        Args:
-            time: When it was reported.
-            step_seconds: The user's share.
-            r8_seconds: The scheduler's share.
-            kind: "train", "cataloging" or "search".
+        Where batches are handed out ahead (a loader's workers), a step's own seconds hold those of the steps before: it
+        took no more than have passed since the one before.
         """
         # Clocks of other machines and hand-made logs may go backwards.
-        user, own = min(max(0.0, step_seconds), LONGEST), min(max(0.0, r8_seconds), LONGEST)
-        busy, gap = user + own, 0.0
-        if self._last_report is not None:
-            passed = time - self._last_report - self._set_aside
-            busy = passed if 0 < passed < busy else busy
-            gap = max(0.0, passed - busy)
-        own = min(own, busy)
-        self.spent["between steps"] += gap
-        self.spent["user step"] += busy - own
-        self.spent["r8 overhead"] += own
-        self._last_report, self._set_aside = time, 0.0
-        self.steps += 1
-        # The first step compiles and warms up; it says nothing about the others.
-        if self.steps > 1 and kind != "search":
-            (self.cataloging if kind == "cataloging" else self.train).add(busy + gap)
-        return busy
-
-    def report_all(
-        self,
-        times: npt.NDArray[np.float64],
-        step_seconds: npt.NDArray[np.float64],
-        r8_seconds: npt.NDArray[np.float64],
-        kind: str,
-    ) -> npt.NDArray[np.float64]:
-        """Take consecutive steps, each argument `[n]`, as `report` does one by one; return their seconds, `[n]`."""
-        first = self.report(float(times[0]), float(step_seconds[0]), float(r8_seconds[0]), kind)
-        user, own = (np.minimum(np.fmax(seconds[1:], 0.0), LONGEST) for seconds in (step_seconds, r8_seconds))
-        passed, busy = np.diff(times), user + own
+        user, own = (np.minimum(np.fmax(seconds, 0.0), LONGEST) for seconds in (step_seconds, r8_seconds))
+        before = math.nan if self._last_report is None else self._last_report + self._set_aside
+        passed, busy = np.diff(times, prepend=before), user + own
         busy = np.where((passed > 0) & (passed < busy), passed, busy)
-        gaps = np.maximum(passed - busy, 0.0)
-        own = np.minimum(own, busy)
+        gaps, own = np.fmax(passed - busy, 0.0), np.minimum(own, busy)
         self.spent["between steps"] += float(gaps.sum())
         self.spent["user step"] += float((busy - own).sum())
         self.spent["r8 overhead"] += float(own.sum())
-        self._last_report = float(times[-1])
-        self.steps += len(user)
+        self._last_report, self._set_aside = float(times[-1]), 0.0
+        # The first step compiles and warms up; it says nothing about the others.
+        first = int(self.steps == 0)
+        self.steps += len(times)
         if kind != "search":
-            (self.cataloging if kind == "cataloging" else self.train).extend(busy + gaps)
-        return np.append(first, busy)
+            (self.cataloging if kind == "cataloging" else self.train).extend((busy + gaps)[first:])
+        return busy
 
     def set_aside(self, what: str, seconds: float) -> None:
         """Take time that was neither step nor validation: "checkpoints", "rollbacks" or "paused"."""
@@ -199,11 +162,7 @@ class Pace:
     ) -> tuple[float, float | None] | None:
         """Return the seconds left and their uncertainty (two standard errors), or None while unknown.
 
-        Args:
-            now: Wall-clock time.
-            train_steps: Steps left after cataloging.
-            cataloging_steps: Steps of the cataloging epoch left.
-            validations: Epoch ends left whose validation is not over.
+        Given are the steps left after cataloging, those left of it, and the ends of epochs still to be validated.
         """
         since = now - self.started
         if self.steps < MIN_STEPS or not since >= MIN_SECONDS or math.isnan(self.step_seconds):

@@ -31,7 +31,7 @@ _WHERE_KNOWN = {"groups": np.int64, "flagged": np.bool_}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CatalogSnapshot:
-    """What `CatalogLog` wrote; arrays have one entry a logged sample, in the order of `ids`."""
+    """What `write_catalog` wrote; arrays have one entry a logged sample, in the order of `ids`."""
 
     step: int  # global step at which it was written
     num_samples: int  # size of the data set
@@ -48,62 +48,47 @@ class CatalogSnapshot:
     attributed: bool  # one loss a batch was reported: all figures of samples are estimates
 
 
-class CatalogLog:
-    """Writes the catalog's figures into a folder; each write replaces the one before, never half of it.
+def write_catalog(
+    directory: str | Path,
+    catalog: LossCatalog,
+    groups: NDArray[np.integer[Any]] | None,
+    step: int,
+    flagged: Mask | None = None,
+) -> None:
+    """Write the figures of at most `MAX_SAMPLES` samples, evenly spaced, and of all suspects, in place of earlier ones.
 
-    Args:
-        directory: The run's `log_dir`; made at the first write.
+    The class of each sample and what the noise guard takes for wrong are `[N]`, or None. Where this fails the file is
+    as it was, never half of it.
     """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.path = Path(directory) / CATALOG_FILE
-
-    def write(
-        self, catalog: LossCatalog, groups: NDArray[np.integer[Any]] | None, step: int, flagged: Mask | None = None
-    ) -> None:
-        """Write the figures of at most `MAX_SAMPLES` samples, evenly spaced, and of all suspects.
-
-        Args:
-            catalog: What is known of every sample.
-            groups: Class of each sample, integers `[N]`, or None.
-            step: The global step.
-            flagged: What the noise guard takes for wrong, bool `[N]`, or None.
-
-        Raises:
-            OSError: The file could not be written; an earlier one is as it was.
-        """
-        size = catalog.num_samples
-        suspects = catalog.suspects(MAX_SUSPECTS)
-        if catalog.attributed and flagged is not None and flagged.any():
-            # Left out, they are not heard of again: estimates of them age.
-            everyone = catalog.suspects(size)
-            suspects = everyone[np.argsort(~flagged[everyone], kind="stable")][:MAX_SUSPECTS]
-        count = min(size, MAX_SAMPLES)
-        ids = np.union1d(np.arange(count, dtype=np.int64) * size // count, suspects)
-        columns: dict[str, Any] = {
-            name: getattr(catalog, name)[ids].astype(dtype) for name, dtype in _COLUMNS.items() if name != "ids"
-        }
-        if groups is not None:
-            columns["groups"] = groups[ids]
-        if flagged is not None:
-            columns |= {"flagged": flagged[ids], "num_flagged": np.count_nonzero(flagged)}
-        columns |= {"step": step, "num_samples": size, "attributed": catalog.attributed}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f"{CATALOG_FILE}.{os.getpid()}.tmp")
-        try:
-            with draft.open("wb") as file:
-                np.savez(file, ids=ids, suspects=suspects, **columns)
-            draft.replace(self.path)
-        finally:
-            draft.unlink(missing_ok=True)
+    size = catalog.num_samples
+    suspects = catalog.suspects(MAX_SUSPECTS)
+    if catalog.attributed and flagged is not None and flagged.any():
+        # Left out, they are not heard of again: estimates of them age.
+        everyone = catalog.suspects(size)
+        suspects = everyone[np.argsort(~flagged[everyone], kind="stable")][:MAX_SUSPECTS]
+    count = min(size, MAX_SAMPLES)
+    ids = np.union1d(np.arange(count, dtype=np.int64) * size // count, suspects)
+    columns: dict[str, Any] = {
+        name: getattr(catalog, name)[ids].astype(dtype) for name, dtype in _COLUMNS.items() if name != "ids"
+    }
+    if groups is not None:
+        columns["groups"] = groups[ids]
+    if flagged is not None:
+        columns |= {"flagged": flagged[ids], "num_flagged": np.count_nonzero(flagged)}
+    columns |= {"step": step, "num_samples": size, "attributed": catalog.attributed}
+    path = Path(directory) / CATALOG_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{CATALOG_FILE}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            np.savez(file, ids=ids, suspects=suspects, **columns)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
-    """Return what `CatalogLog` wrote into a run's folder; None where it has written nothing yet.
-
-    Raises:
-        ValueError: The file is damaged, or it is something else.
-    """
+    """Return what `write_catalog` wrote into a run's folder, None where nothing yet; a ValueError if damaged."""
     path = Path(directory) / CATALOG_FILE
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:

@@ -70,16 +70,7 @@ def _powers(decays: tuple[float, ...]) -> tuple[Floats, Floats]:
 
 
 def smoothed(values: Floats, start: Floats | Sequence[float], decays: tuple[float, ...]) -> Floats:
-    """Return the exponential moving averages after each value, `a <- decay * a + (1 - decay) * value`.
-
-    Args:
-        values: Float64 `[n]`.
-        start: The averages before the first, `[d]`.
-        decays: `[d]` of them, each between 0 and 1.
-
-    Returns:
-        Float64 `[n, d]`.
-    """
+    """Return the moving averages `[n, d]` after each value, `a <- decay * a + (1 - decay) * value`."""
     powers, gains = _powers(decays)
     result = np.empty((len(values), len(decays)))
     for first in range(0, len(values), len(powers)):
@@ -90,7 +81,7 @@ def smoothed(values: Floats, start: Floats | Sequence[float], decays: tuple[floa
 
 
 class Series:
-    """A stream of (step, time, value), binned. Adding is O(1) amortised; memory is constant.
+    """A stream of (step, time, value), binned. Adding is O(1) a point; memory is constant.
 
     Args:
         decays: Decays of the moving averages to keep. Each is debiased by `1 - decay ** n` as in
@@ -110,7 +101,6 @@ class Series:
         self.count = self.bad = 0
         self.lo, self.hi, self.last = math.inf, -math.inf, math.nan
         self.averages: tuple[float, ...] = (math.nan,) * len(self.decays)
-        self._gains = tuple([1.0 - decay for decay in self.decays])
         # From here on `1 - decay ** n` is 1 to double precision.
         self._settled = max((math.ceil(-37.0 / math.log(d)) for d in self.decays if 0 < d < 1), default=1)
         self._type = bin_type(len(self.decays))
@@ -126,13 +116,8 @@ class Series:
         """Append a point; NaN and infinities are counted and leave a gap."""
         self.count += 1
         if -HUGE < value < HUGE:
-            if value < self.lo:
-                self.lo = value
-            if value > self.hi:
-                self.hi = value
-            self.last = value
-            if self.decays:
-                self._average(value)
+            self.lo, self.hi, self.last = min(self.lo, value), max(self.hi, value), value
+            self._average(value)
         else:
             self.bad += 1
             value = math.nan
@@ -142,13 +127,7 @@ class Series:
             self._close_chunk()
 
     def extend(self, steps: Floats, times: Floats, values: Floats) -> Floats:
-        """Append points, as `add` does one by one, and return the moving averages after each, float64 `[n, d]`.
-
-        Args:
-            steps: Steps, float64 `[n]`.
-            times: Seconds since the Unix epoch, float64 `[n]`.
-            values: Float64 `[n]`.
-        """
+        """Append points, each argument float64 `[n]`; return the moving averages after each, float64 `[n, d]`."""
         good = (values > -HUGE) & (values < HUGE)
         finite = values[good]
         rows = np.empty((len(values), self._columns))
@@ -174,17 +153,12 @@ class Series:
 
     def _average(self, value: float) -> None:
         finite = self.count - self.bad
-        if finite > self._settled:
-            if len(self._gains) == 3:  # the loss, at every step: a loop would take three times as long
-                (a, b, c), (x, y, z) = self.averages, self._gains
-                self.averages = a + x * (value - a), b + y * (value - b), c + z * (value - c)
-            else:
-                self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, self._gains)])  # noqa: B905
-            return
         if finite == 1:
             self.averages = (value,) * len(self.decays)
-        gains = [(1.0 - decay) / (1.0 - decay**finite) for decay in self.decays]
-        self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, gains, strict=True)])
+        elif self.decays:
+            debias = finite <= self._settled
+            gains = [(1.0 - decay) / (1.0 - decay**finite) if debias else 1.0 - decay for decay in self.decays]
+            self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, gains, strict=True)])
 
     def _debiased(self, values: Floats) -> Floats:
         """Return the moving averages before the first of some finite values and after each, float64 `[n + 1, d]`."""
@@ -242,12 +216,7 @@ class Series:
         return bins
 
     def bins(self, since: float = -math.inf, *, by_time: bool = False) -> Bins:
-        """Return the finest bins that reach back to `since`, oldest first.
-
-        Args:
-            since: A step, or a time where `by_time` is true. Bins that end before it are left out.
-            by_time: What `since` is.
-        """
+        """Return the finest bins that reach back to `since`, a step or a time, oldest first; none ends before it."""
         place = 1 if by_time else 0
         recent = min(RECENT_POINTS, len(self._points) // self._columns)
         if self.count <= recent or self._points[place - recent * self._columns] <= since:

@@ -48,11 +48,7 @@ def read_table(path: str | Path) -> EventsTable:
 class LogReader:
     """A log read again and again while it grows: each `poll` reads only what was added.
 
-    Args:
-        path: The log; another file under the same name is read from its start.
-
-    Attributes:
-        changed: The last `poll` found something new.
+    Another file under the same name is read from its start. `changed`: the last `poll` found something new.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,11 +62,7 @@ class LogReader:
         self._abandoned = 0
 
     def poll(self) -> EventsTable:
-        """Return the log as it is now.
-
-        Raises:
-            OSError: It cannot be read.
-        """
+        """Return the log as it is now."""
         self.changed, behind = False, True
         while behind:
             block, behind = self._tail.read(_BLOCK), self._tail.behind

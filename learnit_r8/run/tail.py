@@ -41,11 +41,7 @@ class LineTail:
         self._inode: int | None = None
 
     def read(self, limit: int) -> bytes:
-        """Return the lines among the next `limit` bytes.
-
-        Raises:
-            OSError: There is no file, or it cannot be read.
-        """
+        """Return the lines among the next `limit` bytes; an OSError where there is no file, or it cannot be read."""
         self.behind = self.restarted = False
         with self.path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -69,9 +65,6 @@ class EventTail(LineTail):
         """Return the events of the next `limit` bytes; a line that is not complete yet is held back.
 
         Unknown events (of a newer version) and lines broken by a crash are passed over.
-
-        Raises:
-            OSError: The file exists and cannot be read.
         """
         try:
             lines = self.read(limit).split(b"\n")
@@ -81,13 +74,7 @@ class EventTail(LineTail):
 
 
 class ConsoleTail:
-    r"""The newest lines of a growing file, `\r` folded and escape sequences removed.
-
-    Args:
-        path: The file.
-        start: Offset of the first byte that counts.
-        keep: Lines to hold.
-    """
+    r"""The newest lines of a growing file, `\r` folded and escape sequences removed."""
 
     def __init__(self, path: Path, start: int = 0, keep: int = 1000) -> None:
         self._tail = LineTail(path, start)

@@ -7,7 +7,6 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from learnit_r8.core.clock import Clock
 from learnit_r8.errors import tell
@@ -29,18 +28,16 @@ class EventBus:
     def __init__(self, sinks: Iterable[Sink], clock: Clock) -> None:
         self._sinks = list(sinks)
         self._clock = clock
-        self._record = [sink.record for sink in self._sinks]
         self.recent: deque[Event] = deque(maxlen=200)  # notable ones, for a crash bundle
         self._pid = os.getpid()
         _unclosed.add(self)
 
     def __bool__(self) -> bool:
-        return bool(self._record)
+        return bool(self._sinks)
 
     def add(self, sink: Sink) -> None:
         """Let one more sink listen from now on."""
         self._sinks.append(sink)
-        self._record.append(sink.record)
 
     @property
     def wants_batches(self) -> bool:
@@ -52,17 +49,16 @@ class EventBus:
         object.__setattr__(event, "time", self._clock.wall())
         if type(event) not in _EVERY_STEP:
             self.recent.append(event)
-        for record in tuple(self._record):
+        for sink in tuple(self._sinks):
             try:
-                record(event)
+                sink.record(event)
             except Exception as error:
-                self._drop(record, event.step, error)
+                self._drop(sink, event.step, error)
 
-    def _drop(self, record: Any, step: int, error: Exception) -> None:
-        if record not in self._record:  # it failed again at the news of another sink's failure
+    def _drop(self, sink: Sink, step: int, error: Exception) -> None:
+        if sink not in self._sinks:  # it failed again at the news of another sink's failure
             return
-        sink = self._sinks[self._record.index(record)]
-        self._take_out(sink)
+        self._sinks.remove(sink)
         _close(sink)
         name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
         tell(f"{name} hears no more of the run, from step {step} on: {reason}")
@@ -71,12 +67,8 @@ class EventBus:
     def remove(self, sink: Sink) -> None:
         """Close one sink and let it hear no more."""
         if sink in self._sinks:
-            self._take_out(sink)
+            self._sinks.remove(sink)
             _close(sink, told=True)
-
-    def _take_out(self, sink: Sink) -> None:
-        place = self._sinks.index(sink)
-        del self._sinks[place], self._record[place]
 
     @property
     def commanding(self) -> bool:
@@ -105,7 +97,6 @@ class EventBus:
         """Close every sink."""
         _unclosed.discard(self)
         while self._sinks:
-            self._record.pop()
             _close(self._sinks.pop(), told=True)
 
 

@@ -286,6 +286,35 @@ def test_a_command_on_one_rank_stops_all_of_them_at_the_same_step(pauses):
     assert ended[0].startswith("stopped after 1")
 
 
+@pytest.mark.parametrize("ends", ["asked to save, then to go on", "the sink is lost"])
+def test_a_pause_of_two_ranks_heeds_what_is_asked_for_meanwhile(ends, tmp_path):
+    class Sink:
+        def __init__(self):
+            self.commands = collections.deque()
+
+        def record(self, event):
+            if isinstance(event, events.Paused) and event.paused:
+                if ends == "the sink is lost":
+                    raise OSError("its terminal is gone")
+                self.commands.extend([Command.CHECKPOINT, Command.RESUME])
+
+    sink = Sink()
+
+    def run(rank, ranks):
+        options = {**ranks, "sinks": [sink] if rank == 0 else [], "checkpoint_dir": tmp_path}
+        scheduler, _ = quiet(400, 4, **options)
+        with scheduler:
+            for batch in each(scheduler):
+                if rank == 0 and batch.step == 10:
+                    sink.commands.append(Command.PAUSE)
+                scheduler.update_with_loss(np.ones(len(batch.indices)))
+        return scheduler.global_step
+
+    ended = on_two_ranks(run)
+    assert ended[0] == ended[1] > 11
+    assert len(list(tmp_path.glob("step-*"))) == (ends != "the sink is lost")
+
+
 def test_a_stop_or_a_signal_ends_the_search_for_a_rate_at_once():
     sink = type("Sink", (), {"commands": collections.deque(), "record": lambda self, event: None})()
     callbacks = {"state_callback": lambda: [1.0], "load_callback": lambda state: None, "backup_every": None}

@@ -23,7 +23,7 @@ from learnit_r8.report.bands import band, wants_log
 from learnit_r8.report.page import write_report
 from learnit_r8.report.plot import write_png
 from learnit_r8.report.run_data import load_run
-from learnit_r8.run.samples_file import CatalogLog
+from learnit_r8.run.samples_file import write_catalog
 from learnit_r8.run.table import read_table
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.sinks import JsonlSink, read_events
@@ -310,6 +310,6 @@ def test_the_report_of_a_million_steps_and_samples_is_under_6_mb(tmp_path):
     for step in range(3):
         ids = np.arange(catalog.num_samples)
         catalog.record(catalog.look_up(ids), rng.exponential(size=len(ids)).astype(np.float32), step)
-    CatalogLog(tmp_path / "run").write(catalog, np.arange(1_000_000) % 10, 3)
+    write_catalog(tmp_path / "run", catalog, np.arange(1_000_000) % 10, 3)
     assert r8("report", "run", cwd=tmp_path).returncode == 0
     assert (tmp_path / "report.html").stat().st_size < 6_000_000

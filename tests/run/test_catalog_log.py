@@ -7,7 +7,7 @@ import pytest
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.events import Notice
-from learnit_r8.run.samples_file import MAX_SAMPLES, MAX_SUSPECTS, CatalogLog, read_catalog
+from learnit_r8.run.samples_file import MAX_SAMPLES, MAX_SUSPECTS, read_catalog, write_catalog
 from learnit_r8.samples.catalog import LossCatalog
 
 
@@ -42,7 +42,7 @@ def run(folder, steps=None, **arguments):
 
 def test_what_is_read_is_what_the_catalog_knows(tmp_path):
     catalog, groups = trained(100), np.arange(100) % 7
-    CatalogLog(tmp_path).write(catalog, groups, 200)
+    write_catalog(tmp_path, catalog, groups, 200)
     found = read_catalog(tmp_path)
     assert (found.step, found.num_samples) == (200, 100)
     assert np.array_equal(found.ids, np.arange(100))
@@ -55,7 +55,7 @@ def test_what_is_read_is_what_the_catalog_knows(tmp_path):
 
 def test_what_the_noise_guard_flags_is_logged_and_counted(tmp_path):
     flagged = np.arange(100) % 9 == 0
-    CatalogLog(tmp_path).write(trained(100), None, 1, flagged)
+    write_catalog(tmp_path, trained(100), None, 1, flagged)
     found = read_catalog(tmp_path)
     assert np.array_equal(found.flagged, flagged)
     assert found.num_flagged == 12
@@ -68,7 +68,7 @@ def test_flagged_samples_come_first_where_one_loss_a_batch_is_known(tmp_path):
     for step, start in enumerate(range(0, 100, 10)):
         catalog.record_batch(catalog.look_up(ids[start : start + 10]), 1.0 + start, step)
     for known, first in ((catalog, True), (heard, False)):
-        CatalogLog(tmp_path).write(known, None, 1, flagged)
+        write_catalog(tmp_path, known, None, 1, flagged)
         suspects = read_catalog(tmp_path).suspects
         expected = known.suspects(100)
         if first:
@@ -86,7 +86,7 @@ def test_a_run_logs_what_its_guard_flags(tmp_path, guard):
 def test_a_large_data_set_is_sampled_evenly_and_no_suspect_is_left_out(tmp_path):
     size = 3 * MAX_SAMPLES + 7
     catalog = trained(size)
-    CatalogLog(tmp_path).write(catalog, None, 1)
+    write_catalog(tmp_path, catalog, None, 1)
     found = read_catalog(tmp_path)
     assert MAX_SAMPLES <= len(found.ids) <= MAX_SAMPLES + MAX_SUSPECTS
     assert np.array_equal(found.suspects, catalog.suspects(MAX_SUSPECTS))
@@ -99,7 +99,7 @@ def test_a_large_data_set_is_sampled_evenly_and_no_suspect_is_left_out(tmp_path)
 
 @pytest.mark.parametrize("size", [1, 2, 9, 11])
 def test_small_data_sets_have_suspects_too(tmp_path, size):
-    CatalogLog(tmp_path).write(trained(size), None, 1)
+    write_catalog(tmp_path, trained(size), None, 1)
     assert len(read_catalog(tmp_path).suspects) >= 1
 
 
@@ -110,7 +110,7 @@ def test_a_folder_without_the_file_has_no_catalog(tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"no archive at all", "half", "object"])
 def test_a_damaged_file_says_so_and_nothing_is_unpickled(tmp_path, damage):
     path = tmp_path / "catalog.npz"
-    CatalogLog(tmp_path).write(trained(50), None, 1)
+    write_catalog(tmp_path, trained(50), None, 1)
     if damage == "half":
         path.write_bytes(path.read_bytes()[:900])
     elif damage == "object":
@@ -122,17 +122,16 @@ def test_a_damaged_file_says_so_and_nothing_is_unpickled(tmp_path, damage):
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    log = CatalogLog(tmp_path)
-    log.write(trained(10), None, 1)
-    before = log.path.read_bytes()
+    write_catalog(tmp_path, trained(10), None, 1)
+    before = (tmp_path / "catalog.npz").read_bytes()
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(OSError, match="No space"):
-        log.write(trained(10), None, 2)
-    assert log.path.read_bytes() == before
+        write_catalog(tmp_path, trained(10), None, 2)
+    assert (tmp_path / "catalog.npz").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["catalog.npz"]
 
 

@@ -22,9 +22,8 @@ def records(series, *since, **how):
 
 
 def filled(values, decays=()):
-    series = Series(decays)
-    for step, value in enumerate(values):
-        series.add(step, 0.5 * step, value)
+    series, steps = Series(decays), np.arange(len(values), dtype=float)
+    series.extend(steps, 0.5 * steps, np.array(values, float))
     return series
 
 
@@ -63,7 +62,7 @@ def test_moving_average_agrees_with_the_debiased_definition(decay):
         total = decay * total + (1 - decay) * value
         expected = total / (1 - decay**n)
     assert series.averages[0] == pytest.approx(expected, rel=1e-9)
-    assert filled([7.0], (decay,)).averages == (7.0,)
+    assert filled([7.0], (decay,)).averages == pytest.approx((7.0,))
 
 
 def test_moving_average_is_of_every_point_after_many_merges():
@@ -119,8 +118,10 @@ def blocks_of(count, cuts):
 @settings(max_examples=80, deadline=None)
 def test_points_in_blocks_are_the_same_as_points_one_by_one(values, repeats, cuts, decays):
     values = np.array(values * repeats, float)
-    single, block = filled(values.tolist(), decays), Series(decays)
+    single, block = Series(decays), Series(decays)
     steps = np.arange(len(values), dtype=float)
+    for step, value in enumerate(values.tolist()):
+        single.add(step, 0.5 * step, value)
     for number, part in enumerate(blocks_of(len(values), cuts)):
         if number % 3 == 2:
             for step in steps[part]:
@@ -159,9 +160,10 @@ def test_memory_has_a_bound():
 def test_memory_is_flat_for_ten_million_points():
     series = Series((0.98,))
     sizes = []
-    for step in range(10_000_000):
-        series.add(step, step, float(step % 1013))
-        if step % 2_500_000 == 2_499_999:
+    for first in range(0, 10_000_000, 1000):
+        steps = np.arange(first, first + 1000, dtype=float)
+        series.extend(steps, steps, steps % 1013)
+        if first % 2_500_000 == 0:
             sizes.append(held(series))
     assert max(sizes) <= most(series)
     assert sum(b.points for b in records(series)) == 10_000_000
