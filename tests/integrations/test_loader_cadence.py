@@ -42,8 +42,13 @@ def saved_steps(folder, workers, prefetch, accumulation, every=3, samples=160, b
     return heard, whole, scheduler.global_step
 
 
+QUICK = [(0, 1), (2, 1), (2, 4), (4, 2)]
+SLOW = [(workers, prefetch) for workers in (2, 4, 8) for prefetch in (1, 2, 4) if (workers, prefetch) not in QUICK]
+SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in SLOW]
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (2, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize(("workers", "prefetch"), QUICK + SLOW)
 def test_no_due_checkpoint_is_missing_and_none_is_torn(workers, prefetch, accumulation, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch counts the machine's cores
