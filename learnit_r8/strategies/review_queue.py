@@ -216,15 +216,9 @@ class ReviewQueue(Saved):
         dates, floats = block.view(np.int64)[::2], block.view(np.float32)
         # Copies: numpy takes twice as long for numbers that do not lie end to end.
         before, old, intervals = dates.copy(), floats[2::4].astype(np.float64), floats[3::4].copy()
-        change = losses - old
         spacing = self.spacing
-        if np.count_nonzero(intervals) == len(ids):
-            change *= _EMA
-        else:  # the first loss counts in full
-            change *= np.where(intervals > 0, _EMA, 1.0)
-            np.maximum(intervals, 1.0, out=intervals)
-        change += old
-        floats[2::4] = change
+        floats[2::4] = old + (losses - old) * np.where(intervals > 0, _EMA, 1.0)  # the first loss counts in full
+        np.maximum(intervals, 1.0, out=intervals)
         intervals *= spacing.growth_rate
         np.minimum(intervals, spacing.max_interval, out=intervals)
         intervals[losses >= mean + spacing.success_threshold_std * std] = 1.0

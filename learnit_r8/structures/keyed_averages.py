@@ -62,7 +62,7 @@ class KeyedAverages:
             return
         self._applied += len(keys)
         self._pending_keys, self._pending_scores = [], []
-        if len(keys) <= _FEW:
+        if len(keys) <= _FEW or len(set(keys)) < len(keys):
             for key, score in zip(keys, scores, strict=True):
                 self._apply_one(key, score)
         else:
@@ -90,22 +90,12 @@ class KeyedAverages:
         items = np.frombuffer(self._items)
         at = 2 * np.array(slots)
         old = items.take(at)
-        np.add.at(items, at + 1, 1.0)
-        alpha, rest = self._alpha, 1 - self._alpha
-        if len(set(slots)) == len(slots):
-            new, known = np.array(scores), old == old
-            new = np.where(known, alpha * new + rest * old, new)
-            items[at], old = new, old[known]
-        else:
-            now = dict(zip(slots, old.tolist(), strict=True))
-            old = np.array([before for before in now.values() if before == before])
-            for slot, score in zip(slots, scores, strict=True):
-                before = now[slot]
-                now[slot] = alpha * score + rest * before if before == before else score
-            items[at] = list(map(now.__getitem__, slots))
-            new = np.array(list(now.values()))
+        items[at + 1] += 1.0
+        new, known = np.array(scores), old == old
+        new = np.where(known, self._alpha * new + (1 - self._alpha) * old, new)
+        items[at] = new
         if self._ranked is not None:
-            self._left.frombytes(old.tobytes())
+            self._left.frombytes(old[known].tobytes())
             self._entered.frombytes(new.tobytes())
 
     def _slot_of(self, key: Hashable) -> int:
