@@ -156,7 +156,7 @@ class KeyedAverages:
             found = self._ranked.answer(ranks, mark)
         self._left, self._entered = array("d"), array("d")
         if found is None:
-            ranked = RankWindows(np.frombuffer(self._items)[::2], ranks, mark)
-            found = ranked.at_first()
-            self._ranked = ranked if len(self._keys) > _SMALL else None
+            ordered = np.sort(np.frombuffer(self._items)[::2])
+            found = ordered[ranks].tolist(), int(ordered.searchsorted(mark))
+            self._ranked = RankWindows(ordered, ranks, mark) if len(ordered) > _SMALL else None
         return found

@@ -27,17 +27,12 @@ class RankWindows:
     in order. Of the `mark` it is known how many are lower.
     """
 
-    def __init__(self, values: NDArray[np.float64], ranks: Sequence[int], mark: float) -> None:
-        self._ranks, self._mark = ranks, mark
-        self._sorted: NDArray[np.float64] | None = np.sort(values)  # until the first change
-
-    def _cut(self, ordered: NDArray[np.float64]) -> None:
-        self._sorted = None
-        count = len(ordered)
+    def __init__(self, ordered: NDArray[np.float64], ranks: Sequence[int], mark: float) -> None:
+        self._mark, count = mark, len(ordered)
         load = max(_LEAST, count // (_REACH * _CELLS))
         self._most = _GROWTH * load
-        places = np.add.outer(np.array(self._ranks, np.int64), load * np.arange(-_CELLS, _CELLS + 1))
-        edges = np.unique([*ordered[places[(places >= 0) & (places < count)]], self._mark])
+        places = np.add.outer(np.array(ranks, np.int64), load * np.arange(-_CELLS, _CELLS + 1))
+        edges = np.unique([*ordered[places[(places >= 0) & (places < count)]], mark])
         # Where there is no such place the window is open.
         lows = np.where(places[:, 0] >= 0, ordered.take(places[:, 0], mode="clip"), -np.inf)
         highs = np.where(places[:, -1] < count, ordered.take(places[:, -1], mode="clip"), np.inf)
@@ -52,7 +47,7 @@ class RankWindows:
         }
         self._has_window = np.zeros(len(self._counts), bool)
         self._has_window[list(self._windows)] = True
-        self._mark_cell = int(self._cells(np.array([self._mark]))[0])
+        self._mark_cell = int(self._cells(np.array([mark]))[0])
         self._crowded = False
 
     def _cells(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -60,8 +55,6 @@ class RankWindows:
 
     def replace(self, old: array[float], new: array[float]) -> None:
         """Put in the new numbers and then take out the old ones, each of which must be there by then."""
-        if self._sorted is not None:
-            self._cut(self._sorted)
         values = np.frombuffer(new + old)
         cells = self._cells(values)
         size = len(self._counts)
@@ -76,13 +69,11 @@ class RankWindows:
             else:
                 del window[bisect_left(window, value)]
 
-    def at_first(self) -> tuple[list[float], int]:
-        """Return the numbers of the ranks, and how many are below the mark, before any change."""
-        assert self._sorted is not None
-        return self._sorted[list(self._ranks)].tolist(), int(self._sorted.searchsorted(self._mark))
-
     def answer(self, ranks: Sequence[int], mark: float) -> tuple[list[float], int] | None:
-        """Return the same after changes; None where a rank has left the windows, or all is to be sorted anew."""
+        """Return the numbers of the ranks, and how many are below the mark.
+
+        None where a rank has left the windows, the mark is another one or too many numbers have come: sort anew.
+        """
         if mark != self._mark or self._crowded:
             return None
         ends = self._counts.cumsum()
