@@ -48,11 +48,6 @@ class LossesSince(Saved):
     def __init__(self, mean: Losses, uses: NDArray[np.uint32]) -> None:
         self._mean, self._uses = np.array(mean, np.float32), np.array(uses, np.uint32)
 
-    @classmethod
-    def empty(cls) -> LossesSince:
-        """Return one to load a state into."""
-        return cls(np.empty(0, np.float32), np.empty(0, np.uint32))
-
     def means(self, catalog: LossCatalog, mask: Mask) -> NDArray[np.float64]:
         """Return the mean loss since then of those samples in a mask that have any, `[<= N]`."""
         total, times = self._sums(catalog)

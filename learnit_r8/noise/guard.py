@@ -159,7 +159,7 @@ class NoiseGuard(Saved):
         doubtful=maybe(_MASK),
         candidate=maybe(_MASK),
         phase=maybe(np.uint8),
-        since=maybe(part(lambda *_: LossesSince.empty())),
+        since=maybe(part(lambda *_: LossesSince(np.empty(0, np.float32), np.empty(0, np.uint32)))),
     )
 
     def __init__(

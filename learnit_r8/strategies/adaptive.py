@@ -40,10 +40,6 @@ def reweigh(weights: Floats, losses: Floats, learning_rate: float, momentum: flo
     return np.asarray(np.maximum(factor, 1 / _RANGE, out=factor))
 
 
-def _check(problems: Problems, learning_rate: float, momentum: float) -> tuple[float, float]:
-    return problems.real("learning_rate", learning_rate, 0.0), problems.real("momentum", momentum, 0.0, 1.0)
-
-
 @builtin("adaptive")
 class Adaptive(WeightedStrategy):
     """Draws by weights that are boosted where losses stay high, and corrects the bias.
@@ -55,7 +51,8 @@ class Adaptive(WeightedStrategy):
 
     def __init__(self, learning_rate: float = 0.1, momentum: float = 0.9) -> None:
         problems = Problems()
-        self.learning_rate, self.momentum = _check(problems, learning_rate, momentum)
+        self.learning_rate = problems.real("learning_rate", learning_rate, 0.0)
+        self.momentum = problems.real("momentum", momentum, 0.0, 1.0)
         problems.raise_if_any()
         super().__init__()
 
@@ -93,7 +90,8 @@ class AdaptiveBatchSampler(WeightedSampler):
     def __init__(self, dataset_size: int, learning_rate: float = 0.1, momentum: float = 0.9, seed: int = 0) -> None:
         problems = Problems()
         size = problems.integer("dataset_size", dataset_size, 1)
-        self.learning_rate, self.momentum = _check(problems, learning_rate, momentum)
+        self.learning_rate = problems.real("learning_rate", learning_rate, 0.0)
+        self.momentum = problems.real("momentum", momentum, 0.0, 1.0)
         problems.integer("seed", seed, 0)
         problems.raise_if_any()
         super().__init__(np.ones(size), seed)

@@ -27,11 +27,7 @@ def sound(cls: type) -> type:
 class Rules:
     """A strategy with every member that it may have; what it has not does nothing.
 
-    Args:
-        strategy: An object with `draw(request)`.
-
-    Attributes:
-        sound: Its draws need no check; a subclass's do.
+    Where it is `sound` its draws need no check; a subclass's do.
     """
 
     catalogs = True
