@@ -280,6 +280,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
 
         Raises:
             IndexError: An index outside `0 .. len - 1`.
+            TypeError: The errors are not numbers.
             ValueError: NaN or infinite errors, or not one per index. Nothing is changed.
         """
         as_of = getattr(indices, "as_of", None) if as_of is None else as_of

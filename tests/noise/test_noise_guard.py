@@ -362,7 +362,7 @@ def test_losses_since_a_moment_are_those_reported_after_it(data):
     since = LossesSince(catalog.mean_loss, catalog.uses)
     for number, ids in enumerate(rounds):
         if number == moment:
-            since = LossesSince.empty()
+            since = LossesSince(np.empty(0, np.float32), np.empty(0, np.uint32))
             since.load_state_dict(LossesSince(catalog.mean_loss, catalog.uses).state_dict())
         losses = rng.exponential(1.0, len(ids)).astype(np.float32)
         catalog.record(catalog.look_up(np.array(ids)), losses, number)
