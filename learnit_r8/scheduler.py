@@ -156,6 +156,7 @@ class R8Scheduler(Steps):
         An epoch that was left by `break` is continued by the next `epoch_iterator()`, and given
         up when this one goes on.
         """
+        self._looped = True
         self._begin(anyhow=self._resumed)
         if self._progress.stage is Stage.DONE:
             self._progress.next_epoch()
@@ -411,13 +412,17 @@ class R8Scheduler(Steps):
         _running.add(self)
         if self._ranks.writes:
             self._saver.begin()
-        self._output.begin(self._progress.global_step, self._budget.elapsed, resumed=self._resumed)
+        step, left = self._progress.global_step, self.batches_left
+        total = None if left is None else step + left  # batches before a resume may have been of another size
+        self._output.begin(step, self._budget.elapsed, total, resumed=self._resumed)
         if out := self._config.left_out:
             message = (
                 f"each epoch leaves out {out} samples, others each time: its last batch gives all "
                 f"{self._config.world_size} ranks equally many"
             )
             self._bus.emit(events.Notice(step=self._progress.global_step, message=message))
+        if self._args.state_callback is not None and self._args.load is None:
+            self.tell("there is no load_callback to restore what state_callback returns: no backups are made in RAM")
         self._budget.begin()
 
     def _end(self, reason: str) -> None:
@@ -430,6 +435,19 @@ class R8Scheduler(Steps):
             self._output.end(self._progress.global_step, reason, self._budget.elapsed, levels, warning)
         self._saver.close()
 
+    def _tell_epochs_left(self) -> None:
+        """Say that only one epoch was trained, where nobody has looped over them."""
+        progress = self._progress
+        if (
+            progress.stage is Stage.DONE
+            and not self._looped
+            and not self._budget.over(progress.epoch + 1, self.global_step)
+        ):
+            self.tell(
+                f"the run ends after epoch {progress.epoch}, with budget left: loop over the epochs, `for epoch in "
+                "scheduler.epoch_iterator()`, around the loop over their batches"
+            )
+
     def close(self) -> None:
         """Save what the cadence owes, release terminal, log, directory and signal handlers; any number of times."""
         self._close("closed", sys.exception())
@@ -440,6 +458,8 @@ class R8Scheduler(Steps):
         if self._pid not in (0, os.getpid()):  # a forked child leaves the parent's loop: nothing here is the child's
             self._closed = True
             return
+        if error is None and self._begun:
+            self._tell_epochs_left()
         said = self._rescue(error)
         if said and printed:
             say(f"[r8] {said}")

@@ -158,7 +158,9 @@ class Terminal:
         check = (lambda: condition in self.text()) if isinstance(condition, str) else condition
         deadline = time.monotonic() + seconds
         while not check():
-            assert time.monotonic() < deadline, f"waited in vain for {condition!r}; shown:\n{self.text()}\nraw tail:\n{self.raw[-2000:]!r}"
+            assert time.monotonic() < deadline, (
+                f"waited in vain for {condition!r}; shown:\n{self.text()}\nraw tail:\n{self.raw[-2000:]!r}"
+            )
             self.pump()
 
     def stop(self):

@@ -154,6 +154,30 @@ MISTAKES = {
         "error",
         "a backup needs the model's state, got None: does state_callback return it?",
     ),
+    "a state_callback without a load_callback": (
+        program("100, 10, num_epochs=1, ui='log', state_callback=dict", loop=REPORT),
+        "shown",
+        "there is no load_callback to restore what state_callback returns: no backups are made in RAM",
+    ),
+    "a loop over batches without one over epochs": (
+        "with R8Scheduler(100, 10, num_epochs=3, ui='log') as scheduler:\n"
+        "    for batch in scheduler.batch_iterator(): scheduler.update_with_loss(1.0)",
+        "shown",
+        "the run ends after epoch 0, with budget left: loop over the epochs, `for epoch in scheduler.epoch_iterator()`",
+    ),
+    "a batch sampler that is given as a sampler": (
+        "import torch\nfrom learnit_r8.integrations.torch import R8BatchSampler\n"
+        "scheduler = R8Scheduler(100, 10, num_epochs=1)\n"
+        "loader = torch.utils.data.DataLoader(torch.arange(100), sampler=R8BatchSampler(scheduler))\n"
+        "for epoch in scheduler.epoch_iterator():\n    for batch in loader: pass",
+        "error",
+        "was given for single samples: DataLoader(data, batch_sampler=R8BatchSampler(scheduler)), not sampler=, and no ",
+    ),
+    "a resume from a file": (
+        "open('best.pt', 'w').close()\nR8Scheduler.resume_from_checkpoint('best.pt')",
+        "error",
+        "best.pt is a file, and there is no checkpoint in",
+    ),
     "checkpoints without a save_callback": (
         program("100, 10, num_epochs=1, checkpoint_every='epoch'", loop=REPORT),
         "shown",

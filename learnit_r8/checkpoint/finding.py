@@ -67,4 +67,5 @@ def _resolve(path: Path, on_corrupt: Callable[[Path, str], object] | None) -> Lo
             f"the run that began last in {directory} has saved nothing; to go on with an earlier one, give one of its "
             f"checkpoints: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
         )
-    raise FileNotFoundError(f"no checkpoint in {directory}: {contents(directory)}; {_ADVICE}")
+    given = f"{path} is a file, and there is " if path.is_file() else ""
+    raise FileNotFoundError(f"{given}no checkpoint in {directory}: {contents(directory)}; {_ADVICE}")

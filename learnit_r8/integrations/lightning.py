@@ -142,6 +142,14 @@ class R8Callback(Callback):
                 f"scheduler's num_epochs={epochs}: give Trainer(max_epochs={epochs or 'n'}), or average by "
                 "lightning.pytorch.callbacks.WeightAveraging"
             )
+        updates = int(scheduler.total_steps or 0) // trainer.accumulate_grad_batches
+        most = {"min_epochs": _epochs_of(scheduler), "min_steps": updates}
+        problems += [
+            f"{name}={least} asks for more than R8Scheduler's budget{f' of {budget}' if budget else ''}, which ends "
+            "the run: leave it out, or give the scheduler a larger budget"
+            for name, budget in most.items()
+            if (least := getattr(trainer, name) or 1) > (budget or 1)
+        ]
         return problems
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,6 +234,11 @@ class R8Callback(Callback):
         if self._looking:
             return
         self._pending.append(_losses(outputs, trainer.accumulate_grad_batches))
+        if self._pending[-1] is not None and self._pending[-1].ndim == 0:
+            self.scheduler.tell(
+                "training_step returns one loss a batch, from which samples are told apart slowly and roughly: return "
+                '{"loss": losses.mean(), "r8_losses": losses}, of reduction="none"'
+            )
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if whole or not pl_module.automatic_optimization:
             self._report()

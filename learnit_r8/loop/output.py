@@ -43,7 +43,7 @@ class Output:
         self._folder = settled(self._config.log_dir)  # or what stands in for it, where it is a URL
         self._far = FarFolders(self._config, bus) if rank == 0 else None
 
-    def begin(self, step: int, elapsed: float, *, resumed: bool) -> None:
+    def begin(self, step: int, elapsed: float, total_steps: int | None, *, resumed: bool) -> None:
         """Open the display and the log, and tell them of the run."""
         config = self._config
         if self._far is not None and not self._begun:
@@ -65,7 +65,7 @@ class Output:
                 run=Path(config.log_dir or ".").resolve().name,
                 config=config.to_json(),
                 steps_per_epoch=config.steps_per_epoch,
-                total_steps=config.total_steps,
+                total_steps=total_steps,
                 resumed=resumed,
                 version=__version__,
                 pid=os.getpid(),

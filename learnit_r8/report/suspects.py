@@ -59,11 +59,15 @@ def rows(catalog: CatalogSnapshot, top: int) -> list[Suspect]:
     """Return the worst samples of a logged catalog, `top` at most."""
     worst = catalog.suspects[:top]
     at = np.searchsorted(catalog.ids, worst)
+    known = np.where(catalog.uses[at] > 0, 1.0, np.nan)  # of some no loss was finite
+    figures = (catalog.mean_loss, catalog.expected_loss, catalog.variability, catalog.correctness)
     arrays = (
-        catalog.groups, catalog.mean_loss, catalog.expected_loss, catalog.variability, catalog.correctness,
-        catalog.uses, catalog.flagged,
-    )  # fmt: skip
-    columns = [itertools.repeat(None) if array is None else array[at].tolist() for array in arrays]
+        None if catalog.groups is None else catalog.groups[at],
+        *(known * figure[at] for figure in figures),
+        catalog.uses[at],
+        None if catalog.flagged is None else catalog.flagged[at],
+    )
+    columns = [itertools.repeat(None) if array is None else array.tolist() for array in arrays]
     return [Suspect(*row) for row in zip(itertools.count(1), worst.tolist(), *columns, strict=False)]
 
 
@@ -88,7 +92,7 @@ def as_text(found: list[Suspect]) -> str:
 
 
 def _brief(value: float | None, name: str) -> str:
-    if name == "correctness":
+    if name == "correctness" and value == value:
         return f"{value:.0%}"
     if name == "flagged":
         return "yes" if value else ""

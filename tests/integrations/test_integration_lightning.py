@@ -454,6 +454,8 @@ def test_weights_reach_the_loss_by_one_call():
     ("callbacks", "options", "word"),
     [
         ((), {"overfit_batches": 2}, "overfit_batches=2 trains on the same"),
+        ((), {"min_epochs": 4}, "min_epochs=4 asks for more than R8Scheduler's budget of 3"),
+        ((), {"min_steps": 37}, "min_steps=37 asks for more than R8Scheduler's budget of 36"),
         ((lightning.callbacks.StochasticWeightAveraging(0.1),), {}, r"give Trainer\(max_epochs=3\)"),
         ((lightning.callbacks.StochasticWeightAveraging(0.1),), {"max_epochs": 9}, r"give Trainer\(max_epochs=3\)"),
     ],

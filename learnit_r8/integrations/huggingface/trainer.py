@@ -161,9 +161,12 @@ class R8Mixin(SampleLossMixin):
     def _tell_replaced(self) -> None:
         """Name the Trainer's arguments that were given and that the scheduler's own take the place of."""
         args, tell, size = self.args, self.scheduler.tell, self.scheduler.batch_size
-        ours = ("num_train_epochs", self._epochs()), ("per_device_train_batch_size", size), ("learning_rate", None)
-        theirs = [(name, getattr(args, name), (default_of(args, name), value)) for name, value in ours]
-        if given := [f"{name}={value!r}" for name, value, fine in theirs if value not in fine]:
+        rates = ("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio")
+        ours = {"num_train_epochs": self._epochs(), "per_device_train_batch_size": size, **dict.fromkeys(rates)}
+        theirs = [
+            (name, getattr(args, name, None), (None, default_of(args, name), value)) for name, value in ours.items()
+        ]
+        if given := [f"{name}={getattr(value, 'value', value)!r}" for name, value, fine in theirs if value not in fine]:
             tell(f"{', '.join(given)} of the Trainer: R8Scheduler's own values count in place of it")
         most, own, each = args.max_steps, self._place()[1], args.gradient_accumulation_steps * self._times[1]
         if 0 < most < own:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from learnit_r8.core.config import Problems
@@ -205,6 +205,7 @@ class _Asker:
         self._last: dict[str, Any] = vars(iterator)
         self._iterator = weakref.ref(iterator, self._count_last)
         self._hosts: list[str] = []
+        self._in_batches = any(type(wrapper) is BatchSampler for wrapper in wrappers)
         self._shard: Any = lambda: None
         self._skipped = 0
         self._delivered = 0
@@ -254,6 +255,11 @@ class _Asker:
         """Return what would lead losses to other samples."""
         iterator: Any = self._iterator()
         problems = []
+        if self._in_batches:
+            problems.append(
+                "the sampler hands out whole batches, and was given for single samples: DataLoader(data, batch_sampler="
+                "R8BatchSampler(scheduler)), not sampler=, and no batch_size"
+            )
         if not getattr(iterator, "_in_order", True):
             problems.append(
                 "DataLoader(in_order=False) delivers batches in another order than they were drawn, so losses would "

@@ -92,7 +92,7 @@ class Parts:
         self._weighs = False  # whether it is known that importance weights reach the loss, or was said that they do not
         self.lr_asked = False  # for the rate of a step, by whoever sets it
         self.host_saves = False  # a framework saves the run, and acts on signals
-        self._within = False  # whether an epoch loop is going
+        self._within = self._looped = False  # whether an epoch loop is going, or ever began
         self._diverged = False
         self._pid = 0  # of the process that runs the loop, once it has begun
         self._reporter: int | None = None  # thread that reports losses
