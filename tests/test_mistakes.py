@@ -171,7 +171,7 @@ MISTAKES = {
         "loader = torch.utils.data.DataLoader(torch.arange(100), sampler=R8BatchSampler(scheduler))\n"
         "for epoch in scheduler.epoch_iterator():\n    for batch in loader: pass",
         "error",
-        "was given for single samples: DataLoader(data, batch_sampler=R8BatchSampler(scheduler)), not sampler=, and no ",
+        "given for single samples: DataLoader(data, batch_sampler=R8BatchSampler(scheduler)), not sampler=, and no ",
     ),
     "a resume from a file": (
         "open('best.pt', 'w').close()\nR8Scheduler.resume_from_checkpoint('best.pt')",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
+from learnit_r8.checkpoint.lock import DirectoryLock
+from learnit_r8.checkpoint.storage import FileSystem
 from learnit_r8.core.config import Config
 from learnit_r8.core.urls import settled, url_of
 from learnit_r8.dashboard import open_dashboard
@@ -39,6 +41,7 @@ class Output:
         self._display: Sink | None = None
         self._log: Sink | None = None
         self._begun = False
+        self._lock: DirectoryLock | None = None
         self._logged_at: int | None = None
         self._folder = settled(self._config.log_dir)  # or what stands in for it, where it is a URL
         self._far = FarFolders(self._config, bus) if rank == 0 else None
@@ -49,6 +52,7 @@ class Output:
         if self._far is not None and not self._begun:
             self._folder = self._far.open(step)
         log = config.log_dir is not None and self._log is None and self._rank == 0
+        taken = self._lock_folder() if log else ""
         if log and not resumed and step == 0:
             for name in (EVENTS_FILE, CATALOG_FILE, CONSOLE_FILE):
                 with suppress(OSError):
@@ -72,6 +76,9 @@ class Output:
                 elapsed=elapsed,
             )
         )
+        if taken:
+            self._bus.emit(events.Notice(step=step, message=taken, level="warning"))
+            tell(taken, stacklevel=4)
         if config.batch_size > config.num_samples:
             message = (
                 f"batch_size={config.batch_size} is larger than num_samples={config.num_samples}, so every batch is "
@@ -85,6 +92,29 @@ class Output:
             for event in missed:  # what a resume loaded, and which checkpoint it passed over
                 with suppress(Exception):  # the bus drops a sink that fails, at the next event
                     sink.record(event)
+
+    def _lock_folder(self) -> str:
+        """Make the log's folder this process's own; where a live run of another one logs there, take one beside it.
+
+        Returns:
+            What to tell of it, or "".
+        """
+        wanted, number = Path(self._folder or "."), 1
+        while True:
+            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            self._lock = DirectoryLock(folder, FileSystem())
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock.take()
+            except CheckpointError:
+                number += 1
+                continue
+            except OSError:  # who writes there will tell
+                return ""
+            self._folder = str(folder)
+            if number == 1:
+                return ""
+            return f"a live run writes into {wanted}, so this one is logged in {folder}: give each a log_dir of its own"
 
     def _open_display(self) -> None:
         """Open the best display that there is; it is one sink among the others."""
@@ -148,6 +178,8 @@ class Output:
         )
         if self._far is not None:
             self._far.send(step, wait=True)
+        if self._lock is not None:
+            self._lock.release()
         self._close_display()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import deque
 
 import numpy as np
@@ -331,7 +333,7 @@ def test_a_run_that_starts_anew_sets_the_log_of_an_earlier_one_aside(tmp_path):
             train(scheduler, lambda batch, loss=loss: np.full(len(batch.indices), loss))
             (tmp_path / "console.log").write_text(f"printed at loss {loss}\n")
     runs = {".1": 1.0, ".2": 2.0, "": 3.0}
-    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(tmp_path.glob("[!.]*"))) == 9
     for number, loss in runs.items():
         log = read_events(tmp_path / f"events{number}.jsonl")
         assert [event.loss for event in log if isinstance(event, events.LossReported)] == [loss] * 12
@@ -426,3 +428,41 @@ def test_a_program_that_changes_its_working_directory_keeps_one_log_and_one_fold
     heard = list(read_events(tmp_path / "log" / "events.jsonl"))
     assert sum(isinstance(event, events.LossReported) for event in heard) == 12
     assert (tmp_path / "saved" / "step-000000012").is_dir()
+
+
+LIVE = """
+import sys
+from learnit_r8 import R8Scheduler
+run = R8Scheduler(20, 5, num_epochs=1, log_dir=sys.argv[1], checkpoint_dir=None, ui="off")
+for _ in run.epoch_iterator():
+    for batch in run.batch_iterator():
+        run.update_with_loss(1.0)
+        if batch.step == 1:
+            print("going", flush=True)
+            sys.stdin.read()
+"""
+
+
+def logged_run(folder):
+    with R8Scheduler(20, 5, num_epochs=1, log_dir=folder, checkpoint_dir=None, ui="off") as run:
+        for _ in run.epoch_iterator():
+            for _ in run.batch_iterator():
+                run.update_with_loss(2.0)
+
+
+def losses_in(folder):
+    return [event.loss for event in read_events(folder / "events.jsonl") if isinstance(event, events.LossReported)]
+
+
+def test_two_live_runs_with_one_log_dir_are_logged_apart_and_that_is_said(tmp_path):
+    folder = tmp_path / "log"
+    command = [sys.executable, "-c", LIVE, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as live:
+        assert live.stdout.readline() == "going\n"
+        with pytest.warns(RuntimeWarning, match="a live run writes into .*/log, so this one is logged in .*/log-2: "):
+            logged_run(folder)
+        live.communicate(timeout=60)
+    assert losses_in(folder) == [1.0] * 4
+    assert losses_in(tmp_path / "log-2") == [2.0] * 4
+    logged_run(folder)  # it has ended: its log is set aside
+    assert losses_in(folder) == [2.0] * 4
