@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, groupby, takewhile
 
 from learnit_r8.run.styles import Style
 
@@ -66,14 +66,8 @@ def clip(text: str, width: int) -> str:
         return text
     if width <= 0:
         return ""
-    kept, used = [], 0
-    for char in text:
-        cells = _WIDTHS[char][1]
-        if used + cells > width - 1:
-            break
-        kept.append(char)
-        used += cells
-    return "".join(kept) + "…"
+    used = accumulate(_WIDTHS[char][1] for char in text)
+    return text[: sum(1 for _ in takewhile(lambda cells: cells < width, used))] + "…"
 
 
 def clip_middle(text: str, width: int) -> str:
@@ -127,6 +121,12 @@ class Grid:
             if x >= 0:
                 self._set(y, x, drawn, cells, style)
             x += cells
+        return x
+
+    def put_all(self, y: int, x: int, parts: Iterable[tuple[str, Style]], limit: int | None = None) -> int:
+        """Write styled pieces one after the other and return the cell after them."""
+        for text, style in parts:
+            x = self.put(y, x, text, style, limit)
         return x
 
     def put_row(self, y: int, x: int, chars: Sequence[str], styles: Sequence[int]) -> None:

@@ -93,7 +93,7 @@ def key_line(grid: Grid, y: int, x: int, width: int, view: ViewState, now: float
     for key, meaning in keys:
         if x + len(key) + len(meaning) + 1 > end:
             continue
-        x = grid.put(y, grid.put(y, x, key, Style.BOLD, end), f" {meaning}  ", Style.DIM, end)
+        x = grid.put_all(y, x, ((key, Style.BOLD), (f" {meaning}  ", Style.DIM)), end)
 
 
 def _box(grid: Grid, title: str, rows: Sequence[tuple[str, str]]) -> None:

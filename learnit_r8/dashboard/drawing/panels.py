@@ -30,10 +30,7 @@ _AXIS_LEGEND = (("!", "spike"), ("R", "rollback"), ("C", "ckpt"), ("V", "val"), 
 
 def write(grid: Grid, rect: Rect, row: int, *parts: Piece, indent: int = 0) -> int:
     """Write styled pieces one after the other into a pane's row, the title's being -1; return the cell after them."""
-    x = rect.x + indent
-    for text, style in parts:
-        x = grid.put(rect.y + 1 + row, x, text, style, rect.x + rect.width)
-    return x
+    return grid.put_all(rect.y + 1 + row, rect.x + indent, parts, rect.x + rect.width)
 
 
 def heading(grid: Grid, rect: Rect, number: int, name: str, view: ViewState, parts: Sequence[Piece] = ()) -> None:

@@ -49,24 +49,20 @@ def title(grid: Grid, model: DashboardModel, view: ViewState, now: float) -> Non
     x = max(4, grid.width - room - 3)
     end = x
     x = grid.put(0, x, " ")
-    for text, piece in right:
-        x = grid.put(0, grid.put(0, x, text, piece), "  ")
+    for piece in right:
+        x = grid.put_all(0, x, (piece, ("  ", Style.NORMAL)))
     grid.put(0, x - 1, "─", Style.DIM)
     left = [("learnit::r8" if grid.width >= WIDE else "r8", Style.TITLE)]
-    left += [(f"run {model.run}" if grid.width >= WIDE else model.run, Style.BOLD)] if model.run else []
-    left += [(f"phase {model.phase}" if grid.width >= WIDE else model.phase, Style.ACCENT)] if model.phase else []
+    for word, name, style in (("run", model.run, Style.BOLD), ("phase", model.phase, Style.ACCENT)):
+        if name:
+            left.append((f"{word} {name}" if grid.width >= WIDE else name, style))
     x = 2
-    for i, (text, piece) in enumerate(left):
+    for i, (text, style) in enumerate(left):
         room = end - x - 4
         if room < 3:
             break
-        if i:
-            x = grid.put(0, x, "─", Style.DIM)
-        x = grid.put(0, grid.put(0, grid.put(0, x, " "), clip(text, room), piece), " ")
-
-
-def _percent(share: float | None) -> str:
-    return "   --%" if share is None else f"{100 * share:5.1f}%"
+        border = [("─", Style.DIM)] if i else []
+        x = grid.put_all(0, x, [*border, (" ", Style.NORMAL), (clip(text, room), style), (" ", Style.NORMAL)])
 
 
 def _total_fields(model: DashboardModel, now: float, view: ViewState, wide: bool) -> tuple[str, list[str]]:
@@ -118,27 +114,23 @@ def progress(grid: Grid, y: int, x: int, width: int, model: DashboardModel, view
     rate = ""
     if wide and speed > 0 and count and model.ended is None:
         rate = f"{f.short(model.samples / count / speed)} smp/s".rjust(11)
-    for parts, epoch_parts, rate_text in ((3, 2, rate), (3, 2, ""), (2, 2, ""), (2, 1, ""), (1, 1, "")):
+    for most, epoch_parts, rate_text in ((3, 2, rate), (3, 2, ""), (2, 2, ""), (2, 1, ""), (1, 1, "")):
         where = (position, "".join(epoch_position[:epoch_parts]))
-        rest = ("".join(left[:parts]), "".join(epoch_left[:parts]))
+        rest = ("".join(left[:most]), "".join(epoch_left[:most]))
         positions = max(len(where[0]), len(where[1]), 18 if wide else 13)
         # The least widths keep the bars from moving when a number gains a digit.
-        lefts = max(len(rest[0]), len(rest[1]), 34 if wide and parts == 3 else 14 if parts > 1 else 10)
+        lefts = max(len(rest[0]), len(rest[1]), 34 if wide and most == 3 else 14 if most > 1 else 10)
         cells = width - (17 + positions + lefts + len(rate_text))
         if cells >= 16:
             break
-    total_share = model.progress(now)
-    epoch_share = model.epoch_step / model.epoch_batches if model.epoch_batches else None
-    end = x + width
-    for row, (name, share) in enumerate((("TOTAL", total_share), ("EPOCH", epoch_share))):
+    of_epoch = model.epoch_step / model.epoch_batches if model.epoch_batches else None
+    for row, (name, share) in enumerate((("TOTAL", model.progress(now)), ("EPOCH", of_epoch))):
         drawn = bar(share or 0.0, max(4, cells))
         filled = len(drawn.rstrip("─"))
-        at = grid.put(y + row, x, f"{name} ", Style.BOLD, end)
-        at = grid.put(y + row, at, drawn[:filled], Style.ACCENT, end)
-        at = grid.put(y + row, at, drawn[filled:], Style.DIM, end)
-        at = grid.put(y + row, at, f" {_percent(share)}  ", Style.BOLD, end)
-        text = where[row].ljust(positions) + "  " + rest[row].ljust(lefts)
-        grid.put(y + row, at, text + (rate_text if row == 0 else ""), Style.NORMAL, end)
+        text = where[row].ljust(positions) + "  " + rest[row].ljust(lefts) + ("" if row else rate_text)
+        done = "   --%" if share is None else f"{100 * share:5.1f}%"
+        parts = [(f"{name} ", Style.BOLD), (drawn[:filled], Style.ACCENT), (drawn[filled:], Style.DIM)]
+        grid.put_all(y + row, x, [*parts, (f" {done}  ", Style.BOLD), (text, Style.NORMAL)], x + width)
 
 
 def bare_lines(model: DashboardModel, now: float) -> list[list[str]]:

@@ -41,18 +41,21 @@ class PosixTerminal(Board):
             if prints:
                 self.prints = self._capture = Capture(console)
                 undo.callback(self._capture.close)
-            if reset:
-                self.tty.set_modes(self.tty.modes)
-            try:
-                self._guardian = Guardian(self.tty.fd, saved, stty_form(self.tty.fd), reset, self.prints)
-            finally:
-                self.tty.set_modes(self.tty.saved)
+            ours = self._form_of_the_view() if reset else saved
+            self._guardian = Guardian(self.tty.fd, saved, ours, reset, self.prints)
             undo.callback(self._guardian.dismiss)
             self._undo = undo.pop_all()
 
     def _start(self) -> bytes:
         """Start what draws, before prints are kept; return the bytes that leave the screen."""
         return b""
+
+    def _form_of_the_view(self) -> str:
+        self.tty.set_modes(self.tty.modes)
+        try:
+            return stty_form(self.tty.fd)
+        finally:
+            self.tty.set_modes(self.tty.saved)
 
     def checkpoint(self, path: str) -> None:
         self._guardian.checkpoint(path)

@@ -122,10 +122,13 @@ class WindowsBoard(ScreenBoard):
         self._window: Any = None
         self._named: dict[int, str] = {}
         self._in = False
+        self._mode = ctypes.c_uint32()
 
     def enter(self) -> None:
         if self._window is None:
             os.environ.setdefault("PDC_RESTORE_SCREEN", "1")  # the user's own lines come back when the view is left
+            self._out = ctypes.c_void_p(_kernel().GetStdHandle(_HANDLES["stdout"]))
+            _kernel().GetConsoleMode(self._out, ctypes.byref(self._mode))
             self._window = curses.initscr()
             # A console may take no escape sequences, as the tones need.
             self._cells = Cells(self._window, start_colours(self._environment, tones=False))
@@ -170,6 +173,8 @@ class WindowsBoard(ScreenBoard):
             with contextlib.suppress(curses.error):
                 curses.curs_set(1)
                 curses.endwin()
+            # PDCurses leaves a console in which a line's end is a glyph.
+            _kernel().SetConsoleMode(self._out, self._mode)
 
     def lend(self, last: bool = False) -> None:
         if self._capture is not None:
