@@ -171,6 +171,8 @@ class WindowsBoard(ScreenBoard):
         if self._in:
             self._in = False
             with contextlib.suppress(curses.error):
+                self._window.erase()  # not every console brings back what it showed before
+                self._window.refresh()
                 curses.curs_set(1)
                 curses.endwin()
             # PDCurses leaves a console in which a line's end is a glyph.
