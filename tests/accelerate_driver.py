@@ -72,7 +72,7 @@ def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults
     loader = DataLoader(data(), batch_sampler=sampler, num_workers=1, generator=torch.Generator())
     if resume:
         accelerator.load_state(str(folder))
-    seen, held = [], []
+    seen, held, told = [], [], np.zeros(SAMPLES)
     for _ in scheduler.epoch_iterator():
         for numbers, x, y in loader:
             seen.append(numbers.tolist())
@@ -82,6 +82,7 @@ def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults
                 optimizer.step()
                 optimizer.zero_grad()
             held.append(losses.detach())
+            told[numbers] += losses.detach().numpy()
             if accelerator.sync_gradients:
                 for part in held:
                     scheduler.update_with_loss(part)
@@ -89,7 +90,8 @@ def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults
             if scheduler.global_step == stop_at:
                 accelerator.save_state(str(folder))
                 return {"seen": seen, "weights": hexed(network)}
-    return {"seen": seen, "weights": hexed(network), **watch.findings()}
+    apart = np.abs(scheduler.catalog.mean_loss * scheduler.catalog.uses - told).max()
+    return {"seen": seen, "weights": hexed(network), "losses_apart": float(apart), **watch.findings()}
 
 
 def resumed(folder: Path) -> dict:

@@ -223,14 +223,16 @@ def rank0(folder: Path, ranks: dict) -> dict:
 
 
 class Broken:
-    """Draws what is no sample id, each time something else."""
+    """Draws what is no sample id, each time something else; None: fails."""
 
     catalogs = False
 
-    def __init__(self, ids: list) -> None:
+    def __init__(self, ids: list | None) -> None:
         self.ids = ids
 
     def draw(self, request):
+        if self.ids is None:
+            raise LookupError("the list of samples is gone")
         return np.array(self.ids)
 
 
@@ -239,12 +241,12 @@ def rank0_broken(folder: Path, ranks: dict) -> dict:
     from learnit_r8.integrations.distributed import FromRank0
 
     errors = []
-    for ids in ([0.5, 1.5], [-1, 2], [SAMPLES, 2], [3, 3], []):
+    for ids in ([0.5, 1.5], [-1, 2], [SAMPLES, 2], [3, 3], [], None):
         training = Training(folder / "rank0_broken", ranks, num_epochs=1, strategy=FromRank0(Broken(ids)))
         try:
             training.go()
-        except ProtocolError as error:
-            errors.append(str(error))
+        except (ProtocolError, LookupError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
     return {"errors": errors}
 
 

@@ -1,7 +1,7 @@
 """Runs examples/ray_train.py and kills one of its workers at given steps; started by test_integration_examples.py.
 
 ray_driver.py STEPS FOLDER ...: STEPS like 13,77; at the first, the second worker dies, at the second, the first one,
-and so on. At every fourth, the newest checkpoint's folder goes with it.
+and so on. At every second of which two checkpoints are there, the newest one's folder goes with it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray_train
 
 
@@ -23,6 +22,7 @@ def main() -> None:
         import os
         import shutil
         import signal
+        import time
 
         update = ray_train.R8Scheduler.update_with_loss
 
@@ -32,8 +32,12 @@ def main() -> None:
                 died = folder / f"died-{step}"
                 if scheduler.global_step == step and int(os.environ["RANK"]) == (number + 1) % 2 and not died.exists():
                     died.touch()
-                    if number % 4 == 3:
-                        shutil.rmtree(max(folder.glob("storage/r8/checkpoint_2*")))
+                    kept = sorted(folder.glob("storage/r8/checkpoint_2*"))
+                    if number % 2 and len(kept) > 1:
+                        known = kept[-1].parent / "checkpoint_manager_snapshot.json"
+                        while kept[-1].name not in known.read_text():  # else nobody would look for it
+                            time.sleep(0.1)
+                        shutil.rmtree(kept[-1])
                     os.kill(os.getpid(), signal.SIGKILL)
             return result
 
@@ -41,7 +45,6 @@ def main() -> None:
         healthy()
 
     sys.argv += ["--storage", str(folder / "storage")]
-    ray.init(include_dashboard=False, object_store_memory=100 << 20)  # small: Ray starts a dozen processes as it is
     ray_train.main(train_and_die)
 
 

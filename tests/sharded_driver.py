@@ -366,6 +366,20 @@ def disk(folder: Path, ranks: dict, kind: str) -> dict:
     return training.outcome()
 
 
+def lost(folder: Path, ranks: dict, kind: str) -> dict:
+    """A node takes its part of the newest checkpoint with it: all ranks go on from the one before."""
+    one = Saved(kind, ranks, folder / "lost", checkpoint_every=10)
+    one.go(stop_at=25)
+    if ranks["rank"] == 0:
+        newest = max((folder / "lost").glob("step-*"))
+        next(iter((newest / "model").glob("__1_*"))).unlink()
+    dist.barrier()
+    two = Saved(kind, ranks, folder / "lost", resume=True)
+    begun = two.scheduler.global_step
+    two.go(stop_at=25)
+    return {"begun": begun, "newest": newest.name if ranks["rank"] == 0 else "", "same": two.weights() == one.weights()}
+
+
 def failing(folder: Path, ranks: dict, kind: str) -> dict:
     """A save that fails on one rank fails on all, and the run goes on."""
     from learnit_r8 import CheckpointError, R8Scheduler
@@ -418,10 +432,14 @@ def tutorial(folder: Path, ranks: dict, kind: str) -> dict:
     one = Training(kind, ranks)
     one.go(stop_at=25)
     dcp.save(save(one), checkpoint_id=folder / "tutorial")
+    one_piece = {"r8": TensorState(one.scheduler)}
+    written = dcp.async_save(one_piece, checkpoint_id=folder / "async", process_group=dist.new_group(backend="gloo"))
     one.go()
+    written.result()
     two = Training(kind, ranks)
     state = save(two)
     dcp.load(state, checkpoint_id=folder / "tutorial")
+    dcp.load({"r8": state["r8"]}, checkpoint_id=folder / "async")
     set_state_dict(two.model, two.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     begun = two.scheduler.global_step
     two.go()

@@ -9,6 +9,7 @@ and nccl, under torchrun, Accelerate and Ray Train.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,8 @@ class _Gather:
 
     def __init__(self, group: Any) -> None:
         # Weak: a group that outlives destroy_process_group() aborts the interpreter's exit.
-        self._ref = weakref.ref(group)
-        self._world = dist.get_world_size(group)
-        self._device = _device(group)
+        self.group = weakref.ref(group)
+        self._world, self._device = dist.get_world_size(group), _device(group)
         self._buffers = self._allocate(512)
         self._large_before = False
 
@@ -56,14 +56,8 @@ class _Gather:
         mine = torch.empty(_LENGTH + capacity, dtype=torch.uint8)
         return mine, torch.empty(self._world * len(mine), dtype=torch.uint8, device=self._device)
 
-    @property
-    def group(self) -> Any:
-        """The process group, or None when it was destroyed."""
-        return self._ref()
-
     def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
-        group = self.group
-        if group is None:
+        if (group := self.group()) is None:
             raise ProtocolError(_NOT_INITIALIZED)
         data = np.ascontiguousarray(array).reshape(-1)
         raw = data.view(np.uint8)
@@ -77,13 +71,14 @@ class _Gather:
             rows = everyone.cpu().numpy().reshape(self._world, -1)
             sizes = rows[:, :_LENGTH].copy().view(np.int64)[:, 0]
             if sizes.max() <= capacity:
-                parts = [row[_LENGTH : _LENGTH + size] for row, size in zip(rows, sizes, strict=True)]
-                if large and self._large_before:
-                    self._buffers = buffers
-                self._large_before = large
-                return np.concatenate(parts).view(data.dtype)
+                break
             # All ranks see the same sizes, so all come to the same new capacity.
             buffers, large = self._allocate(1 << int(sizes.max() - 1).bit_length()), True
+        if large and self._large_before:
+            self._buffers = buffers
+        self._large_before = large
+        parts = [row[_LENGTH : _LENGTH + size] for row, size in zip(rows, sizes, strict=True)]
+        return np.concatenate(parts).view(data.dtype)
 
 
 def make_all_gather(group: Any = None) -> _Gather:
@@ -109,7 +104,7 @@ def torch_all_gather(array: NDArray[Any]) -> NDArray[Any]:
     Raises:
         ProtocolError: torch.distributed is not initialized.
     """
-    if not _default or _default[0].group is None or _default[0].group is not dist.group.WORLD:
+    if not _default or (group := _default[0].group()) is None or group is not dist.group.WORLD:
         _default[:] = [make_all_gather()]
     return _default[0](array)
 
@@ -170,38 +165,30 @@ class FromRank0:
         self.wrapped: Any = make(strategy)
         self._rules = rules = Rules(self.wrapped)
         if rules.has("start_epoch") and not rules.has("load_state_dict"):
-            raise ConfigError([f"{strategy!r} plans epochs: FromRank0 needs its state_dict() and load_state_dict()"])
+            raise ConfigError(f"{strategy!r} plans epochs: FromRank0 needs its state_dict() and load_state_dict()")
         self.name = strategy if isinstance(strategy, str) else getattr(strategy, "name", type(strategy).__name__)
         self.catalogs, self.covers, self.replacement = rules.catalogs, rules.covers, rules.replacement
         self._decisions: list[tuple[str, str, float]] = []
 
-    @property
-    def _leads(self) -> bool:
-        return dist.get_rank() == 0
-
-    def _broadcast(self, array: NDArray[Any] | None) -> NDArray[np.float64]:
-        """Return rank 0's array, float64: ids below 2**53 are exact."""
-        device = _device(None)
-        count = torch.tensor([0 if array is None else len(array)], device=device)
-        dist.broadcast(count, 0)
-        data = torch.empty(int(count), dtype=torch.float64, device=device)
-        if array is not None:
-            data.copy_(torch.from_numpy(np.ascontiguousarray(array, np.float64)))
-        dist.broadcast(data, 0)
-        return data.cpu().numpy()
+    def _told(self, choose: Callable[[], Any]) -> Any:
+        """Return what rank 0 chooses; where that fails, no other rank goes on waiting for it."""
+        told, failure = [None, ""], None
+        if dist.get_rank() == 0:
+            try:
+                told[0] = choose()
+            except Exception as error:
+                failure, told[1] = error, f"{type(error).__name__}: {error}"
+        dist.broadcast_object_list(told, 0, device=_device(None))
+        if told[1]:
+            raise failure or ProtocolError(f"the strategy failed on rank 0: {told[1]}")
+        return told[0]
 
     def start_epoch(self, request: BatchRequest) -> int | None:
         """Let rank 0 plan the epoch; return its number of samples."""
-        message = None
-        if self._leads:
-            samples = self._rules.start_epoch(request)
-            message = np.array([-1 if samples is None else samples])
-        samples = int(self._broadcast(message)[0])
-        if self._rules.has("pop_decisions"):  # a detector that is warned on one rank only would judge differently
-            told: list[Any] = [self._rules.pop_decisions() if self._leads else None]
-            dist.broadcast_object_list(told, 0, device=_device(None))
-            self._decisions += told[0]
-        return None if samples < 0 else samples
+        # A detector that is warned of a decision on one rank only would judge differently.
+        samples, decisions = self._told(lambda: (self._rules.start_epoch(request), self._rules.pop_decisions()))
+        self._decisions += decisions
+        return samples  # type: ignore[no-any-return]
 
     def pop_decisions(self) -> list[tuple[str, str, float]]:
         """Return what rank 0's strategy decided since the last call."""
@@ -210,32 +197,16 @@ class FromRank0:
 
     def draw(self, request: BatchRequest) -> Draw:
         """Return rank 0's choice."""
-        message = None
-        if self._leads:
-            draw = Draw.of(self.wrapped.draw(request))
-            columns = [c for c in (draw.probabilities, draw.weights) if c is not None]
-            kind = (draw.probabilities is not None) + 2 * (draw.weights is not None)
-            message = np.concatenate([[kind], draw.indices, *columns])
-        answer = self._broadcast(message)
-        kind = int(answer[0])
-        columns = np.split(answer[1:], 1 + (kind & 1) + (kind >> 1))
-        ids: Any = columns[0].astype(np.int64)
-        if not np.array_equal(ids, columns[0]):
-            ids = columns[0]  # what is no id reaches the check of every rank
-        return Draw(
-            ids,
-            probabilities=columns[1] if kind & 1 else None,
-            weights=columns[-1] if kind & 2 else None,
-        )
+        return self._told(lambda: Draw.of(self.wrapped.draw(request)))  # type: ignore[no-any-return]
 
     def observe(self, report: LossReport) -> None:
         """Let rank 0's strategy hear the report."""
-        if self._leads:
+        if dist.get_rank() == 0:
             self._rules.observe(report)
 
     def forget(self, indices: Indices) -> None:
         """Let rank 0's strategy know what will not be reported."""
-        if self._leads:
+        if dist.get_rank() == 0:
             self._rules.forget(indices)
 
     def state_dict(self) -> dict[str, Any]:

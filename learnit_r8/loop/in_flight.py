@@ -25,7 +25,7 @@ class Ticket(NamedTuple):
         batches: Batches of the epoch's plan when it was drawn: with the cursor its place in the learning-rate schedule.
         issued_at: Monotonic seconds.
         draw_seconds: Time that choosing the samples took.
-        order: Places of the global batch in the order in which the ranks take them; None: as they are.
+        order: Places of the global batch that each rank takes; None: this one takes all.
     """
 
     batch: Batch

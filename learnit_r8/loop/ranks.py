@@ -34,21 +34,13 @@ _COMMANDS: tuple[Command | None, ...] = (None, *Command)
 
 
 class Word(NamedTuple):
-    """What a rank says beside its losses; after the exchange, what all of them have to hear.
-
-    Attributes:
-        signal: A signal that the process got, or 0.
-        command: A command that a sink gave, or None.
-        saves: A checkpoint is asked for that all ranks write.
-        damaged: Step of a backup in which NaN or infinity was found, or None.
-        skipped: The optimizer step was skipped.
-    """
+    """What a rank says beside its losses; after the exchange, what all of them have to hear."""
 
     signal: int = 0
     command: Command | None = None
-    saves: bool = False
-    damaged: int | None = None
-    skipped: bool = False
+    saves: bool = False  # a checkpoint is asked for that all ranks write
+    damaged: int | None = None  # step of a backup in which NaN or infinity was found
+    skipped: bool = False  # the optimizer step
 
     def numbers(self) -> list[float]:
         """Return it as numbers of which the highest of all ranks counts."""
@@ -57,7 +49,7 @@ class Word(NamedTuple):
 
     @classmethod
     def of_all(cls, numbers: NDArray[np.float64]) -> Self:
-        """Return what all have to hear; `numbers` of each rank, shape `[world, 5]`."""
+        """Return what all have to hear; `numbers` of each rank, `[world, 5]`."""
         signal, command, saves, damaged, skipped = numbers.max(axis=0).tolist()
         since = None if damaged == -math.inf else int(-damaged)
         return cls(int(signal), _COMMANDS[int(command)], bool(saves), since, bool(skipped))
@@ -69,7 +61,7 @@ class SharedClock(Clock):
     now = 0.0
 
     def monotonic(self) -> float:
-        """Return rank 0's seconds."""
+        """Return it."""
         return self.now
 
 
@@ -77,22 +69,17 @@ class Ranks:
     """This process's place among the others, all of which hold one plan.
 
     Args:
-        rank: From 0.
-        world_size: Number of processes.
+        rank, world_size: Of the slices.
         all_gather: `(array) -> array`: every rank's array, concatenated in rank order. Where several processes train
             on one slice (tensor parallelism), it has the attributes `slices`, the number of each process's slice, and
-            `place`, this process's number; `rank` and `world_size` are those of the slices then.
+            `place`, this process's number.
         clock: This process's time.
         plan: Text that is equal on all ranks of a run.
 
     Attributes:
-        rank: Number of this process.
-        world_size: Number of processes.
-        slices: Number of parts that a step's samples have.
+        rank, world_size: Of the processes; `slice`, `slices`: of the parts that a step's samples have.
         clock: The time that all ranks agree on.
-        writes: Whether this rank writes checkpoints.
-        writes_alone: Whether one rank writes for all.
-        exchanges: Whether reports are exchanged.
+        writes: Whether this rank writes checkpoints; `writes_alone`: for all ranks.
     """
 
     def __init__(
@@ -103,16 +90,14 @@ class Ranks:
         clock: Clock,
         plan: str,
     ) -> None:
-        self._slice, self.slices = rank, world_size
+        self.slice, self.slices = rank, world_size
         self._of_process = of_process = np.asarray(getattr(all_gather, "slices", np.arange(world_size)))
         self.rank = int(getattr(all_gather, "place", rank))
         self.world_size = world_size = len(of_process)
         self._firsts = np.unique(of_process, return_index=True)[1]  # a process of each slice
         self.writes = self.rank == 0
         self.writes_alone = self.exchanges = world_size > 1
-        self._all_gather = all_gather
-        self._local = clock
-        self._created = clock.monotonic()
+        self._all_gather, self._local, self._created = all_gather, clock, clock.monotonic()
         self._shared = SharedClock()
         self.clock = clock if world_size == 1 else self._shared
         self._hash = zlib.crc32(plan.encode())
@@ -122,17 +107,7 @@ class Ranks:
         return LossCatalog(num_samples)
 
     def order(self, size: int, streams: RandomStreams, epoch: int, cursor: int) -> Indices | None:
-        """Return the places of a global batch in the order in which the ranks take them; None: as they are.
-
-        Args:
-            size: Samples in the global batch.
-            streams: The run's randomness.
-            epoch: Of the batch.
-            cursor: Number of the batch within the epoch.
-
-        Raises:
-            ProtocolError: The ranks cannot have equal shares of it.
-        """
+        """Return the places of a global batch that each rank takes, `[slices, share]`; None: this one takes all."""
         if self.slices == 1:
             return None
         if size % self.slices:
@@ -140,20 +115,11 @@ class Ranks:
                 f"the strategy drew {size} samples for {self.slices} ranks, whose slices would differ in size and "
                 "weigh their samples differently: let draw(request) return a multiple of request.multiple samples"
             )
-        return streams.at(Purpose.SLICES, epoch, cursor).permutation(size)
+        return streams.at(Purpose.SLICES, epoch, cursor).permutation(size).reshape(self.slices, -1)
 
-    def cut(self, size: int) -> slice:
-        """Return this rank's part of what `order` returned."""
-        share = size // self.slices
-        return slice(self._slice * share, (self._slice + 1) * share)
-
-    def least(self, number: int) -> int:
-        """Return the least of all ranks' numbers. What follows from one plan is the same on all of them."""
-        return number
-
-    def any_of(self, flag: bool) -> bool:
-        """Return whether it is so on any rank. What follows from one plan is the same on all of them."""
-        return flag
+    def of_plans(self, number: float) -> NDArray[np.float64]:
+        """Return this number of each plan there is: of all ranks where each has one, else this rank's own."""
+        return np.array([number], np.float64)
 
     def everyone(self, number: float) -> NDArray[np.float64]:
         """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
@@ -172,18 +138,7 @@ class Ranks:
     def gather(
         self, reported: Reported, indices: Indices, order: Indices | None, step: int, word: Word
     ) -> tuple[Reported, Word]:
-        """Return the report of the global batch, and what all ranks have to hear; one rank's NaN is every rank's.
-
-        Args:
-            reported: This rank's report.
-            indices: The global batch.
-            order: The places in it that the ranks' losses belong to, in rank order; None: as they are.
-            step: Global step.
-            word: What this rank has to say.
-
-        Raises:
-            ProtocolError: The ranks' plans differ, or some reported per sample and others one number.
-        """
+        """Return the report of the global batch, and what all ranks have to hear; one rank's NaN is every rank's."""
         values = np.array([reported.mean]) if reported.values is None else reported.values
         count = 0 if reported.values is None else len(values)
         counts, parts, word = self._exchange(values, count, indices.tobytes(), step, word)
@@ -195,7 +150,7 @@ class Ranks:
         joined = self._join(counts, losses, len(indices))
         if order is not None and joined.values is not None:
             values = np.empty_like(losses)
-            values[order] = losses
+            values[order.ravel()] = losses
             joined = read_losses(values, len(values))
         return joined, word
 
@@ -204,39 +159,32 @@ class Ranks:
     ) -> tuple[NDArray[np.float64], list[NDArray[np.float64]], Word]:
         """Return every rank's `count`, `[world]`, every rank's values, and what all have to hear.
 
-        Args:
-            values: This rank's numbers.
-            count: How many they are; 0 for a single number that stands for all samples.
-            plan: Bytes that have to be equal on all ranks.
-            step: Global step.
-            word: What this rank has to say.
-
-        Raises:
-            ProtocolError: The ranks' plans differ.
+        `count` is that of the values, 0 for a single number that stands for all samples; `plan` has to be equal on all
+        ranks.
         """
         assert self._all_gather is not None
         self._hash = zlib.crc32(plan, zlib.crc32(str(step).encode(), self._hash))
         header = [count, self._hash, self._local.monotonic() - self._created, *word.numbers()]
         everyone = np.asarray(self._all_gather(np.concatenate([header, values])), dtype=np.float64).ravel()
-        headers, parts = self._split(everyone)
-        self._compare(headers[:, _HASH], step)
-        self._shared.now = float(headers[0, _SECONDS])
-        return headers[:, _COUNT], parts, Word.of_all(headers[:, _WORD:])
-
-    def _split(self, everyone: NDArray[np.float64]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
-        """Return the ranks' headers, `[world, header]`, and what follows each."""
-        headers, losses, start = [], [], 0
-        while start + _HEADER < len(everyone):
-            headers.append(everyone[start : start + _HEADER])
-            end = start + _HEADER + max(int(headers[-1][_COUNT]), 1)
-            losses.append(everyone[start + _HEADER : end])
-            start = end
-        if len(headers) != self.world_size or start != len(everyone):
+        found, parts, end = [], [], 0
+        while (start := end + _HEADER) < len(everyone):
+            found.append(everyone[end:start])
+            end = start + max(int(found[-1][_COUNT]), 1)
+            parts.append(everyone[start:end])
+        if len(found) != self.world_size or end != len(everyone):
             raise ProtocolError(
-                f"all_gather returned {len(everyone)} numbers from which {len(headers)} reports of {self.world_size} "
+                f"all_gather returned {len(everyone)} numbers from which {len(found)} reports of {self.world_size} "
                 "could be read: it must return all ranks' arrays, of different lengths, concatenated in rank order"
             )
-        return np.stack(headers), losses
+        headers = np.stack(found)
+        if len(different := np.flatnonzero(headers[:, _HASH] != headers[0, _HASH])):
+            raise ProtocolError(
+                f"the ranks' plans differ at step {step}: rank 0 has hash {int(headers[0, _HASH]):08x}, rank "
+                f"{different[0]} has {int(headers[different[0], _HASH]):08x}: give all ranks the same arguments, data "
+                "set and checkpoint, and a strategy that depends on nothing else"
+            )
+        self._shared.now = float(headers[0, _SECONDS])
+        return headers[:, _COUNT], parts, Word.of_all(headers[:, _WORD:])
 
     def _agreed(self, parts: list[NDArray[np.float64]], number: int) -> NDArray[np.float64]:
         """Return what the processes of a slice report; one's NaN is the slice's."""
@@ -246,18 +194,7 @@ class Ranks:
                 f"processes that share slice {number} reported {[len(part) for part in same]} losses: they train on "
                 "the same samples, and report the same losses"
             )
-        highest: NDArray[np.float64] = np.maximum.reduce(same)  # equal, up to rounding
-        return highest
-
-    def _compare(self, hashes: NDArray[np.float64], step: int) -> None:
-        different = np.flatnonzero(hashes != hashes[0])
-        if len(different):
-            other = int(different[0])
-            raise ProtocolError(
-                f"the ranks' plans differ at step {step}: rank 0 has hash {int(hashes[0]):08x}, rank {other} has "
-                f"{int(hashes[other]):08x}: give all ranks the same arguments, data set and checkpoint, and a strategy "
-                "that depends on nothing else"
-            )
+        return np.asarray(np.maximum.reduce(same))  # equal, up to rounding
 
     def _join(self, counts: NDArray[np.float64], losses: NDArray[np.float64], size: int) -> Reported:
         if len(losses) == size and counts.all():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from learnit_r8.core.arrays import read_only
 from learnit_r8.core.config import Config
@@ -26,8 +27,7 @@ class Sampling:
         config: The run.
         catalog: Shown to the strategy.
         streams: The run's randomness.
-        agreed: Returns the number of batches that all ranks take, where each draws its own and no plan says it; the
-            number may not grow then.
+        of_plans: Returns a number of every plan there is: of all ranks, where each has samples of its own.
 
     Attributes:
         batches: Number of batches in the epoch's plan; it grows where the strategy draws fewer samples than asked for.
@@ -40,10 +40,10 @@ class Sampling:
         config: Config,
         catalog: LossCatalog,
         streams: RandomStreams,
-        agreed: Callable[[int], int] | None = None,
+        of_plans: Callable[[float], NDArray[np.float64]],
     ) -> None:
         self.rules = Rules(strategy)
-        self._agreed = agreed
+        self._of_plans = of_plans
         self.batches = 0
         self.drawn = 0
         self._config = config
@@ -103,8 +103,8 @@ class Sampling:
         self.batches = self._count()
 
     def _count(self) -> int:
-        """Return how many batches the epoch has; all ranks must call it where none has the others' plan."""
-        return self._planned() if self._agreed is None else self._agreed(self._planned())
+        """Return how many batches the epoch has: what all ranks can take. All must call it."""
+        return int(self._of_plans(self._planned()).min())
 
     def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
@@ -135,8 +135,8 @@ class Sampling:
         return indices, weights, len(draw.indices)
 
     def _plan_longer(self, count: int, asked: int) -> None:
-        """Let the epoch go on until all of its samples were drawn."""
-        if self._agreed is None:
+        """Let the epoch go on until all of its samples were drawn; not where the other ranks have other plans."""
+        if self._config.shard is None:
             self.batches = self._planned()
         elif not self._active.sound:
             self._require(

@@ -46,7 +46,7 @@ class ShardedCatalog(LossCatalog):
         super().__init__(num_samples)
         self._gather = all_gather
         # Expected loss of the batch and of all samples, share of the samples that were seen: of all ranks.
-        self._agreed = math.nan, math.nan, 0.0
+        self._of_all = math.nan, math.nan, 0.0
 
     def sums(self, indices: Indices) -> list[float]:
         """Return what `agree` needs of each rank for its batch."""
@@ -56,25 +56,25 @@ class ShardedCatalog(LossCatalog):
 
     def agree(self, expected: float, known: float, total: float, seen: float, samples: float) -> None:
         """Take the sums over all ranks of what `sums` returned."""
-        self._agreed = expected / known if known else math.nan, total / seen if seen else math.nan, seen / samples
+        self._of_all = expected / known if known else math.nan, total / seen if seen else math.nan, seen / samples
 
     def look_up(self, indices: Indices) -> Rows:
         """Return the rows of this rank's batch, and the expected loss of the global one."""
-        return super().look_up(indices)._replace(expected=self._agreed[0])
+        return super().look_up(indices)._replace(expected=self._of_all[0])
 
     def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
-        """Take this rank's losses; `mean`, which is that of all ranks, is no help here."""
+        """Take this rank's losses; `mean` is that of all ranks."""
         return super().record(rows, losses, step)
 
     @property
     def mean_expected(self) -> float:
         """Mean of the expected loss over all ranks' samples that were seen."""
-        return self._agreed[1]
+        return self._of_all[1]
 
     @property
     def share_seen(self) -> float:
         """Share of all ranks' samples that were seen."""
-        return self._agreed[2]
+        return self._of_all[2]
 
     def refresh_quadrants(
         self, rng: np.random.Generator, excluded: Mask | None = None, edges: Losses | None = None
@@ -83,11 +83,8 @@ class ShardedCatalog(LossCatalog):
         losses = self._rows["estimate"][self._rows["uses"] > 0]
         if len(losses) > _SKETCHED:
             losses = losses[rng.integers(0, len(losses), _SKETCHED)]
-        mine = np.empty(0)
-        if len(losses):
-            losses = np.sort(losses)
-            mine = losses[(np.arange(_QUANTILES) * len(losses) + len(losses) // 2) // _QUANTILES].astype(np.float64)
-        everyone = np.sort(np.asarray(self._gather(mine), np.float64))
+        places = np.arange(_QUANTILES if len(losses) else 0) * len(losses) + len(losses) // 2
+        everyone = np.sort(self._gather(np.sort(losses)[places // _QUANTILES].astype(np.float64)))
         if not len(everyone):
             return None
         quartiles = everyone[np.arange(1, 4) * len(everyone) // 4 - 1].astype(np.float32)
@@ -95,24 +92,20 @@ class ShardedCatalog(LossCatalog):
 
     def state_dict(self) -> dict[str, Any]:
         """As `LossCatalog.state_dict`, and what all ranks knew."""
-        return {**super().state_dict(), "agreed": list(self._agreed)}
+        return {**super().state_dict(), "agreed": list(self._of_all)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
-        expected, mean, seen = state.get("agreed", (math.nan, math.nan, 0.0))
-        self._agreed = float(expected), float(mean), float(seen)
+        expected, mean, seen = state.get("agreed", self._of_all)  # not in states of older versions
+        self._of_all = float(expected), float(mean), float(seen)
 
 
 class Shards(Ranks):
     """Ranks with batches, and checkpoints, of their own.
 
     Args:
-        rank: As for `Ranks`; likewise the rest.
-        world_size: See there.
-        all_gather: See there; None for one rank.
-        clock: See there.
-        plan: See there.
+        rank, world_size, all_gather, clock, plan: As for `Ranks`; one rank needs no `all_gather`.
     """
 
     def __init__(self, rank: int, world_size: int, all_gather: Gather | None, clock: Clock, plan: str) -> None:
@@ -122,38 +115,24 @@ class Shards(Ranks):
         self.writes_alone = False
 
     def new_catalog(self, num_samples: int) -> LossCatalog:
-        """Return the catalog of this rank's samples.
-
-        Raises:
-            ConfigError: The shards are of different sizes.
-        """
-        sizes = self.everyone(num_samples)
-        if len(sizes) != self.world_size or (sizes != sizes[0]).any():
-            raise ConfigError(
-                [f"num_samples is a shard's size, the same on all ranks: got {sizes.astype(int).tolist()}"]
-            )
+        """Return the catalog of this rank's samples. Shards of different sizes are refused."""
+        sizes = self.everyone(num_samples).astype(int).tolist()
+        if sizes != [num_samples] * self.world_size:
+            raise ConfigError(f"num_samples is a shard's size, the same on all ranks: got {sizes}")
         self._catalog = ShardedCatalog(num_samples, self._every)
         return self._catalog
 
     def order(self, size: int, streams: RandomStreams, epoch: int, cursor: int) -> None:
         """Return None: all of the batch is this rank's own."""
 
-    def least(self, number: int) -> int:
-        """Return the least of all ranks' numbers. All ranks must call it."""
-        return int(self.everyone(number).min())
-
-    def any_of(self, flag: bool) -> bool:
-        """Return whether it is so on any rank. All ranks must call it."""
-        return bool(self.everyone(flag).any())
+    def of_plans(self, number: float) -> NDArray[np.float64]:
+        """Return this number of every rank, each of which has a plan of its own."""
+        return self.everyone(number)
 
     def gather(
         self, reported: Reported, indices: Indices, order: Indices | None, step: int, word: Word
     ) -> tuple[Reported, Word]:
-        """Return the mean loss of all ranks' batches; see `Ranks.gather`.
-
-        Raises:
-            ProtocolError: A rank did not report per sample.
-        """
+        """Return the mean loss of all ranks' batches; see `Ranks.gather`."""
         size = len(indices)
         if reported.values is None and not word.skipped:
             raise ProtocolError("a sharded run needs one loss per sample: report the array, not its mean")
@@ -180,42 +159,35 @@ def shard_folder(directory: Path, rank: int, world_size: int) -> Path:
 def common_checkpoint(directory: Path, rank: int, world_size: int, all_gather: Gather | None) -> Path:
     """Return this rank's newest checkpoint of a step that all ranks have a whole checkpoint of.
 
-    All ranks must call it. After a crash between their saves, the newest ones may be of different steps.
+    All ranks must call it, with the run's `checkpoint_dir` or one checkpoint of this rank. After a crash between their
+    saves, the newest ones may be of different steps.
 
-    Args:
-        directory: The run's `checkpoint_dir`, or one checkpoint of this rank.
-        rank: Of this process.
-        world_size: Number of processes.
-        all_gather: As for `R8Scheduler`.
-
-    Raises:
-        FileNotFoundError: No rank has a checkpoint.
-        CheckpointError: There is none that all have.
+    Raises FileNotFoundError where no rank has a checkpoint, CheckpointError where there is none that all have.
     """
 
     def every(*numbers: float) -> NDArray[np.int64]:
         return np.asarray((all_gather or np.asarray)(np.array(numbers, np.float64))).astype(np.int64)
 
     worlds = {int(found[2]) for entry in directory.glob("shard-*") if (found := _FOLDER.fullmatch(entry.name))}
-    strange = every(max(worlds - {world_size}, default=0))
-    if not every(world_size in worlds).any() and strange.any():
+    strange = every(max(worlds - {world_size}, default=0)).max()
+    if not every(world_size in worlds).any() and strange:
         raise CheckpointError(
-            f"the checkpoints in {directory} are of {strange.max()} shards, this run has {world_size}: resume it "
+            f"the checkpoints in {directory} are of {strange} shards, this run has {world_size}: resume it "
             "on as many ranks, each with its shard"
         )
     if not worlds and (directory / MANIFEST).is_file():
         return directory
     mine = shard_folder(directory, rank, world_size)
     store = CheckpointStore(mine if mine.is_dir() or worlds else directory)
-    held: dict[int, Path] = {}  # by step, the one saved last
+    held: dict[int, Path] = {}  # by step, the one saved last: after a rollback a higher step may be an abandoned past
     for entry in store.of_last_run():
         if entry.manifest is not None:
             held.setdefault(entry.manifest.step, entry.path)
     sizes, steps = every(len(held)), every(*held)
-    by_rank = np.split(steps, np.cumsum(sizes)[:-1])
     if not len(steps):
         raise FileNotFoundError(f"no checkpoint in {directory} on any of {world_size} ranks")
-    for step in by_rank[0].tolist():
+    by_rank = [part.tolist() for part in np.split(steps, np.cumsum(sizes)[:-1])]
+    for step in by_rank[0]:
         if not all(step in each for each in by_rank):
             continue
         whole = True
@@ -225,7 +197,5 @@ def common_checkpoint(directory: Path, rank: int, world_size: int, all_gather: G
             whole = False
         if every(whole).all():
             return held[step]
-    newest = [f"rank {number}: {each.tolist() or 'none'}" for number, each in enumerate(by_rank)]
-    raise CheckpointError(
-        f"the ranks have no whole checkpoint of one step in {directory}; steps of {'; '.join(newest)}"
-    )
+    newest = "; ".join(f"rank {number}: {each or 'none'}" for number, each in enumerate(by_rank))
+    raise CheckpointError(f"the ranks have no whole checkpoint of one step in {directory}; steps of {newest}")

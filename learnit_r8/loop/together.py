@@ -27,19 +27,14 @@ class SaveTogether(SaveCallback):
 
     def __init__(self, save: SaveCallback, ranks: Ranks) -> None:
         self.collective = True
-        self._save = save
-        self._ranks = ranks
+        self._save, self._ranks = save, ranks
         self._told = False
 
     def prepare(self) -> None:
         """There is nothing to get ready for."""
 
     def lead(self, write: Callable[[], Path]) -> Path:
-        """Write a checkpoint on rank 0 while the others `follow`.
-
-        Args:
-            write: Writes it, calls this object with the path for the model, and returns the checkpoint's path.
-        """
+        """Write a checkpoint on rank 0 while the others `follow`; `write` calls this object with the model's path."""
         self._told, path = False, ""
         try:
             path = str(write())
@@ -50,21 +45,16 @@ class SaveTogether(SaveCallback):
         return Path(path)
 
     def follow(self, state: State) -> Path:
-        """Do on another rank what rank 0 does in `lead`; return the checkpoint's path.
-
-        Raises:
-            CheckpointError: Nothing was saved.
-        """
+        """Do on another rank what rank 0 does in `lead`; return the checkpoint's path."""
         failure = "rank 0 could not write it"
         if path := self._ranks.tell(""):
             try:
                 self._on_all(state, Path(path))
             except CheckpointError as error:
                 failure = str(error)
-        saved = self._ranks.tell("")
-        if not saved:
-            raise CheckpointError(f"no checkpoint was written; earlier ones are kept: {failure}")
-        return Path(saved)
+        if saved := self._ranks.tell(""):
+            return Path(saved)
+        raise CheckpointError(f"no checkpoint was written; earlier ones are kept: {failure}")
 
     def __call__(self, state: State, path: Path) -> None:
         """Save the model on all ranks; rank 0 calls it."""
@@ -73,13 +63,12 @@ class SaveTogether(SaveCallback):
         self._on_all(state, path)
 
     def _on_all(self, state: State, path: Path) -> None:
-        lacks = not path.parent.is_dir()
+        lacks, failure = not path.parent.is_dir(), ""
         if self._ranks.everyone(lacks).any():
             raise CheckpointError(
                 f"{path.parent} is not there on {'this' if lacks else 'another'} rank: give a checkpoint_dir on "
                 "storage that all ranks share"
             )
-        failure = ""
         try:
             self._save(state, path)
         except Exception as error:

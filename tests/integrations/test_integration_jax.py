@@ -179,6 +179,7 @@ def test_two_processes_train_one_run_and_one_ones_nan_rolls_both_back(tmp_path):
     assert one["gathered"] == [0.1, 1.1, 2.1, 0.1, 1.1, 2.1, 3.1]
     assert one["rolled_back"] == [23]
     assert one["steps"] == 40
+    assert one["losses_apart"] < 1e-5
     assert np.isfinite(one["weights"]).all()
     assert np.min(one["weights"]) > 0.1
 

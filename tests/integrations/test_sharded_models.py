@@ -30,6 +30,7 @@ def two(tmp_path_factory):
         "second:ddp,fsdp2,2",
         "disk:fsdp2",
         "failing",
+        "lost:fsdp2",
         "unmarked:fsdp2",
         "tutorial:fsdp2",
         "shared_slices",
@@ -121,6 +122,12 @@ def test_a_sharded_run_is_saved_by_all_ranks_and_resumed_to_the_bit(two):
 
 def test_a_sharded_run_goes_on_unsharded(two):
     check_second_half(two["second:ddp,fsdp2,2"], two["first:fsdp2"], two["whole:fsdp2"])
+
+
+def test_a_part_of_the_newest_checkpoint_that_is_lost_sends_all_ranks_to_the_one_before(two):
+    assert two["lost:fsdp2"][0]["newest"] == "step-000000020"
+    for rank in two["lost:fsdp2"]:
+        assert (rank["begun"], rank["same"]) == (10, True)
 
 
 def test_without_backups_in_ram_all_ranks_go_back_to_the_checkpoint_that_they_wrote(two):

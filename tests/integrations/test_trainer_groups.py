@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies import Prompts
+from tests.backup_watch import BackupWatch, check_survival, random_steps
 from tests.trainer_cases import BATCH, CASES, ROWS, TRL_LLAMA, texts, tokenizer
 from tests.trainer_equality import Reports, mixed
 
@@ -91,6 +93,15 @@ def test_a_resumed_run_of_groups_draws_the_prompts_that_are_left(tmp_path):
     again = Groups(tmp_path, save_strategy="no", resume=str(tmp_path / "checkpoint-4"))
     assert again.generated == whole.generated[4:]
     assert again.trainer.state.global_step == whole.trainer.state.global_step
+
+
+def test_nan_at_random_steps_of_sft_ends_finite_and_rollbacks_bring_back_the_backup(tmp_path):
+    options = {"initial_lr": 1e-3, "ui": "off", "checkpoint_dir": None, "num_epochs": 150 * BATCH // ROWS}
+    watch = BackupWatch(random_steps(4), partial(R8Scheduler, ROWS, BATCH), **options)
+    trainer = mixed(CASES["sft"], tmp_path, watch.scheduler)
+    trainer.model.get_input_embeddings().register_forward_hook(lambda _, __, output: output * watch.factor())
+    trainer.train()
+    check_survival(watch.findings())
 
 
 def test_a_checkpoint_amid_a_batch_of_groups_says_that_its_prompts_come_again(tmp_path):

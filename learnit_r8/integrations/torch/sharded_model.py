@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,19 +77,13 @@ class ShardedModel:
         """Return this rank's live state, for `state_callback`: the scheduler copies it."""
         return capture_state(self._model, self._optimizers, self._scaler, self._ema, copy=False)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `capture` returned."""
-        restore_state(state, self._model, self._optimizers, self._scaler, self._ema)
-
     @collective
     def save(self, filepath: str) -> None:
         """Write it into a folder, on all ranks at once."""
-        state = self._state()
+        state = self._state() | {self._own_rngs: packed(capture_rngs())}
         if self._scaler is not None:
             state["scaler"] = packed(self._scaler.state_dict())
-        state[f"rngs-{_rank()}"] = packed(capture_rngs())
-        with _one_process_is_fine():
-            save(state, checkpoint_id=filepath, no_dist=not dist.is_initialized())
+        _quietly(save, state, filepath)
 
     def load(self, source: Any) -> None:
         """Restore what `save` wrote, on all ranks at once, or what `capture` returned.
@@ -102,17 +95,15 @@ class ShardedModel:
             CheckpointError: It is no such folder.
         """
         if not isinstance(source, (str, Path)):
-            self.restore(source)
+            restore_state(source, self._model, self._optimizers, self._scaler, self._ema)
             return
         if not (Path(source) / ".metadata").is_file():
             raise CheckpointError(f"{source} is no folder that ShardedModel.save wrote")
         known = FileSystemReader(source).read_metadata().state_dict_metadata
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)  # else its state is not made, and then not loaded
-        state, mine = self._state(), f"rngs-{_rank()}"
-        state |= {name: b"" for name in (mine, "scaler") if name in known}
-        with _one_process_is_fine():
-            load(state, checkpoint_id=source, no_dist=not dist.is_initialized())
+        state = self._state() | {name: b"" for name in (self._own_rngs, "scaler") if name in known}
+        _quietly(load, state, source)
         set_model_state_dict(self._model, state["model"])
         # Not strict: SGD without momentum has no state. What a state lacks was missed when it was read.
         options = StateDictOptions(strict=False)
@@ -121,8 +112,12 @@ class ShardedModel:
             self._ema.load_state_dict(state["ema"])
         if self._scaler is not None and "scaler" in known:
             self._scaler.load_state_dict(unpacked(state["scaler"]))
-        if mine in known:
-            restore_rngs(unpacked(state[mine]))
+        if self._own_rngs in known:
+            restore_rngs(unpacked(state[self._own_rngs]))
+
+    @property
+    def _own_rngs(self) -> str:
+        return f"rngs-{dist.get_rank() if dist.is_initialized() else 0}"
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizers)
@@ -132,12 +127,7 @@ class ShardedModel:
         return state
 
 
-@contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    with warnings.catch_warnings():
+def _quietly(exchange: Callable[..., Any], state: dict[str, Any], folder: str | Path) -> None:
+    with warnings.catch_warnings():  # one process is fine
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+        exchange(state, checkpoint_id=folder, no_dist=not dist.is_initialized())

@@ -205,6 +205,9 @@ class OnePiece:
     def __reduce__(self) -> Any:
         return OrderedDict, (), None, None, iter(self._state.items())
 
+    def __deepcopy__(self, memo: Any) -> OnePiece:
+        return self  # by `async_save`: a dict would be taken apart; nobody else holds what is in it
+
 
 def _mapped(tree: Any, function: Any) -> Any:
     if isinstance(tree, dict):

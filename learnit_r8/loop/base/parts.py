@@ -50,8 +50,7 @@ class Parts:
         self._budget = Budget(config, args.schedule, self._ranks.clock)
         self._streams = RandomStreams(config.seed, config.shard and config.shard[0])
         self._catalog = self._ranks.new_catalog(config.num_samples)
-        agreed = None if config.shard is None else self._ranks.least
-        self._chooser = Sampling(args.strategy, config, self._catalog, self._streams, agreed)
+        self._chooser = Sampling(args.strategy, config, self._catalog, self._streams, self._ranks.of_plans)
         self._replays = config.rollback_data == "replay"  # after rollbacks; where a step is broken off always
         self._desk = InFlight(config.lookahead, 4096 if self._replays else 512)  # the longest automatic interval
         seeking = not self._chooser.rules.covers

@@ -43,7 +43,7 @@ class Steps(Persistence):
         decisions = self._chooser.rules.pop_decisions()
         for decision, reason, figure in decisions:
             self._bus.emit(events.StrategyDecided(step=step, decision=decision, reason=reason, figure=figure))
-        if self._ranks.any_of(bool(decisions)):
+        if self._ranks.of_plans(bool(decisions)).any():
             self._safety.announce(step, "a strategy decided")
         self._progress.start_epoch()
         self._epoch_started = self._clock.monotonic()
@@ -123,12 +123,12 @@ class Steps(Persistence):
     ) -> Ticket:
         cursor, batches = place
         epoch, size = self._progress.epoch, len(indices)
-        order, mine = None, indices
-        if self._ranks.slices > 1 and (order := self._ranks.order(size, self._streams, epoch, cursor)) is not None:
-            order_here = order[self._ranks.cut(size)]
-            mine, weights_here = indices[order_here], None if weights is None else weights[order_here]
-        else:
+        order = self._ranks.order(size, self._streams, epoch, cursor)
+        if order is None:
             mine, weights_here = indices.copy(), weights
+        else:
+            here = order[self._ranks.slice]
+            mine, weights_here = indices[here], None if weights is None else weights[here]
         kind = Batch if weights is None else WeighedBatch
         shown = self._ones[: len(mine)] if weights_here is None else weights_here
         batch = kind(mine, self._lr, shown.copy(), number, step, epoch)
