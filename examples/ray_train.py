@@ -30,13 +30,13 @@ def newest_state() -> dict[str, Any] | None:
                 return torch.load(Path(folder) / "state.pt", weights_only=True)
         except (OSError, RuntimeError) as error:
             print(f"{kept.checkpoint.path} is passed over: {error}")
+            kept.checkpoint.filesystem.create_dir(kept.checkpoint.path)  # Ray ends a run where it has none to remove
     assert not reported, "no checkpoint can be read: give another --storage to start anew"
     return None
 
 
 def train_on_a_worker() -> None:
-    torch.manual_seed(0)
-    inputs = torch.randn(4096, 16)
+    inputs = torch.randn(4096, 16, generator=torch.manual_seed(0))
     data, device = TensorDataset(inputs, (inputs.sum(dim=1) > 0).long()), get_device()
     model = prepare_model(net := nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2)))
     parts = _, optimizer = net, torch.optim.AdamW(model.parameters())
@@ -68,8 +68,8 @@ def main(worker: Any = train_on_a_worker) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--storage", default="checkpoints/ray", help="on storage that all nodes share")
     args = parser.parse_args()
-    kept = {"storage_path": str(Path(args.storage).resolve()), "checkpoint_config": CheckpointConfig(num_to_keep=2)}
-    run = RunConfig(name="r8", failure_config=FailureConfig(max_failures=10), **kept)
+    kept = {"checkpoint_config": CheckpointConfig(num_to_keep=2), "failure_config": FailureConfig(max_failures=10)}
+    run = RunConfig(name="r8", storage_path=str(Path(args.storage).resolve()), **kept)
     scaling = ScalingConfig(num_workers=args.workers, use_gpu=torch.cuda.is_available())
     result = TorchTrainer(worker, scaling_config=scaling, run_config=run).fit()
     print(result.metrics, result.checkpoint)
