@@ -47,6 +47,15 @@ class Persistence(Parts):
         """
         return self._safety.restore_best(self._progress.global_step, self._progress.epoch)
 
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The run's checkpoint with the best value of the metric that `keep_best` names; None while there is none."""
+        if self._config.keep_best is None or self._config.checkpoint_dir is None:
+            return None
+        self._saver.settle()
+        best = self._saver.store.best()
+        return None if best is None else best[1]
+
     def save_checkpoint(self, is_final: bool = False, *, name: str = "") -> Path:
         """Write the run's state, and the model through `save_callback`; return the checkpoint's path.
 
