@@ -89,7 +89,7 @@ class RemoteStore(CheckpointStore):
             self._removed.clear()
             shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(
-                f"no checkpoint of step {step} was written; earlier ones are kept: {error}"
+                f"no checkpoint of step {step} was written; what lay there is kept: {error}"
             ) from error
         try:
             self._remote.send("latest")

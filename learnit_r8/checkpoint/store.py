@@ -187,7 +187,7 @@ class CheckpointStore(CheckpointDirectory):
         return self._buffer[:size]
 
     def _saving(self, step: int) -> AbstractContextManager[None]:
-        return reported(f"no checkpoint of step {step} was written to {shown(self.directory)}; earlier ones are kept")
+        return reported(f"no checkpoint of step {step} was written to {shown(self.directory)}; what lay there is kept")
 
     def _publish(self, step: int, saved: SavedCheckpoint) -> SavedCheckpoint:
         """Do what is left once a checkpoint lies in the directory."""

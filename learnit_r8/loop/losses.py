@@ -153,6 +153,8 @@ def read_number(name: str, value: Any) -> float:
         TypeError: Not one number.
     """
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"log({name}=...) takes one number, such as its mean, got {_describe(value)}") from None

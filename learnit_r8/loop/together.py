@@ -54,7 +54,7 @@ class SaveTogether(SaveCallback):
                 failure = str(error)
         if saved := self._ranks.tell(""):
             return Path(saved)
-        raise CheckpointError(f"no checkpoint was written; earlier ones are kept: {failure}")
+        raise CheckpointError(f"no checkpoint was written; what lay there is kept: {failure}")
 
     def __call__(self, state: State, path: Path) -> None:
         """Save the model on all ranks; rank 0 calls it."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from learnit_r8.errors import ProtocolError
-from learnit_r8.loop.losses import LIMIT, read_losses
+from learnit_r8.loop.losses import LIMIT, read_losses, read_number
 
 
 class HasFloat:
@@ -241,3 +241,8 @@ def test_a_long_value_is_shortened_in_the_message():
 def test_a_tensor_without_numbers_to_read_is_refused_as_no_loss(empty):
     with pytest.raises(TypeError, match="one number per sample of the batch, got a tensor that holds none"):
         read_losses(empty, 3)
+
+
+def test_a_text_is_no_number_to_log():
+    with pytest.raises(TypeError, match=r"log\(val_loss=\.\.\.\) takes one number, such as its mean, got str '0.3'"):
+        read_number("val_loss", "0.3")
