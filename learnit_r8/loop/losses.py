@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,12 +153,10 @@ def read_number(name: str, value: Any) -> float:
     Raises:
         TypeError: Not one number.
     """
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value.detach() if hasattr(value, "detach") else value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(f"log({name}=...) takes one number, such as its mean, got {_describe(value)}") from None
+    if not isinstance(value, (str, bytes)):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            return float(value.detach() if hasattr(value, "detach") else value)
+    raise TypeError(f"log({name}=...) takes one number, such as its mean, got {_describe(value)}")
 
 
 def _describe(value: Any) -> str:
