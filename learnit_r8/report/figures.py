@@ -57,18 +57,17 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-class StepAxis:
-    """The x axis that all charts over steps share: it spans all their steps, and panning one pans all."""
+def step_axis(runs: Sequence[RunData]) -> Range1d:
+    """Return the x axis that all charts over steps share: it spans all their steps, and panning one pans all."""
+    low = min(float(run.table.columns["step"].min()) for run in runs)
+    high = max(float(run.table.columns["step"].max()) for run in runs)
+    room = max(1.0, high - low) * 0.01
+    return Range1d(start=low - room, end=high + room)
 
-    def __init__(self, runs: Sequence[RunData]) -> None:
-        low = min(float(run.table.columns["step"].min()) for run in runs)
-        high = max(float(run.table.columns["step"].max()) for run in runs)
-        room = max(1.0, high - low) * 0.01
-        self.range = Range1d(start=low - room, end=high + room)
 
-    def figure(self, label: str, height: int, values: Floats) -> Figure:
-        """Return an empty chart over steps whose y scale suits the values."""
-        return _figure(label, height, values, x_range=self.range, x_axis_label="step")
+def _over_steps(axis: Range1d, label: str, height: int, values: Floats) -> Figure:
+    """Return an empty chart over steps whose y scale suits the values."""
+    return _figure(label, height, values, x_range=axis, x_axis_label="step")
 
 
 def _figure(label: str, height: int, values: Floats | None = None, **more: Any) -> Figure:
@@ -136,9 +135,9 @@ def _band_lines(fig: Figure, found: Band, run: RunData, number: int, *, smooth: 
     _hover(fig, tips, [line], mode="vline", line_policy="nearest", limit=1)
 
 
-def loss(runs: Sequence[RunData], axis: StepAxis) -> Figure:
+def loss(runs: Sequence[RunData], axis: Range1d) -> Figure:
     """Return the chart of the loss: band, moving average, and the validation losses as points."""
-    fig = axis.figure("loss", 340, np.concatenate([run.table.columns["loss"] for run in runs]))
+    fig = _over_steps(axis, "loss", 340, np.concatenate([run.table.columns["loss"] for run in runs]))
     fig.min_border_left = _LEFT
     for number, run in enumerate(runs):
         columns = run.table.columns
@@ -157,12 +156,12 @@ def validation(run: RunData) -> str:
     return next((name for name in ("val_loss", "val/loss", "eval_loss", "valid_loss") if name in run.metrics), "")
 
 
-def learning_rate(runs: Sequence[RunData], axis: StepAxis) -> Figure:
+def learning_rate(runs: Sequence[RunData], axis: Range1d) -> Figure:
     """Return the chart of the learning rate."""
     return _banded(runs, axis, "learning rate", lambda run: run.table.columns["lr"], log=False)
 
 
-def throughput(runs: Sequence[RunData], axis: StepAxis) -> Figure:
+def throughput(runs: Sequence[RunData], axis: Range1d) -> Figure:
     """Return the chart of samples a second, from what each step took."""
 
     def rate(run: RunData) -> Floats:
@@ -177,10 +176,10 @@ def throughput(runs: Sequence[RunData], axis: StepAxis) -> Figure:
 
 
 def _banded(
-    runs: Sequence[RunData], axis: StepAxis, label: str, values: Callable[[RunData], Floats], *, log: bool
+    runs: Sequence[RunData], axis: Range1d, label: str, values: Callable[[RunData], Floats], *, log: bool
 ) -> Figure:
     found = [values(run) for run in runs]
-    fig = axis.figure(label, 240, np.concatenate(found) if log else np.empty(0))
+    fig = _over_steps(axis, label, 240, np.concatenate(found) if log else np.empty(0))
     if isinstance(fig.y_range, DataRange1d) and len(highest := found[0][np.isfinite(found[0])]):
         fig.y_range.default_span = float(abs(highest.max())) or 1.0  # of values that are all equal
     for number, (run, series) in enumerate(zip(runs, found, strict=True)):
@@ -189,13 +188,13 @@ def _banded(
     return fig
 
 
-def metrics(runs: Sequence[RunData], axis: StepAxis) -> dict[str, Figure]:
+def metrics(runs: Sequence[RunData], axis: Range1d) -> dict[str, Figure]:
     """Return a chart for each number that the user logged, the first dozen."""
     logged = [run.metrics for run in runs]
     names = dict.fromkeys(itertools.chain.from_iterable(logged))
     charts = {}
     for name in list(names)[:_METRICS_SHOWN]:
-        fig = axis.figure(name, 220, np.concatenate([found[name][1] for found in logged if name in found]))
+        fig = _over_steps(axis, name, 220, np.concatenate([found[name][1] for found in logged if name in found]))
         for number, (run, found) in enumerate(zip(runs, logged, strict=True)):
             if name not in found:
                 continue
@@ -216,13 +215,13 @@ def _thin(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
     return steps[keep], values[keep]
 
 
-def timeline(run: RunData, axis: StepAxis) -> Figure | None:
+def timeline(run: RunData, axis: Range1d) -> Figure | None:
     """Return what happened when: spikes with their batch's samples, rollbacks, checkpoints; None if nothing did."""
     rows = [(name, run.of(kind)[:_MARKS_KEPT], marker, shade) for name, kind, marker, shade in _STRIP]
     rows = [row for row in rows if row[1]]
     if not rows:
         return None
-    fig = _figure("", 90 + 26 * len(rows), x_range=axis.range, x_axis_label="step", y_range=[row[0] for row in rows])
+    fig = _figure("", 90 + 26 * len(rows), x_range=axis, x_axis_label="step", y_range=[row[0] for row in rows])
     fig.ygrid.visible = False
     fig.min_border_left = _LEFT
     for name, found, marker, shade in rows:

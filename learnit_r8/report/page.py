@@ -128,7 +128,7 @@ def refreshed(runs: Sequence[RunData]) -> dict[str, Any]:
         name: {column: _strict(values) for column, values in source.data.items()}
         for name, source in name_sources(charts.found).items()
     }
-    axis = figures.StepAxis(runs).range
+    axis = figures.step_axis(runs)
     overview = _templates().get_template("overview.html").render(_overview(runs))
     steps = [axis.start, axis.end]
     return {"sources": sources, "titles": charts.titles, "steps": steps, "html": {"overview": overview}}
@@ -170,7 +170,7 @@ def _facts(run: RunData) -> dict[str, str]:
 
 
 def _course(runs: Sequence[RunData], charts: _Charts) -> Iterator[Card]:
-    axis = figures.StepAxis(runs)
+    axis = figures.step_axis(runs)
     about = f"Band: lowest to highest loss of neighbouring batches. Line: moving average (decay {DECAY:g})."
     about += " Dots: validation loss." if any(map(figures.validation, runs)) else ""
     yield from charts.card("Loss", about, figures.loss(runs, axis), wide=True)

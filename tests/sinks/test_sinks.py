@@ -459,7 +459,7 @@ def test_two_live_runs_with_one_log_dir_are_logged_apart_and_that_is_said(tmp_pa
     command = [sys.executable, "-c", LIVE, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as live:
         assert live.stdout.readline() == "going\n"
-        with pytest.warns(RuntimeWarning, match="a live run writes into .*/log, so this one is logged in .*/log-2: "):
+        with pytest.warns(RuntimeWarning, match="a live run writes into .*log, so this one is logged in .*log-2: "):
             logged_run(folder)
         live.communicate(timeout=60)
     assert losses_in(folder) == [1.0] * 4
