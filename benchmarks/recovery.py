@@ -131,11 +131,11 @@ def pacing(megabytes: int, step_seconds: float, steps: int) -> dict[str, float]:
             for batch in scheduler.batch_iterator():
                 time.sleep(step_seconds)
                 scheduler.update_with_loss(np.ones(len(batch.indices), np.float32))
-                for slot in scheduler._safety._backups.ring._slots:
+                for slot in scheduler._safety.backups.ring._slots:
                     addresses.update(array.ctypes.data for array in slot.copy.tree.values())
     seconds = time.perf_counter() - started
     taken = [event for event in heard.events if isinstance(event, BackupTaken)]
-    share = scheduler._safety._backups.ring.seconds / seconds
+    share = scheduler._safety.backups.ring.seconds / seconds
     return {
         "backups": len(taken), "MB": megabytes, "seconds": seconds, "step_ms": step_seconds * 1e3,
         "share": share, "buffers": len(addresses) / len(state),

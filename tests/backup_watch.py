@@ -139,7 +139,7 @@ class BackupWatch:
 
     def findings(self) -> dict[str, Any]:
         """Return what came of it, as JSON data; `held`: the backups that are left are as they were taken."""
-        held = [(slot.copy.tree, slot.info.step) for slot in self.scheduler._safety._backups.ring._slots]
+        held = [(slot.copy.tree, slot.info.step) for slot in self.scheduler._safety.backups.ring._slots]
         return {
             "steps": self.scheduler.global_step,
             "length": self.scheduler.total_steps,

@@ -22,6 +22,7 @@ from learnit_r8.loop.ram_backups import Emit, RamBackups
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.saver import Saver
 from learnit_r8.samples.catalog import LossCatalog
+from learnit_r8.stability.changes import HABIT
 from learnit_r8.stability.detector import Detector, Reading
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.stability.quarantine import Quarantine, not_finite
@@ -38,12 +39,7 @@ _ACTS = (Kind.RESTORE, Kind.ACCEPT_LEVEL, Kind.FAIL)
 class Judgement(NamedTuple):
     """What one report is, and what it calls for.
 
-    Attributes:
-        verdict: The detector's.
-        score: The detector's z; NaN while it is not active.
-        action: The recovery table's answer.
-        accepted: The loss may enter the catalog.
-        tell: What is to be told of it, in words; empty for nothing.
+    `score` is the detector's z, `tell` what is to be told, empty for nothing; an accepted loss may enter the catalog.
     """
 
     verdict: Verdict
@@ -61,19 +57,8 @@ class Judgement(NamedTuple):
 class Judge:
     """Detector, backups and recovery machine of one run.
 
-    Args:
-        policy: What faults cause.
-        load: Restores the user's model, or None.
-        state_callback: Returns the user's model state, or None.
-        backup_every: Steps between automatic backups, "auto", or None for none.
-        total_steps: Steps of the whole budget, or None.
-        saver: Finds a checkpoint to go back to when RAM has nothing.
-        catalog: Rewound on a rollback; knows the samples that are left out.
-        emit: Lets the sinks hear an event.
-        clock: Measures backups and restores, for the events.
-        crash: Writes down what is known when training has diverged.
-        ranks: They must take the same backups and go back to the same step, or each would go on with
-            another model.
+    The saver finds a checkpoint to go back to when RAM has nothing; ranks must take the same backups and go back to the
+    same step, or each would go on with another model.
     """
 
     def __init__(
@@ -100,11 +85,11 @@ class Judge:
         self._clock = clock
         self._crash = crash
         self._everyone, self._world_size = ranks.everyone, ranks.world_size
-        self._detector = Detector()
-        self._machine = RecoveryMachine(min(_HOLD[0], max(8, (total_steps or 10**9) // _HOLD[1])))
+        self.detector = Detector()
+        self.machine = RecoveryMachine(min(_HOLD[0], max(8, (total_steps or 10**9) // _HOLD[1])))
         self._quarantine = Quarantine(catalog.num_samples)
         capture = state_callback if self._paced and load is not None else None
-        self._backups = RamBackups(capture, backup_every or 1, emit, clock, ranks)
+        self.backups = RamBackups(capture, backup_every or 1, emit, clock, ranks)
         self._lr = -1.0  # of the last batch; negative before the first one
         self._looked = False  # at the weights, and told, since losses began to stand out
         self._sound = False  # the last look found the state finite, and nothing was trained since
@@ -114,22 +99,16 @@ class Judge:
     ) -> Judgement:
         """Say what a report is and what it calls for.
 
-        Args:
-            step: Global step.
-            reported: The loss, of all ranks.
-            expected: The catalog's estimate for the batch.
-            indices: Sample ids of the batch.
-            skipped: The optimizer step was skipped.
-            outdated: The batch was out when the model was restored: its loss may be of the model that is gone.
+        `outdated`: the batch was out when the model was restored: its loss may be of the model that is gone.
         """
         if skipped:
             self._crash.note(step, Verdict.SKIPPED, reported.mean, indices)
-            action = self._machine.react(step, Cause.SKIPPED)
+            action = self.machine.react(step, Cause.SKIPPED)
             return Judgement(Verdict.SKIPPED, math.nan, action, accepted=reported.finite)
         reading = self._read(step, reported, expected)
         self._crash.note(step, reading.verdict, reported.mean, indices)
         if outdated and reading.verdict is not Verdict.CALM:
-            self._detector.reset_after_rollback()
+            self.detector.reset_after_rollback()
             return Judgement(reading.verdict, reading.score, Action(Kind.IGNORE), accepted=False)
         if judgement := self._judge_worse(step, reported, reading, indices):
             return judgement
@@ -144,14 +123,14 @@ class Judge:
     def _read(self, step: int, reported: Reported, expected: float) -> Reading:
         catalog = self._catalog
         known = catalog.share_seen >= _MOST  # not all: what is always NaN is never seen
-        return self._detector.observe(
+        return self.detector.observe(
             step,
             reported.mean,
             expected_batch=expected if known else math.nan,
             expected_all=catalog.mean_expected if known else math.nan,
             finite=reported.finite,
             samples=reported.values,
-            easy=self._machine.stable_only(step),
+            easy=self.machine.stable_only(step),
         )
 
     def _undo(
@@ -166,7 +145,7 @@ class Judge:
     ) -> Judgement:
         """Ask for a backup from before a step: the evidence is beyond doubt."""
         finite = verdict is not Verdict.NONFINITE
-        action = self._machine.react(
+        action = self.machine.react(
             step, Cause.DAMAGE, can_restore=True, batch=indices, finite=finite, before_step=before, why=why
         )
         return Judgement(verdict, reading.score, action, accepted=False, tell=why)
@@ -174,27 +153,29 @@ class Judge:
     def _judge_worse(self, step: int, reported: Reported, reading: Reading, indices: Indices) -> Judgement | None:
         """Judge what no single loss shows."""
         if reading.verdict in (Verdict.CALM, Verdict.SUSPECT):
-            since = self._backups.worse_since_move(reported.mean, calm=reading.verdict is Verdict.CALM)
+            since = self.backups.worse_since_move(reported.mean, calm=reading.verdict is Verdict.CALM)
             if since is not None:
                 why = f"losses are higher since step {since}, before which weights had moved far"
                 if judgement := self._undo_if_moved(step, reading, indices, since, why):
                     return judgement
-        level = self._detector.level
+        level = self.detector.level
         if level.lost:
             level.lost = False
-            best = self._backups.best()
+            best = self.backups.best()
             # It may be a new task that is not learned yet: it is undone again only after it was learned again.
-            if best is not None or self._backups.capture is None:
+            if best is not None or self.backups.capture is None:
                 since = (level.lowest_step if best is None else best.step) + 1
                 why = "the loss has been that of the untrained model for dozens of steps"
-                return self._undo_if_moved(step, reading, indices, since, why)
+                return self._undo_if_moved(step, reading, indices, since, why, habit=0.0)
         return None
 
-    def _undo_if_moved(self, step: int, reading: Reading, indices: Indices, since: int, why: str) -> Judgement | None:
+    def _undo_if_moved(
+        self, step: int, reading: Reading, indices: Indices, since: int, why: str, *, habit: float = HABIT
+    ) -> Judgement | None:
         """Losses are worse since a step, if not by a jump: where weights moved far since then, both is enough."""
         if self._policy.spike != "rollback" or not self._can_restore(step):
             return None
-        look = self._backups.look(step + 1, since)
+        look = self.backups.look(step + 1, since, habit=habit)
         if look is not None and not look.damaged:
             return None
         return self._undo(step, reading, f"{why}; {look or 'the model is not seen'}", since, indices=indices)
@@ -202,23 +183,23 @@ class Judge:
     def _judge_calm(self, step: int, reading: Reading) -> Judgement:
         self._looked = False
         self._quarantine.calm()
-        damaged, why = self._backups.damaged_since(), self._backups.damage
-        if damaged is None and self._machine.on_trial and self._policy.nonfinite == "rollback":
-            look = self._backups.look(step + 1, None, calm=True)
+        damaged, why = self.backups.damaged_since(), self.backups.damage
+        if damaged is None and self.machine.on_trial and self._policy.nonfinite == "rollback":
+            look = self.backups.look(step + 1, None, calm=True)
             self._sound = look is not None and not look.nonfinite
             if look is not None and look.nonfinite:  # before any loss shows it
                 damaged, why = step + 1, str(look)
         if damaged is not None and self._policy.nonfinite == "rollback" and self._can_restore(step):
             return self._undo(step, reading, why, damaged, verdict=Verdict.NONFINITE)
-        action = self._machine.react(step, Cause.CALM)
-        self._backups.calm(step, self._detector.median)
+        action = self.machine.react(step, Cause.CALM)
+        self.backups.calm(step, self.detector.last)
         return Judgement(reading.verdict, reading.score, action, accepted=action.kind is Kind.ACCEPT)
 
     def _judge_nonfinite(self, step: int, reported: Reported, reading: Reading, indices: Indices) -> Judgement:
         ids, others = not_finite(indices, reported.values, LIMIT, self._world_size)
         if reported.own is not None:
             ids, others = indices[~(np.abs(reported.own) <= LIMIT)], reported.others
-        found = not math.isnan(others) and self._detector.ordinary(others)
+        found = not math.isnan(others) and self.detector.ordinary(others)
         named = tuple(ids.tolist()) if found else ()
         policy, sound_before = self._policy.nonfinite, self._sound
         self._sound = False
@@ -229,14 +210,14 @@ class Judge:
             who = f"samples {shown(named)}" if named else "samples of another rank"
             why = f"the losses of {who} are not finite, those of the rest of the batch are"
         if policy == "rollback" and self._load is not None:
-            look = self._backups.look(step + 1, self._detector.first_suspect_step)
-            again = self._machine.nonfinite >= 1 and not found
+            look = self.backups.look(step + 1, self.detector.first_suspect_step)
+            again = self.machine.nonfinite >= 1 and not found
             if look is None:
                 # Where nobody can look, backups by hand are few and near; a checkpoint may be an epoch old.
-                damaged = bool(self._backups.ring.backups) or again
+                damaged = bool(self.backups.ring.backups) or again
             else:
                 seen, self._sound = True, not look.nonfinite
-                blind = look.since < 0 and bool(self._backups.ring.backups)  # all was zero, or has another layout
+                blind = look.since < 0 and bool(self.backups.ring.backups)  # all was zero, or has another layout
                 damaged = look.damaged or (blind and again)
             if damaged:
                 cause = Cause.DAMAGE
@@ -247,31 +228,31 @@ class Judge:
             self._quarantine.suspect(indices, reported.values if reported.own is None else reported.own)
         if cause is Cause.REPORT and not seen and self._load is None and not found and policy == "rollback":
             cause = Cause.DAMAGE  # nobody can tell, and nobody can restore: it may be the end
-        explained = found or (sound_before and self._machine.on_trial and self._machine.proven)
-        action = self._machine.react(
+        explained = found or (sound_before and self.machine.on_trial and self.machine.proven)
+        action = self.machine.react(
             step,
             cause,
             can_restore=cause is Cause.DAMAGE and self._can_restore(step),
             batch=indices,
             finite=False,
             explained=explained,
-            before_step=step + 1 if found else self._detector.first_suspect_step,
+            before_step=step + 1 if found else self.detector.first_suspect_step,
             why=why,
         )
         return Judgement(reading.verdict, reading.score, action, accepted=False, tell=why)
 
     def _judge_drift(self, step: int, reading: Reading) -> Judgement:
         policy = self._policy.drift
-        if policy == "rollback" and self._can_restore(step) and (best := self._backups.best()) is not None:
+        if policy == "rollback" and self._can_restore(step) and (best := self.backups.best()) is not None:
             return self._undo(step, reading, reading.reason, best.step + 1, verdict=reading.verdict)
-        action = self._machine.react(step, Cause.DRIFT)
+        action = self.machine.react(step, Cause.DRIFT)
         tell = "" if policy == "off" else reading.reason
         return Judgement(reading.verdict, reading.score, action, accepted=True, tell=tell)
 
     def _judge_flagged(self, step: int, reported: Reported, reading: Reading, indices: Indices) -> Judgement:
         """Judge a loss that stands out: one is an outlier, several raise the question of the weights."""
         spike, policy = reading.verdict is Verdict.SPIKE, self._policy.spike
-        cause, why, seen = Cause.JUMP if spike else Cause.OUTLIER, reading.reason, self._backups.capture is not None
+        cause, why, seen = Cause.JUMP if spike else Cause.OUTLIER, reading.reason, self.backups.capture is not None
         tell = reading.reason if spike and not self._looked and policy != "off" else ""
         self._sound = False
         self._quarantine.suspect(indices, reported.values)
@@ -280,16 +261,16 @@ class Judge:
             if damage:
                 cause, why = Cause.DAMAGE, f"{reading.reason}; {damage}"
         self._looked |= spike
-        action = self._machine.react(
+        action = self.machine.react(
             step,
             cause,
             can_restore=cause is Cause.DAMAGE,
             batch=indices,
             seen=seen,
-            before_step=self._detector.first_suspect_step,
+            before_step=self.detector.first_suspect_step,
             why=why,
         )
-        whole = self._detector.whole_batch
+        whole = self.detector.whole_batch
         if cause is Cause.DAMAGE:
             tell = why
         # What a whole batch has in common says nothing of its samples; what stands out among them does.
@@ -300,16 +281,16 @@ class Judge:
 
         The first look counts: what moved the losses moved the weights before them; later they follow the losses.
         """
-        if self._looked or self._backups.capture is None:
+        if self._looked or self.backups.capture is None:
             return ""
-        if self._machine.just_restored:  # sound weights give such losses: it is not the weights
-            self._backups.excuse(step)
-            self._detector.level.learned = 0  # nor was anything lost
+        if self.machine.just_restored:  # sound weights give such losses: it is not the weights
+            self.backups.excuse(step)
+            self.detector.level.learned = 0  # nor was anything lost
             return ""
-        look = self._backups.look(step + 1, self._detector.first_suspect_step)
+        look = self.backups.look(step + 1, self.detector.first_suspect_step)
         if look is not None and look.damaged:
             return str(look)
-        self._backups.excuse(step)
+        self.backups.excuse(step)
         return ""
 
     def _leave_out(self, step: int, ids: tuple[int, ...], reason: str) -> None:
@@ -320,7 +301,7 @@ class Judge:
     def _can_restore(self, step: int) -> bool:
         if self._load is None:
             return False
-        return bool(self._everyone(bool(self._backups.ring.backups)).all()) or self._may_be_on_disk(step + 1)
+        return bool(self._everyone(bool(self.backups.ring.backups)).all()) or self._may_be_on_disk(step + 1)
 
     def _may_be_on_disk(self, before: int) -> bool:
         return bool(self._everyone(self._saver.has_before(before))[0])  # rank 0 writes for all

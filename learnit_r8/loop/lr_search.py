@@ -23,8 +23,7 @@ from learnit_r8.types import Indices, StepResult, Verdict
 class LrSearch:
     """The search's batches and what came of them. No epoch, no catalog entry and no step of the budget is used.
 
-    Attributes:
-        steps: Length of the search; 0 where the run is too short for one.
+    `steps` is 0 where the run is too short for one.
     """
 
     def __init__(self, config: Config, streams: RandomStreams) -> None:
@@ -83,11 +82,7 @@ def parked(
 ) -> Iterator[None]:
     """Put the user's model aside and bring it back at the end, whatever was done to it meanwhile.
 
-    Args:
-        capture: Returns the model's state; where it is None, `save` writes the model to a temporary file.
-        load: Restores the model.
-        save: See `capture`.
-        scheduler_state: For a `save` that asks for it.
+    Where `capture` is None, `save` writes the model to a temporary file; it may ask for the scheduler's state.
     """
     if capture is not None:
         ring = BackupRing()

@@ -12,6 +12,7 @@ from learnit_r8.core.clock import Clock
 from learnit_r8.errors import tell
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, Look, chosen_interval, names
+from learnit_r8.stability.changes import HABIT
 from learnit_r8.stability.detector import Detector
 
 Emit = Callable[[events.Event], None]
@@ -26,20 +27,9 @@ _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show
 class RamBackups:
     """A ring of backups and when they are taken.
 
-    Args:
-        capture: Returns the user's model state, or None: then there are no automatic backups.
-        every: Steps between automatic backups; "auto": chosen by the size of the first one.
-        emit: Lets the sinks hear an event.
-        clock: Measures what a copy took, for the events; nothing depends on it.
-        ranks: They must take the same backups, or each would go back to another step.
-
-    Attributes:
-        capture: As given.
-        ring: The backups.
-        damaged: Step of a backup in which NaN or infinity was found since `damaged_since` was asked, or None; told to
-            the other ranks, and heard of from them, with each report.
-        damage: What was found in the backup that was damaged last, in words.
-        path: Sum of the learning rates of all steps so far.
+    Ranks must take the same backups, or each would go back to another step. `damaged` is the step of a backup in which
+    NaN or infinity was found since `damaged_since` was asked, told to the other ranks, and heard of from them, with
+    each report; `path` the sum of the learning rates of all steps so far.
     """
 
     def __init__(
@@ -123,9 +113,9 @@ class RamBackups:
         self._emit(events.BackupTaken(step=step, bytes=info.nbytes, seconds=info.seconds))
         return info
 
-    def calm(self, step: int, level: float) -> None:
+    def calm(self, step: int, loss: float) -> None:
         """Count a calm loss in favour of the backups before it; one that is found damaged says that the model is."""
-        for info in self.ring.healthy(step, level):
+        for info in self.ring.healthy(step, loss):
             if info.status is BackupStatus.VERIFIED:
                 self._emit(events.BackupVerified(step=step, of_step=info.step))
             elif info.damaged and self.damaged is None:
@@ -137,10 +127,6 @@ class RamBackups:
         """Count a finite loss; return the step of a backup whose weights had moved far, if losses are worse since.
 
         Worse: their median is above the highest of the last 8 to 64 before, and by half above their median.
-
-        Args:
-            loss: The loss.
-            calm: It does not stand out.
         """
         if calm:
             self._losses.append(loss)
@@ -162,24 +148,19 @@ class RamBackups:
     def excuse(self, step: int) -> None:
         """Take note that losses stood out while the weights had not moved: what they do from now on is the answer."""
         self._excused, self._moved = step, None
+        self._losses.clear()
 
     def damaged_since(self) -> int | None:
         """Return the step of a backup in which NaN or infinity was found since the last call, on any rank, or None."""
         since, self.damaged = self.damaged, None
         return since
 
-    def look(self, step: int, before: int | None, *, calm: bool = False) -> Look | None:
-        """Look at the present state of the model, on every rank; None where it cannot be looked at.
-
-        Args:
-            step: Updates that the model has seen.
-            before: Compare with backups of earlier steps.
-            calm: The last loss was.
-        """
+    def look(self, step: int, before: int | None, *, calm: bool = False, habit: float = HABIT) -> Look | None:
+        """Look at the present state of the model, on every rank (see `BackupRing.look`), or None where that fails."""
         if self.capture is None:
             return None
         try:
-            mine = self.ring.look(self.capture(), self.path, before, calm=calm)
+            mine = self.ring.look(self.capture(), self.path, before, calm=calm, habit=habit)
         except Exception as error:
             self._emit(
                 events.Notice(step=step, message=f"the model's state could not be looked at: {error}", level="warning")

@@ -17,7 +17,6 @@ from learnit_r8.errors import tell
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
 from learnit_r8.loop.judge import Judge, Judgement
 from learnit_r8.loop.lr_search import parked
-from learnit_r8.loop.ranks import Word
 from learnit_r8.stability.backups import BackupInfo, BackupStatus
 from learnit_r8.stability.detector import Detector, Reading
 from learnit_r8.stability.quarantine import Quarantine
@@ -37,16 +36,7 @@ _LACKING = (
 
 
 class _Found(NamedTuple):
-    """What the model can go back to.
-
-    Attributes:
-        step: Of the state.
-        state: For `load_callback`: the state, or the checkpoint's path.
-        source: "ram", or the checkpoint.
-        detector: The detector's state of then, where it is known.
-        id: The backup's, None for a checkpoint.
-        proven: Later losses had proved it, or nothing was trained yet.
-    """
+    """What the model can go back to: a backup's state or a checkpoint's path (id None), and the detector's of then."""
 
     step: int
     state: Any
@@ -73,16 +63,7 @@ class SafetyNet(Judge):
         """Take callbacks where none were given at construction; of two pairs, halves would not fit."""
         if self._load is None:
             self._load, self._given = load, state_callback
-            self._backups.capture = state_callback if self._paced else None
-
-    @property
-    def damaged(self) -> int | None:
-        """Step of a backup that was found damaged on this rank and not acted on yet, or None."""
-        return self._backups.damaged
-
-    def hear(self, word: Word) -> None:
-        """Take over what any rank found."""
-        self._backups.damaged = word.damaged
+            self.backups.capture = state_callback if self._paced else None
 
     @property
     def quarantine(self) -> Mask | None:
@@ -94,53 +75,32 @@ class SafetyNet(Judge):
         mask[ids] = True
         return mask
 
-    def stable_only(self, step: int) -> bool:
-        """Whether a fault came back and batches of stable data are wanted."""
-        return self._machine.stable_only(step)
-
-    @property
-    def restored(self) -> bool:
-        """Whether the model was ever restored."""
-        return self._machine.used is not None
-
-    def lr_multiplier(self, step: int) -> float:
-        """Recovery's factor on the learning rate, in (0, 1]."""
-        return self._machine.lr_multiplier(step)
-
     def saw_lr(self, step: int, lr: float) -> None:
         """Take note of a batch's learning rate."""
         if lr > 0.0 and lr >= LR_RISE * self._lr >= 0.0:
-            self._detector.announce(step, "the learning rate rises")
+            self.detector.announce(step, "the learning rate rises")
         self._lr = lr
-        self._backups.path += lr
-
-    def announce(self, step: int, why: str) -> None:
-        """Tell the detector that the loss may change its level for a good reason."""
-        self._detector.announce(step, why)
+        self.backups.path += lr
 
     @property
     def goes_back(self) -> bool:
         """Whether there are backups in RAM to go back to."""
-        return self._load is not None and len(self._backups.ring) > 0
+        return self._load is not None and len(self.backups.ring) > 0
 
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
-        if self._machine.backups_allowed:
-            self._backups.before_step(step, self._detector)
+        if self.machine.backups_allowed:
+            self.backups.before_step(step, self.detector)
 
     def keep(self, state: Any, step: int) -> None:
         """Copy a state of the user's model into the ring, unless the model is suspect right now."""
-        if self._machine.backups_allowed:
-            self._backups.keep(state, step, self._detector)
+        if self.machine.backups_allowed:
+            self.backups.keep(state, step, self.detector)
 
     # Recovery -------------------------------------------------------------------------------
 
     def react(self, step: int, epoch: int, judgement: Judgement, loss: float, expected: float, ids: Indices) -> bool:
-        """Do what an alarming judgement calls for; return True when the model was restored.
-
-        Raises:
-            TrainingDiverged: Nothing is left to try.
-        """
+        """Do what an alarming judgement calls for, TrainingDiverged at worst; say whether the model was restored."""
         batch = tuple(ids[:SAMPLES_TOLD].tolist())
         if judgement.tell:
             verdict = judgement.verdict.value
@@ -157,7 +117,7 @@ class SafetyNet(Judge):
                 )
             )
         action, self._load_error = judgement.action, None
-        if action.kind is Kind.RESTORE and not self._detector.ordinary(loss):
+        if action.kind is Kind.RESTORE and not self.detector.ordinary(loss):
             self._leave_out(step, self._quarantine.trigger(), "in the batches of several faults")
         try:
             while action.kind is Kind.RESTORE:
@@ -166,14 +126,14 @@ class SafetyNet(Judge):
                     return True
                 action = then
         except BaseException:  # Ctrl-C in load_callback: the model may be half restored, the run must not be
-            self._machine.restore_abandoned()
+            self.machine.restore_abandoned()
             raise
         if action.kind is Kind.FAIL:
             self._diverged(step, action.reason)
         if action.kind is Kind.ACCEPT_LEVEL:
             self._looked = False
-            self._backups.excuse(step)
-            self._detector.rebaseline()
+            self.backups.excuse(step)
+            self.detector.rebaseline()
             if self._policy.spike != "off":
                 self._tell(step, f"a new level of the loss is accepted, the model was left alone: {action.reason}")
         elif judgement.action.kind is Kind.RESTORE or action.reason.startswith("nothing to restore"):
@@ -183,18 +143,18 @@ class SafetyNet(Judge):
 
     def finish(self, step: int) -> None:
         """Take a last look at the model: damage of the last steps shows in no loss, or in one."""
-        policy, last = self._policy, self._detector.last
-        if self._load is None or self._machine.phase is Phase.FAILED:
+        policy, last = self._policy, self.detector.last
+        if self._load is None or self.machine.phase is Phase.FAILED:
             return
-        if policy.nonfinite == "rollback" and self._machine.nonfinite >= _NONFINITE_AT_END:
-            reason = f"the last {self._machine.nonfinite} losses are not finite"
-            self._diverged(step, self._machine.with_samples(reason))
-        best = self._backups.best() if self._detector.just_lost else None
+        if policy.nonfinite == "rollback" and self.machine.nonfinite >= _NONFINITE_AT_END:
+            reason = f"the last {self.machine.nonfinite} losses are not finite"
+            self._diverged(step, self.machine.with_samples(reason))
+        best = self.backups.best() if self.detector.just_lost else None
         before = step if best is None else best.step + 1
-        look = self._backups.look(step, None if best is None else before)
+        look = self.backups.look(step, None if best is None else before)
         if look is None:
             return
-        worse = best is not None or self._backups.worse_than_before(last)
+        worse = best is not None or self.backups.worse_than_before(last)
         damaged = look.nonfinite and policy.nonfinite == "rollback"
         damaged = damaged or (look.jumped and policy.spike == "rollback" and worse)
         if not damaged or not self._can_restore(step):
@@ -207,38 +167,38 @@ class SafetyNet(Judge):
         self._emit(events.Notice(step=step, message=message, level="warning"))
 
     def _diverged(self, step: int, reason: str) -> None:
-        if self._machine.lacks or self._told_lack:
+        if self.machine.lacks or self._told_lack:
             reason = f"{reason}; {_LACKING}"
         best = self._where_the_best_is(step)
         reason = f"{reason}; {best}" if best else reason
         self._emit(events.RollbackFailed(step=step, reason=reason))
-        self._crash.diverged(step, reason, self._machine.failing_batches, self._load_error)
+        self._crash.diverged(step, reason, self.machine.failing_batches, self._load_error)
 
     def _restore(self, step: int, action: Action) -> Action | None:
         """Restore from where the action says; None when it worked, else what to do next."""
         began = self._clock.monotonic()
         if action.source == "ram":
-            info = self._backups.newest(action.before_step, unproven=action.unproven)
+            info = self.backups.newest(action.before_step, unproven=action.unproven)
             found, lacking = None if info is None else self._in_ram(info), "no backup in RAM is good"
         else:
             found = self._on_disk(step + 1 if action.before_step is None else action.before_step, action.skip)
             lacking = "there is no checkpoint"
         if found is None:
-            return self._machine.restore_failed(lacking, empty=True)
+            return self.machine.restore_failed(lacking, empty=True)
         failure = self._try_load(found)
         if failure:
-            return self._machine.restore_failed(failure)
-        self._machine.rolled_back(step, found.step, found.id, proven=found.proven)
+            return self.machine.restore_failed(failure)
+        self.machine.rolled_back(step, found.step, found.id, proven=found.proven)
         self._catalog.rewind(found.step)
         self._restored(step, step + 1, found, began)
-        if self._machine.lacks and not self._told_lack:
+        if self.machine.lacks and not self._told_lack:
             self._told_lack = True
             self._tell(step, _LACKING)
             tell(_LACKING, stacklevel=2)
         return None
 
     def _in_ram(self, info: BackupInfo) -> _Found:
-        state, detector = self._backups.restore(info)
+        state, detector = self.backups.restore(info)
         proven = info.initial or info.status is BackupStatus.VERIFIED
         return _Found(info.step, state, "ram", detector, info.id, proven)
 
@@ -270,19 +230,19 @@ class SafetyNet(Judge):
         """Bring everything else to where the model is."""
         self.restored_step = found.step
         self._looked, self._sound = False, True
-        self._detector.reset_after_rollback(found.detector)
-        self._backups.rolled_back(found.step, resumes_at)
+        self.detector.reset_after_rollback(found.detector)
+        self.backups.rolled_back(found.step, resumes_at)
         self._tell_restored(step, resumes_at, found, began)
 
     def _tell_restored(self, step: int, resumes_at: int, found: _Found, began: float) -> None:
-        multiplier = self._machine.lr_multiplier(resumes_at)
+        multiplier = self.machine.lr_multiplier(resumes_at)
         self._emit(
             events.RolledBack(
                 step=step,
                 to_step=found.step,
                 source=found.source,
                 lr_multiplier=multiplier,
-                hold_steps=self._machine.hold if multiplier < 1.0 else 0,
+                hold_steps=self.machine.hold if multiplier < 1.0 else 0,
                 seconds=self._clock.monotonic() - began,
             )
         )
@@ -291,14 +251,14 @@ class SafetyNet(Judge):
 
     def levels(self) -> tuple[float | None, float | None, int | None]:
         """Return the level of the loss now, the lowest that it was, and the step of that; None where unknown."""
-        level = self._detector.level
+        level = self.detector.level
         if not (math.isfinite(level.now) and math.isfinite(level.lowest)):
             return None, None, None
         return level.now, level.lowest, level.lowest_step
 
     def ending(self, step: int) -> str:
         """Return a warning where the loss ends far above its best level, or ""."""
-        level = self._detector.level
+        level = self.detector.level
         if not level.far_above_best():
             return ""
         where = self._where_the_best_is(step)
@@ -308,10 +268,10 @@ class SafetyNet(Judge):
         )
 
     def _where_the_best_is(self, step: int) -> str:
-        best = self._backups.ring.best()
+        best = self.backups.ring.best()
         if best is not None and self._load is not None:
             return f"the backup of step {best.step} holds it, scheduler.restore_best() gets it back"
-        found = self._saver.find_before(self._detector.level.lowest_step + 1, 0)
+        found = self._saver.find_before(self.detector.level.lowest_step + 1, 0)
         return "" if found is None else f"the checkpoint {found.path} is from before that"
 
     def restore_best(self, step: int, epoch: int) -> int:
@@ -320,10 +280,10 @@ class SafetyNet(Judge):
         Raises:
             LookupError: There is none.
         """
-        best = self._backups.ring.best()
+        best = self.backups.ring.best()
         if self._load is None or (best is None and not self._may_be_on_disk(step + 1)):
             raise LookupError("there is no backup and no checkpoint to restore: give state_callback and load_callback")
-        found = self._on_disk(self._detector.level.lowest_step + 1) if best is None else self._in_ram(best)
+        found = self._on_disk(self.detector.level.lowest_step + 1) if best is None else self._in_ram(best)
         found = found or self._on_disk(step + 1)
         if found is None:
             raise LookupError("there is no checkpoint that can be read")
@@ -337,16 +297,10 @@ class SafetyNet(Judge):
     def recall(self, step: int, after: int) -> int | None:
         """Bring the model back to the newest backup in RAM, as a step was broken off; return the backup's step.
 
-        It needs no other rank.
-
-        Args:
-            step: Updates that the model had seen before the step that was broken off.
-            after: A backup of this step or an earlier one is of no use.
-
-        Returns:
-            None where there is no such backup, or `load_callback` failed: the model is as it was left.
+        It needs no other rank. None where there is no backup after the step `after`, or `load_callback` failed: the
+        model is as it was left.
         """
-        info = self._backups.ring.latest()
+        info = self.backups.ring.latest()
         if self._load is None or info is None or info.step <= after:
             return None
         began = self._clock.monotonic()
@@ -357,7 +311,7 @@ class SafetyNet(Judge):
             self._tell(step, f"load_callback failed: {type(error).__name__}: {error}")
             return None
         if found.step < step:
-            self._detector.reset_after_rollback(found.detector)
+            self.detector.reset_after_rollback(found.detector)
             self._catalog.rewind(found.step)
         self._tell_restored(step, step, found, began)
         return found.step
@@ -374,19 +328,19 @@ class SafetyNet(Judge):
     def state_dict(self) -> dict[str, Any]:
         """Return what the next steps depend on; backups stay in RAM."""
         return {
-            "detector": self._detector.state_dict(),
-            "recovery": self._machine.state_dict(),
+            "detector": self.detector.state_dict(),
+            "recovery": self.machine.state_dict(),
             "quarantine": self._quarantine.state_dict(),
             "lr": self._lr,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, or nothing; backups of another state of the model are forgotten."""
-        detector, machine, lr = Detector(), RecoveryMachine(self._machine.hold), float(state["lr"])
+        detector, machine, lr = Detector(), RecoveryMachine(self.machine.hold), float(state["lr"])
         quarantine = Quarantine(self._catalog.num_samples)
         detector.load_state_dict(state["detector"])
         machine.load_state_dict(state["recovery"])
         quarantine.load_state_dict(state["quarantine"])
-        self._detector, self._machine, self._quarantine, self._lr = detector, machine, quarantine, lr
+        self.detector, self.machine, self._quarantine, self._lr = detector, machine, quarantine, lr
         self._looked, self._sound = False, False
-        self._backups.forget()
+        self.backups.forget()

@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from statistics import median
 from typing import Any, NamedTuple
 
-from learnit_r8.stability.changes import UNKNOWN, Habits, copied, relative_changes
+from learnit_r8.stability.changes import HABIT, Habits, copied, relative_changes
 from learnit_r8.stability.tree_copy import CopyPlan, Pool, TreeCopy
 
 _CAPACITY = 3
@@ -41,17 +42,10 @@ class BackupStatus(StrEnum):
 class BackupInfo:
     """Facts of one backup.
 
-    Attributes:
-        id: Unique within a run, rising.
-        step: Updates that the state had seen, which is the next step that it will be trained at.
-        nbytes: Size of its arrays, in bytes.
-        seconds: Time that the copy took.
-        initial: The state before training: eligible without proof when nothing else is.
-        status: CANDIDATE, VERIFIED or DISCARDED.
-        damaged: DISCARDED only: paths of the arrays that were finite in an earlier backup and are not in this one.
-        level: VERIFIED only: median of the losses that proved it; NaN where that is not known.
-        path: Sum of the learning rates of all steps before it.
-        moved: Paths of arrays that moved beyond their habit since the backup before it, farthest first.
+    `step` is how many updates the state had seen, the next one that it will be trained at. `initial`: eligible without
+    proof when nothing else is. `damaged`: arrays that were finite in an earlier backup and are not in this one, which
+    is DISCARDED. `level`: median of the losses that proved it. `path`: sum of the learning rates of all steps before
+    it. `moved`: arrays that moved beyond their habit since the backup before it, farthest first.
     """
 
     id: int
@@ -69,10 +63,8 @@ class BackupInfo:
 class Look(NamedTuple):
     """What a look at the present state found.
 
-    Attributes:
-        nonfinite: Paths of arrays that hold NaN or infinity and did not always.
-        jumped: Paths of arrays that moved beyond their habit, farthest first, since the backup of `since`.
-        since: Step of the backup that the state was compared with; -1 where there is none, or no array can be compared.
+    Arrays that hold NaN or infinity and did not always, and those that moved beyond their habit, farthest first, since
+    the backup of a step (-1: there is none, or no array can be compared).
     """
 
     nonfinite: tuple[str, ...]
@@ -102,7 +94,7 @@ class _Slot:
     copy: TreeCopy
     changes: Mapping[str, float] = field(default_factory=dict)  # since an earlier backup
     stretch: float = 0.0  # sum of the learning rates from then on
-    healthy: int = 0
+    calm: list[float] = field(default_factory=list)  # losses, since it was taken
 
 
 class BackupRing:
@@ -114,12 +106,7 @@ class BackupRing:
     one goes, until the oldest is four intervals old and the newest one's level is as good: so the oldest is there
     for a fault that grows unseen, and it is the best one of a run whose level rises.
 
-    Args:
-        clock: Returns seconds; only differences are used.
-
-    Attributes:
-        taken: Backups so far.
-        seconds: What copying and scanning them took.
+    `taken` backups so far took `seconds` to be copied and scanned.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -141,18 +128,11 @@ class BackupRing:
         return len(self._slots)
 
     def take(self, state: Any, step: int, *, initial: bool | None = None, path: float = 0.0) -> BackupInfo:
-        """Copy the state.
+        """Copy the state, after so many steps whose learning rates sum to `path`.
 
         A copy that fails leaves the ring as it was, whatever the cause lies in: object that cannot
         be copied, no memory. (Only a device error or a signal amid the copying of bytes costs the
         backup that was about to be replaced.)
-
-        Args:
-            state: Any tree of dicts, lists, tuples, dataclasses, numpy arrays, torch tensors
-                (copied detached, to the CPU) and objects that `copy.deepcopy` can copy.
-            step: Updates that the state has seen.
-            initial: Eligible without proof while nothing is verified. Default: `step == 0`.
-            path: Sum of the learning rates of all steps before it.
 
         Raises:
             TypeError: The state is None, or holds something that cannot be copied.
@@ -183,14 +163,13 @@ class BackupRing:
         self._slots.append(slot)
         return info
 
-    def look(self, state: Any, path: float, before: int | None = None, *, calm: bool = False) -> Look:
-        """Say whether a state is damaged: NaN or infinity in it, or weights that moved beyond their habit.
+    def look(
+        self, state: Any, path: float, before: int | None = None, *, calm: bool = False, habit: float = HABIT
+    ) -> Look:
+        """Say whether a state is damaged: NaN or infinity in it, or weights that moved far beyond their habit.
 
-        Args:
-            state: As `take` gets it.
-            path: Sum of the learning rates of all steps before it.
-            before: Compare with backups of earlier steps only.
-            calm: The last loss was: arrays that were never finite are no fault.
+        It is compared with backups of steps earlier than `before`. After a calm loss, arrays that were never finite are
+        no fault.
         """
         copy = CopyPlan(state, self._spare).fill()
         self._spare = copy.pool
@@ -202,31 +181,23 @@ class BackupRing:
         changes = relative_changes(copy, slot.copy)
         if not changes:
             return Look((), ())
-        return Look((), self._beyond_habit(copy, changes, path - slot.info.path), slot.info.step)
+        return Look((), self._beyond_habit(copy, changes, path - slot.info.path, habit=habit), slot.info.step)
 
     def _beyond_habit(
-        self, copy: TreeCopy, changes: Mapping[str, float], stretch: float, unknown: float = UNKNOWN
+        self, copy: TreeCopy, changes: Mapping[str, float], stretch: float, **limits: float
     ) -> tuple[str, ...]:
-        broken = self._habits.broken(changes, stretch, unknown=unknown)
+        broken = self._habits.broken(changes, stretch, **limits)
         explained = copied(broken, copy)
         return tuple(sorted(broken.keys() - explained, key=lambda name: -broken[name]))
 
-    def healthy(self, step: int, level: float = math.nan) -> tuple[BackupInfo, ...]:
-        """Count one calm loss, reported for `step`.
-
-        Args:
-            step: Global step.
-            level: The present level of the loss.
-
-        Returns:
-            The backups whose proof ended with it, their status now VERIFIED or DISCARDED.
-        """
+    def healthy(self, step: int, loss: float = math.nan) -> tuple[BackupInfo, ...]:
+        """Take one calm loss; return the backups whose proof ended with it, their status now VERIFIED or DISCARDED."""
         decided = []
         for slot in list(self._slots):
             if slot.info.status is not BackupStatus.CANDIDATE or slot.info.step > step:
                 continue
-            slot.healthy += 1
-            if slot.healthy < _PROOF:
+            slot.calm.append(loss)
+            if len(slot.calm) < _PROOF:
                 continue
             start = self._clock()
             bad = slot.copy.nonfinite()
@@ -239,16 +210,14 @@ class BackupRing:
                 continue
             self._sound |= slot.copy.paths - self._harmless
             self._habits.learn(slot.changes, slot.stretch)
-            slot.info = replace(slot.info, status=BackupStatus.VERIFIED, level=level)
+            slot.info = replace(slot.info, status=BackupStatus.VERIFIED, level=median(slot.calm))
             decided.append(slot.info)
         return tuple(decided)
 
     def find(self, before_step: int | None = None, *, unproven: bool = False) -> BackupInfo | None:
         """Return the backup that `restore` would use, or None.
 
-        Args:
-            before_step: As for `restore`.
-            unproven: A candidate with a calm loss will do: the fault's cause is known, and came after it.
+        `unproven`: a candidate with a calm loss will do: the fault's cause is known, and came after it.
         """
         slot = self._find(before_step, unproven=unproven)
         return slot.info if slot else None
@@ -264,16 +233,11 @@ class BackupRing:
         return min(known or proved, key=lambda info: info.level, default=None)
 
     def restore(self, before_step: int | None = None, *, info: BackupInfo | None = None) -> tuple[BackupInfo, Any]:
-        """Return the newest verified backup and a fresh deep copy of its state, for the caller to keep.
+        """Return the newest verified backup, or the given one, and a deep copy of its state for the caller to keep.
 
-        New memory costs far more than copying into it (page faults: 1.1 s against 0.03 s for
-        500 MB), so the copy is made in the buffers of a backup that is of no more use where there is
-        one: of a later step, or the next older one when two others are left. That backup is gone.
-
-        Args:
-            before_step: Only backups of earlier steps. The initial state is exempt while nothing
-                is verified.
-            info: One that `find` or `best` returned, in place of the newest.
+        New memory costs far more than copying into it (page faults: 1.1 s against 0.03 s for 500 MB), so the copy is
+        made in the buffers of a backup that is of no more use where there is one: of a later step, or the next older
+        one when two others are left. That backup is gone.
 
         Raises:
             LookupError: There is no such backup; see `find`.
@@ -293,13 +257,13 @@ class BackupRing:
         for slot in [slot for slot in self._slots if slot.info.step > step]:
             self._drop(slot)
         for slot in self._slots:
-            slot.healthy = 0  # the same steps again prove no more than they did
+            slot.calm.clear()  # the same steps again prove no more than they did
 
     def _find(self, before_step: int | None, *, unproven: bool = False) -> _Slot | None:
         limit = math.inf if before_step is None else before_step
         for slot in reversed(self._slots):
             proved = slot.info.status is BackupStatus.VERIFIED
-            tested = slot.healthy > 0 and not slot.info.moved
+            tested = slot.calm and not slot.info.moved
             if slot.info.step < limit and (proved or (unproven and tested and self._is_finite(slot))):
                 return slot
         # The first state is the last resort even for a fault at its own step.
@@ -346,8 +310,5 @@ def chosen_interval(nbytes: int) -> int:
 
     8 sqrt(MB), 8 to 512: a copy costs as its bytes, a step at least as the square root of them, on any machine; so
     8 MB are copied every 23 steps and 1 GB every 253. Measured: `python -m benchmarks.recovery`.
-
-    Args:
-        nbytes: Bytes of all arrays.
     """
     return min(512, max(8, math.ceil(8.0 * math.sqrt(nbytes / 1e6))))

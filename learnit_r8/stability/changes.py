@@ -18,14 +18,10 @@ from numpy.typing import NDArray
 
 from learnit_r8.stability.tree_copy import TreeCopy
 
-DAMAGE = 0.3
-"""Least relative change that counts as damage."""
-HABIT = 6.0
-"""So many times its habit must an array move."""
-BEYOND = 4.0
-"""No habit explains more: weights five times as large."""
-UNKNOWN = 2.0
-"""The least change of an array whose habit is not known: early updates may double small weights."""
+DAMAGE = 0.3  # Least relative change that counts as damage
+HABIT = 6.0  # So many times its habit must an array move
+BEYOND = 4.0  # No habit explains more: weights five times as large
+UNKNOWN = 2.0  # The least change of an array whose habit is not known: early updates may double small weights
 _FADE, _GROWTH = 0.5, 2.0  # of a habit, at most, from one backup to the next
 _CHUNK = 1 << 12  # elements: two operands and their difference stay in the L1 cache
 _SAMPLES = 16
@@ -45,12 +41,8 @@ def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> 
     loss does not depend on, may well move by many times itself. The change of an array that is lost is infinite.
 
     Left out are arrays of one element or of zeros before, arrays whose layout changed, and the state of optimizers
-    and of running statistics. It is infinite, too, where a norm overflows, and for NaN.
-
-    Args:
-        new: The later copy.
-        old: The earlier one.
-        sampled: Sixteen stretches of each large array will do: what is usual is an average anyway.
+    and of running statistics. It is infinite, too, where a norm overflows, and for NaN. `sampled`: sixteen stretches of
+    each large array will do, as what is usual is an average anyway.
     """
     before = {path: array for path, array in old.arrays if not _derived(path)}
     norms: dict[str, tuple[float, float, float]] = {}
@@ -129,12 +121,7 @@ class Habits:
         self._usual: dict[str, float] = {}
 
     def learn(self, changes: Mapping[str, float], path: float) -> None:
-        """Take the changes of a sound stretch.
-
-        Args:
-            changes: As `relative_changes` returns them.
-            path: Sum of the learning rates of its steps.
-        """
+        """Take the changes of a sound stretch, over which the learning rates sum to `path`."""
         if path <= 0.0:
             return
         for name, moved in changes.items():
@@ -143,25 +130,16 @@ class Habits:
             if math.isfinite(share):
                 self._usual[name] = share if usual == math.inf else max(share, _FADE * usual)
 
-    def broken(self, changes: Mapping[str, float], path: float, *, unknown: float = UNKNOWN) -> dict[str, float]:
-        """Return those of the changes that no habit explains.
-
-        Args:
-            changes: As `relative_changes` returns them.
-            path: Sum of the learning rates of the steps.
-            unknown: Least change of an array without a habit.
-        """
-        limits = {name: min(BEYOND, max(DAMAGE, HABIT * usual * path)) for name, usual in self._usual.items()}
+    def broken(
+        self, changes: Mapping[str, float], path: float, *, unknown: float = UNKNOWN, habit: float = HABIT
+    ) -> dict[str, float]:
+        """Return those changes over a stretch that no habit explains; `unknown` limits an array without one."""
+        limits = {name: min(BEYOND, max(DAMAGE, habit * usual * path)) for name, usual in self._usual.items()}
         return {name: moved for name, moved in changes.items() if moved > limits.get(name, unknown)}
 
 
 def copied(paths: Iterable[str], state: TreeCopy) -> set[str]:
-    """Return those of the paths whose array is nearly another one of the state: a target network that was updated.
-
-    Args:
-        paths: Paths of arrays that moved far.
-        state: The state that they moved to.
-    """
+    """Return those of the paths whose array is nearly another one of the state: a target network that was updated."""
     arrays = {path: array for path, array in state.arrays if tuple(array.shape)}
     found = set()
     for path in paths:

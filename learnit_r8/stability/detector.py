@@ -84,13 +84,7 @@ _MIN_BATCH = 4  # samples in a batch that can tell a few bad ones from a bad mod
 
 
 class Reading(NamedTuple):
-    """The detector's word on one loss.
-
-    Attributes:
-        verdict: CALM, SUSPECT, SPIKE, DRIFT or NONFINITE.
-        score: z; NaN while the detector is not active.
-        reason: One sentence; empty when calm.
-    """
+    """The detector's word on one loss: its z (NaN while not active) and one sentence, empty when calm."""
 
     verdict: Verdict
     score: float
@@ -100,16 +94,9 @@ class Reading(NamedTuple):
 class Detector:
     """Reads losses one by one; O(log window) a step, no array is allocated.
 
-    Args:
-        chance: Bound on the probability, per step, that independent outliers pass for a spike.
-        outliers: A loss is flagged only where it rises further than the so-manieth highest harmless outlier.
-
-    Attributes:
-        first_suspect_step: Step at which the present run of suspect losses began, None while all is calm. Backups of
-            earlier steps are not touched by it.
-        level: The level of the loss over longer times.
-        last: The last loss.
-        whole_batch: The last loss that was flagged stood out for more than a few samples, as far as is known.
+    `first_suspect_step` is where the present run of suspect losses began, None while all is calm: backups of earlier
+    steps are not touched by it. `whole_batch`: the last flagged loss stood out for more than a few samples, as far as
+    is known. `chance` bounds the probability, per step, that independent outliers pass for a spike.
     """
 
     def __init__(self, *, chance: float = _CHANCE, outliers: int = _OUTLIERS) -> None:
@@ -137,13 +124,8 @@ class Detector:
         return len(self._window) >= WARMUP
 
     @property
-    def median(self) -> float:
-        """Return the median of the last accepted losses; NaN where there is none."""
-        return self._window.median() if len(self._window) else math.nan
-
-    @property
     def just_lost(self) -> bool:
-        """Say whether the last losses are the untrained model's, after a level of a third of that."""
+        """Say whether the last losses are the untrained model's, after a level of half of that."""
         return self.level.just_lost(self._first_level)
 
     def ordinary(self, loss: float) -> bool:
@@ -164,18 +146,10 @@ class Detector:
         samples: NDArray[Any] | None = None,
         easy: bool = False,
     ) -> Reading:
-        """Read the loss reported for one step.
+        """Read the mean loss reported for one step.
 
-        Args:
-            step: Global step, rising.
-            loss: Mean loss of the batch, unweighted.
-            expected_batch: The catalog's estimate for the batch; NaN where there is none or it is
-                not to be trusted yet.
-            expected_all: The same for the whole data set.
-            finite: False where a single sample's loss was not finite.
-            samples: The losses of the batch's samples, shape `[n]`, where they are known.
-            easy: The batch was made of easy samples only: its loss is compared with the others', and they
-                are not with it.
+        The catalog's estimates for the batch and for all data are NaN where they are not to be trusted yet. `easy`: the
+        batch was made of easy samples only; its loss is compared with the others', and they are not with it.
         """
         self.last = loss
         if not finite or not math.isfinite(loss):
@@ -198,12 +172,7 @@ class Detector:
         return reading
 
     def announce(self, step: int, why: str) -> None:
-        """Take notice that the loss may change its level: LR restart or rise, new strategy.
-
-        Args:
-            step: Global step at which it happens.
-            why: For the reader of the calling code; not kept.
-        """
+        """Take notice that the loss may change its level, and why: LR restart or rise, new strategy."""
         if not self.active:  # nothing to compare with yet: this is the schedule's warm-up
             return
         self._relaxed_until = step + _EASED_STEPS
@@ -218,11 +187,9 @@ class Detector:
         self._clear_flags()
 
     def reset_after_rollback(self, state: Mapping[str, Any] | None = None) -> None:
-        """Go on from a rollback.
+        """Go on from a rollback, with the state of the time of the backup.
 
-        Args:
-            state: `state_dict()` of the time of the backup. None, or one that had no level yet, keeps the window,
-                which holds only losses that were accepted.
+        None, or one that had no level yet, keeps the window, which holds only losses that were accepted.
         """
         if state is not None and len(state["window"]) >= WARMUP:
             announced, lowest = self._relaxed_until, (self.level.lowest, self.level.lowest_step)
@@ -330,16 +297,15 @@ class Detector:
 
     def _flags(self, rise: float, z: float, m: float, s: float, ease: float) -> tuple[bool, bool]:
         """Return whether a loss is soft- and hard-flagged, and remember it as an outlier where it stands out."""
-        soft = hard = False
-        self._outliers.pass_step()
+        a = rise / max(abs(m), 2.0 * s)
+        outlier = z > _SOFT_SCORE * ease and a > _SOFT_RISE * ease
+        self._outliers.pass_step(ordinary=not outlier)
         self._jumps.pass_step()
-        if z > _SOFT_SCORE * ease:
-            a = rise / max(abs(m), 2.0 * s)
-            if a > _SOFT_RISE * ease:
-                soft = rise > max(self._outliers.envelope, _JUMP_MARGIN * self._jumps.envelope)
-                hard = soft and z > _HARD_SCORE * ease and a > _HARD_RISE * ease
-                self._outliers.add(rise)
-        return soft, hard
+        if not outlier:
+            return False, False
+        soft = rise > max(self._outliers.envelope, _JUMP_MARGIN * self._jumps.envelope)
+        self._outliers.add(rise)
+        return soft, soft and z > _HARD_SCORE * ease and a > _HARD_RISE * ease
 
     def _accept(self, loss: float, m: float) -> None:
         """Let a loss be compared with from now on; forget what was before a steep fall."""
@@ -391,11 +357,7 @@ _NUMBERS: dict[str, float | int | None] = {
 
 
 def bulk_mean(losses: NDArray[Any]) -> float:
-    """Return the mean of a batch's losses without the highest eighth of them (at least one).
-
-    Args:
-        losses: One finite loss per sample, shape `[n]`, n >= 4.
-    """
+    """Return the mean of a batch's losses, at least 4, without the highest eighth of them (at least one)."""
     kept = len(losses) - max(1, len(losses) // _FEW)
     return float(np.partition(losses, kept - 1)[:kept].mean(dtype=np.float64))
 

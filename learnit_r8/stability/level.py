@@ -22,7 +22,7 @@ from learnit_r8.stability.windows import numbers, take_numbers
 _RECENT, _BEFORE, _EVERY = 48, 96, 16
 _GROWTH = 4.0
 _SHIFT, _ERRORS = 0.1, 7.0
-_LEARNED, _LOST = 1 / 3, 0.75  # of the untrained model's level
+_LEARNED, _LOST = 0.5, 0.9  # of the untrained model's level
 _SUDDEN = 6  # looks
 _STANDARD_ERROR = 0.22
 """Of the difference of the two medians, in standard deviations of a loss: 1.25 sqrt(1/48 + 1/96)."""
@@ -43,7 +43,7 @@ class Level:
         lowest_step: The step of that.
         scale: What counts as one best level.
         learned: Looks left in which a return to the untrained model's level would be sudden: 6 after a look at which it
-            was below a third of that, 0 once it was lost.
+            was below half of that, 0 once it was lost; 0 for losses that may be negative, whose zero means nothing.
         lost: It has come back to the untrained model's, suddenly; whoever acts on it says False.
     """
 
@@ -60,19 +60,13 @@ class Level:
         self._losses: deque[float] = deque(maxlen=_RECENT + _BEFORE)
 
     def push(self, step: int, loss: float, first_level: float) -> str:
-        """Take a finite loss; return what is to be told, or "".
-
-        Args:
-            step: Global step.
-            loss: Composition-corrected loss.
-            first_level: Level of the untrained model, for the smallest scale that counts.
-        """
+        """Take a finite, composition-corrected loss; return what is to be told, or ""."""
         self._losses.append(loss)
         self._count += 1
         if self._count % _EVERY:
             return ""
         losses = list(self._losses)
-        low = _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level
+        low = min(losses) >= 0.0 and _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level
         self.learned = _SUDDEN if low else max(0, self.learned - 1)
         if len(losses) < _RECENT:
             return ""

@@ -23,8 +23,8 @@ class Recovery:
             report is left out; where some samples of a batch are the cause they are left out from then on; where the
             model holds NaN or infinity it is restored. `TrainingDiverged` only where that fails again and again.
         spike: Losses that jump far above what is usual, or fall back to the untrained model's for dozens of steps. The
-            model is restored where its weights moved beyond their habit, too; where they cannot be seen, for want of a
-            `state_callback`, only in the second case.
+            model is restored where its weights moved beyond their habit, too (in the second case: by 30%); where they
+            cannot be seen, for want of a `state_callback`, only in the second case.
         drift: A loss that grows slowly or has shifted for good. "rollback" goes back to the best backup.
     """
 

@@ -30,11 +30,7 @@ _IDS = Kind(lambda _, ids: ids.tolist(), lambda _, saved: np.array(saved, np.int
 
 
 class Quarantine(Saved):
-    """Counts how often faults name a sample.
-
-    Args:
-        num_samples: Samples in the data set.
-    """
+    """Counts how often faults name a sample."""
 
     _saved = table(run=each(row(bool, _IDS)), faults=each(_IDS), calm_run=int)
 
@@ -90,16 +86,9 @@ class Quarantine(Saved):
 def not_finite(
     indices: Ids, losses: NDArray[np.floating[Any]] | None, limit: float, world_size: int = 1
 ) -> tuple[Ids, float]:
-    """Return the samples whose losses are not finite where the others' are, and the mean of the others.
+    """Return the samples whose losses alone are not finite or beyond the limit, and the mean of the others.
 
-    Args:
-        indices: Sample ids, shape `[n]`.
-        losses: One loss per sample, shape `[n]`, or None.
-        limit: Losses beyond it count as infinite.
-        world_size: Number of ranks that share the batch.
-
-    Returns:
-        No ids, and NaN, where over a quarter of a rank's share is not finite: its weights may be broken.
+    No ids, and NaN, where over a quarter of a rank's share is not finite: its weights may be broken.
     """
     if losses is None:
         return indices[:0], math.nan
@@ -112,12 +101,7 @@ def not_finite(
 
 
 def named(indices: Ids, losses: NDArray[np.floating[Any]] | None) -> tuple[bool, Ids]:
-    """Return (True, the samples that stand out in a batch) or (False, all of them).
-
-    Args:
-        indices: Sample ids, shape `[n]`.
-        losses: One loss per sample, shape `[n]`, or None.
-    """
+    """Return (True, the samples that stand out in a batch) or (False, all of them)."""
     if losses is None or not indices.size:
         return False, indices
     losses = np.asarray(losses, np.float64)

@@ -32,16 +32,13 @@ from learnit_r8.errors import ProtocolError
 from learnit_r8.types import SAMPLES_TOLD
 
 ACQUITTAL = 8  # calm losses: as many as prove a backup
-HELD = 16
-"""Losses in a row that stand out, after which their level is accepted."""
-HELD_UNSEEN = 32
-"""The same where the weights cannot be seen: most spikes heal within a few dozen steps."""
+HELD = 16  # Losses in a row that stand out, after which their level is accepted
+HELD_UNSEEN = 32  # The same where the weights cannot be seen: most spikes heal within a few dozen steps
 _SETTLE = 8
 _QUICK = 30
 _RETURNS = 10
 _GRADUAL = 3  # losses that stood out before a fault that grew
-_NO_PROGRESS = 3
-"""Restores of one backup, none newer being proved in between, after which an older one is tried."""
+_NO_PROGRESS = 3  # Restores of one backup, none newer being proved in between, after which an older one is tried
 _NONFINITE = 64  # reports in a row, while the model is sound
 _UNRESTORABLE = 10
 _LEAST_FACTOR = 1 / 8
@@ -62,17 +59,12 @@ class Cause(StrEnum):
     """What a report comes to."""
 
     CALM = "calm"
-    SKIPPED = "skipped"
-    """The optimizer's step was."""
-    OUTLIER = "outlier"
-    """One loss stands out."""
-    JUMP = "jump"
-    """Losses in a row stand out, and the weights moved as usual or cannot be seen."""
+    SKIPPED = "skipped"  # The optimizer's step was
+    OUTLIER = "outlier"  # One loss stands out
+    JUMP = "jump"  # Losses in a row stand out, and the weights moved as usual or cannot be seen
     DRIFT = "drift"
-    REPORT = "report"
-    """The loss is not finite, the model is; or only some samples' losses are not."""
-    DAMAGE = "damage"
-    """The weights hold NaN, or moved beyond their habit."""
+    REPORT = "report"  # The loss is not finite, the model is; or only some samples' losses are not
+    DAMAGE = "damage"  # The weights hold NaN, or moved beyond their habit
 
 
 class Signal(StrEnum):
@@ -90,20 +82,13 @@ class Signal(StrEnum):
 class Kind(StrEnum):
     """What the caller is to do."""
 
-    ACCEPT = "accept"
-    """Record the loss."""
-    HOLD = "hold"
-    """Keep the loss out of the statistics, take no backup."""
-    IGNORE = "ignore"
-    """Leave the report out."""
-    TELL = "tell"
-    """Record the loss, tell of it."""
-    RESTORE = "restore"
-    """Restore from `Action.source`, then call `rolled_back` or `restore_failed`."""
-    ACCEPT_LEVEL = "accept level"
-    """Let the detector learn the new level, warn."""
-    FAIL = "fail"
-    """Raise `TrainingDiverged`."""
+    ACCEPT = "accept"  # Record the loss
+    HOLD = "hold"  # Keep the loss out of the statistics, take no backup
+    IGNORE = "ignore"  # Leave the report out
+    TELL = "tell"  # Record the loss, tell of it
+    RESTORE = "restore"  # Restore from `Action.source`, then call `rolled_back` or `restore_failed`
+    ACCEPT_LEVEL = "accept level"  # Let the detector learn the new level, warn
+    FAIL = "fail"  # Raise `TrainingDiverged`
 
 
 class _Move(NamedTuple):
@@ -150,15 +135,10 @@ def state_diagram() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What the caller is to do now.
+    """What the caller is to do now, and why in one sentence for events and errors.
 
-    Attributes:
-        kind: See `Kind`.
-        reason: One sentence for events and errors; empty for ACCEPT.
-        source: RESTORE only: "ram" or "disk".
-        before_step: RESTORE only: use backups and checkpoints of earlier steps only; None for any.
-        skip: RESTORE from disk only: how many of the newest checkpoints not to try.
-        unproven: RESTORE from RAM only: a backup that only one loss has tested will do.
+    The rest is for RESTORE: from "ram" or "disk", from before which step, how many of the newest checkpoints not to
+    try, and whether a backup in RAM that only one loss has tested will do.
     """
 
     kind: Kind
@@ -176,18 +156,10 @@ _ACCEPT = _PLAIN[TABLE[Phase.HEALTHY, Cause.CALM].kind]  # what nearly every ste
 class RecoveryMachine(Saved):
     """The state machine of `TABLE` with its counters.
 
-    Args:
-        hold: Steps for which a fault that returned holds the learning rate down.
-
-    Attributes:
-        phase: The present phase.
-        hold: As given.
-        flagged: Losses in a row that stood out.
-        nonfinite: Reports in a row that were not finite.
-        used: Id (None: a checkpoint) and step of the backup that was restored last, or None.
-        proven: That backup was, by later losses.
-        lacks: NaN came back so soon, from calm losses, that the backup must lack something.
-        failing_batches: Sample ids of the last faulty batches, oldest first, at most 3.
+    `hold`: steps for which a fault that returned holds the learning rate down. `used`: id (None: a checkpoint) and step
+    of the backup that was restored last; `proven`: later losses had proved it. `lacks`: NaN came back so soon, from
+    calm losses, that it must lack something. `failing_batches`: sample ids of the last faulty batches, oldest first, at
+    most 3.
     """
 
     _saved = table(
@@ -255,16 +227,8 @@ class RecoveryMachine(Saved):
     ) -> Action:
         """Take what a report comes to and say what to do.
 
-        Args:
-            step: Global step of the loss.
-            cause: What it comes to.
-            can_restore: There is a way to restore: a callback, and a backup or a checkpoint.
-            batch: Sample ids of the batch; the first `SAMPLES_TOLD` are remembered.
-            finite: The loss is.
-            explained: Samples of this batch, or the batch, are the cause: no backup is to blame.
-            seen: The weights could be looked at.
-            before_step: Backups of earlier steps are not touched by the damage; None for any.
-            why: The evidence in words.
+        `explained`: samples of this batch, or the batch, are the cause: no backup is to blame. `seen`: the weights
+        could be looked at. Backups from `before_step` on are touched by the damage.
         """
         if self.used is not None:
             self._reports_since += 1
@@ -290,14 +254,7 @@ class RecoveryMachine(Saved):
         return self._move(cause, why or "the loss stands out")
 
     def rolled_back(self, step: int, to_step: int, backup_id: int | None, *, proven: bool = True) -> None:
-        """Take note that the model was restored.
-
-        Args:
-            step: Global step of the faulty loss.
-            to_step: Step of the restored state.
-            backup_id: Id of the RAM backup, None for a checkpoint.
-            proven: Later losses had proved it, or it is the model as it was before training.
-        """
+        """Take note that the model was restored after the faulty loss of `step`; a checkpoint has no id."""
         self._move(Signal.RESTORED)
         same = self.used == [backup_id, to_step]
         self._uses = self._uses if same else 0
@@ -307,13 +264,9 @@ class RecoveryMachine(Saved):
         self._calm_since = self._reports_since = 0
 
     def restore_failed(self, reason: str, *, empty: bool = False) -> Action:
-        """Take note that the restore failed and say what to try next.
+        """Take note that the restore failed, or that its source was empty, and say what to try next.
 
         Each backup and checkpoint is tried twice, the second time with a fresh copy; then older ones, then the disk.
-
-        Args:
-            reason: For the error, should nothing work.
-            empty: The action's source held nothing that could be tried.
         """
         self._callback_failed |= not empty
         if not empty and self._attempts == 0:

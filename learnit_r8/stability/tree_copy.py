@@ -54,14 +54,7 @@ class _Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TreeCopy:
-    """A deep copy and what is needed to scan and to recycle it.
-
-    Attributes:
-        tree: The copy; tensors are detached and on the CPU.
-        arrays: Path in the tree and copy of each distinct array.
-        pool: The buffers, by layout.
-        nbytes: Size of the buffers.
-    """
+    """A deep copy, its distinct arrays by path, and its buffers by layout; tensors are detached and on the CPU."""
 
     tree: Any
     arrays: tuple[tuple[str, Any], ...]
@@ -91,13 +84,7 @@ def buffers_of(tree: Any) -> Pool:
 
 
 class CopyPlan:
-    """A copy that is assembled but not filled: nothing of `recycled` has been written to yet.
-
-    Args:
-        source: Any tree of dicts, lists, tuples, dataclasses, numpy arrays, torch tensors, and
-            objects that `copy.deepcopy` can copy.
-        recycled: Buffers to use again; they are taken only by `fill`.
-    """
+    """A copy that is assembled but not filled: nothing of `recycled`, buffers to use again, has been written to yet."""
 
     def __init__(self, source: Any, recycled: Pool | None = None) -> None:
         self._available = {layout: list(buffers) for layout, buffers in (recycled or {}).items()}

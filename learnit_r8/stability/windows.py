@@ -26,11 +26,7 @@ def take_numbers(thing: Any, names: Mapping[str, Any], state: Mapping[str, Any])
 
 
 class SortedWindow:
-    """The last `size` values, in order of arrival and sorted.
-
-    Args:
-        size: At least 1.
-    """
+    """The last `size` values, in order of arrival and sorted."""
 
     __slots__ = ("_low", "arrivals", "size", "values")
 
@@ -136,11 +132,8 @@ class Composition:
 class HarmlessOutliers:
     """How far single losses have lately stood out without anything coming of it.
 
-    An outlier counts as harmless once `HARMLESS_AFTER` steps have passed over it.
-
-    Args:
-        memory: Steps after which one is forgotten.
-        count: Which of the highest is the envelope: 1 for the highest.
+    An outlier counts as harmless at the first ordinary loss from `HARMLESS_AFTER` steps after it on: a level that holds
+    is none. It is forgotten after `memory` steps; the `count`-th highest is the envelope.
     """
 
     __slots__ = ("_age", "_count", "_memory", "_pending", "_remembered", "_rises")
@@ -155,12 +148,12 @@ class HarmlessOutliers:
         """Return the `count`-th highest rise remembered, 0 where there are fewer."""
         return self._rises[-self._count] if len(self._rises) >= self._count else 0.0
 
-    def pass_step(self) -> None:
-        """Count one step."""
+    def pass_step(self, *, ordinary: bool = True) -> None:
+        """Count one step, whose loss is ordinary or not."""
         self._age += 1
         if self._remembered and self._remembered[0][0] <= self._age - self._memory:
             del self._rises[bisect_left(self._rises, self._remembered.popleft()[1])]
-        if self._pending and self._pending[0][0] <= self._age - HARMLESS_AFTER:
+        if ordinary and self._pending and self._pending[0][0] <= self._age - HARMLESS_AFTER:
             rise = self._pending.popleft()[1]
             self._remembered.append((self._age, rise))
             insort(self._rises, rise)

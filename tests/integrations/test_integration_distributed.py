@@ -784,7 +784,7 @@ def test_a_few_nan_samples_of_one_shard_are_named_and_cost_one_rollback_each():
                 with np.errstate(invalid="ignore"):
                     losses = np.logaddexp(0, -margins)
                 results.append(scheduler.update_with_loss(losses))
-        return results, scheduler.catalog.left_out.tolist(), scheduler._safety._detector.state_dict(), model["w"]
+        return results, scheduler.catalog.left_out.tolist(), scheduler._safety.detector.state_dict(), model["w"]
 
     (one, kept, first, w), (other, named, second, same_w) = on_threads(2, body)
     assert [(r.verdict, r.rolled_back) for r in one] == [(r.verdict, r.rolled_back) for r in other]
@@ -811,7 +811,7 @@ def test_what_one_shards_strategy_decides_all_detectors_hear_of():
         for _ in scheduler.epoch_iterator():
             for batch in scheduler.batch_iterator():
                 scheduler.update_with_loss(rng.normal(1, 0.1, len(batch.indices)))
-        return str(scheduler._safety._detector.state_dict())
+        return str(scheduler._safety.detector.state_dict())
 
     one, other = on_threads(2, body)
     assert one == other

@@ -338,7 +338,7 @@ def test_a_stop_or_a_signal_ends_the_search_for_a_rate_at_once():
 def test_losses_of_the_untrained_model_restore_one_that_nobody_can_see_and_lower_ones_do_not(high):
     heard = Ears()
     scheduler = R8Scheduler(
-        800, 4, num_epochs=1, load_callback=lambda state: None, checkpoint_dir=None, ui="off", sinks=[heard], seed=0
+        1200, 4, num_epochs=1, load_callback=lambda state: None, checkpoint_dir=None, ui="off", sinks=[heard], seed=0
     )
     with scheduler:
         for batch in scheduler.batch_iterator():

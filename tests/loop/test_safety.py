@@ -87,7 +87,7 @@ def test_a_fault_that_returns_at_once_lowers_the_rate_for_a_while_and_draws_stab
     def before(step):
         if step in (50, 53, 56):
             run.model.arrays["w"] *= 60.0
-        if run.scheduler._safety.stable_only(step):
+        if run.scheduler._safety.machine.stable_only(step):
             ticket = next(iter(run.scheduler._desk._open.values()))
             stable.extend(run.scheduler.catalog.quadrants()[ticket.indices].tolist())
 
@@ -168,7 +168,7 @@ def test_reports_that_were_under_way_during_a_rollback_cause_no_second_one():
 
 def test_a_full_ring_is_filled_again_and_again_in_the_same_memory():
     run, seen = Run(7, backup_every=5), []
-    ring = run.scheduler._safety._backups.ring
+    ring = run.scheduler._safety.backups.ring
 
     def before(step):
         # Arrays of one size may swap their buffers.

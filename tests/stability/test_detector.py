@@ -280,6 +280,13 @@ def test_a_loss_that_swings_by_factors_near_zero_is_not_told_and_its_return_from
     assert np.exp(at / 300) < 10
 
 
+def test_a_level_that_holds_stands_out_until_it_is_accepted():
+    detector, rng = Detector(), np.random.default_rng(0)
+    read(detector, rng.lognormal(-1.0, 0.1, 500).tolist())
+    held = [detector.observe(500 + k, loss).verdict for k, loss in enumerate(rng.lognormal(1.0, 0.1, 40).tolist())]
+    assert set(held[2:]) <= {Verdict.SUSPECT, Verdict.SPIKE}
+
+
 def test_a_restore_to_before_the_first_level_leaves_the_detector_seeing():
     detector = Detector()
     young = detector.state_dict()

@@ -210,7 +210,7 @@ class Parts:
         ticket = self._desk.oldest
         if ticket is None or self._search is not None:
             return self._lr
-        changed = self._safety.restored or self._budget.scaled
+        changed = self._safety.machine.used or self._budget.scaled
         return self._lr_at(ticket.cursor, ticket.batches) if changed else ticket.batch.lr
 
     @property
@@ -324,7 +324,7 @@ class Parts:
     def _lr_at(self, cursor: int, batches: int) -> float:
         progress = self._progress
         position = self._budget.position(progress.epoch, cursor, batches, progress.global_step)
-        return self._budget.learning_rate(position, self._safety.lr_multiplier(self._progress.global_step))
+        return self._budget.learning_rate(position, self._safety.machine.lr_multiplier(self._progress.global_step))
 
     def _check_search(self, lead: int) -> None:
         if self._search is not None and lead > 0:

@@ -44,7 +44,7 @@ class Steps(Persistence):
         for decision, reason, figure in decisions:
             self._bus.emit(events.StrategyDecided(step=step, decision=decision, reason=reason, figure=figure))
         if self._ranks.of_plans(bool(decisions)).any():
-            self._safety.announce(step, "a strategy decided")
+            self._safety.detector.announce(step, "a strategy decided")
         self._progress.start_epoch()
         self._epoch_started = self._clock.monotonic()
         self._bus.emit(
@@ -103,12 +103,12 @@ class Steps(Persistence):
         if waiting is not None:
             indices, weights, number = waiting.indices, waiting.weights, waiting.batch.id
         elif cursor < batches:
-            progress, stable_only = position[0] / position[1], self._safety.stable_only(step)
+            progress, stable_only = position[0] / position[1], self._safety.machine.stable_only(step)
             indices, weights = self._chooser.draw(epoch, step, progress, stable_only=stable_only)
             number = self._desk.new_id()
         else:
             return None
-        self._lr = self._budget.learning_rate(position, self._safety.lr_multiplier(step))
+        self._lr = self._budget.learning_rate(position, self._safety.machine.lr_multiplier(step))
         self._safety.saw_lr(step, self._lr)
         return self._ticket(indices, weights, number, step, (cursor, batches), started)
 
@@ -169,11 +169,11 @@ class Steps(Persistence):
 
     def _gather(self, reported: Reported, ticket: Ticket, skipped: bool) -> tuple[Reported, bool]:
         """Exchange this rank's report, and whether it skipped the step, for everyone's; hear of what stops the run."""
-        word = self._control.word(self._safety.damaged, skipped=skipped)
+        word = self._control.word(self._safety.backups.damaged, skipped=skipped)
         step = self._progress.global_step
         reported, word = self._ranks.gather(reported, ticket.indices, ticket.order, step, word)
         self._control.hear(word)
-        self._safety.hear(word)
+        self._safety.backups.damaged = word.damaged
         return reported, word.skipped
 
     def _emit_loss(self, ticket: Ticket, loss: float, expected: float, judgement: Judgement, started: float) -> None:
