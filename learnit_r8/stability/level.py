@@ -66,7 +66,7 @@ class Level:
         if self._count % _EVERY:
             return ""
         losses = list(self._losses)
-        low = min(losses) >= 0.0 and _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level
+        low = min(self.lowest, *losses) >= 0.0 and _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level
         self.learned = _SUDDEN if low else max(0, self.learned - 1)
         if len(losses) < _RECENT:
             return ""
