@@ -462,7 +462,7 @@ def test_a_bug_in_the_model_reaches_neither_the_loop_nor_close(tmp_path):
 from learnit_r8.run.model import DashboardModel
 def broken(self, event):
     raise IndexError('a bug in the model')
-DashboardModel.consume = broken
+DashboardModel.consume_all = broken
 d = open_dashboard('curses', log_dir='run')
 train(d, 0.5)
 d.close()
