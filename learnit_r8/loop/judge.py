@@ -31,6 +31,9 @@ from learnit_r8.types import Indices, Verdict
 
 _MOST = 0.9
 """Share of the samples that must have been seen for their expected losses to be compared with the others'."""
+_HABIT_LOST = 1.5
+"""Habits that weights must have moved by since the best backup, where the loss is the untrained model's for dozens of
+steps: six are never reached in so many, and without any a GAN's generator was restored."""
 _HOLD = 100, 20
 """Steps, and share of the budget, for which a fault that returned holds the learning rate down at most."""
 _ACTS = (Kind.RESTORE, Kind.ACCEPT_LEVEL, Kind.FAIL)
@@ -166,7 +169,7 @@ class Judge:
             if best is not None or self.backups.capture is None:
                 since = (level.lowest_step if best is None else best.step) + 1
                 why = "the loss has been that of the untrained model for dozens of steps"
-                return self._undo_if_moved(step, reading, indices, since, why, habit=0.0)
+                return self._undo_if_moved(step, reading, indices, since, why, habit=_HABIT_LOST)
         return None
 
     def _undo_if_moved(
