@@ -228,7 +228,7 @@ def _balanced_run(epochs, fall, plan, seed, size):
         spearman(mean, truth),
         spearman(alone.estimate, truth),
         spearman(ours.estimate, truth),
-        ours.attribution.confidence(ours.variance),
+        ours.attribution.known(ours.variance),
     )
 
 
