@@ -275,7 +275,8 @@ class R8Scheduler(Steps):
                 raise TypeError("update_with_loss got loss and batch_loss, two names for one thing: give one")
             loss = batch_loss
         reported = read_losses(loss, len(ticket.batch.indices))
-        self._desk.check_failed(skipped=skipped)
+        if batch is None:
+            self._desk.check_failed(skipped=skipped)
         if not self._weighs and isinstance(ticket.batch, WeighedBatch):
             self._ask_for_weights(ticket.batch)
         self._reporter = threading.get_ident()

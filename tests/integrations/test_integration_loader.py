@@ -209,6 +209,24 @@ def test_a_batch_that_could_not_be_loaded_and_is_reported_as_skipped_shifts_no_l
     assert misled(scheduler) == 0
 
 
+def test_losses_whose_batch_is_named_are_taken_after_a_batch_that_could_not_be_loaded():
+    scheduler = scheduler_for(num_epochs=1, lookahead=5)
+    batches, errors = iter(loader_for(scheduler, Corrupt(), num_workers=2)), 0
+    for _ in scheduler.epoch_iterator():
+        for _ in range(5):
+            try:
+                numbers = next(batches)
+            except ValueError:
+                errors += 1
+                continue
+            mine = next(one for one in scheduler.open_batches if numbers[0] in one.indices)
+            scheduler.update_with_loss(numbers.float() + 1, mine)
+        break
+    assert errors == 1
+    assert scheduler.global_step == 4
+    assert misled(scheduler) == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_that_could_not_be_loaded_and_is_not_reported_is_named(workers):
     scheduler = scheduler_for()
