@@ -247,7 +247,7 @@ class R8Scheduler(Steps):
                 "batches are asked for in another thread than losses are reported in: checkpoints, backups and signals "
                 "wait for the end of each epoch",
             )
-        elif self._desk.between_steps() and not self._closed:
+        elif self._desk.between_steps() and not self._closed and not self._quiet():
             self._between_steps()
         self._desk.count_request()
 
@@ -268,7 +268,8 @@ class R8Scheduler(Steps):
             TypeError: Not a real number or a 1-D array of them. Nothing has changed then.
             TrainingDiverged: Recovery is out of means.
         """
-        self._check_open()
+        if self._closed:
+            self._check_open()
         ticket = self._desk.find(batch)
         if batch_loss is not None:
             if loss is not None:
@@ -280,7 +281,8 @@ class R8Scheduler(Steps):
         if not self._weighs and isinstance(ticket.batch, WeighedBatch):
             self._ask_for_weights(ticket.batch)
         self._reporter = threading.get_ident()
-        started = self._clock.monotonic() if self._bus else 0.0
+        shown = bool(self._bus.sinks)
+        started = self._clock.monotonic() if shown else 0.0
         if self._ranks.exchanges:
             reported, skipped = self._gather(reported, ticket, bool(skipped))
         outdated = self._desk.close(ticket)
@@ -291,7 +293,7 @@ class R8Scheduler(Steps):
         rows = self._catalog.look_up(ticket.indices)
         expected = rows.expected
         judgement = self._safety.judge(
-            step, reported, expected, ticket.indices, skipped=bool(skipped), outdated=outdated
+            step, reported, expected, ticket.indices, skipped=bool(skipped), outdated=outdated, scored=shown
         )
         if judgement.accepted:
             self._record(ticket, rows, reported)
@@ -299,7 +301,7 @@ class R8Scheduler(Steps):
                 self._desk.remember(step, ticket, reported.mean)
         progress.global_step += 1
         progress.reported += 1
-        if self._bus:
+        if shown:
             self._emit_loss(ticket, reported.mean, expected, judgement, started)
         rolled_back = judgement.alarming and self._react(step, judgement, reported.mean, expected, ticket.indices)
         if progress.reported == self._chooser.batches:
@@ -320,6 +322,18 @@ class R8Scheduler(Steps):
                 self._saver.logged(self._progress.global_step, name, number)
                 if self._saver.best_due and self._control.together:
                     self._control.ask_for_save()
+
+    def _quiet(self) -> bool:
+        """Say, of a moment amid an epoch, whether nothing that `_between_steps` does is due, as after most steps."""
+        step, backups = self._progress.global_step, self._safety.backups
+        return (
+            self._ranks.world_size == 1
+            and self._progress.stage is Stage.RUNNING
+            and self._control.interrupts.pending is None
+            and self._saver.idle(step)
+            and not backups.due(step)
+            and not (self._bus.sinks and self._control.waits)
+        )
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""

@@ -45,6 +45,11 @@ class Control:
         """Whether a signal is to be acted on at this step boundary, on all ranks at the same one."""
         return self.interrupts.pending is not None and (self._ranks.world_size == 1 or bool(self._signal))
 
+    @property
+    def waits(self) -> bool:
+        """Whether a command of a sink is to be carried out, or one is in force that holds the loop."""
+        return self._paused or self._at_once or self._bus.asked
+
     def ask_for_save(self) -> None:
         """Have all ranks write a checkpoint, after the next exchange."""
         self._asks_save = True

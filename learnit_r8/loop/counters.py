@@ -66,11 +66,6 @@ class Progress:
         self.epoch += 1
         self.stage = Stage.FRESH
 
-    def accept(self, loss: float) -> None:
-        """Count a loss that entered the catalog."""
-        self.accepted += 1
-        self.loss_sum += loss
-
     def take_back(self, batches: int, loss_sum: float) -> None:
         """Uncount accepted batches of this epoch that will be trained on again."""
         self.reported -= batches

@@ -29,8 +29,6 @@ from learnit_r8.stability.quarantine import Quarantine, not_finite
 from learnit_r8.stability.recovery import Action, Cause, Kind, RecoveryMachine
 from learnit_r8.types import Indices, Verdict
 
-_MOST = 0.9
-"""Share of the samples that must have been seen for their expected losses to be compared with the others'."""
 _HABIT_LOST = 1.5
 """Habits that weights must have moved by since the best backup, where the loss is the untrained model's for dozens of
 steps: six are never reached in so many, and without any a GAN's generator was restored."""
@@ -55,6 +53,10 @@ class Judgement(NamedTuple):
     def alarming(self) -> bool:
         """Whether something is to be told or done."""
         return bool(self.tell) or self.action.kind in _ACTS
+
+
+_ACCEPT = Action(Kind.ACCEPT)
+_CALM = Judgement(Verdict.CALM, math.nan, _ACCEPT, True)
 
 
 class Judge:
@@ -98,12 +100,23 @@ class Judge:
         self._sound = False  # the last look found the state finite, and nothing was trained since
 
     def judge(
-        self, step: int, reported: Reported, expected: float, indices: Indices, *, skipped: bool, outdated: bool = False
+        self,
+        step: int,
+        reported: Reported,
+        expected: float,
+        indices: Indices,
+        *,
+        skipped: bool,
+        outdated: bool = False,
+        scored: bool = True,
     ) -> Judgement:
         """Say what a report is and what it calls for.
 
-        `outdated`: the batch was out when the model was restored: its loss may be of the model that is gone.
+        `outdated`: the batch was out when the model was restored: its loss may be of the model that is gone. `scored`:
+        the score of a calm loss is wanted, too.
         """
+        if not (skipped or outdated) and (calm := self._take_calm(step, reported, expected, indices, scored)):
+            return calm
         if skipped:
             self._crash.note(step, Verdict.SKIPPED, reported.mean, indices)
             action = self.machine.react(step, Cause.SKIPPED)
@@ -123,14 +136,29 @@ class Judge:
             return self._judge_drift(step, reading)
         return self._judge_flagged(step, reported, reading, indices)
 
+    def _take_calm(
+        self, step: int, reported: Reported, expected: float, indices: Indices, scored: bool
+    ) -> Judgement | None:
+        """Judge a loss that is calm beyond doubt amid others, as nearly all are: the same as below, in fewer calls."""
+        backups, machine = self.backups, self.machine
+        if not (reported.finite and backups.unsuspected and machine.healthy(step)):
+            return None
+        reading = self.detector.take_calm(reported.mean, expected - self._catalog.usual, scored=scored)
+        if reading is None:
+            return None
+        self._crash.note(step, Verdict.CALM, reported.mean, indices)
+        self._looked = False
+        self._quarantine.calm()
+        machine.react(step, Cause.CALM)
+        backups.pass_calm(step, reported.mean)
+        return Judgement(Verdict.CALM, reading.score, _ACCEPT, True) if scored else _CALM
+
     def _read(self, step: int, reported: Reported, expected: float) -> Reading:
-        catalog = self._catalog
-        known = catalog.share_seen >= _MOST  # not all: what is always NaN is never seen
         return self.detector.observe(
             step,
             reported.mean,
-            expected_batch=expected if known else math.nan,
-            expected_all=catalog.mean_expected if known else math.nan,
+            expected_batch=expected,
+            expected_all=self._catalog.usual,
             finite=reported.finite,
             samples=reported.values,
             easy=self.machine.stable_only(step),

@@ -18,7 +18,8 @@ LIMIT = 1e15
 of this size means a diverged model in any units."""
 
 _SAFE_SQUARES = 1e30  # LIMIT ** 2
-_FLOAT32 = np.dtype(np.float32)
+_FLOAT32S: dict[int, Any] = {id(kind): kind for kind in (np.dtype(np.float32),)}
+"""The float32 of each framework that was met, by identity: to compare and to print dtypes is slow."""
 _FEW = 64  # losses that Python adds up faster than numpy
 
 
@@ -85,7 +86,11 @@ def _few(loss: Any, size: int) -> Reported | None:
     Each call of numpy or torch costs several microseconds amid a training step.
     """
     kind = getattr(loss, "dtype", None)
-    if (kind is not _FLOAT32 and str(kind) != "torch.float32") or tuple(loss.shape) != (size,):
+    if id(kind) not in _FLOAT32S:
+        if str(kind) != "torch.float32":
+            return None
+        _FLOAT32S[id(kind)] = kind
+    if loss.shape != (size,):
         return None
     try:
         each = loss.tolist()

@@ -62,9 +62,13 @@ class RamBackups:
         self._before: list[float] = []  # the last ones before the last backup
         self._heal()
 
+    def due(self, step: int) -> bool:
+        """Say whether the turn of an automatic backup has come, or has passed while none was allowed."""
+        return self.capture is not None and step >= self._next
+
     def before_step(self, step: int, detector: Detector) -> None:
-        """Take an automatic backup when its turn has come, or has passed while none was allowed."""
-        if self.capture is None or step < self._next:
+        """Take an automatic backup when one is due."""
+        if not self.due(step):
             return
         taken = self._try_keep(step, detector)
         if self._every is None and taken is not None:
@@ -112,6 +116,17 @@ class RamBackups:
         self._detectors[info.id] = detector.state_dict(), list(self._losses)
         self._emit(events.BackupTaken(step=step, bytes=info.nbytes, seconds=info.seconds))
         return info
+
+    @property
+    def unsuspected(self) -> bool:
+        """Whether weights have not moved far lately, and no backup was found to be damaged."""
+        return self._moved is None and self.damaged is None
+
+    def pass_calm(self, step: int, loss: float) -> None:
+        """Count a calm loss where nothing is suspected."""
+        self._losses.append(loss)
+        if len(self.ring):
+            self.calm(step, loss)
 
     def calm(self, step: int, loss: float) -> None:
         """Count a calm loss in favour of the backups before it; one that is found damaged says that the model is."""

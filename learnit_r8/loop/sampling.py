@@ -30,6 +30,8 @@ class Sampling:
         of_plans: Returns a number of every plan there is: of all ranks, where each has samples of its own.
 
     Attributes:
+        each_once: Whether it is certain that this epoch draws no sample twice.
+        listens: Whether the strategy wants to hear reports.
         batches: Number of batches in the epoch's plan; it grows where the strategy draws fewer samples than asked for.
         drawn: How many of them were drawn.
     """
@@ -50,32 +52,30 @@ class Sampling:
         self._catalog = catalog
         self._streams = streams
         self._cataloger = Rules(Uniform())
-        self._cataloging = False
+        self.listens = self.rules.has("observe")
         self._left = 0  # samples of the plan that are not drawn yet
         self._excluded: Mask | None = None
         self._warned = False
-        self._fast: Callable[[int], Indices | None] | None = None  # a plan's next batch, without a request
-
-    @property
-    def each_once(self) -> bool:
-        """Whether it is certain that this epoch draws no sample twice."""
-        return self._active.sound and self._active.covers
+        self._turn(cataloging=False)
 
     @property
     def phase(self) -> str:
         """The strategy's name, or "cataloging" in the first epoch."""
         return "cataloging" if self._cataloging else self._config.strategy
 
-    @property
-    def _active(self) -> Rules:
-        return self._cataloger if self._cataloging else self.rules
+    def _turn(self, *, cataloging: bool) -> None:
+        """Let the cataloger draw, or the strategy."""
+        self._cataloging = cataloging
+        self._active = active = self._cataloger if cataloging else self.rules
+        self.each_once = active.sound and active.covers
+        # A plan's next batch, without a request.
+        self._fast: Callable[[int], Indices | None] | None = None
+        if active.sound:
+            self._fast = getattr(active.strategy, "next_planned", None)
 
     def _require(self, fault: str) -> None:
         if fault:
             raise ProtocolError(f"{type(self._active.strategy).__name__}.{fault}")
-
-    def _find_fast(self) -> Callable[[int], Indices | None] | None:
-        return getattr(self._active.strategy, "next_planned", None) if self._active.sound else None
 
     def start_epoch(
         self, epoch: int, step: int, progress: float, excluded: Mask | None, *, alike: bool = False
@@ -89,7 +89,7 @@ class Sampling:
             excluded: Samples to leave out, or None.
             alike: Draw every sample equally often: go on cataloging, unless the strategy does that itself.
         """
-        self._cataloging = (epoch == 0 and self.rules.catalogs) or (alike and not self.rules.covers)
+        self._turn(cataloging=(epoch == 0 and self.rules.catalogs) or (alike and not self.rules.covers))
         self._excluded = None if excluded is None else read_only(excluded)
         self.drawn = 0
         request = self._request(self._config.batch_size, epoch, step, progress, Purpose.PLAN)
@@ -99,7 +99,6 @@ class Sampling:
         if samples is None:
             samples = self._config.num_samples - (0 if excluded is None else int(np.count_nonzero(excluded)))
         self._left = int(samples)
-        self._fast = self._find_fast()
         self.batches = self._count()
 
     def _count(self) -> int:
@@ -188,11 +187,6 @@ class Sampling:
             tell(f"{name}.{advice}; until then they are taken out of its batches", stacklevel=2)
         return indices[remain], None if weights is None else weights[remain]
 
-    @property
-    def listens(self) -> bool:
-        """Whether the strategy wants to hear reports."""
-        return self.rules.has("observe")
-
     @np.errstate(all="ignore")
     def observe(self, report: LossReport) -> None:
         """Let the strategy hear an accepted report."""
@@ -216,12 +210,11 @@ class Sampling:
 
     def load_state_dict(self, state: dict[str, Any], epoch: int, step: int, progress: float) -> None:
         """Restore what `state_dict` returned. A strategy without state plans its epoch anew."""
-        self._cataloging = bool(state["cataloging"])
+        self._turn(cataloging=bool(state["cataloging"]))
         packed = state["excluded"]
         count = self._config.num_samples
         self._excluded = None if packed is None else read_only(np.unpackbits(packed, count=count).astype(bool))
         self._cataloger.load_state_dict(state["cataloger"])
-        self._fast = self._find_fast()
         if self.rules.has("load_state_dict"):
             self.rules.load_state_dict(state["strategy"])
         elif not self._cataloging and state["batches"]:

@@ -110,6 +110,12 @@ class Saver:
             return finished_epoch is not None and finished_epoch != self._attempted_epoch
         return every is not None and step // int(every) > self._attempted // int(every)
 
+    def idle(self, step: int) -> bool:
+        """Whether nothing is to be done amid an epoch: no checkpoint is due, or under way."""
+        every = self._args.config.checkpoint_every
+        due = isinstance(every, int) and step // every > self._attempted // every
+        return self._prepared and self._under_way is None and not (due or self.best_due)
+
     def prepare(self, step: int) -> None:
         """Get ready for the first checkpoint, once there was a step: by then optimizers have their state."""
         if self._prepared or step == 0:

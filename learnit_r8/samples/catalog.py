@@ -47,6 +47,7 @@ _JOURNAL_BYTES = 8 << 20
 and memory that is touched for the first time costs more than all the rest of a step."""
 _ENTRY_BYTES = 600
 """What Python's objects of one entry take beside the arrays' contents."""
+_MOST = 0.9
 _TOGETHER = 32
 """Reports that are written to the rows together."""
 
@@ -189,7 +190,15 @@ class LossCatalog:
         """Mean of the expected loss over the samples that were seen; NaN while none was."""
         if not self._num_seen:
             return math.nan
-        return self._estimator.expected_mean(self._sum / (self.num_samples if self.attributed else self._num_seen))
+        if not self._estimator.attributed:
+            return self._sum / self._num_seen
+        return self._estimator.expected_mean(self._sum / self.num_samples)
+
+    @property
+    def usual(self) -> float:
+        """Mean expected loss that a batch's can be compared with; NaN until nine tenths of the samples were seen."""
+        # Not all: what is always NaN is never seen.
+        return math.nan if self._num_seen < _MOST * self.num_samples else self.mean_expected
 
     @property
     def nbytes(self) -> int:
@@ -250,13 +259,17 @@ class LossCatalog:
         """
         if self._estimator.attributed:
             return
-        blocks = np.split(self._opaque.take(np.concatenate(batches)), np.cumsum([len(ids) for ids in batches])[:-1])
-        full = [block for block in blocks if len(block) == len(blocks[0])]
-        table = np.concatenate(full).view(np.float32).reshape(len(full), -1)
-        sums = np.add.reduce(table[:, _ESTIMATE], axis=1).tolist()
-        sums += [_total(block.view(np.float32)[_ESTIMATE]) for block in blocks[len(full) :]]
-        for ids, block, total in zip(batches, blocks, sums, strict=True):
+        table, size = self._opaque.take(np.concatenate(batches)), len(batches[0])
+        estimates, full = table.view(np.float32)[_ESTIMATE], len(batches)
+        while len(batches[full - 1]) != size:  # the last ones of an epoch may be shorter
+            full -= 1
+        sums, start = np.add.reduce(estimates[: full * size].reshape(full, size), axis=1).tolist(), 0
+        for number, ids in enumerate(batches):
+            end = start + len(ids)
+            block = table[start:end]
+            total = sums[number] if number < full else _total(estimates[start:end])
             self._ahead[id(ids)] = ids, block, total, self._unseen(block)
+            start = end
 
     def expects(self, indices: Indices) -> bool:
         """Whether a batch was looked up ahead, or need not be."""

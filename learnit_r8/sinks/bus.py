@@ -26,39 +26,39 @@ class EventBus:
     """
 
     def __init__(self, sinks: Iterable[Sink], clock: Clock) -> None:
-        self._sinks = list(sinks)
+        self.sinks = list(sinks)
         self._clock = clock
         self.recent: deque[Event] = deque(maxlen=200)  # notable ones, for a crash bundle
         self._pid = os.getpid()
         _unclosed.add(self)
 
     def __bool__(self) -> bool:
-        return bool(self._sinks)
+        return bool(self.sinks)
 
     def add(self, sink: Sink) -> None:
         """Let one more sink listen from now on."""
-        self._sinks.append(sink)
+        self.sinks.append(sink)
 
     @property
     def wants_batches(self) -> bool:
         """Whether any sink has a use for `BatchIssued`; without one it need not even be built."""
-        return not all(getattr(sink, "ignores_batches", False) for sink in self._sinks)
+        return not all(getattr(sink, "ignores_batches", False) for sink in self.sinks)
 
     def emit(self, event: Event) -> None:
         """Put the time into a new event and let every sink hear it."""
         object.__setattr__(event, "time", self._clock.wall())
         if type(event) not in _EVERY_STEP:
             self.recent.append(event)
-        for sink in tuple(self._sinks):
+        for sink in tuple(self.sinks):
             try:
                 sink.record(event)
             except Exception as error:
                 self._drop(sink, event.step, error)
 
     def _drop(self, sink: Sink, step: int, error: Exception) -> None:
-        if sink not in self._sinks:  # it failed again at the news of another sink's failure
+        if sink not in self.sinks:  # it failed again at the news of another sink's failure
             return
-        self._sinks.remove(sink)
+        self.sinks.remove(sink)
         _close(sink)
         name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
         tell(f"{name} hears no more of the run, from step {step} on: {reason}")
@@ -66,23 +66,23 @@ class EventBus:
 
     def remove(self, sink: Sink) -> None:
         """Close one sink and let it hear no more."""
-        if sink in self._sinks:
-            self._sinks.remove(sink)
+        if sink in self.sinks:
+            self.sinks.remove(sink)
             _close(sink, told=True)
 
     @property
     def commanding(self) -> bool:
         """Whether any sink can give commands."""
-        return any(hasattr(sink, "commands") for sink in self._sinks)
+        return any(hasattr(sink, "commands") for sink in self.sinks)
 
     @property
     def asked(self) -> bool:
         """Whether a command waits."""
-        return any(getattr(sink, "commands", None) for sink in self._sinks)
+        return any(getattr(sink, "commands", None) for sink in self.sinks)
 
     def commands(self, step: int) -> Iterator[Command]:
         """Yield what the sinks ask for, oldest first; what is no command is answered by a `Notice`."""
-        for sink in tuple(self._sinks):
+        for sink in tuple(self.sinks):
             queue = getattr(sink, "commands", None)
             while queue:
                 asked = queue.popleft()
@@ -96,8 +96,8 @@ class EventBus:
     def close(self) -> None:
         """Close every sink."""
         _unclosed.discard(self)
-        while self._sinks:
-            _close(self._sinks.pop(), told=True)
+        while self.sinks:
+            _close(self.sinks.pop(), told=True)
 
 
 def _close(sink: Sink, *, told: bool = False) -> None:

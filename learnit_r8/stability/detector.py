@@ -70,6 +70,7 @@ _RELATIVE_FLOOR = 0.02
 _LEVEL_FLOOR = 1e-3
 _TINY = 1e-30
 _HUGE = 1e150  # losses are cut off here, so that no difference or product of them is infinite
+_LARGE = 1e75  # whose squares are finite
 _HARD_SPAN, _SOFT_SPAN = 3, HARMLESS_AFTER
 _SOFT_MASK = (1 << _SOFT_SPAN) - 1
 _HARD_MASK = (1 << _HARD_SPAN) - 1
@@ -89,6 +90,9 @@ class Reading(NamedTuple):
     verdict: Verdict
     score: float
     reason: str = ""
+
+
+_CALM = Reading(Verdict.CALM, math.nan)
 
 
 class Detector:
@@ -167,7 +171,36 @@ class Detector:
             reading = self._learn(step, corrected, easy)
         else:
             reading = self._judge(step, corrected, corrected - loss, samples, easy)
-        if known and reading.verdict is Verdict.CALM and abs(excess) < 1e75:
+        if known and reading.verdict is Verdict.CALM and abs(excess) < _LARGE:
+            self._composition.learn(loss, excess)
+        return reading
+
+    def take_calm(self, loss: float, excess: float, *, scored: bool) -> Reading | None:
+        """Read a loss that is calm beyond doubt as `observe` does, in a third of its calls; else None: nothing is done.
+
+        It is at most by half above the median, while no flag is up, nothing was announced and no look at the level is
+        due. `excess`: what was expected of the batch beyond the mean of all, or NaN; z is worked out where `scored`.
+        """
+        window = self._window
+        flagged = self._soft_bits or self._hard_bits or self._far_bits
+        if flagged or self._relaxed_until >= 0 or len(window.values) < WARMUP:
+            return None
+        known = math.isfinite(excess)
+        corrected = self._composition.correct(loss, excess) if known else loss
+        if corrected > loss:
+            corrected = loss
+        m = window.median()
+        if not (-_HUGE < corrected <= m + _SOFT_RISE * abs(m) and loss <= _FAR * self._untrained):
+            return None
+        if not self.level.take(max(corrected, min(corrected - (corrected - loss), m))):  # rounded as in `_judge`
+            return None
+        reading = Reading(Verdict.CALM, (corrected - m) / self._scale(m)) if scored else _CALM
+        self.last, self.first_suspect_step, self._jump = loss, None, 0.0
+        self._outliers.pass_step()
+        self._jumps.pass_step()
+        self._shift_flags(soft=False, hard=False)
+        self._accept(corrected, m)
+        if known and abs(excess) < _LARGE:
             self._composition.learn(loss, excess)
         return reading
 

@@ -59,12 +59,20 @@ class Level:
         self._before: deque[float] = deque(maxlen=(_RECENT + _BEFORE) // _EVERY)  # `_lately` at the last looks
         self._losses: deque[float] = deque(maxlen=_RECENT + _BEFORE)
 
-    def push(self, step: int, loss: float, first_level: float) -> str:
-        """Take a finite, composition-corrected loss; return what is to be told, or ""."""
+    def take(self, loss: float) -> bool:
+        """Take a loss as `push` does, unless a look is due with it: False then, and nothing is done."""
+        if (self._count + 1) % _EVERY == 0:
+            return False
         self._losses.append(loss)
         self._count += 1
-        if self._count % _EVERY:
+        return True
+
+    def push(self, step: int, loss: float, first_level: float) -> str:
+        """Take a finite, composition-corrected loss; return what is to be told, or ""."""
+        if self.take(loss):
             return ""
+        self._losses.append(loss)
+        self._count += 1
         losses = list(self._losses)
         low = min(self.lowest, *losses) >= 0.0 and _median(sorted(losses[-_EVERY:])) < _LEARNED * first_level
         self.learned = _SUDDEN if low else max(0, self.learned - 1)
@@ -129,6 +137,9 @@ class Level:
 
     def _has_shifted(self, losses: list[float], first_level: float) -> str:
         if len(losses) < _RECENT + _BEFORE:
+            return ""
+        if self.now <= self._before[0]:
+            self._shifted = False
             return ""
         before = sorted(losses[:_BEFORE])
         middle = _median(before)

@@ -199,6 +199,10 @@ class RecoveryMachine(Saved):
         """Say whether the backup that was restored last has yet to be acquitted."""
         return self.phase is Phase.TRIAL
 
+    def healthy(self, step: int) -> bool:
+        """Say whether a calm loss of this step changes nothing but counts, and was of an ordinary batch."""
+        return self.phase is Phase.HEALTHY and step >= self._stable_until
+
     @property
     def just_restored(self) -> bool:
         """Say whether no calm loss has come since the last restore."""

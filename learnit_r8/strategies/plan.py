@@ -50,6 +50,11 @@ class EpochPlan:
 
     def _cut_ahead(self, size: int, count: int) -> None:
         """Cut the next batches together: a handful of calls of numpy serve them all."""
+        left = [len(queue) - start for queue, start in zip(self._queues, self._taken, strict=True)]
+        share, rest = divmod(size, len(left))
+        if rest == 0 and min(left) == max(left) >= share:
+            self._cut_alike(share, min(count, left[0] // share))
+            return
         taken, parts = self._taken, []
         cut: list[tuple[int, list[int]]] = []
         for _ in range(count):
@@ -66,6 +71,14 @@ class EpochPlan:
             self._ahead.append((ids[end : end + length], after))
             end += length
         self._ahead.reverse()
+
+    def _cut_alike(self, share: int, count: int) -> None:
+        """Cut batches that take equally many from each queue, as equally many are left in each."""
+        pairs = list(zip(self._queues, self._taken, strict=True))
+        parts = [queue[start : start + count * share].reshape(count, share) for queue, start in pairs]
+        ids = np.concatenate(parts, axis=1, dtype=np.int64)
+        self._size = share * len(pairs)
+        self._ahead = [(ids[k], [start + (k + 1) * share for _, start in pairs]) for k in reversed(range(count))]
 
     def steer(self, size: int, losses: Callable[[Indices], NDArray[Any]], target: float, tolerance: float) -> None:
         """Bring the next batch's mean loss near a target by swapping samples with later ones of their queue.

@@ -307,3 +307,32 @@ def test_an_accepted_jump_is_no_news_when_it_comes_again_and_a_larger_one_is():
     assert 1 <= len(told) <= 4
     assert max(told) < 4000
     assert first_action(read(detector, [50.0] * 4, 8000)) is not None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    noise=st.sampled_from([0.02, 0.3, 1.0]),
+    fall=st.sampled_from([0.0, 0.02, 0.2]),
+    outliers=st.sampled_from([0.0, 0.02, 0.2]),
+    known=st.booleans(),
+)
+def test_the_short_way_for_calm_losses_reads_them_as_the_long_way_does(seed, noise, fall, outliers, known):
+    rng = np.random.default_rng(seed)
+    short, long, taken = Detector(), Detector(), 0
+    for step in range(400):
+        loss = float(math.exp(-fall * step) * rng.lognormal(0.0, noise) * (40.0 if rng.random() < outliers else 1.0))
+        loss = float(rng.choice([loss, -loss, math.nan])) if rng.random() < 0.01 else loss
+        excess = float(rng.normal(0.0, 0.3)) if known else math.nan
+        if step % 150 == 149:
+            short.announce(step, "a test")
+            long.announce(step, "a test")
+        expected = long.observe(step, loss, expected_batch=excess, expected_all=0.0)
+        reading = short.take_calm(loss, excess, scored=True)
+        taken += reading is not None
+        if reading is None:
+            reading = short.observe(step, loss, expected_batch=excess, expected_all=0.0)
+        assert repr(reading) == repr(expected)
+        assert repr(short.state_dict()) == repr(long.state_dict())
+        assert repr(short.last) == repr(long.last)
+    assert taken or noise == 1.0 or outliers == 0.2 or fall == 0.2

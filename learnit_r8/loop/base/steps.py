@@ -95,7 +95,7 @@ class Steps(Persistence):
         epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
         if self._progress.stage is not Stage.RUNNING or self._budget.used_up(step) or self._control.stops_now:
             return None
-        started = self._clock.monotonic() if self._bus else 0.0
+        started = self._clock.monotonic() if self._bus.sinks else 0.0
         waiting = self._desk.reissue()
         cursor = self._chooser.drawn if waiting is None else waiting.cursor
         batches = self._chooser.batches if waiting is None else waiting.batches
@@ -123,7 +123,7 @@ class Steps(Persistence):
     ) -> Ticket:
         cursor, batches = place
         epoch, size = self._progress.epoch, len(indices)
-        order = self._ranks.order(size, self._streams, epoch, cursor)
+        order = None if self._ranks.slices == 1 else self._ranks.order(size, self._streams, epoch, cursor)
         if order is None:
             mine, weights_here = indices.copy(), weights
         else:
@@ -132,8 +132,10 @@ class Steps(Persistence):
         kind = Batch if weights is None else WeighedBatch
         shown = self._ones[: len(mine)] if weights_here is None else weights_here
         batch = kind(mine, self._lr, shown.copy(), number, step, epoch)
-        now = self._clock.monotonic() if self._bus else 0.0
-        if self._bus and self._bus.wants_batches:
+        if not self._bus.sinks:
+            return Ticket(batch, indices, weights, cursor, batches, 0.0, 0.0, order)
+        now = self._clock.monotonic()
+        if self._bus.wants_batches:
             self._bus.emit(events.BatchIssued(step=step, epoch=epoch, size=size, lr=self._lr, seconds=now - started))
         return Ticket(batch, indices, weights, cursor, batches, now, now - started, order)
 
@@ -146,7 +148,8 @@ class Steps(Persistence):
         else:
             once = self._chooser.each_once
             losses = self._catalog.record(rows, values, step, reported.mean, once=once)
-        self._progress.accept(reported.mean)
+        self._progress.accepted += 1
+        self._progress.loss_sum += reported.mean
         if self._chooser.listens:
             per_sample = values is not None
             self._chooser.observe(
