@@ -6,11 +6,13 @@ tensor has no memory of its own, its `data_ptr()` is 0. It names the tensors tha
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 _SCAN_BYTES = 1 << 18  # a chunk and its mask stay in the L2 cache
 _HALF_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}  # IEEE 754 binary16 and bfloat16: all ones = Inf or NaN
@@ -103,4 +105,10 @@ def all_finite(array: Any) -> bool:
     if exponent is not None:
         bits = flat.view(np.uint16)
         return all(int((bits[i : i + step] & exponent).max()) != exponent for i in range(0, bits.size, step))
-    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
+    return all(_finite(flat[i : i + step]) for i in range(0, flat.size, step))
+
+
+@np.errstate(all="ignore")
+def _finite(numbers: NDArray[Any]) -> bool:
+    """Say whether a vector holds neither NaN nor infinity; a sum of squares that is finite says so in half the time."""
+    return math.isfinite(abs(numbers.dot(numbers))) or bool(np.isfinite(numbers).all())
