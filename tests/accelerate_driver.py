@@ -1,6 +1,7 @@
 """Training under Accelerate and in the Hugging Face Trainer, on one process or on each of several.
 
-torchrun accelerate_driver.py FOLDER: every rank writes down what it found; started by test_integration_accelerate.py.
+torchrun accelerate_driver.py FOLDER [fsdp]: every rank writes down what it found; started by
+test_integration_accelerate.py. With "fsdp", Accelerate's plugin shards the model (FSDP2).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.backup_watch import BackupWatch, fingerprint, never, random_steps  # 
 
 SAMPLES, BATCH = 96, 8
 RANK = int(os.environ.get("RANK", "0"))
+SHARDED = sys.argv[2:] == ["fsdp"]
 
 
 def scheduler_for(**options: Any) -> R8Scheduler:
@@ -50,14 +52,30 @@ def data() -> TensorDataset:
 
 
 def hexed(module: torch.nn.Module) -> list[str]:
-    return [part.hex() for part in fingerprint(module.state_dict())]
+    """Return all weights, whole."""
+    state = module.state_dict().values()
+    return [part.hex() for part in fingerprint([w.full_tensor() if hasattr(w, "full_tensor") else w for w in state])]
+
+
+def let_cpus_shard() -> None:
+    """Accelerate shards only on what it takes for GPUs; all that it then does, CPUs and gloo can do."""
+    from accelerate.state import DistributedType, PartialState
+
+    PartialState(cpu=True)
+    PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
 
 
 def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults: Any = never, **options: Any) -> dict:
     """Train a small network under Accelerate, with two micro-batches an optimizer step."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    if SHARDED:
+        let_cpus_shard()
+        wrap = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 10, "cpu_ram_efficient_loading": False}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **wrap) if SHARDED else None
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin)
     watch = BackupWatch(faults, scheduler_for, **options)
     scheduler = watch.scheduler
     torch.manual_seed(9 if resume else 0)
@@ -90,7 +108,9 @@ def accelerated(folder: Path, *, stop_at: int = -1, resume: bool = False, faults
             if scheduler.global_step == stop_at:
                 accelerator.save_state(str(folder))
                 return {"seen": seen, "weights": hexed(network)}
-    apart = np.abs(scheduler.catalog.mean_loss * scheduler.catalog.uses - told).max()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(told := torch.from_numpy(told))
+    apart = np.abs(scheduler.catalog.mean_loss * scheduler.catalog.uses - np.asarray(told)).max()
     return {"seen": seen, "weights": hexed(network), "losses_apart": float(apart), **watch.findings()}
 
 
@@ -105,20 +125,26 @@ def resumed(folder: Path) -> dict:
     }
 
 
-def trainer(folder: Path) -> dict:
-    """Train with R8Trainer; NaN comes on one rank."""
+def trainer(folder: Path, *, faults: Any = never, hidden_at: int = -1, resume: int = 0, **options: Any) -> dict:
+    """Train with R8Trainer; NaN comes on one rank, or, hidden, into its part of a weight that no loss depends on."""
     import transformers
 
     from learnit_r8.integrations.huggingface import R8Trainer
 
     transformers.utils.logging.set_verbosity_error()
+    shards = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}} if SHARDED else {}
     args = transformers.TrainingArguments(
-        str(folder / "trainer"), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1000
-    )
-    watch = BackupWatch(random_steps(3), scheduler_for, num_epochs=17)
+        str(folder / "trainer"), use_cpu=True, report_to=[], disable_tqdm=True, save_steps=20, logging_steps=1000,
+        save_strategy="no" if faults is not never else "steps", **shards,
+    )  # fmt: skip
+    if SHARDED:
+        let_cpus_shard()
+    watch = BackupWatch(faults, scheduler_for, **options)
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, **size))
+    if hidden_at >= 0:
+        model.spare = torch.nn.Parameter(torch.ones(8))
     ids = np.random.default_rng(0).integers(0, 20, (SAMPLES, 6))
     rows = [{"input_ids": torch.from_numpy(row), "labels": int(row[0] > 9)} for row in ids]
     run = R8Trainer(model, args, train_dataset=rows, scheduler=watch.scheduler)
@@ -128,9 +154,16 @@ def trainer(folder: Path) -> dict:
         by = factor(watch)
         return type(outputs)(loss=outputs.loss * by, logits=outputs.logits * by)
 
+    class Hide(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == hidden_at and RANK:
+                model.spare.detach().to_local().fill_(float("nan"))
+
     model.register_forward_hook(poison)
-    run.train()
-    return {"weights": hexed(model), **watch.findings()}
+    run.add_callback(Hide())
+    run.train(resume_from_checkpoint=str(folder / f"trainer/checkpoint-{resume}") if resume else None)
+    losses, kind = watch.scheduler.catalog.mean_loss.tolist(), type(model.classifier.weight).__name__
+    return {"weights": hexed(model), "losses": losses, "kind": kind, **watch.findings()}
 
 
 def main() -> None:
@@ -139,8 +172,12 @@ def main() -> None:
     found = {
         "resumed": resumed(folder / "resumed"),
         "faults": accelerated(folder, faults=random_steps(1), num_epochs=17),
-        "trainer": trainer(folder),
+        "trainer": trainer(folder / "faults", faults=random_steps(3), num_epochs=17),
+        "whole": trainer(folder),
+        "second": trainer(folder, resume=20),
     }
+    if SHARDED:
+        found["hidden"] = trainer(folder / "hidden", hidden_at=20)
     (folder / f"rank{RANK}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     os._exit(0)  # gloo of torch 2.13 aborts now and then in its destructors, with or without this library

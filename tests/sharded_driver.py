@@ -258,17 +258,21 @@ def accelerated(folder: Path, ranks: dict, kind: str) -> dict:
 
 def hidden(folder: Path, ranks: dict, kind: str) -> dict:
     """NaN in one rank's shard of a parameter that no loss depends on."""
-    training = Training(kind, ranks, backup_every=5)
+    found = []
+    for every in (4, 5, 8):  # steps: also where a backup is taken right when it is found
+        training = Training(kind, ranks, backup_every=every)
 
-    def poison(step: int) -> float:
-        if step == 20 and ranks["rank"] == ranks["world_size"] - 1:
-            local(training.frozen.detach())[:] = float("nan")
-        return 1.0
+        def poison(step: int, training: Any = training) -> float:
+            if step == 20 and ranks["rank"] == ranks["world_size"] - 1:
+                local(training.frozen.detach())[:] = float("nan")
+            return 1.0
 
-    training.frozen = nn.Parameter(next(training.model.parameters()).detach().clone(), requires_grad=False)
-    training.model.register_parameter("frozen", training.frozen)
-    training.go(poison)
-    return {"rolled_back": training.rolled_back, "finite": bool(local(training.frozen).isfinite().all())}
+        training.frozen = nn.Parameter(next(training.model.parameters()).detach().clone(), requires_grad=False)
+        training.model.register_parameter("frozen", training.frozen)
+        training.go(poison)
+        finite = bool(local(training.frozen).isfinite().all())
+        found.append((len(training.rolled_back), training.scheduler._safety.restored_step, finite))
+    return {"found": found}
 
 
 def plain(folder: Path, ranks: dict, kind: str) -> dict:

@@ -54,9 +54,9 @@ class Control:
         """Have all ranks write a checkpoint, after the next exchange."""
         self._asks_save = True
 
-    def word(self, damaged: int | None, *, skipped: bool) -> Word:
+    def word(self, *, skipped: bool) -> Word:
         """Return what this rank has to say to the others, once."""
-        word = Word(self.interrupts.pending or 0, self._asked, self._asks_save, damaged, skipped)
+        word = Word(self.interrupts.pending or 0, self._asked, self._asks_save, skipped)
         self._asked, self._asks_save = None, False
         return word
 

@@ -27,9 +27,9 @@ _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show
 class RamBackups:
     """A ring of backups and when they are taken.
 
-    Ranks must take the same backups, or each would go back to another step. `damaged` is the step of a backup in which
-    NaN or infinity was found since `damaged_since` was asked, told to the other ranks, and heard of from them, with
-    each report; `path` the sum of the learning rates of all steps so far.
+    Ranks must take the same backups and prove the same ones, or each would go back to another step. `damaged` is the
+    step of a backup in which NaN or infinity was found, on any rank, since `damaged_since` was asked; `path` the sum of
+    the learning rates of all steps so far.
     """
 
     def __init__(
@@ -130,12 +130,13 @@ class RamBackups:
 
     def calm(self, step: int, loss: float) -> None:
         """Count a calm loss in favour of the backups before it; one that is found damaged says that the model is."""
-        for info in self.ring.healthy(step, loss):
+        for info in self.ring.healthy(step, loss, anywhere=lambda bad: bool(self._ranks.everyone(bad).any())):
             if info.status is BackupStatus.VERIFIED:
                 self._emit(events.BackupVerified(step=step, of_step=info.step))
-            elif info.damaged and self.damaged is None:
+            elif self.damaged is None:
                 self.damaged = info.step
-                self.damage = f"{_DAMAGE}: {names(info.damaged)}, in the backup of step {info.step}"
+                where = names(info.damaged) or "arrays of another rank"
+                self.damage = f"{_DAMAGE}: {where}, in the backup of step {info.step}"
                 self._emit(events.Notice(step=step, message=self.damage, level="warning"))
 
     def worse_since_move(self, loss: float, *, calm: bool) -> int | None:
@@ -166,7 +167,7 @@ class RamBackups:
         self._losses.clear()
 
     def damaged_since(self) -> int | None:
-        """Return the step of a backup in which NaN or infinity was found since the last call, on any rank, or None."""
+        """Return the step of a backup in which NaN or infinity was found since the last call, or None."""
         since, self.damaged = self.damaged, None
         return since
 
@@ -226,7 +227,7 @@ class RamBackups:
         self._heal()
 
     def _heal(self) -> None:
-        self.damaged, self.damage = None, f"{_DAMAGE} on another rank"
+        self.damaged, self.damage = None, ""
 
 
 def _size(nbytes: int) -> str:

@@ -7,8 +7,8 @@ samples of a smaller slice more.
 
 Nothing but losses has to travel for the ranks to stay equal, as all else follows from the same
 seed. What does not follow from it travels along with every report: the time (rank 0's counts for
-everyone), signals, commands and a damaged model (any rank's count for everyone), and a hash of the
-plan, so that ranks that differ are found at once and not after a wasted run.
+everyone), signals and commands (any rank's count for everyone), and a hash of the plan, so that ranks
+that differ are found at once and not after a wasted run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.types import Command, Indices
 
 _COUNT, _HASH, _SECONDS, _WORD = range(4)
-_HEADER = _WORD + 5
+_HEADER = _WORD + 4
 _COMMANDS: tuple[Command | None, ...] = (None, *Command)
 
 
@@ -39,20 +39,17 @@ class Word(NamedTuple):
     signal: int = 0
     command: Command | None = None
     saves: bool = False  # a checkpoint is asked for that all ranks write
-    damaged: int | None = None  # step of a backup in which NaN or infinity was found
     skipped: bool = False  # the optimizer step
 
     def numbers(self) -> list[float]:
         """Return it as numbers of which the highest of all ranks counts."""
-        damaged = -math.inf if self.damaged is None else -self.damaged
-        return [self.signal, _COMMANDS.index(self.command), self.saves, damaged, self.skipped]
+        return [self.signal, _COMMANDS.index(self.command), self.saves, self.skipped]
 
     @classmethod
     def of_all(cls, numbers: NDArray[np.float64]) -> Self:
-        """Return what all have to hear; `numbers` of each rank, `[world, 5]`."""
-        signal, command, saves, damaged, skipped = numbers.max(axis=0).tolist()
-        since = None if damaged == -math.inf else int(-damaged)
-        return cls(int(signal), _COMMANDS[int(command)], bool(saves), since, bool(skipped))
+        """Return what all have to hear; `numbers` of each rank, `[world, 4]`."""
+        signal, command, saves, skipped = numbers.max(axis=0).tolist()
+        return cls(int(signal), _COMMANDS[int(command)], bool(saves), bool(skipped))
 
 
 class SharedClock(Clock):

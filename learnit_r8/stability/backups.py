@@ -190,8 +190,13 @@ class BackupRing:
         explained = copied(broken, copy)
         return tuple(sorted(broken.keys() - explained, key=lambda name: -broken[name]))
 
-    def healthy(self, step: int, loss: float = math.nan) -> tuple[BackupInfo, ...]:
-        """Take one calm loss; return the backups whose proof ended with it, their status now VERIFIED or DISCARDED."""
+    def healthy(
+        self, step: int, loss: float = math.nan, *, anywhere: Callable[[bool], bool] = bool
+    ) -> tuple[BackupInfo, ...]:
+        """Take one calm loss; return the backups whose proof ended with it, their status now VERIFIED or DISCARDED.
+
+        `anywhere`: from whether this rank's part of a backup is damaged to whether any rank's is.
+        """
         decided = []
         for slot in list(self._slots):
             if slot.info.status is not BackupStatus.CANDIDATE or slot.info.step > step:
@@ -204,8 +209,8 @@ class BackupRing:
             self.seconds += self._clock() - start
             self._harmless |= bad - self._sound  # what was never finite is no fault, as these losses were calm
             bad -= self._harmless
-            if bad:
-                slot.info = replace(slot.info, damaged=tuple(sorted(bad & self._sound)))
+            if anywhere(bool(bad)):
+                slot.info = replace(slot.info, damaged=tuple(sorted(bad)))
                 decided.append(self._drop(slot))
                 continue
             self._sound |= slot.copy.paths - self._harmless

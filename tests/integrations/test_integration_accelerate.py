@@ -41,9 +41,11 @@ def test_nan_at_random_steps_ends_finite_and_rollbacks_bring_back_the_backup(tmp
 
 
 @pytest.mark.slow
-def test_two_processes_agree_in_the_trainer_and_under_accelerate_whichever_rank_meets_nan(tmp_path):
+@pytest.mark.parametrize("plugin", [[], ["fsdp"]], ids=["ddp", "fsdp2"])
+def test_two_processes_agree_in_the_trainer_and_under_accelerate_whichever_rank_meets_nan(tmp_path, plugin):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", driver.__file__, str(tmp_path), *plugin]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", driver.__file__, str(tmp_path)],
+        [sys.executable, *command],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -57,8 +59,15 @@ def test_two_processes_agree_in_the_trainer_and_under_accelerate_whichever_rank_
     for rank in ranks:
         assert rank["resumed"]["same_ids"]
         assert rank["resumed"]["same_weights"]
+        assert rank["resumed"]["losses_apart"] < 1e-5
         check_survival(rank["faults"], accumulation=2)
         check_survival(rank["trainer"])
+        assert rank["whole"]["kind"] == ("DTensor" if plugin else "Parameter")
+        assert rank["second"]["steps"] == rank["whole"]["steps"] == 36
+        for name in ("weights", "losses"):
+            assert rank["second"][name] == rank["whole"][name]
+        if plugin:
+            assert (rank["hidden"]["rollbacks"], rank["hidden"]["finite"], rank["hidden"]["equal"]) == (1, True, True)
     slices = zip(*(rank["resumed"]["seen"] for rank in ranks), strict=True)
     batches = [list(itertools.chain(*parts)) for parts in slices]
     epochs = [sorted(itertools.chain(*batches[start : start + 12])) for start in range(0, 36, 12)]

@@ -103,9 +103,9 @@ class R8Mixin(SampleLossMixin):
         scheduler.add_sink(self._numbers)
         self._tell_replaced()
         self._take_over()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             scheduler.tell(
-                "under DeepSpeed and FSDP no backups in RAM are taken: no loss leads back to an earlier state"
+                "under DeepSpeed and the first FSDP no backups in RAM are taken: no loss leads back to an earlier state"
             )
         else:
             self._backups = TrainedState(self)

@@ -172,11 +172,10 @@ class Steps(Persistence):
 
     def _gather(self, reported: Reported, ticket: Ticket, skipped: bool) -> tuple[Reported, bool]:
         """Exchange this rank's report, and whether it skipped the step, for everyone's; hear of what stops the run."""
-        word = self._control.word(self._safety.backups.damaged, skipped=skipped)
+        word = self._control.word(skipped=skipped)
         step = self._progress.global_step
         reported, word = self._ranks.gather(reported, ticket.indices, ticket.order, step, word)
         self._control.hear(word)
-        self._safety.backups.damaged = word.damaged
         return reported, word.skipped
 
     def _emit_loss(self, ticket: Ticket, loss: float, expected: float, judgement: Judgement, started: float) -> None:
