@@ -91,6 +91,44 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any], back: Callable[[Any], Any] | 
     return leaf(tree)
 
 
+def owned(state: Any) -> Any:
+    """Return an unpickled state whose arrays can be written, changed in place.
+
+    Ray, joblib and dask hand arrays over in memory that they share, and that nobody may write into. Objects of ours
+    are looked into; those with a `__setstate__` have done it themselves.
+    """
+    seen: dict[int, Any] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value if _can_be_written(value) else seen.setdefault(id(value), value.copy())
+        if type(value) is list:
+            value[:] = map(walk, value)
+        elif type(value) is dict:
+            value.update({key: walk(item) for key, item in value.items()})
+        elif id(value) not in seen and _is_ours(value):
+            seen[id(value)] = value
+            walk(getattr(value, "__dict__", {}))
+        return value
+
+    return walk(state)
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith("learnit_r8.") and not hasattr(value, "__setstate__")
+
+
+def _can_be_written(array: NDArray[Any]) -> bool:
+    if array.flags.writeable:
+        return True
+    try:
+        array.flags.writeable = True
+    except ValueError:  # the memory is another's
+        return False
+    array.flags.writeable = False  # as its owner wanted it
+    return True
+
+
 def _is_plain(dtype: np.dtype[Any]) -> bool:
     """Whether the dtype's text says all there is to say of it: not of objects, nor of other packages' dtypes."""
     return not dtype.hasobject and dtype.fields is None and np.dtype(dtype.str) == dtype

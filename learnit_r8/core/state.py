@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from learnit_r8.core.portable import portable, unpacked
+from learnit_r8.core.portable import owned, portable, unpacked
 from learnit_r8.errors import StateError
 
 _NEEDED = object()
@@ -176,6 +176,9 @@ class Saved:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._table = {**cls._table, **cls._saved}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(owned(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that the next steps depend on, as plain data."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +85,7 @@ def importance_weights(
     weights = (log_ratio / temperature).clamp(max=_LARGEST_LOG_WEIGHT).exp()
     weights = (1.0 - epsilon) * weights + epsilon
     if clip_weight is not None:
-        low, high = clip_weight if isinstance(clip_weight, (tuple, list)) else (0.0, clip_weight)
-        weights = weights.clamp(low, high)
+        weights = weights.clamp(*_limits(clip_weight))
     return weights * counted
 
 
@@ -180,17 +178,22 @@ def _check_options(
     problems.real("epsilon", epsilon, 0.0, 1.0)
     if not 0.0 <= problems.real("label_smoothing", label_smoothing, 0.0) < 1.0:
         problems.append(f"label_smoothing must be below 1, got {label_smoothing!r}")
-    limits = [0.0, clip_weight] if isinstance(clip_weight, (int, float)) else clip_weight
-    if limits is not None and not _are_limits(limits):
+    if clip_weight is not None and not _are_limits(clip_weight):
         problems.append(f"clip_weight must be a number above 0, (smallest, largest) or None, got {clip_weight!r}")
     problems.choice("level", level, get_args(Level))
     problems.choice("ratio", ratio, get_args(Ratio))
     problems.raise_if_any()
 
 
-def _are_limits(limits: Sequence[float]) -> bool:
+def _limits(clip_weight: Any) -> tuple[Any, Any]:
+    low, high = clip_weight if hasattr(clip_weight, "__len__") else (0.0, clip_weight)
+    return low, high
+
+
+def _are_limits(clip_weight: Clip) -> bool:
     try:
-        low, high = map(float, limits)
-    except (TypeError, ValueError):
+        low, high = _limits(clip_weight)
+        good = 0.0 <= low <= high and high > 0.0
+    except (TypeError, ValueError):  # also texts, such as "1e-2", which YAML takes for one
         return False
-    return 0.0 <= low <= high and high > 0.0
+    return bool(good)

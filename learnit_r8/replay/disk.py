@@ -24,6 +24,7 @@ import numpy as np
 
 from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.checkpoint.storage import FileSystem, write_all
+from learnit_r8.core.urls import local
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError
 from learnit_r8.replay.trees import is_tensor, to_numpy, to_torch
 
@@ -39,7 +40,7 @@ _ours: set[Path] = set()
 
 def write(path: str | Path, state: dict[str, Any], fs: FileSystem | None = None) -> None:
     """Write a buffer's state; a file of this name is replaced once the new one is complete."""
-    fs, path = fs or FileSystem(), Path(path)
+    fs, path = fs or FileSystem(), local(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(fs, path)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_SUFFIX}")
@@ -71,7 +72,7 @@ def write(path: str | Path, state: dict[str, Any], fs: FileSystem | None = None)
 
 def read(path: str | Path) -> dict[str, Any]:
     """Return the state that `write` wrote, checked to the last byte."""
-    path = Path(path)
+    path = local(path, "path")
     size = path.stat().st_size
     raw = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
     if raw[: len(_MAGIC)].tobytes() != _MAGIC:

@@ -178,12 +178,13 @@ class HybridSRLReplayBuffer(SavedBuffer):
             False where a filter refused it, or the reservoir passed it over.
 
         Raises:
-            ValueError: Bad embedding or variance. Nothing is changed.
+            ValueError: Bad embedding, variance, step or flag. Nothing is changed.
         """
         vector = self._spread.checked(embedding)
-        variance = float(variance)
-        if not 0.0 <= variance < math.inf:
-            raise ValueError(f"variance must be finite and at least 0, got {variance!r}")
+        variance, step = float(variance), float(step)
+        if not (0.0 <= variance < math.inf and math.isfinite(step) and divergent in (None, True, False)):
+            came = f"variance {variance!r}, step {step!r}, divergent {divergent!r}"
+            raise ValueError(f"need a finite variance of at least 0, a finite step and a flag or None, got {came}")
         if not all(keep(experience, vector, variance) for keep in self._filters):
             self.refused += 1
             return False
@@ -304,6 +305,11 @@ class HybridSRLReplayBuffer(SavedBuffer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._worker = ThreadPoolExecutor(1, "replay-updates") if state["_worker"] else None
+
+    def _forked(self) -> None:
+        super()._forked()
+        if self._worker is not None:  # its thread and what it had to do are the parent's
+            self._worker, self._jobs = ThreadPoolExecutor(1, "replay-updates"), []
 
     def _settle(self) -> None:
         self.flush()

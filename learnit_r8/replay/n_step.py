@@ -18,6 +18,9 @@ class NStep(Saved):
     "discount" in a dict, as the last element of a tuple. m is n, or less where the episode
     ended first. The target is R + discount * (1 - done) * value(next state).
 
+    What is pending is saved with its buffer. Where the environment begins a new episode after a load, call
+    `end_episode()` first: else steps of two episodes become one experience.
+
     Args:
         n: Steps to sum over, at least 1.
         gamma: Discount per step, in 0 .. 1.

@@ -32,12 +32,20 @@ _IDLE, _AWAITED, _REPLACED = 0, 1, 2
 
 
 class DrawnIndices(np.ndarray[Any, np.dtype[np.int64]]):
-    """The slots that `sample` returns; they and slices of them know how many experiences had been added until then."""
+    """The slots that `sample` returns; they, slices and copies know how many experiences had been added until then."""
 
     as_of: int | None = None
 
     def __array_finalize__(self, source: Any) -> None:
         self.as_of = getattr(source, "as_of", None)
+
+    def __reduce__(self) -> Any:
+        made: Any = super().__reduce__()
+        return *made[:2], (made[2], self.as_of)
+
+    def __setstate__(self, state: Any) -> None:
+        array, self.as_of = state
+        super().__setstate__(array)
 
 
 class PrioritizedReplayBuffer(SavedBuffer):
@@ -209,7 +217,7 @@ class PrioritizedReplayBuffer(SavedBuffer):
             if self._n_step is None:
                 self._append(experiences, priorities, stacked=stacked)
                 return
-            steps = list(experiences)
+            steps = [self._storage.own(step) for step in experiences]
             # Each step by itself: what does not fit is refused now, not when it has become part of others.
             alone = steps if len(self) else [*self._n_step.pending, *steps]
             ready, pending = self._n_step.follow(steps)
@@ -222,15 +230,17 @@ class PrioritizedReplayBuffer(SavedBuffer):
 
         Args:
             batch_size: At least 1; it may exceed `len`.
-            beta: For this call, in place of the annealed one.
+            beta: For this call, in place of the annealed one, 0 to 10.
 
         Returns:
             Experiences (list or stacked tree), weights (float32, shape `[batch_size]`) and
             indices (int64, same shape) for `update_priorities`, which know when they were drawn.
 
         Raises:
-            ValueError: The buffer is empty or `batch_size` is not a positive int.
+            ValueError: The buffer is empty, `batch_size` is not a positive int, or `beta` out of range.
         """
+        if beta is not None and not 0.0 <= (beta := float(beta)) <= _LARGEST_BETA:
+            raise ValueError(f"beta must be in 0 .. {_LARGEST_BETA:g}, got {beta}")
         if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
         with self._lock:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.portable import portable
 from learnit_r8.core.state import Kind, Saved
-from learnit_r8.errors import CheckpointError, StateError
+from learnit_r8.errors import CheckpointError, ProtocolError, StateError, tell
 from learnit_r8.replay.disk import read, write
 
 
@@ -21,14 +23,19 @@ class SavedBuffer(Saved):
     """Base of the buffers; their tables are of all but the experiences, which may be left out."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock: Any = threading.RLock()
+        _buffers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.RLock()
+        super().__setstate__(state)
+        SavedBuffer.__init__(self)
+
+    def _forked(self) -> None:
+        """Begin a copy's life in a forked child, where no thread is but the one that forked."""
+        self._lock = _ForkedLock(self._lock)
 
     def _settle(self) -> None:
         """Wait for whoever needs the lock to finish what was begun."""
@@ -117,6 +124,48 @@ class SavedBuffer(Saved):
         state = read(path)
         check_made_with({"class": state.pop("class", None)}, {"class": type(self).__name__})
         self.load_state_dict(state)
+
+
+class _ForkedLock:
+    """A buffer's lock in a forked child: tells once whose copy it guards, and refuses one that was being changed."""
+
+    def __init__(self, parents: Any) -> None:
+        self._torn, self._told, self._lock = not parents.acquire(blocking=False), False, threading.RLock()
+
+    def __enter__(self) -> None:
+        if self._torn:
+            raise ProtocolError(
+                "this process was forked while another thread was changing the replay buffer, so its copy is torn: "
+                "fork before threads use the buffer, or start the process with spawn and give it the buffer"
+            )
+        if not self._told:
+            self._told = True
+            tell(
+                "a forked process (a DataLoader's worker?) has a copy of the replay buffer that goes its own way: it "
+                "draws what the original and other copies draw, and hears nothing of what is added or reported there. "
+                "Use the buffer in the process that trains, or give each process a buffer with a seed of its own",
+                stacklevel=3,
+            )
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def acquire(self, *, blocking: bool) -> bool:
+        """Take the lock, for a child of the child."""
+        return not self._torn and self._lock.acquire(blocking=blocking)
+
+
+_buffers: weakref.WeakSet[SavedBuffer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for buffer in list(_buffers):
+        buffer._forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def check_made_with(came: Any, mine: Mapping[str, Any]) -> None:

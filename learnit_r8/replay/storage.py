@@ -10,6 +10,7 @@ the layout of memory-mapped files, which are flushed.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from learnit_r8.errors import CheckpointError, ConfigError
+from learnit_r8.core.urls import local
+from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.replay import trees
 from learnit_r8.replay.trees import layout_of
 from learnit_r8.types import Indices
@@ -35,6 +37,10 @@ class ObjectStorage:
             raise TypeError('stacked=True needs a buffer made with storage="arrays"')
         experiences = list(experiences)
         return len(experiences), experiences
+
+    def own(self, experience: Any) -> Any:
+        """Return one experience as it may be kept for later: objects as they are."""
+        return experience
 
     def write(self, slots: Indices, experiences: Any) -> None:
         """Put the experiences into the slots."""
@@ -73,7 +79,8 @@ class ArrayStorage:
 
     def __init__(self, capacity: int, path: str | Path | None = None) -> None:
         self._capacity = capacity
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else local(path, "path")
+        self._process = os.getpid()
         self._spec: trees.Spec | None = None
         self._leaves: list[Any] = []
 
@@ -94,10 +101,17 @@ class ArrayStorage:
         self._check(spec, leaves)
         return counts.pop(), (spec, leaves)
 
+    def own(self, experience: Any) -> Any:
+        """Return one experience as it may be kept for later: a copy, since environments write into their arrays."""
+        leaves: list[Any] = []
+        spec = trees.flatten(experience, leaves)
+        return trees.unflatten(spec, [leaf.clone() if trees.is_tensor(leaf) else leaf.copy() for leaf in leaves])
+
     def write(self, slots: Indices, experiences: Any) -> None:
         """Put the experiences into the slots; the first ones decide shapes and kinds."""
         if not slots.size:
             return
+        self._check_process()
         spec, leaves = experiences
         if self._spec is None:
             self._leaves = self._allocate_all(leaves)
@@ -139,6 +153,7 @@ class ArrayStorage:
 
     def load_state_dict(self, state: dict[str, Any], count: int, head: int) -> None:
         """Restore the arrays; tensors come back on the CPU unless the buffer already holds some."""
+        self._check_process()
         if state["spec"] is None and not count:
             self._spec, self._leaves = None, []
             return
@@ -196,6 +211,13 @@ class ArrayStorage:
         if self._path is None:
             raise CheckpointError("the experiences were left in files: make the buffer with the path of their folder")
         return self._path / f"{number:03d}.npy{suffix}"
+
+    def _check_process(self) -> None:
+        if self._path is not None and self._process != os.getpid():
+            raise ProtocolError(
+                f"this process was forked from the one that keeps its experiences in {self._path}: both would write "
+                "into the same files. Add and load in the process that made the buffer"
+            )
 
     def _digest(self, row: int) -> str:
         """Return a hash of one row: that of the oldest tells whether anything has been added since."""

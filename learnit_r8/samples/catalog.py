@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.core.arrays import largest, read_only
-from learnit_r8.core.portable import portable, unpacked
+from learnit_r8.core.portable import owned, portable, unpacked
 from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution, Exact
 from learnit_r8.samples.quartiles import Quadrants, QuadrantTable
 from learnit_r8.types import Indices, Losses, Mask
@@ -95,7 +95,7 @@ class LossCatalog:
         return own | {"_ahead": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(owned(state))
         self._opaque = self._table.view(_OPAQUE)
 
     @property

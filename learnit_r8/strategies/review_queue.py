@@ -105,7 +105,7 @@ class ReviewQueue(Saved):
         return {name: value for name, value in vars(self).items() if name not in views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._look_at(self._rows)
 
     def exclude(self, excluded: Mask | None) -> None:

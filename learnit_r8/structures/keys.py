@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
 from learnit_r8.core.state import Kind
 
 _PLAIN = (str, int, float, bool, bytes, type(None))
-_TUPLE, _BYTES = "tuple", "bytes"
+_TUPLE, _BYTES, _INFINITE = "tuple", "bytes", "float"
 
 
 def plain_key(key: Any) -> Hashable:
@@ -27,7 +28,6 @@ def plain_key(key: Any) -> Hashable:
         return bytes(key)
     if isinstance(key, (int, float)):
         return int(key) if isinstance(key, int) else float(key)
-    hash(key)  # says it itself
     raise TypeError(
         f"a key is a text, a number, bytes, None, a tuple of those, or one element of an array or a tensor, got "
         f"{type(key).__qualname__}: use its name or its number"
@@ -38,6 +38,8 @@ def key_to_json(key: Hashable) -> Any:
     """Return a plain key as JSON data."""
     if isinstance(key, tuple):
         return {_TUPLE: [key_to_json(part) for part in key]}
+    if isinstance(key, float) and math.isinf(key):  # which JSON does not know
+        return {_INFINITE: str(key)}
     return {_BYTES: key.hex()} if isinstance(key, bytes) else key
 
 
@@ -46,6 +48,8 @@ def key_from_json(saved: Any) -> Hashable:
     if not isinstance(saved, dict):
         return plain_key(saved)
     ((kind, value),) = saved.items()
+    if kind == _INFINITE:
+        return float(value)
     return tuple(map(key_from_json, value)) if kind == _TUPLE else bytes.fromhex(value)
 
 

@@ -170,8 +170,9 @@ def test_arguments_come_in_the_published_order_and_as_a_config_file_has_them():
     ours, theirs = torch.zeros(1, 3), torch.tensor([[-9.0, 1.0, 9.0]])
     weights = importance_weights(ours, theirs, 2.0, 0.0, [0.5, 3])
     torch.testing.assert_close(weights, torch.tensor([[0.5, math.exp(0.5), 3.0]]))
+    torch.testing.assert_close(importance_weights(ours, theirs, 2.0, 0.0, np.array([0.5, 3.0])), weights)
     mixed = importance_weights(ours, torch.tensor([[-math.inf, 0.0, math.log(100.0)]]))
     torch.testing.assert_close(mixed, torch.tensor([[0.1, 1.0, 90.1]]))
-    for bad in ([1.0], [2.0, 1.0], "3", [0.0, 0.0], 0.0, -1.0, [None, 2.0], math.nan):
+    for bad in ([1.0], [2.0, 1.0], "3", [0.0, 0.0], 0.0, -1.0, [None, 2.0], math.nan, ["1e-2", 5]):
         with pytest.raises(ConfigError, match="clip_weight"):
             ImportanceWeightedSFTLoss(clip_weight=bad)

@@ -240,6 +240,9 @@ def test_other_bad_input_is_refused_and_changes_nothing():
     for call, words in (
         (lambda: buffer.add("y", [1.0], variance=-1.0), "variance"),
         (lambda: buffer.add("y", [1.0], variance=math.nan), "variance"),
+        (lambda: buffer.add("y", [1.0], step=math.nan), "step nan"),
+        (lambda: buffer.add("y", [1.0], step="soon"), "soon"),
+        (lambda: buffer.add("y", [1.0], divergent="no"), "divergent 'no'"),
         (lambda: buffer.update_after_replay(items, [math.nan], 3), "finite"),
         (lambda: buffer.update_after_replay(items, [1.0], math.inf), "finite"),
         (lambda: buffer.update_after_replay(items, [1.0, 1.0], 3), "1 items and 2 scores"),

@@ -302,6 +302,11 @@ def test_every_bad_argument_is_listed_at_once():
         (lambda b: b.extend("xy", stacked=True), TypeError, "arrays"),
         (lambda b: b.sample(0), ValueError, "at least 1, got 0"),
         (lambda b: b.sample(2.0), ValueError, "got 2.0"),
+        (lambda b: b.sample(2, beta=math.nan), ValueError, r"beta must be in 0 \.\. 10, got nan"),
+        (lambda b: b.sample(2, beta=-1), ValueError, "got -1"),
+        (lambda b: b.save("s3://bucket/replay"), ConfigError, "path must be a path of this machine"),
+        (lambda b: b.load("s3://bucket/replay"), ConfigError, "got s3://bucket/replay"),
+        (lambda b: PrioritizedReplayBuffer(4, storage="arrays", path="gs://b/x"), ConfigError, "got gs://b/x"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(call, error, words):

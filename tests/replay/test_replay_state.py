@@ -1,12 +1,15 @@
 """Replay buffers that are saved, killed, damaged, used from many threads, and given what does not fit."""
 
+import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter, namedtuple
 
 import numpy as np
@@ -157,6 +160,85 @@ def test_one_actor_and_three_learners_tear_no_row_and_the_total_stays_exact(seco
     assert rebuilt._tree.total == buffer._tree.total, "the sums are those of the weights, to the bit"
 
 
+# Processes --------------------------------------------------------------------------------------
+
+
+def in_a_fork(work):
+    """Return what `work` returned or raised in a forked child, and what it warned of."""
+    mine, childs = multiprocessing.Pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
+        child = os.fork()
+    if child == 0:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                came = work()
+            except Exception as error:
+                came = f"{type(error).__name__}: {error}"
+            childs.send((came, [str(one.message) for one in told]))
+        os._exit(0)
+    if not mine.poll(30):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return mine.recv()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_told_that_its_buffer_is_a_copy_and_never_hangs(tmp_path):
+    buffer, reviews = filled(), HybridSRLReplayBuffer(8, asynchronous=True)
+    reviews.add("x", [1.0])
+    reviews.update_after_replay(reviews.get_due_samples(1, 1), [1.0], 1)
+    reviews.flush()  # its thread lives, here
+    drawn, told = in_a_fork(lambda: [buffer.sample(4)[2].tolist() for _ in range(2)])
+    assert drawn == [buffer.sample(4)[2].tolist() for _ in range(2)], "the very draws that the original makes"
+    assert len(told) == 1
+    assert "copy of the replay buffer that goes its own way" in told[0]
+
+    def review():
+        reviews.update_after_replay(reviews.get_due_samples(9, 1), [1.0], 9)
+        reviews.flush()
+        return reviews.get_due_samples(99, 1)[0].last_review
+
+    assert in_a_fork(review)[0] == 9
+    mapped = filled(storage="arrays", path=tmp_path)
+    before = contents(mapped)
+    assert "both would write into the same files" in in_a_fork(lambda: mapped.add(row(1)))[0]
+    assert len(in_a_fork(lambda: mapped.sample(3)[1])[0]) == 3, "reading is harmless"
+    np.testing.assert_equal(contents(mapped)["experiences"], before["experiences"])
+    grandchild = in_a_fork(lambda: in_a_fork(lambda: len(buffer.sample(5)[1])))
+    assert grandchild[0][0] == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_copy_that_was_forked_amid_a_change_is_refused():
+    buffer, held, done = filled(), threading.Event(), threading.Event()
+
+    def change():
+        with buffer._lock:
+            held.set()
+            done.wait(30)
+
+    other = threading.Thread(target=change)
+    other.start()
+    held.wait(30)
+    came, _ = in_a_fork(lambda: buffer.sample(4))
+    done.set()
+    other.join()
+    assert came.startswith("ProtocolError: this process was forked while another thread was changing")
+    assert len(buffer.sample(4)[1]) == 4, "the original goes on"
+
+
+def test_indices_that_went_to_another_process_still_know_when_they_were_drawn():
+    buffer = filled(4, 4, alpha=1.0, eps=0.0)
+    first = pickle.loads(pickle.dumps(buffer.sample(40)[2]))
+    buffer.add(row(9))  # replaces slot 0
+    buffer.sample(40)
+    before = buffer.priorities[0]
+    assert buffer.update_priorities(first, np.full(40, 5.0)) == (first != 0).sum()
+    assert buffer.priorities[0] == before, "that error was the old experience's"
+
+
 # What does not fit ------------------------------------------------------------------------------
 
 
@@ -257,6 +339,15 @@ def test_a_step_that_does_not_fit_the_others_is_refused_before_it_is_part_of_any
     named = PrioritizedReplayBuffer(4, n_step=NStep(2, reward="r", next_state="s", done="d"))
     with pytest.raises(ValueError, match='"discount" of its own'):
         named.add({"r": 1.0, "s": 0, "d": False, "discount": 1.0})
+
+
+@pytest.mark.parametrize("kind", [np.zeros, torch.zeros], ids=["numpy", "torch"])
+def test_what_is_pending_is_a_copy_since_environments_write_into_their_arrays(kind):
+    buffer, state = PrioritizedReplayBuffer(9, n_step=NStep(3, 1.0), storage="arrays"), kind(2)
+    for _ in range(6):
+        buffer.add((state, 0, 1.0, state, False))
+        state += 1
+    assert [row[0] for row in buffer._storage.read(np.arange(4))[0].tolist()] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_fields_are_counted_from_the_end_too_and_no_two_buffers_share_what_is_pending():

@@ -209,7 +209,7 @@ def test_a_published_state_is_read():
         scheduler.load_state_dict({**state, "n_bins": 0})
 
 
-KEYS = [3, "3", ("math", 3), ("math", (3, None)), 2.5, b"\xff", None, -(2**70), ""]
+KEYS = [3, "3", ("math", 3), ("math", (3, None)), 2.5, b"\xff", None, -(2**70), "", -math.inf, (1, math.inf)]
 
 
 def test_keys_of_every_kind_are_one_key_in_memory_and_in_the_state():
@@ -220,7 +220,7 @@ def test_keys_of_every_kind_are_one_key_in_memory_and_in_the_state():
     scheduler.update_batch(np.bytes_(b"\xff"), [0.0, 1.0])
     assert scheduler.n_items_tracked == len(KEYS)
     restored = CurriculumScheduler()
-    restored.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
+    restored.load_state_dict(json.loads(json.dumps(scheduler.state_dict(), allow_nan=False)))
     for key in KEYS:
         assert restored.get_item_difficulty(key) == scheduler.get_item_difficulty(key) is not None
         assert type(restored._keys[restored._slots[key]]) is type(key)
@@ -231,7 +231,7 @@ def test_keys_of_every_kind_are_one_key_in_memory_and_in_the_state():
 @pytest.mark.parametrize("key", [math.nan, object(), np.arange(2), frozenset("a"), Path("a"), (1, object()), 2 + 1j])
 def test_a_key_that_no_state_could_hold_is_refused_at_the_update(key):
     scheduler = CurriculumScheduler()
-    with pytest.raises(TypeError, match=r"key|unhashable"):
+    with pytest.raises(TypeError, match=r"a key is a text|NaN is no key"):
         scheduler.update(key, 1.0)
     assert scheduler.n_items_tracked == 0
 
@@ -316,7 +316,7 @@ def test_updates_in_bulk_are_updates_one_by_one_to_the_bit(seed, first, n_bins, 
 @pytest.mark.parametrize("waiting", [0, 3, 100])
 def test_a_key_that_is_not_hashable_changes_nothing(waiting):
     scheduler = tracked([0.5] * waiting)
-    with pytest.raises(TypeError, match="unhashable"):
+    with pytest.raises(TypeError, match="a key is a text"):
         scheduler.update([1], 0.5)
     assert scheduler.n_items_tracked == waiting
     assert scheduler.metrics_dict().get("curriculum/total_updates", 0) == waiting
