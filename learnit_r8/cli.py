@@ -1,4 +1,6 @@
-"""`r8 watch | report | serve | plot | demo | suspects | crash | doctor`: a function each, its room loaded when it runs.
+"""`r8 watch | report | serve | plot | demo | suspects | export | crash | doctor`, a function each.
+
+A room is loaded when its command runs.
 
 Exit status: 0 done, 1 the doctor found something wrong, 2 a mistake in the command (one sentence says what to do),
 130 interrupted, 141 whoever read the output left.
@@ -7,13 +9,14 @@ Exit status: 0 done, 1 the doctor found something wrong, 2 a mistake in the comm
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from learnit_r8._version import __version__
 from learnit_r8.core.clock import Clock
@@ -79,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "write a run's report, or several runs side by side, as one HTML file")
     sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=_RUN_HELP)
     sub.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the file (%(default)s)")
+    about = "a Python function that returns a text or a picture (array) of a sample, given its id, as mydata:show"
+    sub.add_argument("--describe", metavar="MODULE:FUNCTION", help=about)
 
     sub = command("serve", _serve, "show runs in a browser, live, as their report")
     sub.add_argument("runs", nargs="+", metavar="RUN_DIR", help=_RUN_HELP)
@@ -104,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", metavar="RUN_DIR", help=_RUN_HELP)
     sub.add_argument("--top", type=_whole(1), default=50, help="how many (%(default)d)")
     sub.add_argument("--csv", action="store_true", help="comma-separated, all digits")
+
+    sub = command("export", _export, "write what a checkpoint knows of every sample as a table")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run's (the newest one)")
+    sub.add_argument("--format", choices=("csv", "parquet", "cleanlab"), default="csv", help="(%(default)s)")
+    sub.add_argument("-o", "--output", type=Path, help="the file (samples.csv, samples.parquet)")
 
     sub = command("crash", _crash, "print the evidence that a diverged run left")
     sub.add_argument("path", metavar="PATH", help="the bundle's folder, its crash.json, or the run's folder")
@@ -175,9 +185,23 @@ def _report(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigError([f'r8 report needs {error.name}: pip install "learnit_r8[report]"']) from error
     _check_folder(options.output)
-    write_report([load_run(folder) for folder in _folders(options)], options.output)
+    describe = None if options.describe is None else _function(options.describe)
+    write_report([load_run(folder) for folder in _folders(options)], options.output, describe)
     print(f"{options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """Return a function of a module that Python finds from here, given as `module:function`."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError([f"--describe must be MODULE:FUNCTION, as mydata:show, got {name!r}: {error}"]) from error
+    finally:
+        sys.path.pop(0)
+    return found
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -236,6 +260,18 @@ def _suspects(options: argparse.Namespace) -> int:
     print(as_csv(found) if options.csv else f"{as_text(found)}\n{verdict(catalog)}")
     if len(found) < min(options.top, catalog.num_samples):
         print(f"r8 suspects: a run logs its {len(catalog.suspects)} worst samples", file=sys.stderr)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from learnit_r8.report.export import sample_table, write_table
+
+    ending = "parquet" if options.format == "parquet" else "csv"
+    output = options.output or Path(f"samples.{ending}")
+    _check_folder(output)
+    table = sample_table(options.checkpoint)
+    write_table(table, output, options.format)
+    print(f"{output} ({len(table['id'])} samples, {output.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

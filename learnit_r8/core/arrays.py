@@ -28,6 +28,23 @@ def largest(scores: NDArray[Any], k: int) -> NDArray[np.int64]:
     return found[np.argsort(-scores[found], kind="stable")]
 
 
+def sample_ids(ids: Any, count: int) -> NDArray[np.int64]:
+    """Return distinct ids of `count` samples, int64, ascending, from any collection or array of them.
+
+    Raises:
+        TypeError: They are no whole numbers.
+        ValueError: One is below 0 or not below `count`.
+    """
+    given = np.atleast_1d(as_array(list(ids) if isinstance(ids, (set, frozenset, range)) else ids))
+    if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
+        raise TypeError(f"ids must be sample ids, whole numbers, got {type(ids).__name__} of {given.dtype}")
+    found = np.unique(given.astype(np.int64))
+    if len(found) and not 0 <= found[0] <= found[-1] < count:
+        wrong = found[0] if found[0] < 0 else found[-1]
+        raise ValueError(f"ids must be sample ids from 0 to {count - 1}, got {wrong}")
+    return found
+
+
 def as_array(values: Any) -> NDArray[Any]:
     """Return numbers, an array or a tensor (of any device, with grad) as an array."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)

@@ -254,7 +254,7 @@ class Judge:
                 cause = Cause.DAMAGE
                 why = f"{why}; {look}" if look is not None and look.damaged else f"{why}, again"
         if found:
-            self._leave_out(step, named, "not finite, while the rest of its batch was")
+            self.leave_out(step, named, "not finite, while the rest of its batch was")
         else:
             self._quarantine.suspect(indices, reported.values if reported.own is None else reported.own)
         if cause is Cause.REPORT and not seen and self._load is None and not found and policy == "rollback":
@@ -324,7 +324,8 @@ class Judge:
         self.backups.excuse(step)
         return ""
 
-    def _leave_out(self, step: int, ids: tuple[int, ...], reason: str) -> None:
+    def leave_out(self, step: int, ids: tuple[int, ...], reason: str) -> None:
+        """Keep samples out of the epochs to come, and tell which are new."""
         new = self._catalog.leave_out(ids)
         if new:
             self._emit(events.SampleQuarantined(step=step, indices=new, reason=reason))

@@ -118,7 +118,7 @@ class SafetyNet(Judge):
             )
         action, self._load_error = judgement.action, None
         if action.kind is Kind.RESTORE and not self.detector.ordinary(loss):
-            self._leave_out(step, self._quarantine.trigger(), "in the batches of several faults")
+            self.leave_out(step, self._quarantine.trigger(), "in the batches of several faults")
         try:
             while action.kind is Kind.RESTORE:
                 then = self._restore(step, action)

@@ -48,6 +48,10 @@ class LossesSince(Saved):
     def __init__(self, mean: Losses, uses: NDArray[np.uint32]) -> None:
         self._mean, self._uses = np.array(mean, np.float32), np.array(uses, np.uint32)
 
+    def forget(self, ids: NDArray[np.int64]) -> None:
+        """Count some samples from nothing."""
+        self._mean[ids], self._uses[ids] = 0, 0
+
     def means(self, catalog: LossCatalog, mask: Mask) -> NDArray[np.float64]:
         """Return the mean loss since then of those samples in a mask that have any, `[<= N]`."""
         total, times = self._sums(catalog)

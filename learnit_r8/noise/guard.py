@@ -196,6 +196,14 @@ class NoiseGuard(Saved):
 
     # The loop calls these -----------------------------------------------------------------
 
+    def forget(self, ids: Indices) -> None:
+        """Suspect some samples no more: their labels were changed."""
+        for known in (self._suspect, self._doubtful, self._candidate):
+            if known is not None:
+                known[ids] = False
+        if self._since is not None:
+            self._since.forget(ids)
+
     def start_epoch(self, catalog: LossCatalog, progress: float, rng: np.random.Generator) -> Mask | None:
         """Return the samples to leave out of this epoch, bool `[N]`, or None."""
         if self.mode != "cap" or self._stage in (Stage.WATCHING, Stage.SHUT):

@@ -6,18 +6,22 @@ What it looks like is in `page.html`, `page.css` and `page.js`; here is what it 
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bokeh.embed import components
 from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader
+from PIL import Image
 
 from learnit_r8 import events as e
 from learnit_r8._version import __version__
@@ -68,11 +72,21 @@ class _Charts:
             yield Card(title, about, wide, chart=figure.name)
 
 
-def write_report(runs: Sequence[RunData], path: Path) -> None:
-    """Write the report of one or several runs; an earlier file is replaced."""
+Describe = Callable[[int], Any]
+
+
+def write_report(runs: Sequence[RunData], path: Path, describe: Describe | None = None) -> None:
+    """Write the report of one or several runs; an earlier file is replaced.
+
+    Args:
+        runs: What `run_data.load_run(folder)` returned.
+        path: The HTML file.
+        describe: Returns what stands beside a suspect, given its id: a text, or a picture as an array,
+            `[height, width]` or `[height, width, 3]`, uint8 or floats from 0 to 1.
+    """
     draft = path.with_name(f".{path.name}.tmp")
     try:
-        draft.write_text(page(runs), encoding="utf-8")
+        draft.write_text(page(runs, describe=describe), encoding="utf-8")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -83,13 +97,16 @@ def _templates() -> Environment:
     return Environment(loader=PackageLoader("learnit_r8.report", "."), autoescape=True)
 
 
-def page(runs: Sequence[RunData], live: bool = False) -> str:
-    """Return the report as HTML; a live one asks the server that it came from (`serve.py`) for news."""
+def page(runs: Sequence[RunData], live: bool = False, describe: Describe | None = None) -> str:
+    """Return the report as HTML, with what `describe` says of suspects (see `write_report`).
+
+    A live one asks the server that it came from (`serve.py`) for news.
+    """
     charts, parts = _Charts(), files("learnit_r8.report")
     said = {
         **_overview(runs),
         "course": list(_course(runs, charts)),
-        "samples": [(run, list(_samples(run, number, len(runs), charts))) for number, run in enumerate(runs)],
+        "samples": [(run, list(_samples(run, number, len(runs), charts, describe))) for number, run in enumerate(runs)],
         "settings": [(run, list(_settings(run))) for run in runs],
     }
     name_sources(charts.found)
@@ -184,14 +201,16 @@ def _course(runs: Sequence[RunData], charts: _Charts) -> Iterator[Card]:
         yield from charts.card(name, "Logged by the run.", figure)
 
 
-def _samples(run: RunData, number: int, count: int, charts: _Charts) -> Iterator[Card]:
+def _samples(
+    run: RunData, number: int, count: int, charts: _Charts, describe: Describe | None = None
+) -> Iterator[Card]:
     about = (
         "A point a sample. Low and left: learned. Right: the loss varies. High and left: never learned, "
         "often a wrong label. Blue: mostly below ln 2; red: never. Rings: the 50 worst suspects."
     )
     yield from charts.card("Data map", about, figures.data_map(run, MAX_SAMPLES // count), wide=True)
     if run.catalog is not None:
-        yield _suspects(run.catalog, run, number)
+        yield _suspects(run.catalog, run, number, describe)
     about = "Quartiles of the samples' loss at each epoch; dotted: the lowest and the highest."
     yield from charts.card("Quadrant edges", about, figures.quadrant_edges(run))
     about = "Samples that ended an epoch in an easier quadrant."
@@ -205,7 +224,7 @@ def _samples(run: RunData, number: int, count: int, charts: _Charts) -> Iterator
         yield Card("Where the time went", wide=True, bars=bars, colour=figures.colour(number))
 
 
-def _suspects(catalog: CatalogSnapshot, run: RunData, number: int) -> Card:
+def _suspects(catalog: CatalogSnapshot, run: RunData, number: int, describe: Describe | None) -> Card:
     found = worst(catalog, _SUSPECTS_SHOWN)
     if not found:
         return Card("Suspects", "No sample has been seen yet.", wide=True)
@@ -219,8 +238,34 @@ def _suspects(catalog: CatalogSnapshot, run: RunData, number: int) -> Card:
         columns.append("flagged")
         for cells, row in zip(body, found, strict=True):
             cells.append("yes" if row.flagged else "")
+    if describe is not None:
+        columns.insert(2, "what it is")
+        for cells, row in zip(body, found, strict=True):
+            cells.insert(2, _described(describe, row.id))
     about = f"The samples of the highest mean loss. {verdict(catalog)} Click a heading to sort."
     return Card("Suspects", about, True, table=_table(run, f"suspects{number}", columns, body))
+
+
+class _Picture(str):
+    """A picture as a data URL."""
+
+    kind = "picture"
+
+
+def _described(describe: Describe, sample: int) -> str:
+    """Return what a user's function says of a sample; what goes wrong there stands in its place."""
+    try:
+        said = describe(sample)
+        if isinstance(said, str):
+            return said
+        pixels = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said)
+        if pixels.dtype.kind == "f":
+            pixels = np.clip(np.nan_to_num(pixels), 0.0, 1.0) * 255.0
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).save(file, "png")
+    except Exception as error:
+        return f"describe({sample}) failed: {type(error).__name__}: {error}"
+    return _Picture("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
 
 
 def _spikes(run: RunData, number: int) -> Card:
@@ -246,13 +291,25 @@ def _spikes(run: RunData, number: int) -> Card:
     return Card("Spikes and rollbacks", about, True, table=table)
 
 
-_TEXT_COLUMNS = {"time": "word", "what": "word", "samples of the batch": "text", "flagged": "word"}
+_TEXT_COLUMNS = {
+    "time": "word",
+    "what": "word",
+    "samples of the batch": "text",
+    "flagged": "word",
+    "what it is": "text",
+}
 
 
 def _table(run: RunData, name: str, columns: Sequence[str], body: Iterable[Sequence[Any]]) -> dict[str, Any]:
     """Return a sortable table that can be saved as CSV; numbers keep all digits there."""
     kinds = [_TEXT_COLUMNS.get(column, "") for column in columns]
-    cells = [[(kind, *_cell(cell)) for kind, cell in zip(kinds, line, strict=True)] for line in body]
+    cells = [
+        [
+            ("picture" if isinstance(cell, _Picture) else kind, *_cell(cell))
+            for kind, cell in zip(kinds, line, strict=True)
+        ]
+        for line in body
+    ]
     file = f"{run.name}-{name.rstrip('0123456789')}.csv"
     return {"name": name, "file": file, "columns": list(zip(kinds, columns, strict=True)), "body": cells}
 

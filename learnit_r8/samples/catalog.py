@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from learnit_r8.core.arrays import largest, read_only
 from learnit_r8.core.portable import owned, portable, unpacked
 from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution, Exact
-from learnit_r8.samples.quartiles import Quadrants, QuadrantTable
+from learnit_r8.samples.quartiles import UNSEEN, Quadrants, QuadrantTable
 from learnit_r8.types import Indices, Losses, Mask
 
 SMOOTHING = 0.5
@@ -88,6 +88,7 @@ class LossCatalog:
         self._mark: tuple[float, ...] | None = None
         self._journal_bytes = 0
         self._left_out: Indices = np.empty(0, np.int64)
+        self._renewed: list[tuple[int, Indices]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -169,6 +170,26 @@ class LossCatalog:
         new = np.setdiff1d(np.asarray(list(ids), np.int64), self._left_out)
         self._left_out = np.union1d(self._left_out, new)
         return tuple(int(i) for i in new)
+
+    def renew(self, ids: Iterable[int], step: int) -> None:
+        """Forget all of some samples, as if never seen, from this step on: their data or labels were changed.
+
+        What a rollback takes back of the steps before does not bring it back. From one loss a batch, reports of the
+        batches that they were in go on counting in the estimates.
+        """
+        chosen = np.asarray(list(ids), np.int64)
+        self._renewed.append((step, chosen))
+        self._left_out = np.setdiff1d(self._left_out, chosen)
+        self._wipe(chosen)
+
+    def _wipe(self, ids: Indices) -> None:
+        rows = self._rows
+        rows[ids] = 0
+        rows["quadrant"][ids] = UNSEEN
+        if self.attributed:
+            rows["estimate"][ids], rows["variance"][ids] = PRIOR_ESTIMATE, PRIOR_VARIANCE
+        self._ahead.clear()
+        self._resum()
 
     @property
     def attributed(self) -> bool:
@@ -481,6 +502,9 @@ class LossCatalog:
             self._num_seen -= rows.unseen
             self._opaque[rows.indices] = rows.block
             undone += 1
+        for at, ids in self._renewed:
+            if at >= step:
+                self._wipe(ids)
         return undone
 
     # State --------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from learnit_r8 import events
 from learnit_r8._version import __version__
+from learnit_r8.core.arrays import sample_ids
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.base.parts import Parts
@@ -46,6 +49,44 @@ class Persistence(Parts):
             RuntimeError: `load_callback` failed.
         """
         return self._safety.restore_best(self._progress.global_step, self._progress.epoch)
+
+    def exclude(self, ids: Iterable[int]) -> None:
+        """Leave samples out of all epochs that begin from now on; it is part of the run's state.
+
+        On several ranks all have to call it, with the same ids.
+
+        Args:
+            ids: Sample ids, any number of them; those that are left out already do no harm.
+
+        Raises:
+            TypeError: No whole numbers.
+            ValueError: One is no sample, or no batch would be left.
+        """
+        chosen = sample_ids(ids, self._config.num_samples)
+        rest = self._config.num_samples - len(np.union1d(self._catalog.left_out, chosen))
+        if rest < self._config.world_size:
+            raise ValueError(f"exclude would leave {rest} of {self._config.num_samples} samples: no batch to train on")
+        self._safety.leave_out(self._progress.global_step, tuple(chosen.tolist()), "exclude() was called with them")
+
+    def relabelled(self, ids: Iterable[int]) -> None:
+        """Take note that the labels (or data) of samples were changed: all that is known of them is forgotten.
+
+        They are suspects no more, come back if they were left out, and are seen anew as in the first epoch. What a
+        strategy of its own remembers (spaced repetition: when they are due) follows with their next losses. On several
+        ranks all have to call it, with the same ids.
+
+        Args:
+            ids: Sample ids, any number of them.
+
+        Raises:
+            TypeError: No whole numbers.
+            ValueError: One is no sample.
+        """
+        chosen, step = sample_ids(ids, self._config.num_samples), self._progress.global_step
+        self._catalog.renew(chosen, step)
+        self._guard.forget(chosen)
+        message = f"{len(chosen)} samples were relabelled: what was known of them is forgotten"
+        self._bus.emit(events.Notice(step=step, message=message))
 
     @property
     def best_checkpoint(self) -> Path | None:
