@@ -119,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("path", metavar="PATH", help="the bundle's folder, its crash.json, or the run's folder")
     sub.add_argument("--all", action="store_true", help="all steps, ids and settings")
 
-    command("doctor", _doctor, "check the installation, the terminal, the folders, and a run of one second")
+    sub = command("doctor", _doctor, "check the installation, the terminal, the folders, and a run of one second")
+    sub.add_argument("run_dir", nargs="?", help=argparse.SUPPRESS)
     return parser
 
 
@@ -282,9 +283,12 @@ def _crash(options: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(options: argparse.Namespace) -> int:
     from learnit_r8.report.doctor import as_text, examine
 
+    if run := options.run_dir:
+        what = "it looks at the place where a run would start, and takes no RUN_DIR. Of a run,"
+        raise ConfigError([f"{what} `r8 watch --once {run}` tells how it stands, `r8 crash {run}` why it diverged"])
     topic, wrong = "", 0
     for finding in examine(Path.cwd(), os.environ, Clock()):
         print(as_text(finding, topic), flush=True)

@@ -368,6 +368,7 @@ MISTAKES = {
     "bad size": (["watch", "run", "--once", "--size", "big"], "as 120x35, not 'big'"),
     "bad number": (["suspects", "run", "--top", "-1"], "give a whole number >= 1"),
     "bad speed": (["demo", "--speed", "nan"], "give a number from 0.01 to 1000"),
+    "doctor of a run": (["doctor", "run"], "`r8 watch --once run` tells how it stands, `r8 crash run`"),
     "bad ui": (["demo", "--ui", "gui"], "ui must be one of auto, curses, rich, log, off; got 'gui'"),
     "nothing shown": (["demo", "--ui", "off"], "try r8 demo --ui log"),
 }

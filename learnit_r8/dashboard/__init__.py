@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["open_dashboard"]
 
 _CLOCK = Clock()
+_OPENING = threading.Lock()
 
 
 def open_dashboard(
@@ -47,16 +49,17 @@ def open_dashboard(
     wanted = choice.wanted_ui(ui, env)
     if wanted == "off":
         return None
-    around = choice.look(env, rank)
-    chosen = choice.choose(wanted, around)
-    if chosen.name == "off":
-        return None
-    from learnit_r8.dashboard.sink import Dashboard
+    with _OPENING:  # of runs in several threads one has the terminal: for the others there is none
+        around = choice.look(env, rank)
+        chosen = choice.choose(wanted, around)
+        if chosen.name == "off":
+            return None
+        from learnit_r8.dashboard.sink import Dashboard
 
-    # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does, or on a terminal.
-    reason = "" if wanted == "auto" and chosen.name == "log" and not around.stdout_tty else chosen.reason
-    asked = env.get("R8_UI", "").strip()
-    if asked and asked.lower() not in choice.UI_NAMES:
-        reason = f"R8_UI={asked} is none of {', '.join(choice.UI_NAMES)}"
-    console = None if log_dir is None else Path(log_dir) / "console.log"
-    return Dashboard(chosen.name, around, env, clock, reason=reason, readonly=readonly, console=console)
+        # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does, and a terminal.
+        reason = "" if wanted == "auto" and chosen.name == "log" and not around.stdout_tty else chosen.reason
+        asked = env.get("R8_UI", "").strip()
+        if asked and asked.lower() not in choice.UI_NAMES:
+            reason = f"R8_UI={asked} is none of {', '.join(choice.UI_NAMES)}"
+        console = None if log_dir is None else Path(log_dir) / "console.log"
+        return Dashboard(chosen.name, around, env, clock, reason=reason, readonly=readonly, console=console)

@@ -6,6 +6,8 @@ import math
 
 NORMAL, AFTER_KEY, IDLE = 0.25, 0.1, 1.0
 """Seconds between frames: usually, for `KEY_SECONDS` after a key, and when no event came."""
+WHOLE = 1.0
+"""Seconds between whole frames; those between, which say how far the run is, cost a quarter."""
 KEY_SECONDS = 2.0
 DEAR = 0.010
 """A frame that takes longer than this (seconds) halves every rate."""
@@ -16,7 +18,9 @@ WAITING = 0.5
 """The process waits where its other threads take less than this share of one core."""
 _FIRST = 3
 """Frames that are dearer than those to come: modules are loaded, every pane is drawn."""
-LEAST = 0.3
+_OPENING = 10
+"""So many frames of a run that has only begun are whole."""
+LEAST = 0.4
 """Part of the budget that frames have, however many events come."""
 
 
@@ -27,7 +31,7 @@ class FrameRate:
         self.cost = self.others = 0.0
         self.busy = 1.0
         self._drawn = 0
-        self._last = self._last_key = -math.inf
+        self._last = self._last_key = self._last_whole = -math.inf
         self._urgent = True
 
     @property
@@ -56,12 +60,18 @@ class FrameRate:
         interval = AFTER_KEY * self._slowed if self._playing(now) else usual
         return self._urgent or now - self._last >= interval * 0.98
 
-    def drew(self, now: float, cost: float, others: float = 0.0, busy: float = math.inf) -> None:
+    def whole(self, now: float) -> bool:
+        """Return whether the next frame is to show everything."""
+        early = self._drawn < _OPENING
+        return early or self._urgent or self._playing(now) or now - self._last_whole >= WHOLE * 0.98
+
+    def drew(self, now: float, cost: float, others: float = 0.0, busy: float = math.inf, *, whole: bool = True) -> None:
         """Take note of a frame.
 
         Args:
             now: Seconds of the clock.
             cost: CPU seconds that it took.
+            whole: It showed everything.
             others: CPU seconds that this thread has spent on events since the frame before.
             busy: CPU seconds that the process's other threads have spent since then.
         """
@@ -69,6 +79,7 @@ class FrameRate:
             self.others += 0.2 * (others / (now - self._last) - self.others)
             self.busy += 0.2 * (min(1.0, busy / (now - self._last)) - self.busy)
         self._last = now
+        self._last_whole = now if whole else self._last_whole
         self._urgent = False
         # Frames that draw charts anew are dearer than those between; one of many should not decide.
         self._drawn += 1

@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from learnit_r8.dashboard.displays.choice import Surroundings, below, default_glyphs
+from learnit_r8.dashboard.displays.choice import Surroundings, below, default_glyphs, is_tty
 from learnit_r8.dashboard.displays.display import Detach, Display
 from learnit_r8.dashboard.displays.log_lines import LogLines
 from learnit_r8.dashboard.displays.summary import summary_text
@@ -196,7 +195,7 @@ class Dashboard:
                 self._change_display("curses")
             display, closing = self._display, self._closed
             due = closing or display.due() or len(self._queue) > QUEUE // 2
-            fresh = self._take_events() if due else []
+            fresh = self._take_events(later=not (closing or display.whole())) if due else []
             if self.model.checkpoint is not None:
                 display.board.checkpoint(self.model.checkpoint.path)
             delay = display.tick(self.model, fresh, self._clock())
@@ -205,13 +204,13 @@ class Dashboard:
                 return
             self._waker.wait(delay, display.board.inputs)
 
-    def _take_events(self) -> list[Event]:
-        """Move what has been recorded into the model, at most one queue's worth."""
+    def _take_events(self, later: bool = False) -> list[Event]:
+        """Move what has been recorded into the model, at most one queue's worth; `later` as in `consume_all`."""
         taken = [self._queue.popleft() for _ in range(min(QUEUE, len(self._queue)))]
-        for first in range(0, len(taken), _SLICE):
+        for first in range(0, len(taken) or 1, _SLICE):
             if first and not self._closed:
                 time.sleep(_BREATH)
-            self.model.consume_all(taken[first : first + _SLICE])
+            self.model.consume_all(taken[first : first + _SLICE], later)
         return taken
 
     def _change_display(self, name: str, gone: bool = False) -> None:
@@ -263,12 +262,19 @@ class Dashboard:
         self._queue.append(Notice(time=self._clock(), step=self.model.step, message=message, level=level))
 
     def _summarise(self) -> None:
-        sys.stdout.flush()
+        with contextlib.suppress(AttributeError):  # it may be anything that has a `write`
+            sys.stdout.flush()
         glyphs, width = "ascii", 80
-        if sys.stdout.isatty():
+        if is_tty(sys.stdout):
             glyphs = default_glyphs(self._environment)
-            width = min(100, shutil.get_terminal_size().columns)
-        lines = summary_text(self.model, width, glyphs).splitlines()
+            with contextlib.suppress(OSError, ValueError):  # of the terminal itself: COLUMNS may be of another day
+                width = min(100, os.get_terminal_size(sys.stdout.fileno()).columns or width)
+        text = summary_text(self.model, width, glyphs)
+        try:
+            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:  # a stream may be less than its terminal
+            text = summary_text(self.model, width, "ascii")
+        lines = text.splitlines()
         if self._console_used is not None and self._console_used.exists():
             lines.append(f"  console     {self._console_used}")
         if self._forgotten and self.model.ended is None and self.model.run:

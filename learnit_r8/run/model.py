@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -28,6 +28,8 @@ SIGMA_GAIN = 0.02
 LATEST = 1e12
 """Times beyond this many seconds since 1970 are taken for errors."""
 _NUMBERS = attrgetter("time", "step", "loss", "expected_loss", "lr", "step_seconds", "r8_seconds")
+_BLOCK = 512
+"""More losses than these do not wait: taking them would hold the interpreter for long."""
 METRICS_KEPT = 100
 """Names beyond these are ignored: a name made of a step number would grow without end."""
 _MARKED = {
@@ -96,29 +98,35 @@ class DashboardModel:
         self.metrics: dict[str, Metric] = {}
         self.pace = Pace()
         self._loss, self._surprise, self._lr, self._step_ms = self.series.values()
+        self._waiting: list[e.LossReported] = []
+        self._amid = False
 
     def consume(self, event: Any) -> None:
         """Take one event of `learnit_r8.events`; other objects are ignored."""
         self.consume_all((event,))
 
-    def consume_all(self, events: Iterable[Any]) -> None:
-        """Take events, the oldest first; losses go through numpy together, which is three times as fast."""
-        losses: list[e.LossReported] = []
-        kind: type = object
+    def consume_all(self, events: Iterable[Any], later: bool = False) -> None:
+        """Take events, the oldest first; losses go through numpy together, which is three times as fast.
+
+        `later`: the last losses may wait for the next call; of them only what the newest one says is known meanwhile.
+        """
         for event in events:
             kind = type(event)
             if kind is e.LossReported:
-                losses.append(event)
+                self._waiting.append(event)
+                self._amid = False
             elif isinstance(event, e.Event) and kind is not e.BatchIssued:
-                if losses and kind not in _AMID_LOSSES:
-                    self._on_losses(losses)
-                    losses = []
+                self._amid = kind in _AMID_LOSSES
+                if self._waiting and not self._amid:
+                    self._on_losses()
                 self._on_event(event)
-        if losses:
+        if self._waiting and not (later and len(self._waiting) < _BLOCK):
             latest = self.last_time
-            self._on_losses(losses)
-            if kind in _AMID_LOSSES:  # it came after the losses
+            self._on_losses()
+            if self._amid:  # it came after the losses
                 self.last_time = latest
+        elif self._waiting and not self._amid:
+            self._on_newest(self._waiting[-1], self._waiting[-1].time)
 
     def _on_event(self, event: e.Event) -> None:
         if not -LATEST < event.time < LATEST:
@@ -191,17 +199,20 @@ class DashboardModel:
     def _mark(self, icon: str, event: e.Event) -> None:
         self.marks.setdefault(icon, deque(maxlen=MARKS_KEPT)).append((event.step, event.time))
 
-    def _on_losses(self, events: Sequence[e.LossReported]) -> None:
-        """Take consecutive losses."""
+    def _on_newest(self, event: e.LossReported, time: float) -> None:
+        self.last_time = self.last_report = time if -LATEST < time < LATEST else self._now()
+        self.step, self.epoch = event.step + 1, event.epoch
+        self.verdict, self.score, self.lr = event.verdict, event.score, event.lr
+        self.loss, self.expected_loss = event.loss, event.expected_loss
+
+    def _on_losses(self) -> None:
+        """Take the losses that wait."""
+        events, self._waiting = self._waiting, []
         times, steps, losses, expected, lrs, users, own = np.array([*map(_NUMBERS, events)]).T
         for wrong in np.flatnonzero(~(np.abs(times) < LATEST)):
             times[wrong] = times[wrong - 1] if wrong else self._now()
         self._seen(float(times[0]))
-        newest = events[-1]
-        self.last_time = self.last_report = float(times[-1])
-        self.step, self.epoch = newest.step + 1, newest.epoch
-        self.verdict, self.score, self.lr = newest.verdict, newest.score, newest.lr
-        self.loss, self.expected_loss = newest.loss, newest.expected_loss
+        self._on_newest(events[-1], float(times[-1]))
         self.samples += sum([event.size for event in events])
         series = self._loss
         lowest = series.lo

@@ -16,8 +16,9 @@ import numpy as np
 from learnit_r8.run.series import Floats
 
 MIN_STEPS = 20
-MIN_SECONDS = 10.0
-"""No estimate before both: the first steps compile, fill caches and start workers."""
+MIN_SECONDS, SHORT_SECONDS = 10.0, 1.0
+"""No estimate before both: the first steps compile, fill caches and start workers. Once a tenth is done, the second
+suffices: an estimate is then off by little, and a short run has one."""
 LONGEST = 1e9
 """Longer spans are nonsense in a log, not time."""
 BLOCK_SECONDS = 1.0
@@ -165,7 +166,8 @@ class Pace:
         Given are the steps left after cataloging, those left of it, and the ends of epochs still to be validated.
         """
         since = now - self.started
-        if self.steps < MIN_STEPS or not since >= MIN_SECONDS or math.isnan(self.step_seconds):
+        enough = SHORT_SECONDS if train_steps + cataloging_steps <= 9 * self.steps else MIN_SECONDS
+        if self.steps < MIN_STEPS or not since >= enough or math.isnan(self.step_seconds):
             return None
         train = self.train if self.train.total_steps else self.cataloging
         cataloging = self.cataloging if self.cataloging.total_steps else train

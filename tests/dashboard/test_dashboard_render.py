@@ -328,6 +328,10 @@ def test_a_chart_waits_for_its_second_and_numbers_do_not():
 
     for event in islice(events, 200):
         model.consume(event)
+    grid = painter.advance(model, T0 + 0.5)
+    assert [list(grid.runs(y)) for y in (1, 2)] == fresh(model, view, (120, 35), T0 + 0.5, [])[1:3]
+    assert [list(grid.runs(y)) for y in range(4, 14)] == before
+    assert painter.advance(DashboardModel(), T0) is None, "nothing of this run was drawn"
     soon, later = (pictures(painter, model, view, (120, 35), T0 + wait, [])[4:14] for wait in (0.5, 1.0))
     assert soon != before
     assert left_of_the_numbers(soon) == left_of_the_numbers(before)

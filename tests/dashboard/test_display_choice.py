@@ -15,7 +15,7 @@ from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.dashboard.displays.choice import UI_NAMES, Choice, Surroundings, below, choose, wanted_ui
 from learnit_r8.dashboard.displays.log_lines import BURST, LogLines, Outlet
-from learnit_r8.dashboard.frame_rate import FrameRate
+from learnit_r8.dashboard.frame_rate import NORMAL, FrameRate
 from learnit_r8.dashboard.terminal.keyboard import KeyDecoder
 from learnit_r8.dashboard.terminal.tty import TerminalGone
 from learnit_r8.errors import ConfigError
@@ -268,6 +268,22 @@ def test_the_frame_rate_follows_what_happens():
     pressed.key(0.0)
     assert frames(pressed, 2, fresh=False) == 20
     assert frames(pressed, 8, fresh=False, start=2.0) == 8
+
+
+def test_a_frame_a_second_is_whole_and_each_one_after_a_key_or_a_new_size():
+    rate, drawn = FrameRate(), []
+    for number in range(50):
+        drawn.append(rate.whole(number / 4))
+        rate.drew(number / 4, 0.002 if drawn[-1] else 0.0005, whole=drawn[-1])
+    assert drawn == [True] * 9 + [True, False, False, False] * 10 + [True]
+    assert rate.period == NORMAL, "most frames are cheap"
+    rate.hurry()
+    assert rate.whole(12.3)
+    rate.drew(12.3, 0.002)
+    assert not rate.whole(12.4)
+    rate.key(12.4)
+    rate.drew(12.4, 0.002)
+    assert rate.whole(12.5)
 
 
 def test_the_demo_run_is_the_same_for_the_same_seed_and_has_everything():

@@ -67,6 +67,26 @@ def test_a_traceback_lands_on_the_normal_screen(tmp_path):
         assert console(terminal) == b"a line\n"
 
 
+LEAVING = {
+    "os._exit": "os._exit(3)",
+    "a watchdog's": "threading.Thread(target=lambda: os._exit(3)).start()\ntime.sleep(20)",
+    "exec": "os.execvp('sh', ['sh', '-c', 'stty -a | grep -e -icanon; echo another program; exit 3'])",
+}
+
+
+@pytest.mark.parametrize("way", LEAVING)
+def test_who_leaves_without_a_word_leaves_the_terminal_as_it_was(way, tmp_path):
+    code = "d = open_dashboard('curses', log_dir='run')\nprint('a line', end='')\ntrain(d, 0.3)\n" + LEAVING[way]
+    with Terminal(code, tmp_path) as terminal:
+        assert terminal.wait() == 3
+        assert terminal.stty() == terminal.before, "a shell takes over what it finds at this moment"
+        shown = terminal.raw.rsplit(LEFT_ALTERNATE, 1)[-1]
+        assert b"a line\r\nlearnit::r8" in shown
+        assert b"died without a word" not in shown
+        assert (b"another program" in shown) == (way == "exec")
+        assert b"-icanon" not in shown
+
+
 def test_a_custom_sigterm_handler_survives_the_start_of_curses(tmp_path):
     code = """
 def leave(number, frame):
@@ -460,7 +480,7 @@ print(name, fault)
 def test_a_bug_in_the_model_reaches_neither_the_loop_nor_close(tmp_path):
     code = """
 from learnit_r8.run.model import DashboardModel
-def broken(self, event):
+def broken(*_):
     raise IndexError('a bug in the model')
 DashboardModel.consume_all = broken
 d = open_dashboard('curses', log_dir='run')
@@ -568,6 +588,54 @@ def test_two_dashboards_in_one_process_follow_each_other(tmp_path):
         assert terminal.wait() == 0
         assert terminal.raw.count(b"\x1b[?1049h") == terminal.raw.count(LEFT_ALTERNATE) == 2
         assert terminal.stty() == terminal.before
+
+
+def test_of_runs_in_several_threads_one_has_the_screen(tmp_path):
+    code = """
+names, begin = [], threading.Barrier(3)
+def run():
+    begin.wait()
+    d = open_dashboard()
+    names.append(d.name)
+    train(d, 1.0)
+    d.close()
+threads = [threading.Thread(target=run) for _ in range(2)]
+for thread in threads: thread.start()
+run()
+for thread in threads: thread.join()
+print('names:', *sorted(names))
+"""
+    with Terminal(code, tmp_path, size=(100, 80)) as terminal:
+        assert terminal.wait() == 0
+        assert re.search(rb"names: (curses log log|log log rich)\r\n", terminal.raw)
+        assert terminal.stty() == terminal.before
+
+
+def test_the_summary_is_readable_where_the_stream_is_less_than_its_terminal(tmp_path):
+    with Terminal(RUN, tmp_path, env={"PYTHONIOENCODING": "ascii"}) as terminal:
+        terminal.until("alarms none")
+        terminal.stop()
+        assert terminal.wait() == 0
+        shown = terminal.raw.rsplit(LEFT_ALTERNATE, 1)[-1]
+        assert b"where the time went" in shown
+        assert b"??" not in shown
+
+
+def test_anything_that_has_a_write_gets_lines_and_the_summary(tmp_path):
+    code = """
+kept, real = [], sys.stdout
+class Tee:
+    def write(self, text): kept.append(text)
+sys.stdout = Tee()
+d = open_dashboard()
+train(d, 0.5)
+d.close()
+sys.stdout = real
+print(d.name, d.fault or 'sound', 'learnit::r8  demo' in ''.join(kept))
+"""
+    with Terminal(code, tmp_path) as terminal:
+        assert terminal.wait() == 0
+        assert b"log sound True" in terminal.raw
 
 
 def test_a_dashboard_opened_outside_the_main_thread_uses_rich(tmp_path):

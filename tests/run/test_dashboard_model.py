@@ -156,6 +156,13 @@ def test_estimate_waits_for_twenty_steps_and_ten_seconds():
     assert both.eta(T0 + 29)[0] == pytest.approx(970, rel=0.02)
 
 
+def test_a_run_of_a_few_seconds_has_an_estimate_once_a_tenth_is_done():
+    events = [loss(T0 + 0.01 * i, i, seconds=0.01) for i in range(200)]
+    assert fed(started(), *events[:90]).eta(T0 + 1.5) is None
+    assert fed(started(), *events[:110]).eta(T0 + 0.9) is None, "nobody can read that fast"
+    assert fed(started(), *events).eta(T0 + 2)[0] == pytest.approx(8, rel=0.02)
+
+
 def test_estimate_counts_validation_and_checkpoints():
     events = list(training(epochs=3, checkpoint=5.0))
     model = fed(*events)
@@ -335,8 +342,12 @@ def test_events_in_blocks_are_the_same_as_events_one_by_one(rough, seed):
     single, block = fed(*events), DashboardModel()
     while events:
         some = rng.choice([1, 30, 1000])
-        block.consume_all(events[:some])
+        block.consume_all(events[:some], later=rng.random() < 0.5)
+        if isinstance(events[:some][-1], e.LossReported):
+            newest = events[:some][-1]
+            assert (block.step, block.epoch, block.lr) == (newest.step + 1, newest.epoch, newest.lr)
         del events[:some]
+    block.consume_all(())
 
     def flat(value):
         return [x for v in value.values() for x in flat(v)] if isinstance(value, dict) else [value]

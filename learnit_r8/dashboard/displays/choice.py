@@ -114,10 +114,10 @@ def _problem(name: str, around: Surroundings) -> str:
 def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
     """Return the facts about this process, its streams and its terminal."""
     term = env.get("TERM", "")
-    stdout_tty = _is_tty(sys.stdout) and _is_tty(sys.__stdout__)
+    stdout_tty = is_tty(sys.stdout) and is_tty(sys.__stdout__)
     return Surroundings(
         posix=POSIX,
-        stdin_tty=_is_tty(sys.stdin),
+        stdin_tty=is_tty(sys.stdin),
         stdout_tty=stdout_tty,
         stdout_open=sys.stdout is not None and not getattr(sys.stdout, "closed", False),
         term=term,
@@ -167,7 +167,8 @@ def _in_foreground() -> bool:
         return False
 
 
-def _is_tty(stream: Any) -> bool:
+def is_tty(stream: Any) -> bool:
+    """Return whether a stream, which may be anything or nothing, leads to a terminal."""
     try:
         if stream is not None and not POSIX and _CURSES:
             from learnit_r8.dashboard.terminal.windows_board import is_console

@@ -31,6 +31,10 @@ class Display:
         """Return whether the next `tick` has a use for what happened; until then events may wait, which is cheaper."""
         return True
 
+    def whole(self) -> bool:
+        """Return whether it will show more than how far the run is: until then statistics may wait, too."""
+        return True
+
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Take input, draw if it is time, and return the seconds until the next call; the model has `fresh`."""
         return 1.0

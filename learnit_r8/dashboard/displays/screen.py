@@ -11,19 +11,22 @@ from pathlib import Path
 
 from learnit_r8.dashboard.displays.choice import default_glyphs
 from learnit_r8.dashboard.displays.display import Detach, Display
+from learnit_r8.dashboard.drawing.cells import Grid
 from learnit_r8.dashboard.drawing.layout import ROOMY
+from learnit_r8.dashboard.drawing.panels import FAULTS
 from learnit_r8.dashboard.drawing.render import Painter, Scene, scroll_limit
 from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.meters import GpuMeter, HostMeter
 from learnit_r8.dashboard.terminal.board import open_board
 from learnit_r8.events import Event
+from learnit_r8.run.journal import Entry
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.tail import ConsoleTail
 from learnit_r8.types import Command
 
-_CHART_FRAMES = 4
-"""A chart is drawn anew in every fourth frame at most: once a second, less often where frames come slowly."""
+_CHART_SECONDS = 1.0
+"""A chart is drawn anew once a second at most, less often where frames come slowly."""
 _BREATH = 5e-5
 """A nap now and then lets the training thread have the GIL; one of 0 s would hardly ever hand it over."""
 _ESCAPE_SECONDS = 0.05
@@ -69,6 +72,7 @@ class Screen(Display):
         self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
         self._lines: Sequence[str] = ()
         self._still: DashboardModel | None = None
+        self._told: Entry | None = None
         self._shown = self._aside = False
         self._opened = self._last_tick = time.monotonic()
         self._spent = self._computed = 0.0
@@ -81,6 +85,10 @@ class Screen(Display):
     def due(self) -> bool:
         """Return whether the next tick will draw, if anything happened."""
         return self._rate.due(time.monotonic(), fresh=True)
+
+    def whole(self) -> bool:
+        """Return whether the next frame shows everything; of a run that is only watched each does."""
+        return self._look is not None or self._rate.whole(time.monotonic())
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
         """Handle keys and size, and draw when due."""
@@ -119,6 +127,20 @@ class Screen(Display):
     def _draw(self, model: DashboardModel, now: float) -> None:
         began, computed = time.thread_time(), time.process_time()
         others, self._spent = began - self._spent, began
+        told, self._told = self._told, model.entries[-1] if model.entries else None
+        fault = self._told is not told and self._told is not None and self._told.icon in FAULTS
+        whole = self.whole() or self._still is not None or fault
+        grid = None if whole else self._painter.advance(model, now)
+        if grid is None:
+            whole, grid = True, self._whole(model, now)
+        self._board.draw(grid)
+        self._spent = time.thread_time()
+        busy = computed - self._computed - others
+        self._rate.drew(time.monotonic(), self._spent - began, others, busy, whole=whole)
+        self._computed = time.process_time()
+        self._news = False
+
+    def _whole(self, model: DashboardModel, now: float) -> Grid:
         if model.paused != self._view.paused:
             self._view = replace(self._view, paused=model.paused)
         scene = self._own_scene(model) if self._look is None else self._look()
@@ -134,14 +156,9 @@ class Screen(Display):
             console_title=scene.title,
             glyphs=self._view.glyphs if self._board.unicode else "ascii",
         )
-        self._painter.chart_seconds = _CHART_FRAMES * self._rate.period
+        self._painter.chart_seconds = max(_CHART_SECONDS, 4 * self._rate.period)
         shown = scene if self._still is None else replace(scene, model=self._still)
-        grid = self._painter.draw(shown, view, *self._size, now)
-        self._board.draw(grid)
-        self._spent = time.thread_time()
-        self._rate.drew(time.monotonic(), self._spent - began, others, computed - self._computed - others)
-        self._computed = time.process_time()
-        self._news = False
+        return self._painter.draw(shown, view, *self._size, now)
 
     def _own_scene(self, model: DashboardModel) -> Scene:
         if self._tail is None or self._prints is None:
@@ -162,6 +179,7 @@ class Screen(Display):
         before = self._view
         self._view, wish = handle_key(before, name, scroll_limit(self._still or model, before, self._lines))
         if self._view.frozen != before.frozen:
+            model.consume_all(())  # statistics that wait
             self._still = copy.deepcopy(model) if self._view.frozen else None
         if wish is Action.DETACH:
             raise Detach

@@ -23,7 +23,7 @@ Piece = tuple[str, Style]
 _LOOKS_BACK = 30
 """An average looks back over at most one such part of what is shown."""
 _LOG_WORDS = ("loss", "lr", "grad", "norm", "ppl", "perplexity", "nll")
-_FAULTS = "!RXW"
+FAULTS = "!RXW"
 """Icons of events that are kept in view."""
 _AXIS_LEGEND = (("!", "spike"), ("R", "rollback"), ("C", "ckpt"), ("V", "val"), ("P", "phase"), ("L", "lr found"))
 
@@ -272,8 +272,8 @@ def events_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, 
 def _pinned(lines: Sequence[Entry], rows: int) -> Sequence[Entry]:
     """Return the newest lines; the last faults keep up to half of the rows where routine would push them out."""
     newest = lines[:rows]
-    missed = sum(line.icon in _FAULTS for line in newest)
-    older = [line for line in lines[rows:] if line.icon in _FAULTS][: max(0, rows // 2 - missed)]
+    missed = sum(line.icon in FAULTS for line in newest)
+    older = [line for line in lines[rows:] if line.icon in FAULTS][: max(0, rows // 2 - missed)]
     return [*newest[: rows - len(older)], *older]
 
 

@@ -64,6 +64,7 @@ class Painter:
         self._tabs = False
         self._model: DashboardModel | None = None
         self._layout: tuple[object, ...] = ()
+        self._view = ViewState()
         self._shown: dict[Rect, tuple[object, ...]] = {}
         self._charts: dict[Rect, tuple[object, int, float]] = {}
 
@@ -81,11 +82,11 @@ class Painter:
             _bare(grid, model, now)
             return grid
         self._lay_out(scene, view, width, height)
-        grid = self._grid
-        for y in (0, 1, 2, height - 2):
+        grid, self._view = self._grid, view
+        for y in (0, height - 2):
             grid.restore(self._lines, y, 0, width)
         title(grid, model, view, now)
-        progress(grid, 1, 2, width - 4, model, view, now)
+        self.advance(model, now)
         key_line(grid, height - 2, 2, width - 4, view, now)
         self._between()
         late = self._late_charts(scene, view, now)
@@ -98,6 +99,16 @@ class Painter:
         if view.help or view.confirm:
             help_overlay(grid, view) if view.help else confirm_overlay(grid, view)
             self._layout = ()
+        return grid
+
+    def advance(self, model: DashboardModel, now: float) -> Grid | None:
+        """Draw how far the run is into the frame before; None where that was no frame of this run, or is covered."""
+        if not self._layout or model is not self._model:
+            return None
+        grid = self._grid
+        for y in (1, 2):
+            grid.restore(self._lines, y, 0, grid.width)
+        progress(grid, 1, 2, grid.width - 4, model, self._view, now)
         return grid
 
     def _lay_out(self, scene: Scene, view: ViewState, width: int, height: int) -> None:

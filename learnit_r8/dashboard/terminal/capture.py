@@ -41,6 +41,7 @@ class ConsoleFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         self._file = os.open(path, flags, 0o644)
         self.start = self._told = os.fstat(self._file).st_size
+        self._amid_line = False
 
     def unshown(self, last: bool = False, lines: bool = False) -> bytes:
         """Return what was added since the last call, as text for a terminal: colours stay, other escapes do not.
@@ -64,7 +65,8 @@ class ConsoleFile:
         if skipped or len(rows) > REPLAY_LINES:
             rows = [f"[r8] earlier lines are in {self.path}".encode(), *rows[1:][-REPLAY_LINES:]]
         text = b"\n".join(map(_last_state, rows))
-        return text + b"\n" if last and text and not text.endswith(b"\n") else text
+        self._amid_line = not text.endswith(b"\n") if text else self._amid_line
+        return text + b"\n" if last and self._amid_line else text
 
     def close(self) -> None:
         """Close the file; one that this run added nothing to, and that nobody named, is removed."""

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pdb
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -22,6 +23,7 @@ Suspend = Callable[[], AbstractContextManager[None]]
 """Makes a context manager that gives the terminal to the user."""
 _DEBUGGERS = {"", "0", "pdb.set_trace", "ipdb.set_trace", "IPython.core.debugger.set_trace"}
 """Values of PYTHONBREAKPOINT whose debugger is `pdb.Pdb` or a child of it."""
+_HANG_SECONDS = 2.0
 _LATE = {
     "IPython.terminal.interactiveshell": ("TerminalInteractiveShell", "interact"),
     "prompt_toolkit.application.application": ("Application", "run"),
@@ -33,7 +35,8 @@ class TalkHooks:
     """Wraps what talks to the user until `remove`.
 
     `input()`, `getpass`, reads from `sys.stdin`, `code.interact`, IPython and prompt_toolkit have the terminal while
-    they run; a debugger has it from its stop to `continue` or `quit`; a traceback gets it for good.
+    they run; a debugger has it from its stop to `continue` or `quit`; a traceback, `os._exit` and `os.exec*` get it for
+    good.
 
     Args:
         suspend: Context manager that gives the terminal to the user.
@@ -42,6 +45,7 @@ class TalkHooks:
 
     def __init__(self, suspend: Suspend, close: Callable[[], None]) -> None:
         self._suspend, self._close = suspend, close
+        self._pid = os.getpid()
         self._wrapped: list[tuple[Any, str, Any, Any]] = []
         self._debugging = contextlib.ExitStack()
         self._talking = False
@@ -49,6 +53,8 @@ class TalkHooks:
         self._wrap(code.InteractiveConsole, "interact", self._suspend)
         self._wrap(getpass, *(("_raw_input", self._unseen) if POSIX else ("getpass", self._suspend)))
         self._wrap(pdb.Pdb, "interaction", self._debugger_begins)
+        for name in ("_exit", "execv", "execve"):  # the shell would take the view's modes for the user's
+            self._wrap(os, name, self._at_once)
         for name in ("set_continue", "set_quit"):
             self._wrap(pdb.Pdb, name, self._debugger_ends)
         self._wrap(sys, "excepthook", self._for_good)
@@ -107,6 +113,16 @@ class TalkHooks:
     @contextlib.contextmanager
     def _for_good(self) -> Iterator[None]:
         self._close()
+        yield
+
+    @contextlib.contextmanager
+    def _at_once(self) -> Iterator[None]:
+        """For what ends the program without a word, may be called because something hangs, and is every child's end."""
+        if os.getpid() == self._pid:
+            closing = threading.Thread(target=self._close, daemon=True)
+            with contextlib.suppress(RuntimeError):  # the interpreter is going
+                closing.start()
+                closing.join(_HANG_SECONDS)
         yield
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:

@@ -129,7 +129,7 @@ class Outlet(Board):
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         try:
             self._stream.write(text.encode(encoding, "replace").decode(encoding))
-            self._stream.flush()
+            getattr(self._stream, "flush", str)()  # it may be anything that has a `write`
         except (OSError, ValueError) as error:
             self._waiting.clear()
             raise TerminalGone(str(error)) from error

@@ -31,8 +31,7 @@ class Waker:
             poller = select.poll()
             for fd in (self._reader, *inputs):
                 poller.register(fd, select.POLLIN)
-            poller.poll(seconds * 1000)
-            with contextlib.suppress(BlockingIOError):
+            if any(fd == self._reader for fd, _ in poller.poll(seconds * 1000)):
                 os.read(self._reader, 64)
 
     def wake(self) -> None:
