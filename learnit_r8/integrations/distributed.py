@@ -168,6 +168,7 @@ class FromRank0:
             raise ConfigError(f"{strategy!r} plans epochs: FromRank0 needs its state_dict() and load_state_dict()")
         self.name = strategy if isinstance(strategy, str) else getattr(strategy, "name", type(strategy).__name__)
         self.catalogs, self.covers, self.replacement = rules.catalogs, rules.covers, rules.replacement
+        self.grows = rules.grows
         self._decisions: list[tuple[str, str, float]] = []
 
     def _told(self, choose: Callable[[], Any]) -> Any:

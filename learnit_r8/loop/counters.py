@@ -126,7 +126,7 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
     arguments |= _checkpoints(arguments, directory, new_goals)
     if arguments["recovery"] is None:  # the state of an older version
         del arguments["recovery"]
-    if new_goals.get("num_samples", config.num_samples) == config.num_samples:
+    if new_goals.get("num_samples", config.num_samples) >= config.num_samples:  # more have to be given with them
         arguments["groups"] = state.get("groups")
     budgets = {"num_epochs": None, "num_steps": None, "train_duration_seconds": None}
     if any(new_goals.get(name) is not None for name in budgets):
@@ -162,7 +162,7 @@ def _checkpoints(arguments: dict[str, Any], directory: str, new_goals: Mapping[s
     return {"checkpoints": value, "log_dir": logs}
 
 
-_FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot change
+_FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot change, but for more samples
 
 
 def check_state(state: Mapping[str, Any], config: Config) -> None:
@@ -184,6 +184,7 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
         "saved with, or start a new run"
         for name in _FIXED
         if saved[name] != getattr(config, name)
+        and not (name == "num_samples" and config.shard is None and saved[name] < config.num_samples)
     ]
     shard, own = saved.get("shard") or state.get("shard"), config.shard  # the second in states of older versions
     if (shard and tuple(shard)) != own:

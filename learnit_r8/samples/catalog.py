@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -545,6 +545,17 @@ class LossCatalog:
         self._estimator, self._quadrants.edges = estimator, edges
         self._rows.view(np.uint8)[:] = rows  # in place: they may be most of the memory
         self._forget_journal()
+
+
+def more_rows(state: Mapping[str, Any], num_samples: int) -> NDArray[np.uint8]:
+    """Return the rows of a catalog's state and, behind them, those of samples that were never seen."""
+    saved = np.asarray(state["rows"], np.uint8)
+    rows, before = np.zeros(num_samples, _ROW), saved.size // _ROW.itemsize
+    rows.view(np.uint8)[: saved.size] = saved.ravel()
+    rows["quadrant"][before:] = UNSEEN
+    if state["attribution"] is not None:
+        rows["estimate"][before:], rows["variance"][before:] = PRIOR_ESTIMATE, PRIOR_VARIANCE
+    return rows.view(np.uint8)
 
 
 def _total(values: NDArray[Any]) -> float:

@@ -37,6 +37,8 @@ class Rules:
     drawn alike until it has judged."""
     replacement = False
     """True when one batch may hold a sample twice."""
+    grows = False
+    """True when a run with more samples may load its state: from the next epoch on it draws the new ones, too."""
 
     def __init__(self, strategy: Any) -> None:
         self.strategy, self.draw, self._name = strategy, strategy.draw, type(strategy).__name__

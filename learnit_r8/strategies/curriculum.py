@@ -104,6 +104,8 @@ class Curriculum(Saved):
 
     _saved = table(members=np.uint32, starts=np.int64, turns=each(int))
 
+    grows = True
+
     def __init__(
         self,
         strategy: str = "easy_first",

@@ -48,6 +48,8 @@ class InfoBatch(Saved):
         count=int,
     )
 
+    grows = True
+
     def __init__(self, ratio: float = 0.5, anneal: float = 0.125, normalize: bool = False) -> None:
         problems = Problems()
         self.ratio = problems.real("ratio", ratio, 0.0, 0.99)

@@ -146,7 +146,7 @@ class PlannedStrategy(Saved):
 
     _saved = table(plan=maybe(made(EpochPlan)))
 
-    covers = True
+    covers = grows = True
 
     def __init__(self) -> None:
         self._plan: EpochPlan | None = None

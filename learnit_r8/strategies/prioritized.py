@@ -27,6 +27,8 @@ class Prioritized(WeightedStrategy):
             "max" shrinks the step, so "mean" is the default.
     """
 
+    grows = True
+
     def __init__(
         self,
         alpha: float = 0.6,

@@ -66,6 +66,8 @@ class RewardWeighted(WeightedStrategy):
 
     _saved = table(range=row(float, float))
 
+    grows = True
+
     def __init__(self, rewards: ArrayLike | None = None, temperature: float = 1.0, use_rank: bool = False) -> None:
         self._rewards = _check(rewards, temperature)
         self.temperature = float(temperature)

@@ -230,7 +230,8 @@ class WeightedStrategy(Saved):
     def start_epoch(self, request: BatchRequest) -> None:
         """Take the weights from the catalog and a new random order."""
         weights = self.epoch_weights(request)
-        self._sampler = self._sampler or MixtureSampler(request.num_samples)
+        if self._sampler is None or len(self._sampler.weights) != request.num_samples:  # there may be more since
+            self._sampler = MixtureSampler(request.num_samples)
         self._sampler.restart(weights, request.rng, request.excluded)
 
     def draw(self, request: BatchRequest) -> Draw:

@@ -525,7 +525,7 @@ TAKES_EFFECT = {
     "all_gather": (lambda array: array, lambda s, g: s._ranks._all_gather is g),
 }
 REFUSED = {
-    "num_samples": 80,
+    "num_samples": 56,
     "strategy": "quadrant",
     "seed": 1,
     "drop_last": True,

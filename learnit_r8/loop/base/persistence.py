@@ -16,6 +16,7 @@ from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
 from learnit_r8.loop.base.parts import Parts
 from learnit_r8.loop.counters import Progress, check_state
+from learnit_r8.loop.growth import grown
 from learnit_r8.loop.saver import State, not_saved
 from learnit_r8.loop.shards import common_checkpoint
 
@@ -172,6 +173,7 @@ class Persistence(Parts):
         """
         state = unpacked(state)
         check_state(state, self._config)
+        state = grown(state, self._config.num_samples, self._chooser.rules)
         before, flags = self.state_dict(), (self._search, self._control.stop, self._begun, self._resumed)
         try:
             self._apply(state)

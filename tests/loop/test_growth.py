@@ -1,0 +1,169 @@
+"""A data set that has grown since a run was saved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from learnit_r8 import R8Scheduler
+from learnit_r8.errors import ConfigError
+from learnit_r8.strategies import names
+from learnit_r8.strategies.base import make
+from learnit_r8.strategies.contract import Rules
+
+OLD, NEW, B = 64, 100, 8
+GROWING = [name for name in names() if Rules(make(name)).grows]
+
+
+def scheduler(size, **options):
+    options = {"checkpoint_dir": None, "backup_every": None} | options
+    return R8Scheduler(size, B, num_epochs=6, ui="off", initial_lr=0.1, scheduler_mode="cosine", **options)
+
+
+def train(run, *, batches=None, scalar=False, rates=None):
+    """Train to the epoch's end or for some batches; return the ids drawn."""
+    drawn = []
+    for number, batch in enumerate(run.batch_iterator(), 1):
+        drawn += batch.indices.tolist()
+        losses = np.random.default_rng(batch.step).lognormal(batch.indices / 50, 0.1).astype(np.float32)
+        if rates is not None:
+            rates.append(batch.lr)
+        if hasattr(batch, "asked"):
+            assert len(batch.weights)
+        run.update_with_loss(float(losses.mean()) if scalar else losses)
+        if number == batches:
+            break
+    return drawn
+
+
+def state_after(epochs, batches=None, **options):
+    run = scheduler(OLD, **options)
+    scalar = options.pop("scalar", False)
+    for epoch in run.epoch_iterator():
+        train(run, batches=batches if epoch == epochs else None, scalar=scalar)
+        if epoch == epochs:
+            break
+    return run.state_dict()
+
+
+def test_all_strategies_that_plan_from_the_catalog_can_grow():
+    assert set(GROWING) == {"uniform", "quadrant", "curriculum", "infobatch", "prioritized", "reward"}
+
+
+@pytest.mark.parametrize("batches", [None, 3])
+@pytest.mark.parametrize("strategy", GROWING)
+def test_new_samples_join_the_next_epoch_and_what_was_known_of_the_others_stays(strategy, batches):
+    saved = state_after(2, batches, strategy=strategy)
+    run = scheduler(NEW, strategy=strategy)
+    run.load_state_dict(saved)
+    old = scheduler(OLD, strategy=strategy)
+    old.load_state_dict(saved)
+    for name in ("expected_loss", "mean_loss", "uses", "last_seen", "variability"):
+        assert np.array_equal(getattr(run.catalog, name)[:OLD], getattr(old.catalog, name))
+    assert run.catalog.num_seen == old.catalog.num_seen == OLD
+    assert not run.catalog.uses[OLD:].any()
+    met = set()
+    for epoch in run.epoch_iterator():
+        drawn = train(run)
+        if epoch == 2:
+            assert max(drawn, default=0) < OLD  # its plan stands
+        else:
+            met |= set(drawn)
+    assert met >= set(range(OLD, NEW))
+    assert run.current_epoch == 6
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "quadrant", "prioritized"])
+def test_with_one_loss_a_batch_too(strategy):
+    run = scheduler(OLD, strategy=strategy)
+    for epoch in run.epoch_iterator():
+        train(run, scalar=True)
+        if epoch == 2:
+            break
+    more = scheduler(NEW, strategy=strategy)
+    more.load_state_dict(run.state_dict())
+    np.testing.assert_allclose(more.catalog.expected_loss[:OLD], run.catalog.expected_loss, rtol=1e-6)
+    assert more.catalog.attributed
+    for _ in more.epoch_iterator():
+        train(more, scalar=True)
+    assert (more.catalog.uses > 0).all()
+
+
+def test_the_rest_of_an_epoch_is_as_it_would_have_been():
+    saved = state_after(2, 3)
+    drawn = []
+    for size in (OLD, NEW):
+        run = scheduler(size)
+        run.load_state_dict(saved)
+        next(run.epoch_iterator())
+        drawn.append(train(run))
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == OLD - 3 * B
+
+
+def test_the_learning_rate_goes_on_by_the_share_of_the_budget():
+    saved = state_after(2)
+    rates = {}
+    for size in (OLD, NEW):
+        run = scheduler(size)
+        run.load_state_dict(saved)
+        for epoch in run.epoch_iterator():
+            train(run, rates=rates.setdefault((size, epoch), []))
+    for epoch in (3, 4, 5):
+        assert rates[OLD, epoch][0] == pytest.approx(rates[NEW, epoch][0], rel=0.02)
+    assert rates[NEW, 5][-1] < 0.01
+
+
+def test_a_noise_guard_amid_its_trial_and_excluded_samples_go_on():
+    run = scheduler(OLD, noise_guard="cap", groups=np.arange(OLD) % 2)
+    for epoch in run.epoch_iterator():
+        train(run)
+        if epoch == 1:
+            run.exclude([3])
+            guard = run.noise_guard
+            guard._begin_trial(run.catalog, np.ones(OLD, bool))
+            guard._phase = np.arange(OLD).astype(np.uint8)
+            break
+    more = scheduler(NEW, noise_guard="cap", groups=np.arange(NEW) % 2)
+    more.load_state_dict(run.state_dict())
+    assert more.catalog.left_out.tolist() == [3]
+    assert len(more.noise_guard.flagged) == NEW
+    for _ in more.epoch_iterator():
+        assert 3 not in train(more)
+    assert (np.delete(more.catalog.uses, 3) > 0).all()
+
+
+def test_a_checkpoint_is_resumed_with_more_samples(tmp_path):
+    run = scheduler(OLD, checkpoint_dir=tmp_path / "saved", groups=np.arange(OLD) % 3)
+    for epoch in run.epoch_iterator():
+        train(run)
+        if epoch == 1:
+            break
+    run.save_checkpoint()
+    run.close()
+    with pytest.raises(ConfigError, match="groups"):
+        R8Scheduler.resume_from_checkpoint(tmp_path / "saved", num_samples=NEW)
+    more = R8Scheduler.resume_from_checkpoint(tmp_path / "saved", num_samples=NEW, groups=np.arange(NEW) % 3)
+    for _ in more.epoch_iterator():
+        train(more)
+    assert (more.catalog.uses > 0).all()
+    again = R8Scheduler.resume_from_checkpoint(tmp_path / "saved", num_epochs=7)
+    assert again.catalog.num_samples in (OLD, NEW)
+    more.close()
+    again.close()
+
+
+@pytest.mark.parametrize("strategy", ["spaced", "auto", "adaptive"])
+def test_a_strategy_with_a_memory_of_its_own_refuses_by_name_and_nothing_changes(strategy):
+    saved = state_after(1, strategy=strategy)
+    run = scheduler(NEW, strategy=strategy)
+    with pytest.raises(ConfigError, match=f"strategy='{strategy}' cannot take more samples"):
+        run.load_state_dict(saved)
+    assert run.global_step == 0
+
+
+def test_fewer_samples_are_refused():
+    saved = state_after(1)
+    run = scheduler(OLD - 1)
+    with pytest.raises(ConfigError, match="num_samples"):
+        run.load_state_dict(saved)
