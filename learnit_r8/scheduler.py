@@ -34,8 +34,9 @@ from learnit_r8 import events
 from learnit_r8.core.config import DEFAULT_DIR, Checkpoints
 from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.arguments import check_arguments
+from learnit_r8.loop.base.gated import Gated
 from learnit_r8.loop.base.persistence import one_of
-from learnit_r8.loop.base.steps import BatchLoop, Steps
+from learnit_r8.loop.base.steps import BatchLoop
 from learnit_r8.loop.counters import Stage, resumed_arguments
 from learnit_r8.loop.in_flight import Loader
 from learnit_r8.loop.losses import read_losses, read_number
@@ -47,7 +48,7 @@ from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Sink, StepResult, Verdict, WeighedBatch
 
 
-class R8Scheduler(Steps):
+class R8Scheduler(Gated):
     """Owns the epoch loop and the batch loop of a training run.
 
         with R8Scheduler(num_samples=len(data), batch_size=32, num_epochs=10) as scheduler:
@@ -92,6 +93,8 @@ class R8Scheduler(Steps):
         groups: Class of each sample, int `[N]`, for the noise guard and the report.
         seed: Decides every random draw.
         drop_last: Leave out an epoch's last, shorter batch.
+        clip: Norm that gradients are clipped at: a number, "auto" (from the run's own norms), or None; by
+            `clip_gradients` of `learnit_r8.integrations.torch` or `.jax`.
         lookahead: How many batches may be out before their losses come back.
         rollback_data: "skip": after a rollback the data move on; "replay": the batches of the epoch since the
             backup whose losses were calm are trained on once more.
@@ -137,6 +140,7 @@ class R8Scheduler(Steps):
         groups: Sequence[int] | None = None,
         seed: int = 0,
         drop_last: bool = False,
+        clip: float | str | None = None,
         lookahead: int = 1,
         rollback_data: str = "skip",
         sharded: bool = False,
@@ -258,7 +262,7 @@ class R8Scheduler(Steps):
 
         Args:
             loss: One unweighted loss per sample, in the batch's order (best), or their mean.
-                Any framework's array or tensor, on any device, with or without a graph.
+                Any framework's array or tensor, on any device, with or without a graph. After `check` none is needed.
             batch: Which batch; the oldest open one when None.
             skipped: The optimizer step was skipped (AMP overflow): no fault, whatever the loss.
             batch_loss: Another name for `loss`.
@@ -275,7 +279,11 @@ class R8Scheduler(Steps):
             if loss is not None:
                 raise TypeError("update_with_loss got loss and batch_loss, two names for one thing: give one")
             loss = batch_loss
-        reported = read_losses(loss, len(ticket.batch.indices))
+        left_out = ""
+        if self._checks or self._clips:
+            reported, left_out = self._reported(ticket, loss)
+        else:
+            reported = read_losses(loss, len(ticket.batch.indices))
         if batch is None:
             self._desk.check_failed(skipped=skipped)
         if not self._weighs and isinstance(ticket.batch, WeighedBatch):
@@ -293,7 +301,14 @@ class R8Scheduler(Steps):
         rows = self._catalog.look_up(ticket.indices)
         expected = rows.expected
         judgement = self._safety.judge(
-            step, reported, expected, ticket.indices, skipped=bool(skipped), outdated=outdated, scored=shown
+            step,
+            reported,
+            expected,
+            ticket.indices,
+            skipped=bool(skipped),
+            outdated=outdated,
+            scored=shown,
+            left_out=left_out,
         )
         if judgement.accepted:
             self._record(ticket, rows, reported)

@@ -109,6 +109,12 @@ class Problems(list[str]):
             self.append(f'{name} must end in "min" or "max", got {value!r}')
         return pair[0], pair[1]
 
+    def clip(self, name: str, value: Any) -> float | str:
+        """Check what gradients are clipped at: a number above 0 or "auto"."""
+        if isinstance(value, str) and value != "auto":
+            self.append(f'{name} must be a number > 0, "auto" or None, got {value!r}')
+        return value if isinstance(value, str) else self.positive(name, value)
+
     def raise_if_any(self) -> None:
         """Raise one ConfigError that lists every problem, if there is one."""
         if self:
@@ -165,6 +171,7 @@ class Config:
     world_size: int = argument(Problems.integer, 1)
     rollback_data: str = argument(Problems.choice, ROLLBACK_DATA, default="skip")
     num_steps: int | None = argument(Problems.integer, 1, optional=True, default=None)
+    clip: float | str | None = argument(Problems.clip, optional=True, default=None)
     _: dataclasses.KW_ONLY
     scheduler_mode: str
     """The schedule's name, or "custom" for a function of the user's."""

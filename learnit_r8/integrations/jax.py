@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.errors import ConfigError
 
-__all__ = ["all_gather", "capture_state", "local_part", "rank_arguments", "restore_state", "with_lr"]
+__all__ = ["all_gather", "capture_state", "clip_gradients", "local_part", "rank_arguments", "restore_state", "with_lr"]
 
 _RATE = "learning_rate"
 
@@ -130,6 +130,22 @@ def with_lr(opt_state: Any, lr: float) -> Any:
             "optax.inject_hyperparams(optax.adam)(learning_rate=0.0)"
         )
     return new
+
+
+def clip_gradients(gradients: Any, norm: Any) -> tuple[Any, jax.Array]:
+    """Return gradients clipped by `optax.clip_by_global_norm`, and their norm before; for use inside a jitted step.
+
+    Give `scheduler.clip_norm()` to the step as an argument, and the norm to `scheduler.check` or `scheduler.clipped`.
+
+    Args:
+        gradients: A pytree of arrays.
+        norm: What to clip at, a number or a traced scalar; infinite for not at all.
+    """
+    import optax
+
+    clip = optax.clip_by_global_norm(norm)
+    squares = (jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradients))
+    return clip.update(gradients, clip.init(gradients))[0], jnp.sqrt(sum(squares))
 
 
 def rank_arguments() -> dict[str, Any]:

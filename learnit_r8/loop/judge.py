@@ -24,6 +24,7 @@ from learnit_r8.loop.saver import Saver
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.stability.changes import HABIT
 from learnit_r8.stability.detector import Detector, Reading
+from learnit_r8.stability.gate import Gate
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.stability.quarantine import Quarantine, not_finite
 from learnit_r8.stability.recovery import Action, Cause, Kind, RecoveryMachine
@@ -90,7 +91,7 @@ class Judge:
         self._clock = clock
         self._crash = crash
         self._everyone, self._world_size = ranks.everyone, ranks.world_size
-        self.detector = Detector()
+        self.detector, self.gate = Detector(), Gate()
         self.machine = RecoveryMachine(min(_HOLD[0], max(8, (total_steps or 10**9) // _HOLD[1])))
         self._quarantine = Quarantine(catalog.num_samples)
         capture = state_callback if self._paced and load is not None else None
@@ -109,15 +110,25 @@ class Judge:
         skipped: bool,
         outdated: bool = False,
         scored: bool = True,
+        left_out: str = "",
     ) -> Judgement:
         """Say what a report is and what it calls for.
 
         `outdated`: the batch was out when the model was restored: its loss may be of the model that is gone. `scored`:
-        the score of a calm loss is wanted, too.
+        the score of a calm loss is wanted, too. `left_out`: why no step was taken on the batch.
         """
-        if not (skipped or outdated) and (calm := self._take_calm(step, reported, expected, indices, scored)):
+        if left_out and reported.finite:
+            self._crash.note(step, Verdict.SKIPPED, reported.mean, indices)
+            self._quarantine.suspect(indices, reported.values)
+            action = self.machine.react(step, Cause.SKIPPED)
+            return Judgement(
+                Verdict.SKIPPED, math.nan, action, accepted=False, tell=f"left out before its step: {left_out}"
+            )
+        if not (skipped or outdated or left_out) and (
+            calm := self._take_calm(step, reported, expected, indices, scored)
+        ):
             return calm
-        if skipped:
+        if skipped and not left_out:
             self._crash.note(step, Verdict.SKIPPED, reported.mean, indices)
             action = self.machine.react(step, Cause.SKIPPED)
             return Judgement(Verdict.SKIPPED, math.nan, action, accepted=reported.finite)
@@ -131,7 +142,7 @@ class Judge:
         if reading.verdict is Verdict.CALM:
             return self._judge_calm(step, reading)
         if reading.verdict is Verdict.NONFINITE:
-            return self._judge_nonfinite(step, reported, reading, indices)
+            return self._judge_nonfinite(step, reported, reading, indices, applied=not left_out)
         if reading.verdict is Verdict.DRIFT:
             return self._judge_drift(step, reading)
         return self._judge_flagged(step, reported, reading, indices)
@@ -226,7 +237,9 @@ class Judge:
         self.backups.calm(step, self.detector.last)
         return Judgement(reading.verdict, reading.score, action, accepted=action.kind is Kind.ACCEPT)
 
-    def _judge_nonfinite(self, step: int, reported: Reported, reading: Reading, indices: Indices) -> Judgement:
+    def _judge_nonfinite(
+        self, step: int, reported: Reported, reading: Reading, indices: Indices, *, applied: bool
+    ) -> Judgement:
         ids, others = not_finite(indices, reported.values, LIMIT, self._world_size)
         if reported.own is not None:
             ids, others = indices[~(np.abs(reported.own) <= LIMIT)], reported.others
@@ -245,7 +258,7 @@ class Judge:
             again = self.machine.nonfinite >= 1 and not found
             if look is None:
                 # Where nobody can look, backups by hand are few and near; a checkpoint may be an epoch old.
-                damaged = bool(self.backups.ring.backups) or again
+                damaged = (applied and bool(self.backups.ring.backups)) or again
             else:
                 seen, self._sound = True, not look.nonfinite
                 blind = look.since < 0 and bool(self.backups.ring.backups)  # all was zero, or has another layout
@@ -257,7 +270,7 @@ class Judge:
             self.leave_out(step, named, "not finite, while the rest of its batch was")
         else:
             self._quarantine.suspect(indices, reported.values if reported.own is None else reported.own)
-        if cause is Cause.REPORT and not seen and self._load is None and not found and policy == "rollback":
+        if cause is Cause.REPORT and not seen and self._load is None and not found and policy == "rollback" and applied:
             cause = Cause.DAMAGE  # nobody can tell, and nobody can restore: it may be the end
         explained = found or (sound_before and self.machine.on_trial and self.machine.proven)
         action = self.machine.react(

@@ -118,13 +118,13 @@ class Ranks:
         """Return this number of each plan there is: of all ranks where each has one, else this rank's own."""
         return np.array([number], np.float64)
 
-    def everyone(self, number: float) -> NDArray[np.float64]:
-        """Return this number of every rank, shape `[world_size]`. All ranks must call it."""
-        mine = np.array([number], np.float64)
-        if self.world_size == 1:
-            return mine
-        assert self._all_gather is not None
-        return np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
+    def everyone(self, *numbers: float) -> NDArray[np.float64]:
+        """Return this number of every rank, shape `[world_size]`, or these, `[world_size, n]`. All ranks call it."""
+        mine = np.array(numbers, np.float64)
+        if self.world_size > 1:
+            assert self._all_gather is not None
+            mine = np.asarray(self._all_gather(mine), dtype=np.float64).ravel()
+        return mine if len(numbers) == 1 else mine.reshape(-1, len(numbers))
 
     def tell(self, text: str) -> str:
         """Return what rank 0 has to say, which alone gives a text. All ranks must call it."""

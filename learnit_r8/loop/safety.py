@@ -19,6 +19,7 @@ from learnit_r8.loop.judge import Judge, Judgement
 from learnit_r8.loop.lr_search import parked
 from learnit_r8.stability.backups import BackupInfo, BackupStatus
 from learnit_r8.stability.detector import Detector, Reading
+from learnit_r8.stability.gate import Gate
 from learnit_r8.stability.quarantine import Quarantine
 from learnit_r8.stability.recovery import Action, Kind, Phase, RecoveryMachine
 from learnit_r8.types import SAMPLES_TOLD, Indices, Mask, Verdict
@@ -331,6 +332,7 @@ class SafetyNet(Judge):
             "detector": self.detector.state_dict(),
             "recovery": self.machine.state_dict(),
             "quarantine": self._quarantine.state_dict(),
+            "gate": self.gate.state_dict(),
             "lr": self._lr,
         }
 
@@ -341,6 +343,10 @@ class SafetyNet(Judge):
         detector.load_state_dict(state["detector"])
         machine.load_state_dict(state["recovery"])
         quarantine.load_state_dict(state["quarantine"])
+        gate = Gate()
+        if "gate" in state:  # not in states of older versions
+            gate.load_state_dict(state["gate"])
         self.detector, self.machine, self._quarantine, self._lr = detector, machine, quarantine, lr
+        self.gate = gate
         self._looked, self._sound = False, False
         self.backups.forget()

@@ -139,6 +139,23 @@ class Detector:
         m = self._window.median()
         return loss - m <= max(_SOFT_SCORE * self._scale(m), _SOFT_RISE * abs(m))
 
+    @property
+    def eased(self) -> bool:
+        """Whether an announced change may still move the loss."""
+        return self._relaxed_until >= 0
+
+    def rise(self, loss: float, excess: float) -> tuple[float, float, float] | None:
+        """Return `a` of a loss that is still to be read, that of the highest in the window, and the median.
+
+        None where there is nothing to compare with. `excess` as in `take_calm`.
+        """
+        if not self.active:
+            return None
+        corrected = min(loss, self._composition.correct(loss, excess)) if math.isfinite(excess) else loss
+        m = self._window.median()
+        unit = max(abs(m), 2.0 * self._scale(m))
+        return (corrected - m) / unit, (self._window.values[-1] - m) / unit, m
+
     def observe(
         self,
         step: int,

@@ -22,7 +22,7 @@ optax = pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 
-from learnit_r8.integrations.jax import capture_state, restore_state, with_lr  # noqa: E402
+from learnit_r8.integrations.jax import capture_state, clip_gradients, restore_state, with_lr  # noqa: E402
 
 SAMPLES, BATCH = 128, 16
 
@@ -191,3 +191,12 @@ def test_the_moments_of_optax_are_told_from_weights_by_their_names():
     after = CopyPlan(capture_state((params, jax.tree.map(lambda leaf: leaf * 50, moments)))).fill()
     assert any("/nu/" in path for path in before.paths)
     assert set(relative_changes(after, before)) == {"/0/w"}  # a weight that is called v is taken for a moment, too
+
+
+def test_gradients_are_clipped_by_optax_within_a_step_that_is_compiled_once():
+    step, given = jax.jit(clip_gradients), {"a": jnp.array([3.0, 4.0])}
+    for norm in (float("inf"), 1.0, 5.5):
+        clipped, before = step(given, norm)
+        assert float(before) == 5.0
+        np.testing.assert_allclose(clipped["a"], given["a"] * min(1.0, norm / 5.0), rtol=1e-6)
+    assert step._cache_size() == 1

@@ -198,6 +198,7 @@ def test_all_bad_arguments_are_listed_at_once():
             groups="x",
             seed=-1,
             drop_last=2,
+            clip="hard",
             lookahead=0,
             rollback_data="again",
             sharded=3,
