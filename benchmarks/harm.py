@@ -1,6 +1,6 @@
 """Does the safety net ever make a run worse? Faults of all kinds, several a run, against runs without a net.
 
-python -m benchmarks.harm [--quick] [--only mlp] [--part faults|rows|sound|clocks]
+python -m benchmarks.harm [--quick] [--only mlp] [--part faults|rows|sound|clocks] [--steps 6000] [--first-seed 100]
 
 faults: every kind x 1, 3, 6 times x anywhere or within 40 steps x run lengths x models. Each protected run is compared
 with the clean run of its seed, and with the loop that leaves non-finite losses out and does nothing else.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,11 +118,11 @@ def _points(outcome: Outcome, base: Outcome, name: str) -> float:
     return 100.0 * (outcome.score - base.score)
 
 
-def fault_runs(names: tuple[str, ...], lengths: tuple[int, ...], seeds: int, kinds: tuple[str, ...]) -> Iterator[dict]:
+def fault_runs(names: Iterable[str], lengths: Iterable[int], seeds: range, kinds: Iterable[str]) -> Iterator[dict]:
     """Yield a row for each faulty run."""
     for name in names:
         for length in lengths:
-            for seed in range(seeds):
+            for seed in seeds:
                 clean = train(name, seed, length, net=False)
                 for kind in kinds:
                     for times in (1, 3, 6):
@@ -142,12 +142,12 @@ def fault_runs(names: tuple[str, ...], lengths: tuple[int, ...], seeds: int, kin
                 progress(f"{name}, {length} steps, seed {seed}")
 
 
-def row_runs(names: tuple[str, ...], epochs: int, seeds: int) -> Iterator[dict]:
+def row_runs(names: Iterable[str], epochs: int, seeds: range) -> Iterator[dict]:
     """Yield a row for each run with bad rows."""
     for name in names:
         for batch in (8, 32, 128):
             for count in ROWS:
-                for seed in range(seeds):
+                for seed in seeds:
                     task = harm_tasks.make(name, seed)
                     rng = np.random.default_rng([seed, count])
                     rows = rng.choice(task.size, count, replace=False)
@@ -180,15 +180,18 @@ def summary(rows: list[dict], key: str) -> list[list[object]]:
     return table
 
 
-def run(*, quick: bool = False, only: str = "", part: str = "", seeds: int = 2) -> dict[str, Any]:
-    """Measure; see the module."""
+def run(
+    *, quick: bool = False, only: str = "", part: str = "", seeds: int = 2, first_seed: int = 0, steps: int = 0
+) -> dict[str, Any]:
+    """Measure; see the module. Steps of 0: 300, and 1,500 unless it is to be quick."""
     names = (only,) if only else harm_tasks.NAMES
-    lengths = (300,) if quick else (300, 1500)
+    lengths = (steps,) if steps else (300,) if quick else (300, 1500)
+    which = range(first_seed, first_seed + seeds)
     results: dict[str, Any] = {}
     if part in ("", "faults"):
-        results["faults"] = list(fault_runs(names, lengths, seeds, KINDS))
+        results["faults"] = list(fault_runs(names, lengths, which, KINDS))
     if part in ("", "rows"):
-        results["rows"] = list(row_runs(("mlp",) if not only else names, 8, seeds))
+        results["rows"] = list(row_runs(("mlp",) if not only else names, 8, which))
     if part in ("", "clocks"):
         faults: dict[str, Any] = {"net": True, "kind": "weights x 60", "at": [60, 61, 200]}
         traces = {tick: train("mlp", 0, 300, tick=tick, **faults).trace for tick in (1e-4, 1e-2, 1.0)}

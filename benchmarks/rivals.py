@@ -416,8 +416,13 @@ def faults(rival: str, epochs: int, root: Path) -> dict[str, Any]:
     clean = found["clean"]
     difference = max(float((resumed["weights"][name] - value).abs().max()) for name, value in clean["weights"].items())
     again = plan.kill_at + resumed["steps"] - plan.steps
-    hidden = {"weights", "step_us", "steps", *(() if rival in CURVES else ("losses",))}
-    cells = {name: {key: value for key, value in end.items() if key not in hidden} for name, end in found.items()}
+    cells = {
+        name: {
+            key: value for key, value in end.items() if key not in {"weights", "step_us", "steps", "losses"}
+            or (key == "losses" and rival in CURVES and name in ("bad pixel", "bad rate"))
+        }
+        for name, end in found.items()
+    }  # fmt: skip
     killed = {"at step": plan.kill_at, "steps again": again, "difference": difference, "accuracy": resumed["accuracy"]}
     return cells | {"killed": killed}
 

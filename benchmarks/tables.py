@@ -15,6 +15,13 @@ from typing import Any
 Results = dict[str, dict[str, Any]]
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
+FAULTS = (
+    ("one training image holds infinity", "bad pixel"),
+    ("three of them", "3 bad rows"),
+    ("ten of them", "10 bad rows"),
+    ("learning rate × 1000 for three steps", "bad rate"),
+    ("the same three times", "3 bad rates"),
+)
 STRATEGIES = ("quadrant", "infobatch", "prioritized", "adaptive", "spaced", "curriculum", "reward", "auto")
 
 
@@ -46,7 +53,9 @@ def rivals(results: Results) -> str:
         found["Composer"], cost["Composer"] = other["rivals"]["Composer"], other["step"]["Composer"]
     names = [name for name in ("plain loop", "Lightning", "HF Trainer", "Composer", "learnit_r8") if name in found]
 
-    def end(run: dict[str, Any]) -> str:
+    def end(run: dict[str, Any] | None) -> str:
+        if run is None:
+            return "not run"
         model = f"{run['accuracy']:.1%}" if run["finite"] else "NaN"
         says = "says so" if run["told"] else "silent"
         return f"{model}; {run['finite checkpoints']} of {run['checkpoints']}; {says}"
@@ -56,8 +65,7 @@ def rivals(results: Results) -> str:
 
     rows = [
         ["nothing goes wrong: test accuracy", *(f"{found[name]['clean']['accuracy']:.1%}" for name in names)],
-        ["one training image holds infinity", *(end(found[name]["bad pixel"]) for name in names)],
-        ["learning rate × 1000 for three steps", *(end(found[name]["bad rate"]) for name in names)],
+        *([what, *(end(found[name].get(fault)) for name in names)] for what, fault in FAULTS),
         ["killed in mid-epoch and resumed: largest difference of a weight at the end",
          *(difference(found[name]["killed"]) for name in names)],
         ["CPU time of a step of this tiny training, relative", *(f"{cost[name]['ratio']:.2f}" for name in names)],
@@ -76,8 +84,7 @@ def front(results: Results) -> str:
 
     rows = [
         row("nothing goes wrong", "clean"),
-        row("one training image holds infinity", "bad pixel"),
-        row("learning rate × 1000 for three steps", "bad rate"),
+        *(row(*fault) for fault in FAULTS),
         ["CPU time of a step of this tiny training, relative", *(f"{cost[name]['ratio']:.2f}" for name in names)],
     ]
     return markdown(["", *names], rows)

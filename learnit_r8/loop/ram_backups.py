@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from learnit_r8.stability.detector import Detector
 Emit = Callable[[events.Event], None]
 _EVIDENCE, _BEFORE, _ENOUGH = 4, range(8, 65), 16
 """Losses that make evidence against weights that moved far, those they are compared with (the more there are, the less
-do rare high ones of single samples mislead), and those that acquit."""
+do rare high ones of single samples mislead, or jumps that come again and again), and those that acquit."""
 _RISE = 0.5
 """Least relative rise of the losses: weights at the edge of stability jump, too, and losses by a quarter."""
 _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show"
@@ -56,8 +57,9 @@ class RamBackups:
         self._detectors: dict[int, tuple[dict[str, Any], list[float]]] = {}  # and the last losses, by backup id
         self._next = self._taken_at = 0  # steps
         self._excused = -1  # step
-        # Weights moved far before this step; losses before the backup that they are compared with, and after.
-        self._moved: tuple[int, list[float], list[float]] | None = None
+        # Weights moved before this step, beyond any habit or not; losses before the backup that they are compared with,
+        # and after.
+        self._moved: tuple[int, bool, list[float], list[float]] | None = None
         self._losses: deque[float] = deque(maxlen=_BEFORE[-1])
         self._before: list[float] = []  # the last ones before the last backup
         self._heal()
@@ -108,8 +110,9 @@ class RamBackups:
         # The first one has to serve until another is proved: it is all there is.
         info = self.ring.take(state, step, initial=self.ring.find() is None, path=self.path)
         sudden = self._excused < self._taken_at and len(self._before) in _BEFORE
-        if self._ranks.everyone(bool(info.moved)).any() and sudden:
-            self._moved = step, self._before, []
+        moved = self._ranks.everyone(float(bool(info.moved)) + info.far).max()
+        if moved and sudden and self._moved is None:
+            self._moved = step, moved > 1.0, self._before, []
         self._before, self._taken_at = list(self._losses), step
         held = {backup.id for backup in self.ring.backups}
         self._detectors = {key: value for key, value in self._detectors.items() if key in held}
@@ -142,17 +145,19 @@ class RamBackups:
     def worse_since_move(self, loss: float, *, calm: bool) -> int | None:
         """Count a finite loss; return the step of a backup whose weights had moved far, if losses are worse since.
 
-        Worse: their median is above the highest of the last 8 to 64 before, and by half above their median.
+        Worse: their median is above the highest of the last 8 to 64 before, and by half above their median. Where the
+        weights moved beyond any habit: they are higher than the last 16, if by little.
         """
         if calm:
             self._losses.append(loss)
         if self._moved is None:
             return None
-        step, before, after = self._moved
+        step, far, before, after = self._moved
         after.append(loss)
         usual = sorted(before)[len(before) // 2]
         limit = max(*before, usual + _RISE * abs(usual))
-        worse = len(after) >= _EVIDENCE and sorted(after)[len(after) // 2] > limit
+        worse = sorted(after)[len(after) // 2] > limit or (far and higher(after, before[-_ENOUGH:]))
+        worse = worse and len(after) >= _EVIDENCE
         if worse or len(after) >= _ENOUGH:
             self._moved = None
         return step if worse else None
@@ -228,6 +233,13 @@ class RamBackups:
 
     def _heal(self) -> None:
         self.damaged, self.damage = None, ""
+
+
+def higher(after: list[float], before: list[float]) -> bool:
+    """Say whether losses are higher than those before, by rank (Mann and Whitney 1947) and three standard errors."""
+    ordered, count, others = sorted(before), len(after), len(before)
+    excess = sum(bisect_left(ordered, loss) for loss in after) - count * others / 2
+    return excess > 3.0 * math.sqrt(count * others * (count + others + 1) / 12)
 
 
 def _size(nbytes: int) -> str:

@@ -19,7 +19,7 @@ from enum import StrEnum
 from statistics import median
 from typing import Any, NamedTuple
 
-from learnit_r8.stability.changes import HABIT, Habits, copied, relative_changes
+from learnit_r8.stability.changes import BEYOND, HABIT, Habits, copied, relative_changes
 from learnit_r8.stability.tree_copy import CopyPlan, Pool, TreeCopy
 
 _CAPACITY = 3
@@ -45,7 +45,8 @@ class BackupInfo:
     `step` is how many updates the state had seen, the next one that it will be trained at. `initial`: eligible without
     proof when nothing else is. `damaged`: arrays that were finite in an earlier backup and are not in this one, which
     is DISCARDED. `level`: median of the losses that proved it. `path`: sum of the learning rates of all steps before
-    it. `moved`: arrays that moved beyond their habit since the backup before it, farthest first.
+    it. `moved`: arrays that moved beyond their habit since the backup before it, farthest first; `far`: one of them
+    beyond any habit.
     """
 
     id: int
@@ -58,6 +59,7 @@ class BackupInfo:
     level: float = math.nan
     path: float = 0.0
     moved: tuple[str, ...] = ()
+    far: bool = False
 
 
 class Look(NamedTuple):
@@ -156,7 +158,8 @@ class BackupRing:
             slot.changes = relative_changes(copy, earlier.copy, sampled=True)
             slot.stretch = path - earlier.info.path
             moved = self._beyond_habit(copy, slot.changes, slot.stretch, unknown=math.inf)
-            slot.info = info = replace(info, moved=moved)
+            far = any(slot.changes[name] > BEYOND for name in moved)
+            slot.info = info = replace(info, moved=moved, far=far)
         self.taken += 1
         self.seconds += self._clock() - start
         self._since_restore += 1

@@ -23,10 +23,10 @@ HABIT = 6.0  # So many times its habit must an array move
 BEYOND = 4.0  # No habit explains more: weights five times as large
 UNKNOWN = 2.0  # The least change of an array whose habit is not known: early updates may double small weights
 _FADE, _GROWTH = 0.5, 2.0  # of a habit, at most, from one backup to the next
-_CHUNK = 1 << 12  # elements: two operands and their difference stay in the L1 cache
-_SAMPLES = 16
+_CHUNK = 1 << 14  # elements: two operands and their difference stay in the L2 cache
+_SAMPLES, _STRETCH = 16, 1 << 9  # stretches of a large array that stand for all of it, and elements of each
 _SMALL = 0.5  # of the median array's norm
-_LOST = 1e-3  # of its norm before
+_LOST = 0.05  # of its norm before: an array that was lost has begun to grow again when it is looked at
 _DERIVED = re.compile(
     r"(^|[/.])(opt\w*|\w*optim\w*|state/\d+/\w+|exp_avg\w*|max_exp_avg\w*|momentum\w*|velocity|square_avg|grad_avg|grads?|"
     r"acc_delta|running_mean|running_var|mu|nu|trace|m|v)([/.]|$)"
@@ -38,7 +38,8 @@ def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> 
     """Return |new - old| / min(|new|, |old|) (root mean squares) of each weight array, by path.
 
     The divisor is half of the median array's norm at least: what is small beside the others, as a bias that the
-    loss does not depend on, may well move by many times itself. The change of an array that is lost is infinite.
+    loss does not depend on, may well move by many times itself. The change of one that is lost and was not small is
+    infinite.
 
     Left out are arrays of one element or of zeros before, arrays whose layout changed, and the state of optimizers
     and of running statistics. It is infinite, too, where a norm overflows, and for NaN. `sampled`: sixteen stretches of
@@ -56,7 +57,7 @@ def relative_changes(new: TreeCopy, old: TreeCopy, *, sampled: bool = False) -> 
     usual = sorted(was for _, _, was in norms.values())
     floor = _SMALL * usual[len(usual) // 2] if usual else 0.0
     return {
-        path: math.inf if now < _LOST * was else _ratio(moved, max(min(now, was), floor))
+        path: math.inf if now < _LOST * was >= _LOST * floor else _ratio(moved, max(min(now, was), floor))
         for path, (moved, now, was) in norms.items()
     }
 
@@ -108,8 +109,10 @@ def _chunks(array: Any, sampled: bool) -> Iterator[NDArray[Any]]:
     elif array.dtype.kind != "f":
         return
     flat = array.ravel(order="K")
-    step = max(_CHUNK, flat.size // _SAMPLES) if sampled else _CHUNK
-    for start in range(0, flat.size, step):
+    if sampled and flat.size > _SAMPLES * _STRETCH:
+        rows = flat[: flat.size - flat.size % _SAMPLES].reshape(_SAMPLES, -1)
+        flat = rows[:, :_STRETCH].ravel()
+    for start in range(0, flat.size, _CHUNK):
         piece = flat[start : start + _CHUNK]
         yield piece if piece.itemsize >= 4 else piece.astype(np.float32)
 

@@ -347,3 +347,26 @@ def test_losses_of_the_untrained_model_restore_one_that_nobody_can_see_and_lower
             level = 2.3 * 0.95**batch.step + 0.05 if batch.step < 110 else high
             scheduler.update_with_loss(np.full(4, level * (1 + 0.01 * (batch.step % 3))))
     assert len(heard.of(events.RolledBack)) == (high > 2)
+
+
+@pytest.mark.parametrize(
+    ("factor", "rise", "restored"), [(60.0, 0.15, 1), (8.0, 0.15, 1), (0.0, 0.15, 1), (1.5, 0.15, 0), (60.0, 0.0, 0)]
+)
+def test_weights_that_moved_beyond_any_habit_are_undone_by_a_small_rise_of_the_losses_and_by_none_without(
+    factor, rise, restored
+):
+    """A language model's loss rises by a sixth where a layer is lost: no spike, and yet a good part of its training."""
+    rng = np.random.default_rng(3)
+    w = {"model": {"a": rng.normal(size=200), "b": rng.normal(size=200)}}
+    scheduler, ears = quiet(
+        800, num_epochs=1, strategy="uniform", state_callback=lambda: w, load_callback=w.update, backup_every=8,
+        scheduler_mode="constant",
+    )  # fmt: skip
+    sound = np.linalg.norm(w["model"]["a"])
+    for batch in each(scheduler):
+        w["model"] = {name: array + 0.01 * rng.normal(size=200) for name, array in w["model"].items()}
+        if batch.step == 401:
+            w["model"]["a"] = w["model"]["a"] * factor
+        off = not 0.9 < np.linalg.norm(w["model"]["a"]) / sound < 1.2
+        scheduler.update_with_loss(2.0 + 0.02 * rng.normal() + rise * off)
+    assert len(ears.of(events.RolledBack)) == restored

@@ -252,7 +252,7 @@ def test_a_full_ring_takes_backups_without_allocating():
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 0.01 * (state["a"].nbytes + state["b"][0].nbytes)
+    assert peak < 0.1 * state["a"].nbytes  # stretches of an array that are compared with those of the last backup
     assert addresses() == known
 
 

@@ -40,6 +40,23 @@ def test_what_fifty_batches_with_wrong_labels_destroyed_comes_back_from_the_best
     assert harm.train("mlp", seed, STEPS, net=True, **faults).score > 0.94
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "at"),
+    [
+        (
+            "regression",
+            "layer lost",
+            [69, 133, 144, 152, 196, 252],
+        ),  # losses of the fault before are still compared with
+        ("mlp", "weights x 8", [15, 64, 133, 165, 279]),  # damage that shows in every third batch only
+    ],
+)
+def test_damage_that_the_next_backup_finds_is_undone_though_single_losses_look_ordinary(name, kind, at):
+    seed = 101  # not one that rules were made with
+    saved = harm.train(name, seed, STEPS, net=True, kind=kind, at=at)
+    assert saved.score > harm.train(name, seed, STEPS, net=False).score - 0.04
+
+
 def test_another_task_is_taken_for_a_loss_of_the_old_one_at_most_once():
     assert harm_sound.KINDS["another task"](0)["rollbacks"] <= 1
 
