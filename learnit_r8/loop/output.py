@@ -52,7 +52,7 @@ class Output:
         if self._far is not None and not self._begun:
             self._folder = self._far.open(step)
         log = config.log_dir is not None and self._log is None and self._rank == 0
-        taken = self._lock_folder() if log else ""
+        taken = self._lock_folder() if log else self._lock_again()
         if log and not resumed and step == 0:
             for name in (EVENTS_FILE, CATALOG_FILE, CONSOLE_FILE):
                 with suppress(OSError):
@@ -115,6 +115,15 @@ class Output:
             if number == 1:
                 return ""
             return f"a live run writes into {wanted}, so this one is logged in {folder}: give each a log_dir of its own"
+
+    def _lock_again(self) -> str:
+        """Take the log's folder back, where the run had ended and goes on; return what to tell of it, or ""."""
+        try:
+            if self._lock is not None:
+                self._lock.take()
+        except CheckpointError:
+            return f"another run has begun to write into {self._folder} meanwhile: give each a log_dir of its own"
+        return ""
 
     def _open_display(self) -> None:
         """Open the best display that there is; it is one sink among the others."""

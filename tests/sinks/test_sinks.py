@@ -466,3 +466,37 @@ def test_two_live_runs_with_one_log_dir_are_logged_apart_and_that_is_said(tmp_pa
     assert losses_in(tmp_path / "log-2") == [2.0] * 4
     logged_run(folder)  # it has ended: its log is set aside
     assert losses_in(folder) == [2.0] * 4
+
+
+def test_a_run_that_ended_and_goes_on_takes_its_log_folder_back_or_says_who_has_it(tmp_path):
+    folder = tmp_path / "log"
+    run = R8Scheduler(8, 4, num_epochs=3, checkpoint_dir=None, log_dir=folder, ui="off")
+    other = [sys.executable, "-c", LIVE, str(folder)]
+
+    def goes_on():
+        for _ in run.epoch_iterator():
+            for _ in run.batch_iterator():
+                run.update_with_loss(1.0)
+            break
+        run._end("stopped")
+
+    goes_on()
+    loop = run.epoch_iterator()
+    next(loop)
+    next(run.batch_iterator())
+    with subprocess.Popen(
+        other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as live:
+        assert live.stdout.readline() == "going\n"
+        live.communicate(timeout=60)
+    assert (tmp_path / "log-2").is_dir()  # this one goes on, so the other one is logged apart
+    run.update_with_loss(1.0)
+    run._end("stopped")
+    with subprocess.Popen(
+        other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as live:
+        assert live.stdout.readline() == "going\n"
+        with pytest.warns(RuntimeWarning, match="another run has begun to write into"):
+            next(run.batch_iterator())
+        live.communicate(timeout=60)
+    run.close()

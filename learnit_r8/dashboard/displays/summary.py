@@ -57,7 +57,7 @@ def _losses(model: DashboardModel) -> list[str]:
 def _safety(model: DashboardModel) -> list[str]:
     counts = f"{_many(model.spikes, 'spike')}, {_many(model.rollbacks, 'rollback')}, "
     counts += f"{model.nonfinite} losses not finite" if model.nonfinite != 1 else "1 loss not finite"
-    rows = [_row("stability", counts + (f", {model.quarantined} samples held back" if model.quarantined else ""))]
+    rows = [_row("stability", counts + _held_back(model.quarantined))]
     if model.suspects is not None:
         rows.append(_row("suspects", f"{f.steps(model.suspects.count)} samples, likely wrong rather than hard"))
     rows += [_row("alarm", f"{line.kind}: {line.text}") for line in model.alarms.values()]
@@ -98,3 +98,7 @@ def _chart(model: DashboardModel, name: str, width: int, glyphs: str) -> list[st
     if scale is None:
         return []
     return [f"  {name}{'  (log scale)' if scale.log else ''}", *grid.rows()]
+
+
+def _held_back(samples: int) -> str:
+    return f", {samples} sample{'' if samples == 1 else 's'} held back" if samples else ""
