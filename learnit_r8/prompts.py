@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
-from learnit_r8.core.state import Kind, Saved, each, row, table
+from learnit_r8.core.state import Kind, Saved, alone, each, fixed, row, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.structures.keys import KEY, plain_key
 
@@ -54,6 +54,8 @@ _WAITING = Kind(lambda me, waits: _WAITS.save(me, waits.items()), _WAITS.load)
 class PromptScheduler(Saved):
     """Chooses the prompts whose groups of rollouts are likely to teach, from the rewards of earlier ones.
 
+    Any number of threads may use one.
+
     Args:
         keys: The prompts' names or numbers: texts, numbers, bytes, or tuples of those. More can come later.
         group_size: Completions that a prompt gets at a time.
@@ -65,6 +67,8 @@ class PromptScheduler(Saved):
         ConfigError: An argument out of range, or a key given twice.
     """
 
+    seed: int = fixed()
+    reward_range: tuple[float, float] = fixed()
     _as_json = sys.maxsize
     _saved = table(
         group_size=int,
@@ -123,6 +127,7 @@ class PromptScheduler(Saved):
     def __contains__(self, key: Hashable) -> bool:
         return plain_key(key) in self._slots
 
+    @alone
     def add(self, keys: Iterable[Hashable]) -> None:
         """Take in more prompts; costs O(all of them), so add many at a time.
 
@@ -138,6 +143,7 @@ class PromptScheduler(Saved):
         self._keep(np.arange(len(self)), new)
         self._keys, self._slots = list(slots), slots
 
+    @alone
     def remove(self, keys: Iterable[Hashable]) -> None:
         """Draw these prompts no more and forget them; what still comes of their groups is ignored. O(all of them).
 
@@ -162,6 +168,7 @@ class PromptScheduler(Saved):
         except KeyError:
             raise KeyError(f"there is no prompt {key!r}: add([{key!r}]) first") from None
 
+    @alone
     def draw(self, n: int) -> list[Hashable]:
         """Return the keys of `n` different prompts, in random order; all of them where there are fewer.
 
@@ -177,6 +184,7 @@ class PromptScheduler(Saved):
         problems.raise_if_any()
         return self.draw_among(len(self), n)
 
+    @alone
     def draw_among(self, slots: int | NDArray[np.int64], n: int) -> list[Hashable]:
         """As `draw`, from the prompts of these places in the order in which they were added, or of all so many."""
         rng = self._streams.at(Purpose.BATCH, 0, self._draws)
@@ -208,6 +216,7 @@ class PromptScheduler(Saved):
         """Return how much of the evidence has not faded."""
         return self.fade ** (self._draws - self._at[slots])
 
+    @alone
     def update(self, key: Hashable, rewards: ArrayLike) -> None:
         """Report the rewards of a prompt's completions: of a group, late, or a part of it.
 
@@ -225,7 +234,7 @@ class PromptScheduler(Saved):
         if not ((values >= low) & (values <= high)).all():
             raise ValueError(f"rewards must lie within reward_range={self.reward_range}, got {values.tolist()}")
         key = plain_key(key)
-        if self._gone.pop(key, None) is not None and key not in self._slots:
+        if key in self._gone and key not in self._slots:  # it may have several groups under way
             return
         slot = self._slot(key)
         self._waits.pop(key, None)
@@ -249,6 +258,7 @@ class PromptScheduler(Saved):
         self._groups += 1
         self._mixed += shown > 0.0
 
+    @alone
     def pass_rate(self, key: Hashable) -> float:
         """Return the mean of the belief about a prompt's reward, 0 (the lowest) to 1 (the highest); .5 if unseen.
 
@@ -262,6 +272,7 @@ class PromptScheduler(Saved):
         wins, losses = left * self._wins[slots], left * self._losses[slots]
         return np.asarray((1.0 + wins) / (2.0 + wins + losses))
 
+    @alone
     def metrics_dict(self) -> dict[str, float]:
         """Return numbers for a log.
 

@@ -104,6 +104,8 @@ def test_prompts_come_and_go():
     prompts.update(("b", 1), [1, 0, 0, 0])  # it was under way
     assert prompts.pass_rate("a") == rate
     assert sorted(map(str, prompts.draw(9))) == ["7", "a"]
+    for _ in range(17):
+        prompts.draw(1)
     with pytest.raises(KeyError, match="there is no prompt"):
         prompts.update(("b", 1), [1, 0, 0, 0])
     with pytest.raises(KeyError):
@@ -195,3 +197,12 @@ def test_as_a_strategy_it_names_rewards_that_are_out_of_range():
     with pytest.raises(ConfigError, match=r"reward_range=\(0.0, 0.1\)"):
         loop(Prompts(reward_range=(0.0, 0.1)))
     assert len(loop(Prompts(4, reward_range=(-1.0, 3.0)))[0]) == 60
+
+
+def test_all_groups_of_a_prompt_that_was_removed_are_ignored():
+    prompts = PromptScheduler(["a", "b"])
+    assert sorted([*prompts.draw(2), *prompts.draw(2)]) == ["a", "a", "b", "b"], "two groups of each are under way"
+    prompts.remove(["a"])
+    for _ in range(2):
+        prompts.update("a", [1.0, 0.0])
+    assert prompts.metrics_dict()["groups"] == 0

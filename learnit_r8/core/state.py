@@ -9,17 +9,20 @@ how the value becomes plain data and comes back. A subclass's table is added to 
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
 from learnit_r8.core.portable import owned, portable, unpacked
 from learnit_r8.errors import StateError
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _NEEDED = object()
 KEEP = object()
 """What is absent stays as it is."""
@@ -162,6 +165,35 @@ def _loaded(thing: Any, state: Any) -> Any:
     return thing
 
 
+class _Fixed:
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, thing: Any, value: Any) -> None:
+        if self._name in vars(thing):
+            raise AttributeError(
+                f"{self._name} cannot be changed, since what is held depends on it: make another "
+                f"{type(thing).__name__} with {self._name}={value!r}"
+            )
+        vars(thing)[self._name] = value
+
+
+def fixed() -> Any:
+    """Return an attribute of a class that is set once and then only read."""
+    return _Fixed()
+
+
+def alone(method: _Method) -> _Method:
+    """Decorate a method of a `Saved` class: one thread at a time."""
+
+    @functools.wraps(method)
+    def waiting(self: Any, *args: Any, **options: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **options)
+
+    return waiting  # type: ignore[return-value]
+
+
 class Saved:
     """Base of classes that say in `_saved` what their state is.
 
@@ -177,9 +209,21 @@ class Saved:
         super().__init_subclass__(**options)
         cls._table = {**cls._table, **cls._saved}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(owned(state))
+    _lock: Any
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make one with a lock of its own, whatever its `__init__` does."""
+        made = super().__new__(cls)
+        made._lock = threading.RLock()
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(owned(state), _lock=threading.RLock())
+
+    @alone
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that the next steps depend on, as plain data."""
         return portable(self._state_tree(), self._as_json)  # type: ignore[no-any-return]
@@ -188,6 +232,7 @@ class Saved:
         held = vars(self)
         return {name: entry.save(self, held[_attribute(held, name, entry)]) for name, entry in self._table.items()}
 
+    @alone
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
-from learnit_r8.core.state import Kind, part, table
+from learnit_r8.core.state import Kind, fixed, part, table
 from learnit_r8.errors import CheckpointError
 from learnit_r8.replay.diversity import EmbeddingSpread
 from learnit_r8.replay.item import ReplayItem
@@ -90,6 +90,8 @@ class HybridSRLReplayBuffer(SavedBuffer):
         ConfigError: Lists every bad argument.
     """
 
+    capacity: int = fixed()
+    seed: int = fixed()
     _saved = table(
         seed=int,
         added=int,
@@ -141,7 +143,6 @@ class HybridSRLReplayBuffer(SavedBuffer):
             problems.append(f"best_score must not be below mastery_threshold={mastery_threshold!r}, got {best_score!r}")
         self.eviction = problems.choice("eviction", eviction, _EVICTIONS)
         problems.raise_if_any()
-        super().__init__()
         self.refused = 0
         """Number of experiences that a filter refused."""
         self._filters = tuple(filters)

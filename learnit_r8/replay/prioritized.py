@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from learnit_r8.core.arrays import as_array, as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
-from learnit_r8.core.state import Kind, maybe, part, table
+from learnit_r8.core.state import Kind, fixed, maybe, part, table
 from learnit_r8.errors import CheckpointError
 from learnit_r8.replay.n_step import NStep
 from learnit_r8.replay.priorities import Ranking, RecentLargest
@@ -89,6 +89,10 @@ class PrioritizedReplayBuffer(SavedBuffer):
         ConfigError: Lists every bad argument.
     """
 
+    capacity: int = fixed()
+    alpha: float = fixed()
+    eps: float = fixed()
+    seed: int = fixed()
     _saved = table(
         seed=int,
         added=int,
@@ -134,7 +138,6 @@ class PrioritizedReplayBuffer(SavedBuffer):
         if path is not None and storage != "arrays":
             problems.append(f'path needs storage="arrays", got storage={storage!r}')
         problems.raise_if_any()
-        super().__init__()
         self._normalize = normalize
         self._kind = {"variant": variant, "storage": storage}
         self._n_step = copy.deepcopy(n_step)  # one for each buffer: what is pending belongs to one episode

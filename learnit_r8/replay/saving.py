@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,11 @@ from learnit_r8.replay.disk import read, write
 class SavedBuffer(Saved):
     """Base of the buffers; their tables are of all but the experiences, which may be left out."""
 
-    def __init__(self) -> None:
-        self._lock: Any = threading.RLock()
-        _buffers.add(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        SavedBuffer.__init__(self)
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make one that hears of forks."""
+        made = super().__new__(cls)
+        _buffers.add(made)
+        return made
 
     def _forked(self) -> None:
         """Begin a copy's life in a forked child, where no thread is but the one that forked."""

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
+from learnit_r8.core.state import alone
 from learnit_r8.strategies.base import BatchRequest, builtin
 from learnit_r8.strategies.weighting import Floats, WeightedSampler, WeightedStrategy, as_ids, fill_unseen
 from learnit_r8.types import LossReport
@@ -96,6 +97,7 @@ class AdaptiveBatchSampler(WeightedSampler):
         problems.raise_if_any()
         super().__init__(np.ones(size), seed)
 
+    @alone
     def update_weights(self, indices: ArrayLike, losses: ArrayLike) -> None:
         """Boost or relax samples by their losses; where one is named twice the last counts.
 

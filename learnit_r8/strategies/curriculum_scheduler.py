@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
-from learnit_r8.core.state import KEEP, Kind, Saved, each, kind, row, table
+from learnit_r8.core.state import KEEP, Kind, Saved, alone, each, fixed, kind, row, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies.curriculum import (
     LOWEST_TEMPERATURE,
@@ -37,7 +37,8 @@ class CurriculumScheduler(KeyedAverages, Saved):
     average of its scores; boundaries of the bins are quantiles over all items, taken anew at the
     first question after 50 updates or more. Equal scores share a bin, the lowest of all the hardest, so that
     a few solved items among many unsolved ones are told apart. Updates are applied together, at a question or when
-    256 are pending; each is O(1), and leaves O(log n) to the question that takes new boundaries.
+    256 are pending; each is O(1), and leaves O(log n) to the question that takes new boundaries. Any number of threads
+    may use one.
 
     Args:
         strategy: "uniform", "easy_first" or "competence_based".
@@ -53,6 +54,8 @@ class CurriculumScheduler(KeyedAverages, Saved):
         ConfigError: Unknown strategy, `n_bins` below 1, numbers that are not finite.
     """
 
+    n_bins: int = fixed()
+    seed: int = fixed()
     _as_json = sys.maxsize
     _saved = table(
         strategy=CurriculumStrategy,
@@ -111,6 +114,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         """Name of the strategy."""
         return self._strategy.value
 
+    @alone
     def get_item_bin(self, item_key: Hashable) -> int:
         """Return the item's bin, 0 (easiest) to n_bins - 1; the middle one if it has no score."""
         self._apply()
@@ -159,6 +163,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         self._edges = [-score for score in self._boundaries]
         self._mastered = 1 - below / count
 
+    @alone
     def bin_probabilities(self, current_step: int = 0, total_steps: int = 1000) -> list[float]:
         """Return the probability of each bin, easiest first."""
         frontier = None
@@ -172,6 +177,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         self._draws += 1
         return self._streams.at(Purpose.BATCH, 0, self._draws)
 
+    @alone
     def sample_bin(self, current_step: int = 0, total_steps: int = 1000) -> int:
         """Draw the bin to take the next item from, at this step of so many."""
         return self._pick_bin(self._rng(), current_step, total_steps)
@@ -184,6 +190,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
                 return number
         return self.n_bins - 1
 
+    @alone
     def sample_item(self, current_step: int = 0, total_steps: int = 1000) -> Hashable:
         """Draw a tracked item from the bin that `sample_bin` would draw.
 
@@ -207,6 +214,7 @@ class CurriculumScheduler(KeyedAverages, Saved):
         nearest = min(counts.nonzero()[0].tolist(), key=lambda number: (abs(number - target), -number))
         return self._keys[int(rng.choice(np.flatnonzero(bins == nearest)))]
 
+    @alone
     def metrics_dict(self) -> dict[str, float]:
         """Return figures for a metrics log; O(n)."""
         self._apply()

@@ -102,7 +102,7 @@ class ReviewQueue(Saved):
 
     def __getstate__(self) -> dict[str, Any]:
         views = ("_opaque", "difficulty", "interval", "_due")  # copied one by one they would come apart
-        return {name: value for name, value in vars(self).items() if name not in views}
+        return {name: value for name, value in super().__getstate__().items() if name not in views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -208,7 +208,7 @@ class SpacedRepetitionSampler(Saved):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy goes on with the pass that the original is in, as after `load_state_dict`.
-        return {**vars(self), "_resuming": self._unfinished}
+        return {**super().__getstate__(), "_resuming": self._unfinished}
 
     @property
     def _unfinished(self) -> bool:

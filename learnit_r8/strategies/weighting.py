@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from learnit_r8.core.arrays import as_array, read_only
 from learnit_r8.core.portable import JSON_SIZE
 from learnit_r8.core.rng import Purpose, RandomStreams
-from learnit_r8.core.state import Kind, Saved, each, kind, maybe, part, same, table
+from learnit_r8.core.state import Kind, Saved, alone, each, kind, maybe, part, same, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.strategies.base import BatchRequest, Draw
 from learnit_r8.structures.sum_tree import SumTree
@@ -276,6 +276,7 @@ class WeightedSampler(Saved):
         shares = self._sampler.weights / total if total > 0 else np.full(len(self), 1 / len(self))
         return read_only(shares)
 
+    @alone
     def sample(self, n: int | None = None, *, batch_size: int | None = None) -> tuple[Indices, NDArray[np.float32]]:
         """Draw a batch of different samples.
 

@@ -13,8 +13,8 @@ import numpy as np
 from learnit_r8.structures.keys import plain_key
 from learnit_r8.structures.rank_windows import RankWindows
 
-_MOST_PENDING = 256
-"""Updates that wait to be applied together, so that the processor need not wait for one key's memory before
+_MOST_PENDING = 2 * 256
+"""Keys and scores that wait to be applied together, so that the processor need not wait for one key's memory before
 it asks for the next one's."""
 _FEW = 8  # updates for which that is not worth a call of numpy
 _CHANGED = 8
@@ -29,6 +29,8 @@ class KeyedAverages:
     Args:
         ema_alpha: Weight of a new score, 0..1.
     """
+
+    _lock: Any
 
     def __init__(self, ema_alpha: float) -> None:
         self._alpha = ema_alpha
@@ -50,18 +52,22 @@ class KeyedAverages:
         # Average and number of updates of each key, side by side: one cache line for an update.
         self._items = array("d", chain.from_iterable(zip(scores, counts, strict=True)))
         self._applied = 0  # updates
-        self._pending_keys: list[Hashable] = []
-        self._pending_scores: list[float] = []
+        # Keys and scores in turn: threads add to it at any time, and take from it one at a time.
+        self._pending: list[Any] = []
         self._ranked: RankWindows | None = None  # as of the last `_select`; averages that have gone and come since:
         self._left, self._entered = array("d"), array("d")
 
     def _apply(self) -> None:
         """Apply the pending updates, as if one after another."""
-        keys, scores = self._pending_keys, self._pending_scores
-        if not keys:
+        if not self._pending:
             return
+        with self._lock:
+            taken = self._pending[:]
+            del self._pending[: len(taken)]
+            self._apply_these(taken[::2], taken[1::2])
+
+    def _apply_these(self, keys: list[Hashable], scores: list[float]) -> None:
         self._applied += len(keys)
-        self._pending_keys, self._pending_scores = [], []
         if len(keys) <= _FEW or len(set(keys)) < len(keys):
             for key, score in zip(keys, scores, strict=True):
                 self._apply_one(key, score)
@@ -99,15 +105,17 @@ class KeyedAverages:
             self._entered.frombytes(new.tobytes())
 
     def _slot_of(self, key: Hashable) -> int:
-        slot = self._slots.setdefault(key, len(self._keys))
-        if slot == len(self._keys):
-            self._keys.append(key)
+        slot = self._slots.get(key)
+        if slot is None:  # the key last: who finds it in another thread finds its average
+            slot = len(self._keys)
             self._items.extend((math.nan, 0.0))
+            self._keys.append(key)
+            self._slots[key] = slot
         return slot
 
     @property
     def _updates(self) -> int:
-        return self._applied + len(self._pending_keys)
+        return self._applied + len(self._pending) // 2
 
     @property
     def n_items_tracked(self) -> int:
@@ -132,9 +140,8 @@ class KeyedAverages:
         score = float(score)
         if not math.isfinite(score):
             raise ValueError(f"score must be finite, got {score} for item {item_key!r}")
-        self._pending_keys.append(item_key)
-        self._pending_scores.append(score)
-        if len(self._pending_keys) >= _MOST_PENDING:
+        self._pending.extend((item_key, score))
+        if len(self._pending) >= _MOST_PENDING:
             self._apply()
 
     def update_batch(self, item_key: Hashable, scores: Sequence[float]) -> None:

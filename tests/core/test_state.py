@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import threading
 from enum import StrEnum
 
 import numpy as np
@@ -11,6 +13,9 @@ import pytest
 
 from learnit_r8.core.state import KEEP, Kind, Saved, each, kind, mask, maybe, part, row, same, sized, table
 from learnit_r8.errors import CheckpointError, StateError
+from learnit_r8.prompts import PromptScheduler
+from learnit_r8.replay import HybridSRLReplayBuffer, PrioritizedReplayBuffer
+from learnit_r8.strategies import AdaptiveBatchSampler, CurriculumScheduler
 
 
 class Colour(StrEnum):
@@ -141,3 +146,76 @@ def test_a_kind_of_ones_own_sees_what_was_loaded_before():
     tail = Tail()
     tail.load_state_dict(tail.state_dict())
     assert tail.rows == [1, 2, 0, 0]
+
+
+# Threads ----------------------------------------------------------------------------------------
+
+
+def scores(k):
+    return SHARED["curriculum"].update(("key", k % 40), (k % 40) / 40), SHARED["curriculum"].sample_item(k, 1000)
+
+
+def prompts_come_and_go(k):
+    prompts = SHARED["prompts"]
+    for key in prompts.draw(3):
+        prompts.update(key, [0.0, 1.0])
+    mine = (threading.get_ident(), k)
+    prompts.add([mine])
+    if k % 2:
+        prompts.remove([mine])
+
+
+def weights(k):
+    indices, _ = SHARED["weights"].sample(16)
+    SHARED["weights"].update_weights(indices, np.random.default_rng(k).random(16))
+
+
+SHARED = {}
+
+
+@pytest.mark.parametrize("work", [scores, prompts_come_and_go, weights])
+def test_what_is_given_to_several_threads_stays_sound(work):
+    SHARED.update(curriculum=CurriculumScheduler(ema_alpha=1.0), prompts=PromptScheduler(range(40)))
+    SHARED.update(weights=AdaptiveBatchSampler(300))
+    problems = []
+
+    def run():
+        try:
+            for k in range(200):
+                work(k)
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert problems == []
+    if work is scores:
+        assert all(SHARED["curriculum"].get_item_difficulty(("key", k)) == k / 40 for k in range(40))
+        assert SHARED["curriculum"].metrics_dict()["curriculum/total_updates"] == 800
+    if work is prompts_come_and_go:
+        assert (len(SHARED["prompts"]), SHARED["prompts"].metrics_dict()["groups"] > 400) == (40 + 4 * 100, True)
+
+
+def test_what_other_things_depend_on_cannot_be_changed_afterwards():
+    for make, names in (
+        (lambda: PrioritizedReplayBuffer(4), ("capacity", "alpha", "eps", "seed")),
+        (lambda: HybridSRLReplayBuffer(4), ("capacity", "seed")),
+        (CurriculumScheduler, ("n_bins", "seed")),
+        (PromptScheduler, ("seed", "reward_range")),
+    ):
+        thing = make()
+        for name in names:
+            before = getattr(thing, name)
+            with pytest.raises(
+                AttributeError, match=f"{name} cannot be changed, .*: make another {type(thing).__name__}"
+            ):
+                setattr(thing, name, 1)
+            assert getattr(thing, name) == before
