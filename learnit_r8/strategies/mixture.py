@@ -37,8 +37,9 @@ class Mixture(Saved):
         sources: `{name: ids}`: the sample ids of each source, integers `[n]` or a `range`; no sample has two.
         shares: `{name: share}`; they are scaled to add up to 1. None: in proportion to the sources' sizes.
         adapt: None: the shares stay. "loss": they follow the sources' average losses, share times loss. Or a function
-            `{name: average loss} -> {name: share}`, asked after each batch. Whether that trains a better model depends
-            on the data; see the benchmarks.
+            `{name: average loss} -> {name: share}`, asked after each batch. From equal `shares` "loss" was as good as
+            the best shares of a grid on four of five collections, and .8 points below where sources differ in noise
+            (`python -m benchmarks.mixtures`).
         floor: Least share of a source, where they adapt.
 
     Raises:

@@ -60,3 +60,10 @@ def test_replay_of_successes_is_compared_with_none_and_a_reservoir(tmp_path, nam
         "reservoir",
         "hybrid",
     ]
+
+
+@pytest.mark.slow
+def test_a_transformer_learns_to_add_on_sums_of_either_choice(tmp_path):
+    output = run("grpo_addition.py", tmp_path)
+    assert re.findall(r"^(uniform|prompts) +0\.\d{3} -> 0\.\d{3}", output, flags=re.MULTILINE) == ["uniform", "prompts"]
+    assert "uniform's end: " in output
