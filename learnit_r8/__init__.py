@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from learnit_r8._version import __version__
 
 if TYPE_CHECKING:
-    from learnit_r8.core.config import Checkpoints
+    from learnit_r8.core.config import Checkpoints, Evaluation
     from learnit_r8.errors import (
         CheckpointCorrupt,
         CheckpointError,
@@ -36,6 +36,7 @@ __all__ = [
     "Checkpoints",
     "Command",
     "ConfigError",
+    "Evaluation",
     "LossReport",
     "ProtocolError",
     "R8Error",
@@ -51,7 +52,7 @@ __all__ = [
 # Names load with their module at first use: programs that only ask for the version, or import one
 # room, do not pay for the others.
 _HOMES = {
-    "learnit_r8.core.config": {"Checkpoints"},
+    "learnit_r8.core.config": {"Checkpoints", "Evaluation"},
     "learnit_r8.errors": {
         "CheckpointCorrupt",
         "CheckpointError",

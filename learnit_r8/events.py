@@ -235,6 +235,54 @@ class MetricLogged(Event):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated(Event):
+    """A value of the metric that `Evaluation` names came, seen beside the training loss."""
+
+    epoch: int
+    metric: str
+    value: float
+    train_loss: float
+    """Mean of the losses since the last value; NaN where there were none."""
+    best: float
+    """NaN where no value counts yet."""
+    best_step: int
+    waited: int
+    """Values since then."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OverfittingSeen(Event):
+    """The metric became worse for good while the training loss fell; nothing is done about it."""
+
+    epoch: int
+    metric: str
+    since_step: int
+    """Step of the best value, smoothed over three, as all numbers here are."""
+    best: float
+    value: float
+    train_loss_then: float
+    train_loss: float
+    reason: str
+    """All of it as a sentence."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MadeWith(Event):
+    """What a run is made with: told at its start, and again once git has said whether files differ, or at a resume."""
+
+    commit: str
+    """Of the git repository that the program runs in; "" where there is none."""
+    dirty: bool | None
+    """Whether tracked files differ from it; None where git has not said, or cannot."""
+    packages: Mapping[str, str]
+    """Versions of the packages that are loaded."""
+    device: str
+    host: str
+    command: str
+    seeds: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(Event):
     """The loop waits (`paused` true) or goes on."""
 

@@ -31,7 +31,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from learnit_r8 import events
-from learnit_r8.core.config import DEFAULT_DIR, Checkpoints
+from learnit_r8.core.config import DEFAULT_DIR, Checkpoints, Evaluation
 from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.arguments import check_arguments
 from learnit_r8.loop.base.gated import Gated
@@ -39,7 +39,7 @@ from learnit_r8.loop.base.persistence import one_of
 from learnit_r8.loop.base.steps import BatchLoop
 from learnit_r8.loop.counters import Stage, resumed_arguments
 from learnit_r8.loop.in_flight import Loader
-from learnit_r8.loop.losses import read_losses, read_number
+from learnit_r8.loop.losses import read_losses
 from learnit_r8.loop.saver import State
 from learnit_r8.loop.shards import common_checkpoint
 from learnit_r8.loop.signals import say
@@ -65,7 +65,8 @@ class R8Scheduler(Gated):
             which it is spent is not taken up again by a resume with more seconds; the next one begins.
         initial_lr: Peak learning rate, reached after warm-up.
         scheduler_mode: Name of a schedule (`learnit_r8.schedules.schedule_names()`), or a
-            function of progress in [0, 1] that returns a factor of the peak.
+            function of progress in [0, 1] that returns a factor of the peak, or
+            `learnit_r8.schedules.plateau(...)`.
         warmup_proportion: Share of the budget over which the learning rate rises.
         min_lr: Learning rate that the schedule ends at.
         auto_find_lr: Search the peak first; the model is restored afterwards.
@@ -83,6 +84,8 @@ class R8Scheduler(Gated):
         checkpoint_every: "epoch", a number of steps, or None for by hand only.
         keep_checkpoints: How many of the newest to keep; those that were given a name, and final ones, stay.
         checkpoints: A `Checkpoints`: the three above and more (the best by a metric, every n-th, signals).
+        evaluation: An `Evaluation`: what is measured beside the training loss and acted on (early stopping, an averaged
+            model, the way back to the best).
         use_curses: False means `ui="off"`.
         ui: "auto", "curses", "rich", "log" or "off".
         sinks: Further listeners with `record(event)`.
@@ -132,6 +135,7 @@ class R8Scheduler(Gated):
         checkpoint_every: str | int | None = None,
         keep_checkpoints: int = 3,
         checkpoints: Checkpoints | None = None,
+        evaluation: Evaluation | None = None,
         use_curses: bool = True,
         ui: str | None = None,
         sinks: Sequence[Sink] = (),
@@ -163,6 +167,7 @@ class R8Scheduler(Gated):
         self._looped = True
         self._begin(anyhow=self._resumed)
         if self._progress.stage is Stage.DONE:
+            self._evaluate()
             self._progress.next_epoch()
         if self._over():
             if self._resumed:
@@ -195,7 +200,10 @@ class R8Scheduler(Gated):
                     self._progress.next_epoch()
             if not self._control.stop:
                 self._safety.finish(self._progress.global_step)
+                self._evaluate(last=True)
             self._save_last()
+            if not self._control.stop and self._measured.rule.restore_best:
+                self._go_back_to_best()
         self._end("stopped" if self._control.stop else "finished")
 
     def batch_iterator(self, loader: Loader | None = None) -> Iterator[Batch]:
@@ -324,20 +332,6 @@ class R8Scheduler(Gated):
         surprise = reported.mean - expected
         return StepResult(judgement.accepted, rolled_back, judgement.verdict, reported.mean, expected, surprise, step)
 
-    def log(self, **metrics: float) -> None:
-        """Show numbers of your own (`val_loss=`, `grad_norm=`, ...) beside the scheduler's.
-
-        Raises:
-            TypeError: One is not a number; none is shown then.
-        """
-        numbers = {name: read_number(name, value) for name, value in metrics.items()}
-        for name, number in numbers.items():
-            self._bus.emit(events.MetricLogged(step=self._progress.global_step, name=name, value=number))
-            if self._ranks.writes:
-                self._saver.logged(self._progress.global_step, name, number)
-                if self._saver.best_due and self._control.together:
-                    self._control.ask_for_save()
-
     def _quiet(self) -> bool:
         """Say, of a moment amid an epoch, whether nothing that `_between_steps` does is due, as after most steps."""
         step, backups = self._progress.global_step, self._safety.backups
@@ -347,12 +341,14 @@ class R8Scheduler(Gated):
             and self._control.interrupts.pending is None
             and self._saver.idle(step)
             and not backups.due(step)
+            and step < self._measured.next_due
             and not (self._bus.sinks and self._control.waits)
         )
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
         self._saver.settle(wait=False)
+        self._output.hear_of_git(self._progress.global_step)
         self._saver.prepare(self._progress.global_step)
         if self._control.interrupted and not self.host_saves:
             self._save_if_possible()
@@ -362,6 +358,7 @@ class R8Scheduler(Gated):
             self.deliver_signal(self._saver.farewell(self._progress.global_step, writes=self._ranks.writes))
         if self._ranks.world_size > 1 or (self._bus and self._bus.commanding):
             self._control.obey(self._progress.global_step, self._save_if_possible)
+        self._evaluate()
         self._safety.before_step(self._progress.global_step)
         if self._control.save_due:
             self._control.save_due = False
@@ -457,8 +454,9 @@ class R8Scheduler(Gated):
 
     def _end(self, reason: str) -> None:
         if self._begun:
-            if (missed := self._saver.missed_metric()) and reason == "finished" and self._ranks.writes:
-                self.tell(missed)
+            missed = (self._saver.missed_metric(), self._measured.missing(ended=True))
+            if any(missed) and reason == "finished" and self._ranks.writes:
+                self.tell(next(filter(None, missed)))
             self._begun = False
             self._budget.stop()
             levels, warning = self._safety.levels(), self._safety.ending(self._progress.global_step)

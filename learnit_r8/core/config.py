@@ -189,6 +189,10 @@ class Config:
     signals: tuple[str, ...] = SIGNALS
     recovery: Mapping[str, str] | None = None
     """What non-finite losses, spikes and drifts each cause; None in the states of older versions."""
+    plateau: Mapping[str, Any] | None = None
+    """What `learnit_r8.schedules.plateau` was given, where that is the schedule."""
+    evaluation: Mapping[str, Any] | None = None
+    """What `Evaluation` was given, but for the functions and objects in it."""
     shard: tuple[int, int] | None = None
     """Number of this rank's shard and of all, where each rank has samples of its own (`world_size` is 1 then)."""
 
@@ -290,6 +294,84 @@ class Checkpoints:
             problems.append(f"signals must be some of {', '.join(SIGNALS)}, got {self.signals!r}")
         object.__setattr__(self, "signals", names)
         problems.raise_if_any()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What is measured beside the training loss, and what follows from it.
+
+    Words and defaults are those of Lightning's and Keras's `EarlyStopping`. Of several ranks, rank 0's numbers count.
+
+    Args:
+        run: Called between two steps: returns the metric, or a dict of numbers that go to `R8Scheduler.log`; or None,
+            having logged them. All ranks call it. None: you log by hand.
+        every: "epoch", or a number of steps; what it leaves over is evaluated at the run's end.
+        stop_after: Patience: the run ends when so many evaluations in a row were no better than the best before. None:
+            it does not.
+        metric: The logged number that all this is about.
+        mode: "min" where lower is better, "max" where higher is, "auto": the name tells.
+        min_delta: What is better is better by more than this.
+        ema: An averaged model with `state_dict` and `load_state_dict`, such as `torch.optim.swa_utils.AveragedModel`.
+            `run` is called with it, and backups, checkpoints and rollbacks take it along; it is updated by you.
+        restore_best: The model is brought back to the checkpoint of the best value when the run ends.
+        start_from_epoch: Values of earlier epochs stop nothing and are no best.
+        check_finite: Stop at a value that is not finite, where `stop_after` is given.
+        stopping_threshold: Stop as soon as the metric is better than this.
+        divergence_threshold: Stop as soon as it is worse than this.
+        on_divergence: "stop", or "restore": go on from the checkpoint of the best value instead. Three such returns
+            without a new best between them end the run.
+
+    Raises:
+        ConfigError: All that is wrong.
+    """
+
+    run: Callable[..., Any] | None = None
+    every: str | int = "epoch"
+    stop_after: int | None = None
+    metric: str = "val_loss"
+    mode: str = "auto"
+    min_delta: float = 0.0
+    ema: Any = None
+    restore_best: bool = False
+    start_from_epoch: int = 0
+    check_finite: bool = True
+    stopping_threshold: float | None = None
+    divergence_threshold: float | None = None
+    on_divergence: str = "stop"
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        problems.function("run", self.run)
+        problems.steps_or("every", self.every, "epoch")
+        if not isinstance(self.metric, str) or not self.metric:
+            problems.append(f"metric must be the name of a logged number, got {self.metric!r}")
+        problems.choice("mode", self.mode, ("auto", "min", "max"))
+        problems.choice("on_divergence", self.on_divergence, ("stop", "restore"))
+        problems.real("min_delta", self.min_delta, 0.0)
+        problems.integer("start_from_epoch", self.start_from_epoch, 0)
+        if self.stop_after is not None:
+            problems.integer("stop_after", self.stop_after, 0)
+        for name in ("stopping_threshold", "divergence_threshold"):
+            if getattr(self, name) is not None:
+                problems.real(name, getattr(self, name), -math.inf)
+        for name in ("restore_best", "check_finite"):
+            problems.flag(name, getattr(self, name))
+        if self.ema is not None and not all(hasattr(self.ema, name) for name in ("state_dict", "load_state_dict")):
+            problems.append(f"ema must have state_dict() and load_state_dict(state), got {self.ema!r}")
+        problems.raise_if_any()
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the model may be brought back to the best value's checkpoint."""
+        return self.restore_best or self.on_divergence == "restore"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what can be saved of it."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("run", "ema")
+        } | {"again": self.run is not None or self.ema is not None}
 
 
 def _as_float(value: Any) -> float | None:

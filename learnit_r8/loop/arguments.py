@@ -12,13 +12,22 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.arrays import as_array
 from learnit_r8.core.clock import Clock
-from learnit_r8.core.config import DEFAULT_DIR, UI_NAMES, Checkpoints, Config, Problems, argument, read_arguments
+from learnit_r8.core.config import (
+    DEFAULT_DIR,
+    UI_NAMES,
+    Checkpoints,
+    Config,
+    Evaluation,
+    Problems,
+    argument,
+    read_arguments,
+)
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback, accepts
 from learnit_r8.loop.shards import shard_folder
 from learnit_r8.run.metric import better
-from learnit_r8.schedules import Schedule, make_schedule
+from learnit_r8.schedules import Plateau, Schedule, make_schedule
 from learnit_r8.stability.policy import NAMED, Recovery
 from learnit_r8.strategies.base import Strategy, make
 from learnit_r8.types import Sink
@@ -61,6 +70,13 @@ def _sinks(problems: Problems, name: str, sinks: Any) -> tuple[Sink, ...]:
     return ()
 
 
+def _evaluation(problems: Problems, name: str, given: Any) -> Evaluation | None:
+    if given is not None and not isinstance(given, Evaluation):
+        problems.append(f"{name} must be a learnit_r8.Evaluation, got {given!r}")
+        return None
+    return given
+
+
 def _clock(problems: Problems, name: str, clock: Any) -> Clock:
     if clock is None:
         return Clock()
@@ -85,6 +101,7 @@ class Arguments:
     state_callback: Callable[[], Any] | None = argument(_callback, _state_callback)
     recovery: Recovery = argument(_recovery)
     sinks: tuple[Sink, ...] = argument(_sinks)
+    evaluation: Evaluation | None = argument(_evaluation)
     all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None = argument(Problems.function)
     clock: Clock = argument(_clock)
 
@@ -113,9 +130,16 @@ def check_arguments(**given: Any) -> Arguments:
     _sizes(problems, given, values)
     _budget(problems, given)
     _search(problems, values, others)
+    saving = _checkpoints(problems, given, shard)
+    evaluation = _evaluating(problems, others, saving, given)
+    mode = given["scheduler_mode"]
+    if isinstance(mode, Plateau) and values["min_lr"]:
+        problems.append(f"a plateau has its own floor: give plateau(min_lr={given['min_lr']!r}), not min_lr beside it")
     config = Config(
         **values,
-        **_checkpoints(problems, given, shard),
+        **saving,
+        plateau=dataclasses.asdict(mode) if isinstance(mode, Plateau) else None,
+        evaluation=evaluation,
         scheduler_mode=schedule_name,
         strategy=strategy_name,
         own_strategy=not isinstance(given["strategy"], str),
@@ -204,6 +228,42 @@ def _search(problems: Problems, values: Mapping[str, Any], others: Mapping[str, 
         )
 
 
+def _evaluating(
+    problems: Problems, others: Mapping[str, Any], saving: dict[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return what a state holds of `evaluation`; where it goes back to the best, the best is kept."""
+    rule: Evaluation | None = others["evaluation"]
+    if rule is None:
+        return None
+    mode = rule.mode
+    if mode == "auto":
+        mode = _better(problems, rule.metric, f"Evaluation(metric={rule.metric!r})", 'mode="max"')
+    if rule.ema is not None and rule.run is not None and not accepts(rule.run, 1):
+        problems.append("Evaluation(run=...) must take the averaged model, as ema is given: run(ema)")
+    elif rule.ema is None and rule.run is not None and not accepts(rule.run, 0):
+        problems.append("Evaluation(run=...) must take no arguments where no ema is given")
+    if rule.ema is not None and given["auto_find_lr"] and others["state_callback"] is None:
+        problems.append("auto_find_lr needs state_callback to undo what the search does to the ema of Evaluation")
+    if rule.goes_back:
+        lacks = [name for name in ("save_callback", "load_callback", "checkpoint_dir") if given.get(name) is None]
+        if saving["checkpoint_dir"] is not None and "checkpoint_dir" in lacks:
+            lacks.remove("checkpoint_dir")
+        if lacks:
+            problems.append(f"Evaluation goes back to the checkpoint of the best value: give {', '.join(lacks)}")
+        kept = saving["keep_best"] = saving["keep_best"] or (rule.metric, mode)
+        if tuple(kept) != (rule.metric, mode):
+            problems.append(f"Evaluation goes back to the best {rule.metric} ({mode}), but keep_best is {kept!r}")
+    return {**rule.to_json(), "mode": mode}
+
+
+def _better(problems: Problems, metric: str, given: str, wanted: str) -> str:
+    """Return the mode that a metric's name tells."""
+    mode = {-1: "min", 1: "max"}.get(better(metric), "")
+    if not mode:
+        problems.append(f'{given}: say which way is better: {wanted} or "min"')
+    return mode
+
+
 def _folder(problems: Problems, name: str, value: Any, *, used: bool) -> str | None:
     path = problems.path(name, value)
     if path is not None and (url := url_of(value)) is not None:
@@ -244,9 +304,7 @@ def _checkpoints(problems: Problems, given: Mapping[str, Any], shard: tuple[int,
         directory = shard_folder(Path(directory), *shard)
     best = problems.metric("keep_best", value.keep_best)
     if best is not None and best[1] == "":
-        best = best[0], {-1: "min", 1: "max"}.get(better(best[0]), "")
-        if best[1] == "":
-            problems.append(f'keep_best={best[0]!r}: say which way is better: keep_best=({best[0]!r}, "max") or "min"')
+        best = best[0], _better(problems, best[0], f"keep_best={best[0]!r}", f'keep_best=({best[0]!r}, "max")')
     return {
         "checkpoint_dir": _folder(problems, "checkpoint_dir", directory, used=every is not None or best is not None),
         "checkpoint_every": every,
@@ -268,7 +326,9 @@ def _strategy(problems: Problems, strategy: Any) -> tuple[Strategy, str]:
 
 def _schedule(problems: Problems, mode: Any, warmup: float) -> tuple[Schedule, str]:
     try:
-        return make_schedule(mode, warmup), mode if isinstance(mode, str) else "custom"
+        return make_schedule(mode, warmup), mode if isinstance(mode, str) else "plateau" if isinstance(
+            mode, Plateau
+        ) else "custom"
     except ConfigError as error:
         problems.extend(error.problems)
         return make_schedule("constant", 0.0), "constant"

@@ -36,6 +36,8 @@ class Budget(Saved):
         self._seconds = config.train_duration_seconds
         self.peak = config.initial_lr
         self.scaled = False  # the peak has changed since batches were drawn
+        self.reduced = 1.0  # by a plateau
+        self.ended = ""  # why the run ends before its budget is spent
         self._offset = 0.0  # seconds spent on finding the learning rate: no part of the schedule
 
     @property
@@ -56,12 +58,12 @@ class Budget(Saved):
     def over(self, epoch: int, step: int) -> bool:
         """Whether nothing is left for this epoch, and this step."""
         if self._config.num_epochs is not None:
-            return epoch >= self._config.num_epochs
+            return bool(self.ended) or epoch >= self._config.num_epochs
         return self.time_up or self.steps_up(step)
 
     def steps_up(self, step: int) -> bool:
-        """Whether the budget of steps is spent; never when the budget is another one."""
-        return self._config.num_steps is not None and step >= self._config.num_steps
+        """Whether the budget of steps is spent, or the run ended before; else never when the budget is another one."""
+        return bool(self.ended) or (self._config.num_steps is not None and step >= self._config.num_steps)
 
     def used_up(self, step: int) -> bool:
         """Whether no batch of this step may be drawn."""
@@ -75,6 +77,8 @@ class Budget(Saved):
     @property
     def nothing_left(self) -> str:
         """What to tell who resumes a run whose budget is spent."""
+        if self.ended:
+            return f"nothing is left to train: {self.ended}"
         budgets = ("num_epochs", "num_steps", "train_duration_seconds")
         (spent,) = (f"{name}={given:g}" for name in budgets if (given := getattr(self._config, name)) is not None)
         return f"nothing is left to train: the run has spent its {spent}; give a larger number to go on"
@@ -102,7 +106,7 @@ class Budget(Saved):
             ValueError: The user's schedule returned NaN or infinity.
         """
         floor = min(self._config.min_lr, self.peak)
-        rate = (floor + (self.peak - floor) * self._schedule(*position)) * multiplier
+        rate = (floor + (self.peak - floor) * self._schedule(*position)) * (multiplier * self.reduced)
         if not math.isfinite(rate):
             raise ValueError(
                 f"the schedule gave a learning rate of {rate!r} at step {position[0]:g} of {position[1]:g}"

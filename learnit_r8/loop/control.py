@@ -22,12 +22,14 @@ class Control:
         stop: The command to stop that is in force, or None.
         together: Every rank writes checkpoints, so all of them have to be asked for one.
         save_due: A rank was asked for a checkpoint that all of them write.
+        share_due: Rank 0 has logged what all have to hear.
     """
 
     def __init__(self, bus: EventBus, ranks: Ranks, clock: Clock, *, saves: bool, signals: Sequence[str]) -> None:
         self.interrupts = Interrupts(saves=saves, signals=signals)
         self.stop: Command | None = None
         self.together = self.save_due = self._asks_save = False
+        self.share_due = self._asks_share = False
         self._bus = bus
         self._ranks = ranks
         self._clock = clock
@@ -54,16 +56,21 @@ class Control:
         """Have all ranks write a checkpoint, after the next exchange."""
         self._asks_save = True
 
+    def ask_to_share(self) -> None:
+        """Have all ranks hear of what this one has logged, after the next exchange."""
+        self._asks_share = True
+
     def word(self, *, skipped: bool) -> Word:
         """Return what this rank has to say to the others, once."""
-        word = Word(self.interrupts.pending or 0, self._asked, self._asks_save, skipped)
-        self._asked, self._asks_save = None, False
+        word = Word(self.interrupts.pending or 0, self._asked, self._asks_save, skipped, self._asks_share)
+        self._asked, self._asks_save, self._asks_share = None, False, False
         return word
 
     def hear(self, word: Word) -> None:
         """Take over the signals and commands that any rank got."""
         self._signal, command = word.signal, word.command
         self.save_due |= word.saves
+        self.share_due |= word.shares
         if word.signal:  # else one that has come meanwhile waits for the next exchange
             self.interrupts.pending = word.signal
         self._take(command)

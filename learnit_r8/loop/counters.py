@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config
+from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config, Evaluation
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
+from learnit_r8.schedules import Plateau
 
 
 class Stage(StrEnum):
@@ -111,6 +112,7 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
     except (LookupError, TypeError) as error:
         raise ConfigError([f"this is no state of a scheduler: {type(error).__name__}: {error}"]) from error
     own = {"strategy": config.own_strategy, "scheduler_mode": config.scheduler_mode == "custom"}
+    own["evaluation"] = bool(config.evaluation and config.evaluation["again"])  # a function or a model is in it
     problems = [
         f"{name}: the run had one of your own ({getattr(config, name)}), which no checkpoint holds: give it again"
         for name in own
@@ -120,6 +122,10 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
         raise ConfigError(problems)
     arguments = config.to_json()
     del arguments["own_strategy"]
+    if (plateau := arguments.pop("plateau")) is not None:
+        arguments["scheduler_mode"] = Plateau(**plateau)
+    if (rule := arguments["evaluation"]) is not None:
+        arguments["evaluation"] = Evaluation(**{name: value for name, value in rule.items() if name != "again"})
     if arguments.pop("shard") is not None:
         del arguments["world_size"]  # of the ranks that share a batch
         arguments["sharded"] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +13,7 @@ from learnit_r8._version import __version__
 from learnit_r8.checkpoint.lock import DirectoryLock
 from learnit_r8.checkpoint.storage import FileSystem
 from learnit_r8.core.config import Config
+from learnit_r8.core.provenance import Repository, command, device, packages, program_folder, seeds
 from learnit_r8.core.urls import settled, url_of
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.errors import CheckpointError, tell
@@ -26,6 +28,10 @@ from learnit_r8.types import Sink
 
 if TYPE_CHECKING:
     from learnit_r8.checkpoint.background import Background
+
+
+_GIT_AT_END = 2.0
+"""Seconds that the end of a run waits for git."""
 
 
 class Output:
@@ -43,6 +49,7 @@ class Output:
         self._begun = False
         self._lock: DirectoryLock | None = None
         self._logged_at: int | None = None
+        self._repository: Repository | None = None  # while git has not answered
         self._folder = settled(self._config.log_dir)  # or what stands in for it, where it is a URL
         self._far = FarFolders(self._config, bus) if rank == 0 else None
 
@@ -76,6 +83,9 @@ class Output:
                 elapsed=elapsed,
             )
         )
+        if self._bus.sinks:
+            self._repository = Repository(program_folder())
+            self._tell_made_with(step, self._repository)
         if taken:
             self._bus.emit(events.Notice(step=step, message=taken, level="warning"))
             tell(taken, stacklevel=4)
@@ -92,6 +102,28 @@ class Output:
             for event in missed:  # what a resume loaded, and which checkpoint it passed over
                 with suppress(Exception):  # the bus drops a sink that fails, at the next event
                     sink.record(event)
+
+    def _tell_made_with(self, step: int, repository: Repository) -> None:
+        self._bus.emit(
+            events.MadeWith(
+                step=step,
+                commit=repository.commit,
+                dirty=repository.dirty,
+                packages=packages(),
+                device=device(),
+                host=platform.node(),
+                command=command(),
+                seeds=seeds(self._config.seed),
+            )
+        )
+
+    def hear_of_git(self, step: int, wait: float = 0.0) -> None:
+        """Tell whether files differ from the commit, once git has said it."""
+        repository = self._repository
+        if repository is not None and repository.asked(wait):
+            self._repository = None
+            if repository.dirty is not None:
+                self._tell_made_with(step, repository)
 
     def _lock_folder(self) -> str:
         """Make the log's folder this process's own; where a live run of another one logs there, take one beside it.
@@ -167,6 +199,7 @@ class Output:
     ) -> None:
         """Tell of the end, and give the terminal back: what is printed from now on belongs on the normal screen."""
         self.log_catalog(step)
+        self.hear_of_git(step, _GIT_AT_END)
         left_out = tuple(self._catalog.left_out.tolist())
         if warning:
             self._bus.emit(events.Notice(step=step, message=warning, level="warning"))

@@ -29,7 +29,7 @@ from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.types import Command, Indices
 
 _COUNT, _HASH, _SECONDS, _WORD = range(4)
-_HEADER = _WORD + 4
+_HEADER = _WORD + 5
 _COMMANDS: tuple[Command | None, ...] = (None, *Command)
 
 
@@ -40,16 +40,17 @@ class Word(NamedTuple):
     command: Command | None = None
     saves: bool = False  # a checkpoint is asked for that all ranks write
     skipped: bool = False  # the optimizer step
+    shares: bool = False  # rank 0 has logged what all have to hear
 
     def numbers(self) -> list[float]:
         """Return it as numbers of which the highest of all ranks counts."""
-        return [self.signal, _COMMANDS.index(self.command), self.saves, self.skipped]
+        return [self.signal, _COMMANDS.index(self.command), self.saves, self.skipped, self.shares]
 
     @classmethod
     def of_all(cls, numbers: NDArray[np.float64]) -> Self:
-        """Return what all have to hear; `numbers` of each rank, `[world, 4]`."""
-        signal, command, saves, skipped = numbers.max(axis=0).tolist()
-        return cls(int(signal), _COMMANDS[int(command)], bool(saves), bool(skipped))
+        """Return what all have to hear; `numbers` of each rank, `[world, 5]`."""
+        signal, command, saves, skipped, shares = numbers.max(axis=0).tolist()
+        return cls(int(signal), _COMMANDS[int(command)], bool(saves), bool(skipped), bool(shares))
 
 
 class SharedClock(Clock):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from learnit_r8 import events
 from learnit_r8.errors import tell
 from learnit_r8.loop.callbacks import LoadCallback, SaveCallback
+from learnit_r8.loop.evaluation.averages import Averages
 from learnit_r8.loop.judge import Judge, Judgement
 from learnit_r8.loop.lr_search import parked
 from learnit_r8.stability.backups import BackupInfo, BackupStatus
@@ -23,6 +24,9 @@ from learnit_r8.stability.gate import Gate
 from learnit_r8.stability.quarantine import Quarantine
 from learnit_r8.stability.recovery import Action, Kind, Phase, RecoveryMachine
 from learnit_r8.types import SAMPLES_TOLD, Indices, Mask, Verdict
+
+if TYPE_CHECKING:
+    from learnit_r8.checkpoint import LoadedCheckpoint
 
 LR_RISE = 1.5
 """A learning rate that grows by this factor in a step may well move the loss: the detector is told."""
@@ -45,6 +49,7 @@ class _Found(NamedTuple):
     detector: dict[str, Any] | None
     id: int | None = None
     proven: bool = True
+    ema: Any = None  # state of the averaged model, of a checkpoint
 
 
 class SafetyNet(Judge):
@@ -57,6 +62,7 @@ class SafetyNet(Judge):
     restored_step = 0
     _load_error: Exception | None = None
     _told_lack = False
+    ema: Averages | None = None
 
     # What the loop asks ---------------------------------------------------------------------
 
@@ -205,14 +211,19 @@ class SafetyNet(Judge):
 
     def _on_disk(self, before: int, skip: int = 0) -> _Found | None:
         """Return a checkpoint that every rank can read."""
-        found = self._saver.find_before(before, skip)
+        return self._of_all(self._saver.find_before(before, skip))
+
+    def _of_all(self, found: LoadedCheckpoint | None) -> _Found | None:
+        """Return a checkpoint that a rank has found, if every rank can read it."""
         steps = self._everyone(-1.0 if found is None else found.step)
         if found is None and steps[0] >= 0:
             found = self._saver.find_step(int(steps[0]))
         steps = self._everyone(-1.0 if found is None else found.step)
         if found is None or steps.min() != steps.max():
             return None
-        return _Found(found.step, str(found.model_path), str(found.path), found.state["safety"]["detector"])
+        ema = (found.state.get("measured") or {}).get("ema")
+        detector = found.state["safety"]["detector"]
+        return _Found(found.step, str(found.model_path), str(found.path), detector, ema=ema)
 
     def _try_load(self, found: _Found) -> str:
         """Let the user's function restore the model; return what went wrong, or ""."""
@@ -220,6 +231,8 @@ class SafetyNet(Judge):
         failure, self._load_error = "", None
         try:
             self._load(found.state, from_ram=found.source == "ram")
+            if self.ema is not None and found.ema is not None:
+                self.ema.load_state_dict(found.ema)
         except Exception as error:
             self._load_error = error
             failure = f"load_callback failed: {type(error).__name__}: {error}"
@@ -276,15 +289,17 @@ class SafetyNet(Judge):
         return "" if found is None else f"the checkpoint {found.path} is from before that"
 
     def restore_best(self, step: int, epoch: int) -> int:
-        """Bring the model back to the backup, or else the checkpoint, of the best level; return its step.
+        """Bring the model back to the checkpoint of the best metric, or else to the best level; return its step.
 
         Raises:
             LookupError: There is none.
         """
-        best = self.backups.ring.best()
-        if self._load is None or (best is None and not self._may_be_on_disk(step + 1)):
+        found = None if self._load is None else self._of_all(self._saver.find_best())
+        best = self.backups.ring.best() if found is None else None
+        if self._load is None or (found is None and best is None and not self._may_be_on_disk(step + 1)):
             raise LookupError("there is no backup and no checkpoint to restore: give state_callback and load_callback")
-        found = self._on_disk(self.detector.level.lowest_step + 1) if best is None else self._in_ram(best)
+        if found is None:
+            found = self._on_disk(self.detector.level.lowest_step + 1) if best is None else self._in_ram(best)
         found = found or self._on_disk(step + 1)
         if found is None:
             raise LookupError("there is no checkpoint that can be read")

@@ -236,6 +236,16 @@ class Saver:
         if self._is_best(value):
             self._best = value
 
+    def find_best(self) -> LoadedCheckpoint | None:
+        """Return this run's checkpoint with the best value of the metric that `keep_best` names, verified, or None."""
+        from learnit_r8.checkpoint import resolve
+
+        self.settle()
+        config = self._args.config
+        if config.keep_best is None or config.checkpoint_dir is None or (best := self.store.best()) is None:
+            return None
+        return resolve(best[1], on_corrupt=self.passed_over)
+
     def missed_metric(self) -> str:
         """Return what to tell where the metric that `keep_best` names was never logged, or ""."""
         best = self._args.config.keep_best

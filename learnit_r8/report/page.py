@@ -321,10 +321,24 @@ def _cell(value: Any) -> tuple[str, str]:
     return "", "" if value is None else str(value)
 
 
+def _made_with(event: e.MadeWith) -> Iterator[tuple[str, str]]:
+    changed = {True: ", with changes", False: ", unchanged", None: ""}[event.dirty]
+    yield "commit", f"{event.commit}{changed}" if event.commit else "no git repository"
+    yield "command", event.command
+    yield "host", event.host
+    yield "device", event.device
+    yield "seeds", ", ".join(f"{name} {seed}" for name, seed in event.seeds.items())
+    yield "packages", ", ".join(f"{name} {version}" for name, version in event.packages.items())
+
+
 def _settings(run: RunData) -> Iterator[Card]:
     if run.config:
         rows = [[("th", "word", name), ("td", "text", value)] for name, value in run.config.items()]
         yield Card("Configuration", rows=rows)
+    if made := run.of(e.MadeWith):
+        yield Card(
+            "Made with", rows=[[("th", "word", name), ("td", "text", text)] for name, text in _made_with(made[-1])]
+        )
     kinds = ("", "", "word", "text")
     lines = [(f.of_day(line.time, None), line.step, line.kind, line.text) for line in run.journal()]
     rows = [[("td", kind, text) for kind, text in zip(kinds, line, strict=True)] for line in lines]

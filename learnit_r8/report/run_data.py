@@ -14,6 +14,7 @@ from learnit_r8 import events as e
 from learnit_r8.errors import ConfigError
 from learnit_r8.report.bands import Floats
 from learnit_r8.run.journal import Entry, entry
+from learnit_r8.run.metric import is_validation
 from learnit_r8.run.samples_file import CatalogSnapshot, read_catalog
 from learnit_r8.run.table import EventsTable, read_table
 from learnit_r8.run.tail import CONSOLE_FILE, EVENTS_FILE, ConsoleTail
@@ -22,7 +23,7 @@ CONSOLE_LINES = 200
 JOURNAL_LINES = 500
 _CONSOLE_BYTES = 1 << 19
 _Kind = TypeVar("_Kind", bound=e.Event)
-_ROUTINE = (e.BackupTaken, e.BackupVerified, e.MetricLogged, e.EpochStarted, e.QuadrantsRefreshed)
+_ROUTINE = (e.BackupTaken, e.BackupVerified, e.Evaluated, e.MetricLogged, e.EpochStarted, e.QuadrantsRefreshed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,12 +75,27 @@ class RunData:
         spent = {
             "your training step": float(np.nansum(columns["step_seconds"])),
             "scheduler": float(np.nansum(columns["r8_seconds"])),
+            "evaluation": self._evaluations(),
             "backups in RAM": sum(event.seconds for event in self.of(e.BackupTaken)),
             "checkpoints": sum(event.seconds for event in self.of(e.CheckpointSaved)),
             "rollbacks": sum(event.seconds for event in self.of(e.RolledBack)),
         }
         rest = self.seconds - sum(spent.values())
-        return {**spent, "between steps (validation, loading)": max(0.0, rest)}
+        return {**spent, "between steps (loading and the rest)": max(0.0, rest)}
+
+    def _evaluations(self) -> float:
+        """Return the seconds that lie before validation metrics, since the event before each."""
+        times = [event.time for event in self.table.others]
+        measured = [i for i, event in enumerate(self.table.others) if _validates(event)]
+        if not measured:
+            return 0.0
+        ends = np.array([times[i] for i in measured])
+        since = np.array([times[i - 1] if i else -math.inf for i in measured])
+        losses = np.sort(self.table.columns["time"])
+        before = np.searchsorted(losses, ends, "right")
+        last = np.where(before > 0, losses[np.maximum(before - 1, 0)], -math.inf)
+        seconds = ends - np.maximum(since, last)
+        return float(seconds[np.isfinite(seconds)].clip(0.0).sum())
 
     def journal(self) -> list[Entry]:
         """Return the last notable events as lines, newest first."""
@@ -123,6 +139,10 @@ def _metrics(events: list[e.Event]) -> dict[str, tuple[Floats, Floats]]:
             steps.append(event.step)
             values.append(event.value)
     return {name: (np.array(steps, float), np.array(values, float)) for name, (steps, values) in found.items()}
+
+
+def _validates(event: e.Event) -> bool:
+    return isinstance(event, e.MetricLogged) and is_validation(event.name)
 
 
 def _console(path: Path) -> list[str]:

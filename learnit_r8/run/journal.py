@@ -73,6 +73,12 @@ def _epoch_ended(event: e.EpochEnded) -> str:
     return text if event.completed else f"{text} · left after {f.steps(event.batches)} batches"
 
 
+def _made_with(event: e.MadeWith) -> str:
+    dirty = {True: " with changes", False: "", None: ""}[event.dirty]
+    commit = f"commit {event.commit[:12]}{dirty} · " if event.commit else ""
+    return f"{commit}{event.device} · {event.host} · {event.command}"
+
+
 def _ended(event: e.RunEnded) -> str:
     return f"{event.reason} after {f.span(event.seconds)}"
 
@@ -102,6 +108,8 @@ _TABLE: dict[type[e.Event], tuple[str, str, Style, _Text]] = {
     e.CheckpointSaved: ("C", "checkpoint", Style.GOOD, _saved),
     e.CheckpointFailed: ("X", "no ckpt", Style.BAD, lambda x: f"{_name(x.path)} · {x.reason}"),
     e.CheckpointLoaded: ("L", "loaded", Style.GOOD, lambda x: _name(x.path)),
+    e.OverfittingSeen: ("O", "overfitting", Style.WARN, lambda x: x.reason),
+    e.MadeWith: ("i", "made with", Style.NORMAL, _made_with),
     e.LrFound: ("L", "lr found", Style.ACCENT, _lr_found),
     e.Paused: ("|", "pause", Style.WARN, lambda x: "the loop waits" if x.paused else "the loop goes on"),
     e.Notice: ("i", "notice", Style.NORMAL, lambda x: x.message),

@@ -241,6 +241,7 @@ class DashboardModel:
             metric = self.metrics[event.name] = Metric(event.name, Series(DECAYS))
         metric.add(event.step, event.time, event.value, self.epoch)
         if is_validation(event.name):
+            self.pace.evaluate(event.time)
             before = self.entries[-1] if self.entries else None
             line = validation_entry(event, metric.is_best, before)
             if before is not None and line.step == before.step and before.icon == "V":

@@ -27,6 +27,18 @@ SLOWEST_GAIN = 0.03
 """The average then looks back over about 1 / 0.03 blocks."""
 
 
+_SPENT = (
+    "user step",
+    "r8 overhead",
+    "between steps",
+    "between epochs",
+    "evaluation",
+    "checkpoints",
+    "rollbacks",
+    "paused",
+)
+
+
 @dataclass(slots=True)
 class Average:
     """A mean that turns from plain to exponential, and its standard error."""
@@ -92,17 +104,17 @@ class Pace:
     train: StepTimes = field(default_factory=StepTimes)
     cataloging: StepTimes = field(default_factory=StepTimes)
     validation: Average = field(default_factory=Average)
-    spent: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("user step", "r8 overhead", "between steps", "between epochs", "checkpoints", "rollbacks", "paused"), 0.0
-        )
-    )
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SPENT, 0.0))
     started: float = math.nan
     steps: int = 0
     _last_report: float | None = None
     _epoch_ended: float | None = None
     _paused_at: float | None = None
     _set_aside: float = 0.0
+    _evaluated: float = 0.0
+    """Seconds of the evaluation after this epoch."""
+    _amid: float = 0.0
+    """Seconds of evaluations amid epochs."""
 
     def report(self, times: Floats, step_seconds: Floats, r8_seconds: Floats, kind: str) -> Floats:
         """Take consecutive steps, "train", "cataloging" or "search"; return the seconds of each, `[n]` as all are.
@@ -133,6 +145,16 @@ class Pace:
             self.spent[what] += seconds
             self._set_aside += seconds
 
+    def evaluate(self, time: float) -> None:
+        """Take the end of an evaluation: it began with the end of the last step, or of the epoch."""
+        since = self._last_report if self._epoch_ended is None else self._epoch_ended
+        seconds = 0.0 if since is None else time - since - self._set_aside
+        if self._epoch_ended is None:
+            self._amid += max(0.0, seconds)
+        else:
+            self._evaluated += max(0.0, seconds)
+        self.set_aside("evaluation", seconds)
+
     def pause(self, time: float, paused: bool) -> None:
         """Take the start or the end of a pause."""
         if paused:
@@ -149,9 +171,9 @@ class Pace:
         """Take the start of an epoch."""
         if self._epoch_ended is not None:
             gap = max(0.0, time - self._epoch_ended - self._set_aside)
-            self.validation.add(gap)
+            self.validation.add(gap + self._evaluated)
             self.spent["between epochs"] += gap
-        self._epoch_ended, self._last_report, self._set_aside = None, None, 0.0
+        self._epoch_ended, self._last_report, self._set_aside, self._evaluated = None, None, 0.0, 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -171,7 +193,7 @@ class Pace:
             return None
         train = self.train if self.train.total_steps else self.cataloging
         cataloging = self.cataloging if self.cataloging.total_steps else train
-        checkpoints = self.spent["checkpoints"] / self.steps
+        checkpoints = (self.spent["checkpoints"] + self._amid) / self.steps
         left = train_steps * (train.mean + checkpoints) + cataloging_steps * (cataloging.mean + checkpoints)
         left += validations * self.validation.mean - self._done_of_current(now)
         if train.blocks.count < 3:

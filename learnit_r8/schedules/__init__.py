@@ -17,8 +17,11 @@ from learnit_r8.schedules.curves import (
     stable_then_decay,
     with_warmup,
 )
+from learnit_r8.schedules.plateau import Plateau, Reduction, plateau
 
 __all__ = [
+    "Plateau",
+    "Reduction",
     "Schedule",
     "Shape",
     "constant",
@@ -27,6 +30,7 @@ __all__ = [
     "learning_rate",
     "make_schedule",
     "one_cycle",
+    "plateau",
     "polynomial",
     "restarts",
     "schedule_names",

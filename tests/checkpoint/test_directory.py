@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learnit_r8 import CheckpointError, Checkpoints, ConfigError, R8Scheduler, events
+from learnit_r8 import CheckpointError, Checkpoints, ConfigError, Evaluation, R8Scheduler, events
 from learnit_r8.checkpoint import CheckpointStore, Retention, resolve
 from learnit_r8.testing import FakeClock
 
@@ -510,6 +510,7 @@ TAKES_EFFECT = {
     "checkpoint_every": (3, lambda s, g: run(s) and steps("checkpoints")[-3:] == [12, 15, 16]),
     "keep_checkpoints": (2, lambda s, g: run(s) and s._saver.store._retention.newest == 2),
     "checkpoints": (Checkpoints(every=5), lambda s, g: run(s) and steps("checkpoints")[-3:] == [10, 15, 16]),
+    "evaluation": (Evaluation(stop_after=1), lambda s, g: epochs_without_progress(s) == 1),
     "ui": ("log", lambda s, g: s._args.ui == "log"),
     "use_curses": (False, lambda s, g: s._args.ui == "off"),
     "sinks": ([Ear(events.LossReported)], lambda s, g: run(s) and len(g[0].heard) == 8),
@@ -532,6 +533,15 @@ REFUSED = {
     "auto_find_lr": True,
     "sharded": True,
 }
+
+
+def epochs_without_progress(scheduler):
+    """Return how many epochs are trained where the validation loss stays as it is."""
+    for _ in (epochs := scheduler.epoch_iterator()):
+        scheduler.log(val_loss=1.0)
+        scheduler.log(val_loss=1.0)
+        return 1 + len(list(epochs))
+    return 0
 
 
 def held(scheduler):

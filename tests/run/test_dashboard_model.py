@@ -104,12 +104,15 @@ def any_event(kind):
         "int | None": st.none() | whole,
         "str": texts,
         "bool": st.booleans(),
+        "bool | None": st.none() | st.booleans(),
         "tuple[int, ...]": st.lists(whole, max_size=5).map(tuple),
         "tuple[float, ...]": st.lists(numbers, max_size=5).map(tuple),
         "Mapping[str, Any]": st.fixed_dictionaries(
             {}, optional={"num_epochs": st.none() | whole, "train_duration_seconds": st.none() | numbers}
         ),
         "Mapping[str, float | None]": st.just({}),
+        "Mapping[str, int]": st.just({}),
+        "Mapping[str, str]": st.just({}),
     }
     fields = {name: by_type[str(field.type)] for name, field in kind.__dataclass_fields__.items()}
     if "verdict" in fields:

@@ -21,6 +21,7 @@ from learnit_r8.loop.callbacks import LoadCallback
 from learnit_r8.loop.control import Control
 from learnit_r8.loop.counters import Progress, Stage
 from learnit_r8.loop.crash import CrashRecorder
+from learnit_r8.loop.evaluation.measured import Measured
 from learnit_r8.loop.in_flight import InFlight
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.output import Output
@@ -32,6 +33,7 @@ from learnit_r8.loop.shards import Shards
 from learnit_r8.loop.together import SaveTogether
 from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.samples.catalog import LossCatalog
+from learnit_r8.schedules import Plateau
 from learnit_r8.sinks import EventBus
 from learnit_r8.strategies.base import Strategy
 from learnit_r8.types import Batch, Sink
@@ -48,6 +50,11 @@ class Parts:
         leads = self._ranks.rank == 0  # a tracker gets each number once
         self._bus = EventBus([s for s in args.sinks if leads or not getattr(s, "once", False)], args.clock)
         self._budget = Budget(config, args.schedule, self._ranks.clock)
+        plateau = None if config.plateau is None else Plateau(**config.plateau)
+        self._measured = Measured(args.evaluation, config.evaluation, plateau, self._budget)
+        self._unshared: list[dict[str, float]] = []  # numbers of rank 0
+        if self._measured.ema is not None:
+            args = self._args = self._measured.ema.along(args)
         self._streams = RandomStreams(config.seed, config.shard and config.shard[0])
         self._catalog = self._ranks.new_catalog(config.num_samples)
         self._chooser = Sampling(args.strategy, config, self._catalog, self._streams, self._ranks.of_plans)
@@ -78,6 +85,7 @@ class Parts:
             CrashRecorder(evidence, config.to_json(), recent),
             self._ranks,
         )
+        self._safety.ema = self._measured.ema
         saves = config.checkpoint_dir is not None
         self._control = Control(self._bus, self._ranks, args.clock, saves=saves, signals=config.signals)
         self._control.together = self._together is not None or config.shard is not None
@@ -308,7 +316,11 @@ class Parts:
             capture: As `state_callback`.
             restore: As `load_callback`, called with what `capture` returned.
         """
-        self._safety.attach(capture, LoadCallback(restore))
+        load, ema = LoadCallback(restore), self._measured.ema
+        if ema is None:
+            self._safety.attach(capture, load)
+        else:
+            self._safety.attach(ema.capturing(capture), ema.loading(load))
 
     def terminal(self) -> AbstractContextManager[None]:
         """Lend the terminal: inside `with scheduler.terminal():` an editor, a password or a menu have it to themselves.

@@ -34,12 +34,15 @@ class Persistence(Parts):
             state: Any tree of arrays, tensors, dicts, lists and copyable objects.
         """
         self._check_open()
+        if self._measured.ema is not None:
+            state = self._measured.ema.around(state)
         if self._search is None:  # a backup amid the search would be of a model that is thrown away
             self._safety.keep(state, self._progress.global_step)
 
     def restore_best(self) -> int:
-        """Bring the model back to the backup in RAM, or else the checkpoint, whose losses were lowest.
+        """Bring the model back to the checkpoint with the best value of the metric that `keep_best` names.
 
+        Without one: to the backup in RAM, or else the checkpoint, whose losses were lowest.
         The run's position, learning rate and catalog stay as they are.
 
         Returns:
@@ -160,6 +163,7 @@ class Persistence(Parts):
             "catalog": self._catalog.state_dict(),
             "safety": self._safety.state_dict(),
             "guard": self._guard.state_dict(),
+            "measured": self._measured.state_dict(),
         }
         return portable(state)  # type: ignore[no-any-return]
 
@@ -206,6 +210,8 @@ class Persistence(Parts):
         self._chooser.load_state_dict(state["chooser"], self._progress.epoch, self._progress.global_step, done / total)
         self._safety.load_state_dict(state["safety"])
         self._guard.load_state_dict(state["guard"])
+        if told := self._measured.load(state.get("measured")):
+            self.tell(told)
         self._epoch_started = self._clock.monotonic()
         self._lr = self._lr_at(self._chooser.drawn, self._chooser.batches)
         self._control.stop = None

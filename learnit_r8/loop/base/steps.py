@@ -13,7 +13,7 @@ from learnit_r8 import events
 from learnit_r8.core.arrays import in_any
 from learnit_r8.core.rng import Purpose
 from learnit_r8.errors import TrainingDiverged, tell
-from learnit_r8.loop.base.persistence import Persistence
+from learnit_r8.loop.base.measuring import Measuring
 from learnit_r8.loop.counters import Stage
 from learnit_r8.loop.in_flight import Ticket
 from learnit_r8.loop.judge import Judgement
@@ -26,7 +26,7 @@ _QUIETLY = np.errstate(all="ignore")
 """Whatever the program makes of numpy's floating point errors: ours are dealt with where they arise."""
 
 
-class Steps(Persistence):
+class Steps(Measuring):
     """What the two loops are made of."""
 
     @_QUIETLY
@@ -56,6 +56,7 @@ class Steps(Persistence):
             self._chooser.forget(ticket.indices)
         ended = self._progress
         ended.stage = Stage.DONE
+        self._measured.end_epoch(ended)
         with np.errstate(all="ignore"):
             self._catalog.end_epoch()
         seconds = self._clock.monotonic() - self._epoch_started

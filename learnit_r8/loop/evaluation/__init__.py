@@ -1,0 +1,1 @@
+"""What is measured beside the training loss, and what follows from it."""
