@@ -17,7 +17,7 @@ from learnit_r8.schedules.curves import (
     stable_then_decay,
     with_warmup,
 )
-from learnit_r8.schedules.plateau import Plateau, Reduction, plateau
+from learnit_r8.schedules.reduction import Plateau, Reduction, plateau
 
 __all__ = [
     "Plateau",
