@@ -20,7 +20,7 @@ _FIRST = 3
 """Frames that are dearer than those to come: modules are loaded, every pane is drawn."""
 _OPENING = 10
 """So many frames of a run that has only begun are whole."""
-LEAST = 0.4
+LEAST = 0.5
 """Part of the budget that frames have, however many events come."""
 
 

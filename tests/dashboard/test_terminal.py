@@ -377,16 +377,19 @@ while not d._display.board._guardian.newest:
     time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    with Terminal(code, tmp_path) as terminal:
+    with Terminal(code, tmp_path, size=(300, 20)) as terminal:
         assert terminal.wait() == -9
         terminal.until(lambda: b"newest checkpoint" in terminal.raw)
         terminal.pump(0.3)
-        after = terminal.raw.rpartition(LEFT_ALTERNATE)[2].decode()
-        words = after.partition("printed last:")[2]
-        lines = [line.strip() for line in words.splitlines() if line.strip()]
-        assert lines[:-2] == [f"line {n}" for n in range(16, 30)] + ["30%"]
-        assert lines[-2].endswith("run/console.log")
-        assert lines[-1].endswith(str(tmp_path / "ckpt" / "step7"))
+        screen = Screen(300, 20)
+        Stream(screen).feed(b"\r\n" * 12 + b"PROMPT> " + terminal.raw.rpartition(LEFT_ALTERNATE)[2])
+        rows = [row.rstrip() for row in screen.display]
+        lines = [row for row in rows if row]
+        assert "what it printed last:" in lines[0]
+        assert lines[1:-3] == [f"line {n}" for n in range(18, 30)] + [" 30%"], "as many as there is room for"
+        assert lines[-3].endswith("run/console.log")
+        assert lines[-2].endswith(str(tmp_path / "ckpt" / "step7"))
+        assert (lines[-1], rows[screen.cursor.y], screen.cursor.x) == ("PROMPT>", "PROMPT>", 8), "its prompt was first"
 
 
 def test_after_q_faults_are_told_and_ctrl_z_and_fg_bring_the_screen_back(tmp_path):

@@ -53,7 +53,7 @@ class Painter:
 
     Args:
         chart_seconds: A chart is drawn anew when its line has grown by a column of dots, no more often than this and at
-            least every fourth of these periods, and a frame draws no more than one chart anew. 0: all in every frame.
+            least every fourth of these periods, and a frame draws no more than a third of them anew. 0: all in each.
         between: Called between panes: the place to let another thread run.
     """
 
@@ -139,7 +139,7 @@ class Painter:
             self._grid.restore(self._lines, y, 0, width)
 
     def _late_charts(self, scene: Scene, view: ViewState, now: float) -> list[Rect]:
-        """Return the charts to draw anew: of several the one that has waited longest, unless none may wait."""
+        """Return the charts to draw anew: a third of them, those that have waited longest, unless none may wait."""
         found: list[tuple[bool, float, int, Rect, tuple[object, int, float]]] = []
         model = scene.model
         marks = tuple((len(places), places[-1]) for places in model.marks.values())
@@ -152,11 +152,12 @@ class Painter:
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
             grown = points - drawn >= points * 0.5**view.window / (2 * rect.width)
-            patience = self.chart_seconds * (1 if kind == "chart" else _SMALL_CHARTS) * (1 if grown else _CHART_PERIODS)
+            usual = 1 if kind == "chart" else _SMALL_CHARTS
+            patience = self.chart_seconds * usual * (1 if grown else _CHART_PERIODS)
             if shown != before or (points != drawn and abs(now - when) >= patience):
-                found.append((drawn >= 0, when, len(found), rect, (shown, points, now)))
+                found.append((drawn >= 0, (when - now) / usual, len(found), rect, (shown, points, now)))
         found.sort(key=lambda chart: chart[:3])
-        most = sum(not chart[0] for chart in found) or 1
+        most = sum(not chart[0] for chart in found) or 1 + len(found) // 3
         chosen = found[:most] if self.chart_seconds else found
         self._charts.update({rect: state for *_, rect, state in chosen})
         return [rect for *_, rect, _ in chosen]

@@ -4,8 +4,8 @@ It blocks on a pipe whose only writer is this process. "leave" means that all is
 died (SIGKILL, SIGSEGV, abort, SIGTERM's default action, os._exit), and then it restores screen and modes, and shows the
 end of what was printed.
 
-The user's shell wakes up at the same time and prints its prompt. So the other screen is left with the very first
-command, and at the end the terminal seems to be resized for a moment: shells that edit lines then draw theirs anew.
+The user's shell wakes up at the same time and prints its prompt, sooner or later than that. So the last words are
+inserted above the line that the cursor is in, in one write, and the cursor goes back to where it was in that line.
 """
 
 from __future__ import annotations
@@ -34,24 +34,35 @@ while IFS= read -r word; do
 done
 [ -n "$shown" ] && printf '%b' "$3"
 exec 2>/dev/null <&1
-modes() { [ "$(stty -g)" = "$2" ] && stty "$1"; }
+modes() { sleep 0.5; [ "$(stty -g)" = "$2" ] && stty "$1"; }
+redraw() { [ "${2:-0}" -gt 2 ] && stty cols $(($2 - 1)) && sleep 0.4 && stty cols "$2"; }
 [ -n "$4" ] || { modes "$1" "$2"; exit 0; }
 said="it had printed nothing"
 if [ "$(wc -c <"$4")" -ge "$5" ]; then
     said=$(tail -c "+$5" <"$4" | tail -c 16384 | tail -n LAST_LINES |
-        sed "s/$cr\$//; s/.*$cr//; s/$esc\[[0-?]*[ -\/]*[@-~]//g; s/$esc//g; s/\$/$cr/")
+        sed "s/$cr\$//; s/.*$cr//; s/$esc\[[0-?]*[ -\/]*[@-~]//g; s/$esc//g")
 fi
-printf '\r\n[r8] the process died without a word; what it printed last:\r\n%s\r\n\n[r8] console: %s\r\n%s %s\r\n' \
-    "$said" "$4" '[r8] newest checkpoint:' "$ckpt"
-redraw() { [ "${3:-0}" -gt 2 ] && stty cols $(($3 - 1)) && sleep "$1" && stty cols "$3"; }
-sleep 0.1
-redraw 0.1 $(stty size)
-sleep 0.4
+size=$(stty size) rows=${size% *} cols=${size#* }
+[ "${cols:-0}" -gt 1 ] || rows=24 cols=80
+folded() { printf '%s\n' "$1" | sed "s/.\{$cols\}/&\\
+/g"; }
+words="[r8] the process died without a word; what it printed last:$cr
+$(folded "$said" | tail -n "$((rows > 9 ? rows - 7 : 1))" | sed "s/\$/$cr/")"
+places="$cr
+[r8] console: $4$cr
+[r8] newest checkpoint: $ckpt"
+n=0 down=
+for _ in $(folded "$words
+$places" | sed 's/.*/x/'); do n=$((n + 1)) down=$down${esc}D; done
+# The places are wrapped by the terminal: they can be copied whole.
+printf '%s' "$down$esc[${n}A${esc}7$esc[${n}L$esc[m$esc[?7l$cr$words$esc[?7h
+$places${esc}8$esc[${n}B"
 modes "$1" "$2"
-redraw 0.4 $(stty size)
+# A shell that was quicker than all this has its prompt on the screen that was left. One that edits lines draws it anew
+# where the size changes, others after an interrupt: that is for people's shells only, which ignore SIGTERM and catch
+# SIGINT, and for the one that started the process, once it has the terminal again.
+redraw $size
 stty -a | grep -q -e -icanon && exit 0
-# A shell that does not edit lines draws none anew, but after an interrupt it does. That is for people's shells only,
-# which ignore SIGTERM and catch SIGINT, and for the one that started the process, once it has the terminal again.
 waits_for_people() {
     read -r stat </proc/self/stat && set -- ${stat##*) } && [ "$6" = "$shell" ] || return 1
     while read -r name mask; do
