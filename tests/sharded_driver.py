@@ -6,6 +6,7 @@ A name is SCENARIO or SCENARIO:KIND, with KIND one of `KINDS`.
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 import signal
@@ -125,7 +126,7 @@ def copied(folder: Path, ranks: dict, kind: str) -> dict:
 class Training:
     """The loop of docs/several-gpus.md over a model of some kind."""
 
-    def __init__(self, kind: str, ranks: dict, *, scheduler: Any = None, watch: Any = None, **options: Any) -> None:
+    def __init__(self, kind: str, ranks: dict, *, scheduler: Any = None, spoil: Any = dict, **options: Any) -> None:
         from learnit_r8 import R8Scheduler
         from learnit_r8.integrations.torch import capture_state, follow_lr, restore_state
 
@@ -136,7 +137,7 @@ class Training:
         options = {"num_epochs": EPOCHS, "initial_lr": 1e-2, "checkpoint_dir": None, "ui": "off"} | ranks | options
         self.scheduler = scheduler or R8Scheduler(SAMPLES, BATCH, **options)
         self.scheduler.attach_model(
-            lambda: capture_state(self.model, self.optimizer, copy=False),
+            lambda: spoil() or capture_state(self.model, self.optimizer, copy=False),
             lambda state: restore_state(state, self.model, self.optimizer),
         )
         follow_lr(self.scheduler, self.optimizer)
@@ -273,6 +274,29 @@ def hidden(folder: Path, ranks: dict, kind: str) -> dict:
         finite = bool(local(training.frozen).isfinite().all())
         found.append((len(training.rolled_back), training.scheduler._safety.restored_step, finite))
     return {"found": found}
+
+
+def spoilt(folder: Path, ranks: dict, kind: str) -> dict:
+    """Backups that one rank cannot take: for once, and ever."""
+    calls = itertools.count()
+
+    def spoil(at: int, error: Exception) -> None:
+        if next(calls) == at and ranks["rank"] == 1:
+            raise error
+
+    training = Training(kind, ranks, backup_every=10, spoil=partial(spoil, 1, MemoryError("no room")))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        training.go(lambda step: float("nan") if step == 15 and ranks["rank"] else 1.0)
+    result = {"told": [str(one.message) for one in told], "rolled_back": training.rolled_back}
+    result |= {"to": training.scheduler._safety.restored_step, "weights": training.weights()}
+    calls = itertools.count()
+    training = Training(kind, ranks, spoil=partial(spoil, 0, TypeError("net/w is a Hollow")))
+    try:
+        training.go()
+    except TypeError as error:
+        result |= {"error": str(error), "steps": training.scheduler.global_step}
+    return result
 
 
 def plain(folder: Path, ranks: dict, kind: str) -> dict:

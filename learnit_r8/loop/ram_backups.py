@@ -10,7 +10,7 @@ from typing import Any
 
 from learnit_r8 import events
 from learnit_r8.core.clock import Clock
-from learnit_r8.errors import tell
+from learnit_r8.errors import ConfigError, tell
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, Look, chosen_interval, names
 from learnit_r8.stability.changes import HABIT
@@ -22,6 +22,8 @@ _EVIDENCE, _BEFORE, _ENOUGH = 4, range(8, 65), 16
 do rare high ones of single samples mislead, or jumps that come again and again), and those that acquit."""
 _RISE = 0.5
 """Least relative rise of the losses: weights at the edge of stability jump, too, and losses by a quarter."""
+_FAILED, _NEVER = 3.0, 4.0
+"""What a rank says of a backup that it has not: beside 0, and 1 for weights that moved, 2 that moved far."""
 _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show"
 
 
@@ -86,31 +88,39 @@ class RamBackups:
     def _try_keep(self, step: int, detector: Detector) -> BackupInfo | None:
         """Take a backup; a failure costs the backup, not the run."""
         assert self.capture is not None
-        failure = ""
+        failed: Exception | None = None
+        first = not self.ring.taken
         try:
-            state = self.capture()
-            info = self.keep(state, step, detector)
+            info = self._take(self.capture(), step)
+            code = float(bool(info.moved)) + info.far
         except Exception as error:
-            if isinstance(error, TypeError) and not self.ring.taken and self._ranks.world_size == 1:
-                raise  # what cannot be copied at all is better known before anything is trained
-            failure = f"{type(error).__name__}: {error}"
-        if self._ranks.everyone(bool(failure)).any():
-            failure = failure or "it failed on another rank"
+            failed = error
+            code = _NEVER if isinstance(error, (TypeError, ConfigError)) else _FAILED
+        worst = self._ranks.everyone(code).max()
+        if worst < _FAILED:
+            return self._took(info, step, detector, moved=worst)
+        if first and worst == _NEVER:  # what cannot be copied at all is better known before anything is trained
+            raise failed or TypeError("the first backup failed on another rank, whose error says why")
+        failure = f"{type(failed).__name__}: {failed}" if failed else "it failed on another rank"
+        if failure not in self._warned:  # once: it mostly is the same every time
+            self._warned.add(failure)
             message = f"no backup was taken, training goes on with the older ones: state_callback failed ({failure})"
-            if failure not in self._warned:  # once: it mostly is the same every time
-                self._warned.add(failure)
-                self._emit(events.Notice(step=step, message=message, level="warning"))
-                tell(message, stacklevel=2)
-            self.ring.discard_after(step - 1)  # no rank keeps what another one lacks
-            return None
-        return info
+            self._emit(events.Notice(step=step, message=message, level="warning"))
+            tell(message, stacklevel=2)
+        self.ring.discard_after(step - 1)  # no rank keeps what another one lacks
+        return None
 
     def keep(self, state: Any, step: int, detector: Detector) -> BackupInfo:
         """Copy a state of the user's model into the ring, and the detector's beside it."""
+        info = self._take(state, step)
+        return self._took(info, step, detector, moved=self._ranks.everyone(float(bool(info.moved)) + info.far).max())
+
+    def _take(self, state: Any, step: int) -> BackupInfo:
         # The first one has to serve until another is proved: it is all there is.
-        info = self.ring.take(state, step, initial=self.ring.find() is None, path=self.path)
+        return self.ring.take(state, step, initial=self.ring.find() is None, path=self.path)
+
+    def _took(self, info: BackupInfo, step: int, detector: Detector, *, moved: float) -> BackupInfo:
         sudden = self._excused < self._taken_at and len(self._before) in _BEFORE
-        moved = self._ranks.everyone(float(bool(info.moved)) + info.far).max()
         if moved and sudden and self._moved is None:
             self._moved = step, moved > 1.0, self._before, []
         self._before, self._taken_at = list(self._losses), step

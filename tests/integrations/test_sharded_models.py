@@ -29,6 +29,7 @@ def two(tmp_path_factory):
         "asked:fsdp2",
         "second:ddp,fsdp2,2",
         "disk:fsdp2",
+        "spoilt:fsdp2",
         "failing",
         "lost:fsdp2",
         "unmarked:fsdp2",
@@ -60,6 +61,15 @@ def test_nan_on_any_rank_of_an_fsdp2_run_is_undone_to_the_bit(two):
 def test_nan_hidden_in_one_ranks_shard_rolls_all_ranks_back(two, kind):
     for rank in two[f"hidden:{kind}"]:  # to the last backup before step 20
         assert rank["found"] == [[1, 20, True], [1, 20, True], [1, 16, True]]
+
+
+def test_a_backup_that_one_rank_cannot_take_is_kept_by_none_and_one_it_never_can_ends_all_before_the_first_step(two):
+    ours, other = two["spoilt:fsdp2"]
+    assert ["it failed on another rank" in ours["told"][0], "no room" in other["told"][0]] == [True, True]
+    for rank in (ours, other):
+        assert (rank["rolled_back"], rank["to"], rank["steps"]) == ([15], 0, 0)
+        assert rank["weights"] == ours["weights"]
+    assert ["failed on another rank" in ours["error"], "Hollow" in other["error"]] == [True, True]
 
 
 @pytest.mark.slow

@@ -129,6 +129,9 @@ class R8Mixin(SampleLossMixin):
             )
         if self.lr_scheduler is not None:
             problems.append("optimizers=(optimizer, lr_scheduler): the scheduler sets the learning rate, give None")
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin is not None and "scheduler" in plugin.deepspeed_config:
+            problems.append("DeepSpeed's config has a scheduler: R8Scheduler sets the learning rate, leave it out")
         if self.args.dataloader_drop_last and not scheduler.drop_last:
             problems.append("dataloader_drop_last=True: give R8Scheduler(drop_last=True)")
         if scheduler.sharded and self.args.save_strategy != "no":

@@ -58,11 +58,17 @@ def capture_state(
 
 
 def _refuse_deepspeed(given: dict[str, Any]) -> None:
-    """Raise where the states are DeepSpeed's, which hold a rank's part and do not load as they were given."""
+    """Raise where the states are DeepSpeed's, which hold a rank's part and do not load as they were given.
+
+    ZeRO marks parameters: of stage 3 those that lie on all ranks, of the others those whose true values the optimizer
+    keeps, and writes over what is restored.
+    """
     modules = [one for one in _named(given["model"]).values() if isinstance(one, torch.nn.Module)]
     objects = [one for part in given.values() for one in _named(part).values()]
+    objects += [getattr(one, "optimizer", None) for one in objects]  # in Accelerate's wrapper
     theirs = any(type(one).__module__.startswith("deepspeed") for one in objects)
-    if theirs or any(hasattr(parameter, "ds_id") for module in modules for parameter in module.parameters()):
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    if theirs or any(hasattr(parameter, mark) for parameter in parameters for mark in ("ds_id", "_hp_mapping")):
         raise ConfigError(
             "DeepSpeed's states cannot be copied and restored part by part: take no backups in RAM, and give its "
             "own functions, save_callback=collective(lambda path: engine.save_checkpoint(path)) and load_callback"
