@@ -483,7 +483,7 @@ class R8Scheduler(Gated):
     def _close(self, reason: str, error: BaseException | None, *, printed: bool = False) -> None:
         if self._closed:
             return
-        if self._pid not in (0, os.getpid()):  # a forked child leaves the parent's loop: nothing here is the child's
+        if self._is_parents():  # a forked child leaves the parent's loop: nothing here is the child's
             self._closed = True
             return
         if error is None and self._begun:
@@ -518,6 +518,15 @@ class R8Scheduler(Gated):
 
 
 _running: weakref.WeakSet[R8Scheduler] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for run in _running:
+        run._forked_at = run.global_step
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @atexit.register

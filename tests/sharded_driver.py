@@ -284,12 +284,16 @@ def spoilt(folder: Path, ranks: dict, kind: str) -> dict:
         if next(calls) == at and ranks["rank"] == 1:
             raise error
 
-    training = Training(kind, ranks, backup_every=10, spoil=partial(spoil, 1, MemoryError("no room")))
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        training.go(lambda step: float("nan") if step == 15 and ranks["rank"] else 1.0)
-    result = {"told": [str(one.message) for one in told], "rolled_back": training.rolled_back}
-    result |= {"to": training.scheduler._safety.restored_step, "weights": training.weights()}
+    result: dict[str, Any] = {}
+    for at in (1, 4):  # backups; the ring is full from the third on
+        calls = itertools.count()
+        training = Training(kind, ranks, backup_every=10, spoil=partial(spoil, at, MemoryError("no room")))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            training.go(lambda step, at=at: float("nan") if step == at * 10 + 5 and ranks["rank"] else 1.0)
+        result["told"] = [str(one.message) for one in told]
+        held = [backup.step for backup in training.scheduler._safety.backups.ring.backups]
+        result[str(at)] = [training.rolled_back, training.scheduler._safety.restored_step, held, training.weights()]
     calls = itertools.count()
     training = Training(kind, ranks, spoil=partial(spoil, 0, TypeError("net/w is a Hollow")))
     try:

@@ -96,7 +96,8 @@ class RamBackups:
         except Exception as error:
             failed = error
             code = _NEVER if isinstance(error, (TypeError, ConfigError)) else _FAILED
-        worst = self._ranks.everyone(code).max()
+        codes = self._ranks.everyone(code)
+        worst = codes.max()
         if worst < _FAILED:
             return self._took(info, step, detector, moved=worst)
         if first and worst == _NEVER:  # what cannot be copied at all is better known before anything is trained
@@ -108,6 +109,8 @@ class RamBackups:
             self._emit(events.Notice(step=step, message=message, level="warning"))
             tell(message, stacklevel=2)
         self.ring.discard_after(step - 1)  # no rank keeps what another one lacks
+        if failed and codes.min() < _FAILED:
+            self.ring.make_room(step)
         return None
 
     def keep(self, state: Any, step: int, detector: Detector) -> BackupInfo:

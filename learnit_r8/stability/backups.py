@@ -166,6 +166,11 @@ class BackupRing:
         self._slots.append(slot)
         return info
 
+    def make_room(self, step: int) -> None:
+        """Give up the backup that one of this step would have replaced, as other ranks have."""
+        if len(self._slots) >= _CAPACITY and (victim := self._victim(step)):
+            self._drop(victim)
+
     def look(
         self, state: Any, path: float, before: int | None = None, *, calm: bool = False, habit: float = HABIT
     ) -> Look:

@@ -342,3 +342,24 @@ def test_a_forked_child_that_leaves_the_loop_saves_nothing_and_waits_for_nothing
     assert done.stderr.count("the child's own") == 1
     assert "[r8]" not in done.stderr
     assert saved_steps() == [10, 15, 20]
+
+
+TRAINS_ON = """
+import os
+from learnit_r8 import R8Scheduler
+save = lambda path: open(path, "w").close()
+with R8Scheduler(40, 4, num_epochs=2, checkpoint_dir="runs", checkpoint_every=99, save_callback=save, ui="off") as run:
+    for _ in run.epoch_iterator():
+        for batch in run.batch_iterator():
+            run.update_with_loss(1.0)
+            if batch.step == 6 and (child := os.fork()):
+                os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
+def test_a_forked_child_that_trains_on_says_once_that_nothing_of_it_is_saved():
+    done = subprocess.run([sys.executable, "-c", TRAINS_ON], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.count("forked from the run's, at step 7, goes on with it, and saves nothing") == 1
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert [path.name for path in Path("runs").glob("step-*")] == ["step-000000020"]

@@ -101,7 +101,7 @@ class Parts:
         self.host_saves = False  # a framework saves the run, and acts on signals
         self._within = self._looped = False  # whether an epoch loop is going, or ever began
         self._diverged = False
-        self._pid = 0  # of the process that runs the loop, once it has begun
+        self._pid = self._forked_at = 0  # process that runs the loop, once it has begun; a forked one's first step
         self._reporter: int | None = None  # thread that reports losses
 
     # What users read ----------------------------------------------------------------------

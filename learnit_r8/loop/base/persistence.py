@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from learnit_r8 import events
 from learnit_r8._version import __version__
 from learnit_r8.core.arrays import sample_ids
 from learnit_r8.core.portable import portable, unpacked
-from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError
+from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, tell
 from learnit_r8.loop.base.parts import Parts
 from learnit_r8.loop.counters import Progress, check_state
 from learnit_r8.loop.growth import grown
@@ -238,7 +240,7 @@ class Persistence(Parts):
 
     def _save_if_possible(self, *, background: bool = False) -> None:
         """Save; a failure is an event and a warning, and training goes on."""
-        if self._config.checkpoint_dir is None or not (self._ranks.writes or self._together):
+        if self._config.checkpoint_dir is None or not (self._ranks.writes or self._together) or self._is_parents():
             return
         if self._search is not None and self._search.running:
             return
@@ -251,6 +253,19 @@ class Persistence(Parts):
                 self._save()
         except CheckpointError as error:
             not_saved(error)
+
+    def _is_parents(self) -> bool:
+        """Whether this process was forked from the run's, which alone saves it; said once, if it trains on."""
+        if self._pid in (0, os.getpid()):
+            return False
+        if self._forked_at < self._progress.global_step:
+            tell(
+                f"a process that was forked from the run's, at step {self._forked_at}, goes on with it, and saves "
+                "nothing, as the run is its parent's: leave the loop in it, or give it a run of its own",
+                stacklevel=3,
+            )
+            self._forked_at = sys.maxsize
+        return True
 
     def _save_last(self) -> None:
         """Save the last state of a run that has a cadence, unless that has been done."""
