@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -76,7 +77,8 @@ def _epoch_ended(event: e.EpochEnded) -> str:
 def _made_with(event: e.MadeWith) -> str:
     dirty = {True: " with changes", False: "", None: ""}[event.dirty]
     commit = f"commit {event.commit[:12]}{dirty} · " if event.commit else ""
-    return f"{commit}{event.device} · {event.host} · {event.command}"
+    # The whole of it is in the log; `python -c` may hold a whole program.
+    return f"{commit}{event.device} · {event.host} · {textwrap.shorten(event.command, 100, placeholder=' …')}"
 
 
 def _ended(event: e.RunEnded) -> str:
