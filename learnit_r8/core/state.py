@@ -9,6 +9,7 @@ how the value becomes plain data and comes back. A subclass's table is added to 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import threading
@@ -218,10 +219,18 @@ class Saved:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        state: Any = super().__getstate__()
+        held, slots = state if isinstance(state, tuple) else (state, {})  # slots: of a subclass
+        return {name: value for name, value in (held | slots).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(owned(state), _lock=threading.RLock())
+        for name, value in owned(state).items():
+            setattr(self, name, value)
+        self._lock = threading.RLock()
+
+    def __copy__(self) -> Self:
+        """Return a deep copy: where some is shared and some is not, both go wrong."""
+        return copy.deepcopy(self)
 
     @alone
     def state_dict(self) -> dict[str, Any]:
@@ -239,7 +248,7 @@ class Saved:
         Raises:
             StateError: Something is missing, damaged or belongs to something else. Nothing is changed.
         """
-        fresh, changes = _shallow(self), []  # type: ignore[var-annotated]
+        fresh, changes = shallow(self), []  # type: ignore[var-annotated]
         fresh._take_state(unpacked(state), changes)
         for holder, attribute, there, other in changes:
             vars(there).update(vars(other))
@@ -260,7 +269,7 @@ class Saved:
                 value = entry.load(self, state.get(name, entry.absent))
                 if isinstance(value, _Into):
                     there, state_of_it = held[attribute], value.state
-                    value = _shallow(there)
+                    value = shallow(there)
                     value._take_state(state_of_it, changes)
                     changes.append((held, attribute, there, value))
                 held[attribute] = value
@@ -280,7 +289,8 @@ def _attribute(held: Mapping[str, Any], name: str, entry: Kind) -> str:
     return entry.of or (name if name in held else f"_{name}")
 
 
-def _shallow(thing: Any) -> Any:
+def shallow(thing: Any) -> Any:
+    """Return another one with the same attributes."""
     other = object.__new__(type(thing))
     other.__dict__.update(vars(thing))
     return other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.core.arrays import as_losses
-from learnit_r8.core.state import Kind, Saved, maybe, table
+from learnit_r8.core.state import Kind, Saved, maybe, shallow, table
 from learnit_r8.errors import ConfigError
 from learnit_r8.replay.saving import filled, slots
 from learnit_r8.types import Indices
@@ -118,7 +117,7 @@ class EmbeddingSpread(Saved):
 
     def emptied(self, used: int) -> EmbeddingSpread:
         """Return one made like this, to load a state of so many embeddings into."""
-        other = copy.copy(self)
+        other: EmbeddingSpread = shallow(self)
         other._used = used
         return other
 

@@ -7,6 +7,7 @@ one scatter. The catalog is the only owner and the only writer of these rows.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,6 +99,10 @@ class LossCatalog:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(owned(state))
         self._opaque = self._table.view(_OPAQUE)
+
+    def __copy__(self) -> LossCatalog:
+        """Return a deep copy: one that shared the rows would write into them."""
+        return copy.deepcopy(self)
 
     @property
     def _rows(self) -> NDArray[Any]:

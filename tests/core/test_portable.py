@@ -19,6 +19,7 @@ import torch
 from learnit_r8 import R8Scheduler
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.core.rng import Purpose, RandomStreams
+from learnit_r8.core.state import Saved
 from learnit_r8.errors import CheckpointError
 from learnit_r8.integrations.distributed import FromRank0
 from learnit_r8.integrations.torch import R8BatchSampler, TensorState
@@ -299,6 +300,33 @@ def test_a_copy_goes_on_exactly_as_the_original_for_a_thousand_operations(name):
             expected = advance(original, k)
             for how, double in doubles.items():
                 assert equal(expected, advance(double, k)), f"operation {k} after a copy by {how} at {cut}"
+
+
+class Slotted(AdaptiveBatchSampler):
+    __slots__ = ("own",)
+
+    def __init__(self):
+        super().__init__(30)
+        self.own = "own"
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_keep_what_a_subclass_has_in_slots(how):
+    assert COPIES[how](Slotted()).own == "own"
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_BY_ONE if isinstance(SUBJECTS[name][0](), Saved)])
+def test_a_plain_copy_leaves_the_original_alone(name):
+    make, advance = SUBJECTS[name]
+    originals = [make(), make()]
+    for original in originals:
+        for k in range(60):
+            advance(original, k)
+    double = copy.copy(originals[0])
+    for k in range(60, 90):
+        advance(double, 500 + k)
+    for k in range(60, 90):
+        assert equal(*(advance(original, k) for original in originals))
 
 
 def copied(original, how):
