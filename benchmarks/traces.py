@@ -77,7 +77,7 @@ class _Heard:
 
     def record(self, event: Any) -> None:
         facts = {f.name: getattr(event, f.name) for f in dataclasses.fields(event) if f.name not in _CLOCKED}
-        if type(event).__name__ not in ("BackupTaken", "CheckpointSaved", "CheckpointLoaded"):
+        if type(event).__name__ not in ("BackupTaken", "CheckpointSaved", "CheckpointLoaded", "MadeWith"):
             facts.pop("bytes", None)
             self._trace.add("events", type(event).__name__, facts)
 

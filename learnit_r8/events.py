@@ -268,7 +268,7 @@ class OverfittingSeen(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MadeWith(Event):
-    """What a run is made with: told at its start, and again once git has said whether files differ, or at a resume."""
+    """What a run is made with: told at its start, with what git says after the first epoch, and at a resume."""
 
     commit: str
     """Of the git repository that the program runs in; "" where there is none."""

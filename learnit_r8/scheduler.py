@@ -348,7 +348,6 @@ class R8Scheduler(Gated):
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
         self._saver.settle(wait=False)
-        self._output.hear_of_git(self._progress.global_step)
         self._saver.prepare(self._progress.global_step)
         if self._control.interrupted and not self.host_saves:
             self._save_if_possible()

@@ -112,12 +112,13 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
     except (LookupError, TypeError) as error:
         raise ConfigError([f"this is no state of a scheduler: {type(error).__name__}: {error}"]) from error
     own = {"strategy": config.own_strategy, "scheduler_mode": config.scheduler_mode == "custom"}
-    own["evaluation"] = bool(config.evaluation and config.evaluation["again"])  # a function or a model is in it
     problems = [
         f"{name}: the run had one of your own ({getattr(config, name)}), which no checkpoint holds: give it again"
         for name in own
         if own[name] and name not in new_goals
     ]
+    if config.evaluation and config.evaluation["again"] and "evaluation" not in new_goals:
+        problems.append("evaluation: the run had one with run or ema, which no checkpoint holds: give it again")
     if problems:
         raise ConfigError(problems)
     arguments = config.to_json()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 _GIT_AT_END = 2.0
-"""Seconds that the end of a run waits for git."""
+"""Seconds that the end of an epoch, or of the run, waits for git, which has answered long since."""
 
 
 class Output:
@@ -117,10 +117,10 @@ class Output:
             )
         )
 
-    def hear_of_git(self, step: int, wait: float = 0.0) -> None:
-        """Tell whether files differ from the commit, once git has said it."""
+    def hear_of_git(self, step: int) -> None:
+        """Tell whether files differ from the commit, at the end of the first epoch or of the run."""
         repository = self._repository
-        if repository is not None and repository.asked(wait):
+        if repository is not None and repository.asked(_GIT_AT_END):
             self._repository = None
             if repository.dirty is not None:
                 self._tell_made_with(step, repository)
@@ -199,7 +199,7 @@ class Output:
     ) -> None:
         """Tell of the end, and give the terminal back: what is printed from now on belongs on the normal screen."""
         self.log_catalog(step)
-        self.hear_of_git(step, _GIT_AT_END)
+        self.hear_of_git(step)
         left_out = tuple(self._catalog.left_out.tolist())
         if warning:
             self._bus.emit(events.Notice(step=step, message=warning, level="warning"))

@@ -49,8 +49,8 @@ class Measuring(Persistence):
             return
         progress, measured = self._progress, self._measured
         if due := measured.due(progress, last=last):
-            measured.evaluating(progress)
             self._run_evaluation()
+            measured.note_evaluated(progress)  # not where run has failed: it is asked again after a resume
         if self._ranks.world_size > 1 and measured.acts:
             shared = due or last or progress.stage is Stage.DONE or self._control.share_due
             self._control.share_due = False

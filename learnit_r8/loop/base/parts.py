@@ -267,7 +267,7 @@ class Parts:
         if self._control.stop or progress.stage is Stage.RUNNING:
             return None
         if self._budget.over(progress.epoch + (progress.stage is Stage.DONE), progress.global_step):
-            return "the run has spent its budget"
+            return self._budget.ended or "the run has spent its budget"
         done = progress.stage is Stage.DONE
         return f"all batches of epoch {progress.epoch} are reported, and no other epoch is open" if done else None
 

@@ -72,6 +72,7 @@ class Steps(Measuring):
         )
         self._guard_epoch()
         self._output.log_catalog(ended.global_step)
+        self._output.hear_of_git(ended.global_step)
         if self._control.stop is Command.STOP_AFTER_EPOCH:
             self._save_if_possible()
 

@@ -56,7 +56,7 @@ class Measured(Saved):
         self, rule: Evaluation | None, saved: Mapping[str, Any] | None, plateau: Plateau | None, budget: Budget
     ) -> None:
         self.rule = rule or Evaluation()
-        self._asked, self._budget = rule is not None, budget
+        self._budget = budget
         self._sign = -1.0 if saved and saved["mode"] == "max" else 1.0
         self.metric = self.rule.metric
         self.reduction = None if plateau is None else Reduction(plateau)
@@ -73,15 +73,19 @@ class Measured(Saved):
     @property
     def acts(self) -> bool:
         """Whether anything of the run depends on a metric, so that all ranks have to hear of it."""
+        return self.reduction is not None or self._stops
+
+    @property
+    def _stops(self) -> bool:
         rule = self.rule
         thresholds = (rule.stop_after, rule.stopping_threshold, rule.divergence_threshold)
-        return self.reduction is not None or rule.goes_back or any(value is not None for value in thresholds)
+        return rule.goes_back or any(value is not None for value in thresholds)
 
     def missing(self, *, ended: bool = False) -> str:
         """Return what to tell where a metric that something waits for has not come, or ""."""
-        if not (self._asked or self.reduction) or not (ended or self._unseen >= _UNSEEN_EPOCHS):
+        if not self.acts or not (ended or self._unseen >= _UNSEEN_EPOCHS):
             return ""
-        lacks = [self.metric] if self._asked and not self.history and self.last is None else []
+        lacks = [self.metric] if self._stops and not self.history and self.last is None else []
         plateau = self.reduction
         if plateau is not None and math.isnan(plateau.best) and not plateau.bad and plateau.rule.metric != self.metric:
             lacks.append(plateau.rule.metric)
@@ -99,13 +103,13 @@ class Measured(Saved):
         if self.rule.run is None or progress.global_step == self.evaluated[0]:
             return False
         if last:
-            return progress.global_step > 0
+            return progress.global_step > 0 and not self._budget.ended
         if isinstance(self.rule.every, int):
             return progress.global_step // self.rule.every > max(self.evaluated[0], 0) // self.rule.every
         return progress.stage is Stage.DONE and self.evaluated[1] != progress.epoch
 
-    def evaluating(self, progress: Progress) -> None:
-        """Take note that `run` is called."""
+    def note_evaluated(self, progress: Progress) -> None:
+        """Take note that `run` was called."""
         self.evaluated = progress.global_step, progress.epoch
         self._plan()
 
