@@ -230,6 +230,8 @@ def _mode_problems(mode: Any) -> list[str]:
         name = _plain(mode)
         near = difflib.get_close_matches(name.lower().replace("-", "_").replace(" ", "_"), _BY_NAME, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if "plateau" in name.lower():
+            hint = "; to follow a metric give learnit_r8.schedules.plateau()"
         return [] if name in _BY_NAME else [f"{expected}, got {name!r}{hint}"]
     if not callable(mode):
         return [f"{expected}, got {mode!r}"]

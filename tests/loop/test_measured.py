@@ -587,3 +587,20 @@ def test_kill_9_changes_no_decision(tmp_path):
     cut = killed_and_resumed(tmp_path / "cut", kills)
     assert cut[:4] == whole[:4]
     assert cut[4] == whole[4][-len(cut[4]) :]
+
+
+def test_a_plateau_alone_whose_metric_never_comes_is_told_too():
+    heard = Heard()
+    run = R8Scheduler(
+        20, 10, num_epochs=4, initial_lr=1.0, checkpoint_dir=None, ui="off", sinks=[heard],
+        scheduler_mode=plateau(patience=1), warmup_proportion=0.0,
+    )  # fmt: skip
+    for _ in run.epoch_iterator():
+        for _ in run.batch_iterator():
+            run.update_with_loss(1.0)
+    assert len([message for message in heard.notices if "scheduler.log(val_loss=...)" in message]) == 1
+
+
+def test_a_plateau_by_its_name_is_answered_with_what_to_give():
+    with pytest.raises(ConfigError, match=r"learnit_r8\.schedules\.plateau\(\)"):
+        R8Scheduler(20, 10, num_epochs=4, scheduler_mode="reduce_on_plateau")

@@ -87,7 +87,7 @@ class Measured(Saved):
             return ""
         lacks = [self.metric] if self._stops and not self.history and self.last is None else []
         plateau = self.reduction
-        if plateau is not None and math.isnan(plateau.best) and not plateau.bad and plateau.rule.metric != self.metric:
+        if plateau is not None and math.isnan(plateau.best) and not plateau.bad and plateau.rule.metric not in lacks:
             lacks.append(plateau.rule.metric)
         if not lacks:
             return ""
