@@ -22,7 +22,7 @@ __all__ = ["NewsSink"]
 MOST_LINES = 20
 """Lines of one message; the rest is counted."""
 TRIES = 5
-"""Messages in a row that no server took, after which the sink gives up, which the run's events then say."""
+"""Messages in a row that a server did not take, after which it gets none; the others hear of it, or the events."""
 _CLOSE_SECONDS = 15.0
 
 
@@ -53,6 +53,39 @@ def news(event: events.Event) -> tuple[str, str] | None:
     return kind, text(event)
 
 
+class _Server:
+    """An address, and the news that it has not taken yet."""
+
+    def __init__(self, url: str) -> None:
+        from apprise import Apprise
+
+        self.name = f"{str(url).partition(':')[0]}://..."  # the rest may hold a password
+        self._apprise: Any = Apprise()
+        self.understood = bool(self._apprise.add(url))
+        self.waiting: deque[tuple[str, str]] = deque(maxlen=1000)
+        self.failed = 0
+
+    def send(self, run: str) -> str:
+        """Send what waits as one message; return why it was not taken, and nothing where it was."""
+        some = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        if not some:
+            return ""
+        lines = [text for _, text in some]
+        if len(lines) > MOST_LINES:
+            lines = [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES} more", lines[-1]]
+        worst = max((kind for kind, _ in some), key=_ORDER.index)
+        reason = "it did not take it"
+        try:
+            taken = self._apprise.notify(title=f"{run}: {some[-1][1]}", body="\n".join(lines), notify_type=worst)
+        except Exception as error:
+            taken, reason = False, f"{type(error).__name__}: {error}"
+        self.failed = 0 if taken else self.failed + 1
+        if taken:
+            return ""
+        self.waiting.extendleft(reversed(some))
+        return reason
+
+
 class NewsSink:
     """Sends a run's news to people; needs `learnit_r8[news]`.
 
@@ -70,31 +103,29 @@ class NewsSink:
 
     def __init__(self, *urls: str, interval: float = 60.0, seconds: float = 2.0) -> None:
         try:
-            from apprise import Apprise
+            self._servers = [_Server(url) for url in urls]
         except ImportError as error:
             raise ConfigError(['NewsSink needs apprise: pip install "learnit_r8[news]"']) from error
         problems = [] if urls else ["NewsSink needs one address at least, as ntfy://host/topic"]
         problems += [f"{name} must be seconds, 0 or more; got {value!r}" for name, value in
                      (("interval", interval), ("seconds", seconds)) if not value >= 0]  # fmt: skip
-        self._apprise: Any = Apprise()
-        for url in urls:
-            if not self._apprise.add(url):  # an address may hold a password: only its kind is repeated
-                problems.append(f"Apprise does not understand the address {str(url).partition(':')[0]}://...")
+        problems += [
+            f"Apprise does not understand the address {one.name}" for one in self._servers if not one.understood
+        ]
         if problems:
             raise ConfigError(problems)
         self._interval, self._seconds = interval, seconds
-        self._waiting: deque[tuple[str, str]] = deque(maxlen=1000)
+        self._lost: list[str] = []
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._run = "run"
-        self._failed = 0
 
     def record(self, event: events.Event) -> None:
         """Queue what is news.
 
         Raises:
-            ConnectionError: No server took the last messages.
+            ConnectionError: No server takes messages any more.
         """
         if self._error is not None:
             raise self._error
@@ -103,7 +134,8 @@ class NewsSink:
         found = news(event)
         if found is None:
             return
-        self._waiting.append(found)
+        for server in self._servers:
+            server.waiting.append(found)
         self._news.set()
         if self._thread is None:
             self._closing.clear()
@@ -120,34 +152,27 @@ class NewsSink:
 
     def _send(self) -> None:
         self._news.clear()
-        some = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        if not some:
-            return
-        lines = [text for _, text in some]
-        if len(lines) > MOST_LINES:
-            lines = [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES} more", lines[-1]]
-        worst = max((kind for kind, _ in some), key=_ORDER.index)
-        try:
-            taken = self._apprise.notify(title=f"{self._run}: {some[-1][1]}", body="\n".join(lines), notify_type=worst)
-        except Exception as error:
-            taken, reason = False, f"{type(error).__name__}: {error}"
-        else:
-            reason = "not all servers took it"
-        if taken:
-            self._failed = 0
-            return
-        self._failed += 1
-        if self._failed >= TRIES:
-            self._error = ConnectionError(f"{TRIES} messages in a row were not delivered: {reason}")
-            return
-        self._waiting.extendleft(reversed(some))
-        self._news.set()
+        for server in sorted(self._servers, key=lambda one: one.failed):  # a dead one keeps nobody waiting
+            reason = server.send(self._run)
+            if reason and server.failed >= TRIES:
+                self._lose(server, f"{TRIES} messages in a row were not delivered to {server.name}: {reason}")
+            elif reason:
+                self._news.set()
+
+    def _lose(self, server: _Server, text: str) -> None:
+        self._servers = [other for other in self._servers if other is not server]
+        self._lost.append(text)
+        for other in self._servers:
+            other.waiting.append(("warning", text))
+            self._news.set()
+        if not self._servers:
+            self._error = ConnectionError("; ".join(self._lost))
 
     def close(self) -> None:
         """Send what is left, waiting for the servers for some seconds.
 
         Raises:
-            ConnectionError: The last news was not delivered.
+            ConnectionError: Some news was not delivered.
         """
         thread, self._thread = self._thread, None
         if thread is None:
@@ -156,5 +181,10 @@ class NewsSink:
         self._news.set()
         end = time.monotonic() + _CLOSE_SECONDS
         thread.join(max(0.0, end - time.monotonic()))
-        if self._waiting:
-            raise self._error or ConnectionError(f"{len(self._waiting)} pieces of news were not delivered")
+        waiting = [
+            f"{len(one.waiting)} pieces of news were not delivered to {one.name}"
+            for one in self._servers
+            if one.waiting
+        ]
+        if waiting or self._lost:
+            raise ConnectionError("; ".join(self._lost + waiting))

@@ -125,6 +125,22 @@ def test_a_server_that_refuses_ends_the_sink_not_the_run():
     assert len(heard) == TRIES
 
 
+def test_a_server_that_refuses_costs_the_others_nothing_and_they_hear_of_it():
+    with server() as (good, heard), server(status=500) as (bad, refused):
+        sink = NewsSink(f"json://{bad}/", f"json://{good}/", interval=0.0, seconds=0.0)
+        for number in range(3):
+            sink.record(e.Notice(time=1.0, step=number, message=f"news {number}", level="warning"))
+            deadline = time.monotonic() + 20
+            while len(refused) < TRIES and time.monotonic() < deadline:
+                time.sleep(0.01)
+        with pytest.raises(ConnectionError, match="5 messages in a row were not delivered to json://"):
+            sink.close()
+    told = "\n".join(message["message"] for message in heard)
+    assert [told.count(f"news {number}") for number in range(3)] == [1, 1, 1], "none twice"
+    assert told.count("were not delivered to json://") == 1
+    assert len(refused) == TRIES
+
+
 @pytest.mark.parametrize(
     ("urls", "options", "said"),
     [
