@@ -114,9 +114,9 @@ MISTAKES = {
         "no checkpoint in .: . contains checkpoints, train.py; give the checkpoint_dir of the run",
     ),
     "a data set that changed its size": (
-        FIRST_RUN + "\nR8Scheduler.resume_from_checkpoint('checkpoints', num_samples=120)",
+        FIRST_RUN + "\nR8Scheduler.resume_from_checkpoint('checkpoints', num_samples=80)",
         "error",
-        "num_samples: the state was saved with 100, this run has 120: use what it was saved with, or start a new run",
+        "num_samples: the state was saved with 100, this run has 80: use what it was saved with, or start a new run",
     ),
     "a loader's data set that changed its size": (
         FIRST_RUN + "\nfrom learnit_r8.integrations.torch import R8BatchSampler\n"
