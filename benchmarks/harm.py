@@ -42,6 +42,7 @@ class Outcome:
     left_out: frozenset[int] = frozenset()
     named_at: dict[int, int] = field(default_factory=dict)
     trace: int = 0
+    advised: float | None = None  # score after restore_best(), where the end of the run says that it holds the best
 
 
 class _Ears:
@@ -49,8 +50,12 @@ class _Ears:
         self.heard: list[events.Event] = []
 
     def record(self, event: events.Event) -> None:
-        if isinstance(event, events.RolledBack | events.SpikeSeen | events.SampleQuarantined):
+        if isinstance(event, events.RolledBack | events.SpikeSeen | events.SampleQuarantined | events.Notice):
             self.heard.append(event)
+
+    @property
+    def advised(self) -> bool:
+        return any("restore_best()" in e.message for e in self.heard if isinstance(e, events.Notice))
 
 
 def steps_of(kind: str, times: int, *, near: bool, length: int, rng: np.random.Generator) -> list[int]:
@@ -103,19 +108,19 @@ def train(
         ended = "diverged"
     left_out = frozenset(scheduler.catalog.left_out.tolist())
     named = {i: e.step for e in ears.heard if isinstance(e, events.SampleQuarantined) for i in e.indices}
-    kinds = [type(e) for e in ears.heard]
-    return Outcome(
-        task.score(), ended, kinds.count(events.RolledBack), kinds.count(events.SpikeSeen), left_out, named, trace
-    )
+    kinds, score, advised = [type(e) for e in ears.heard], task.score(), None
+    if ears.advised and ended == "finished":
+        scheduler.restore_best()
+        advised = task.score()
+    told = kinds.count(events.SpikeSeen)
+    return Outcome(score, ended, kinds.count(events.RolledBack), told, left_out, named, trace, advised)
 
 
-def _points(outcome: Outcome, base: Outcome, name: str) -> float:
+def _points(score: float, base: float, name: str) -> float:
     """Return by how many points (accuracy), or percent of the loss, a run is better than another."""
-    if not np.isfinite(base.score):  # weights that overflow
+    if not np.isfinite(base):  # weights that overflow
         return 100.0
-    if name in ("regression", "gru"):
-        return 100.0 * (outcome.score - base.score) / abs(base.score)
-    return 100.0 * (outcome.score - base.score)
+    return 100.0 * (score - base) / (abs(base) if name in ("regression", "gru") else 1.0)
 
 
 def fault_runs(names: Iterable[str], lengths: Iterable[int], seeds: range, kinds: Iterable[str]) -> Iterator[dict]:
@@ -135,9 +140,10 @@ def fault_runs(names: Iterable[str], lengths: Iterable[int], seeds: range, kinds
                             less = train(name, seed, length, net=False, kind=kind, at=at)
                             yield {
                                 "model": name, "steps": length, "seed": seed, "kind": kind, "times": times,
-                                "near": near, "below clean": _points(saved, clean, name),
-                                "over less": _points(saved, less, name), "rollbacks": saved.rollbacks,
+                                "near": near, "below clean": _points(saved.score, clean.score, name),
+                                "over less": _points(saved.score, less.score, name), "rollbacks": saved.rollbacks,
                                 "ended": saved.ended, "at": at,
+                                "advised": None if saved.advised is None else _points(saved.advised, clean.score, name),
                             }  # fmt: skip
                 progress(f"{name}, {length} steps, seed {seed}")
 
@@ -158,7 +164,8 @@ def row_runs(names: Iterable[str], epochs: int, seeds: range) -> Iterator[dict]:
                     late = sum(saved.named_at.get(int(i), 10**9) >= -(-task.size // batch) for i in rows)
                     yield {
                         "model": name, "B": batch, "rows": count, "seed": seed,
-                        "below clean": _points(saved, clean, name), "over less": _points(saved, less, name),
+                        "below clean": _points(saved.score, clean.score, name),
+                        "over less": _points(saved.score, less.score, name),
                         "named": len(saved.left_out & set(rows.tolist())),
                         "others": len(saved.left_out - set(rows.tolist())),
                         "late": late, "rollbacks": saved.rollbacks, "ended": saved.ended,
@@ -216,9 +223,12 @@ def table(results: Any) -> str:
         parts += [columns([key, *HEAD[1:]], summary(rows, key)) for key in keys]
         below = np.array([row["below clean"] for row in rows])
         over = np.array([row["over less"] for row in rows])
+        advised = [row["advised"] for row in rows if row["below clean"] < -5 and row["advised"] is not None]
         parts.append(
             f"{len(rows)} faulty runs: {np.mean(below >= -2):.1%} within 2 of the clean one, {int((below < -5).sum())} "
-            f"more than 5 below, {int((over < -2).sum())} more than 2 below doing less"
+            f"more than 5 below ({len(advised)} of them say so at their end, and restore_best() leaves "
+            f"{sum(points < -5 for points in advised)}), {int((over < -2).sum())} more than 2 below doing less, "
+            f"{int(((over < -2) & (below < -2)).sum())} of them more than 2 below the clean one, too"
         )
         worst = sorted(rows, key=lambda row: row["below clean"])[:12]
         parts.append(

@@ -240,12 +240,12 @@ class Detector:
         None, or one that had no level yet, keeps the window, which holds only losses that were accepted.
         """
         if state is not None and len(state["window"]) >= WARMUP:
-            announced, lowest = self._relaxed_until, (self.level.lowest, self.level.lowest_step)
+            announced, record = self._relaxed_until, self.level.record
             learned = self.level.learned  # what was lost once must be learned again before it can be lost again
             self.load_state_dict(state)
             self.level.learned = learned
             self._relaxed_until = max(announced, self._relaxed_until)  # the learning rate does not go back
-            self.level.lowest, self.level.lowest_step = min(lowest, (self.level.lowest, self.level.lowest_step))
+            self.level.record = min(record, self.level.record)
         self.level.restart(forget_best=False)
         self._clear_flags()
 
@@ -286,6 +286,8 @@ class Detector:
             if self.active:
                 median = self._window.median()
                 self._first_level = max(abs(median), self._window.deviation(median), _TINY)
+        elif self._relaxed_until < 0:  # after a new level was accepted: it is followed from its first loss on
+            self.level.push(step, loss, self._first_level)
         return Reading(Verdict.CALM, math.nan)
 
     def _far(self, loss: float, level: float) -> bool:

@@ -41,6 +41,7 @@ class Level:
         best_step: The step at which that was.
         lowest: The lowest that it ever was.
         lowest_step: The step of that.
+        lowest_scale: What counted as one level then.
         scale: What counts as one best level.
         learned: Looks left in which a return to the untrained model's level would be sudden: 6 after a look at which it
             was below half of that, 0 once it was lost; 0 for losses that may be negative, whose zero means nothing.
@@ -49,7 +50,7 @@ class Level:
 
     def __init__(self) -> None:
         self.now, self.best, self.scale, self.best_step = math.nan, math.inf, 0.0, 0
-        self.lowest, self.lowest_step = math.inf, 0
+        self.lowest, self.lowest_step, self.lowest_scale = math.inf, 0, 0.0
         self.learned, self.lost = 0, False
         self._limit = math.inf  # a level above it is told
         self._shifted = False
@@ -67,6 +68,15 @@ class Level:
         self._count += 1
         return True
 
+    @property
+    def record(self) -> tuple[float, int, float]:
+        """The lowest level, its step and its scale."""
+        return self.lowest, self.lowest_step, self.lowest_scale
+
+    @record.setter
+    def record(self, record: tuple[float, int, float]) -> None:
+        self.lowest, self.lowest_step, self.lowest_scale = record
+
     def push(self, step: int, loss: float, first_level: float) -> str:
         """Take a finite, composition-corrected loss; return what is to be told, or ""."""
         if self.take(loss):
@@ -80,14 +90,15 @@ class Level:
             return ""
         recent = sorted(losses[-_RECENT:])
         self.now = _median(recent)
-        if self.now < self.lowest:
-            self.lowest, self.lowest_step = self.now, step
-        if self.learned and recent[_RECENT // 8] > _LOST * first_level:
-            self.learned, self.lost = 0, True
         cut = recent[: 1 + _RECENT * 15 // 16]  # a mean that few losses cannot move
         mean = math.fsum(cut) / len(cut)
+        scale = max(abs(self.now), abs(mean), 2.0 * _spread(recent, self.now), _FLOOR * first_level)
+        if self.now < self.lowest:
+            self.record = self.now, step, scale
+        if self.learned and recent[_RECENT // 8] > _LOST * first_level:
+            self.learned, self.lost = 0, True
         lately = self._remember(max(self.now, mean))
-        told = self._grown(step, recent, mean, lately, first_level) or self._has_shifted(losses, first_level)
+        told = self._grown(step, scale, lately) or self._has_shifted(losses, first_level)
         self._before.append(lately)
         return told
 
@@ -109,12 +120,12 @@ class Level:
         return self.learned > 0 and level > _LOST * first_level
 
     def far_above_best(self) -> bool:
-        """Say whether the level is twice its best, or more, and beyond its spread, then and now."""
-        if not (math.isfinite(self.now) and math.isfinite(self.best)):
+        """Say whether the level is twice its lowest, or more, and beyond its spread, then and now."""
+        if not (math.isfinite(self.now) and math.isfinite(self.lowest)):
             return False
         # Not the median of the deviations: of losses that are 0 but for a few that is 0, too.
         swing = math.fsum(abs(loss - self.now) for loss in self._losses) / max(1, len(self._losses))
-        return self.now - self.lowest > max(self.scale, _SWING * swing)
+        return self.now - self.lowest > max(self.lowest_scale, _SWING * swing)
 
     def restart(self, *, forget_best: bool) -> None:
         """Go on with new losses: a change was announced, a new level was accepted, or the model was restored."""
@@ -123,8 +134,7 @@ class Level:
         if forget_best:
             self.best = math.inf
 
-    def _grown(self, step: int, recent: list[float], mean: float, lately: float, first_level: float) -> str:
-        scale = max(abs(self.now), abs(mean), 2.0 * _spread(recent, self.now), _FLOOR * first_level)
+    def _grown(self, step: int, scale: float, lately: float) -> str:
         better, grown = self.now + scale < self.best + self.scale, self.now > self._limit
         if better:
             self.best, self.scale, self.best_step = self.now, scale, step
@@ -168,7 +178,8 @@ class Level:
 
 _NUMBERS: dict[str, float | int | bool] = {
     "now": math.nan, "best": math.inf, "scale": 0.0, "best_step": 0, "lowest": math.inf, "lowest_step": 0,
-    "learned": 0, "lost": False, "_limit": math.inf, "_shifted": False, "_count": 0, "_looks": 0, "_block": 1,
+    "lowest_scale": 0.0, "learned": 0, "lost": False, "_limit": math.inf, "_shifted": False, "_count": 0, "_looks": 0,
+    "_block": 1,
 }  # fmt: skip
 """What is saved, and its value where nothing is known yet."""
 _LISTS = ("losses", "highs", "before")

@@ -57,6 +57,16 @@ def test_damage_that_the_next_backup_finds_is_undone_though_single_losses_look_o
     assert saved.score > harm.train(name, seed, STEPS, net=False).score - 0.04
 
 
+@pytest.mark.parametrize("at", [229, 234])
+def test_wrong_labels_that_might_be_a_harder_task_are_left_alone_and_the_end_names_the_way_back(at):
+    sound = harm.train("regression", SEED, STEPS, net=False).score
+    saved = harm.train("regression", SEED, STEPS, net=True, kind="50 garbage batches", at=[at])
+    assert saved.rollbacks == 0
+    assert saved.score < 2 * sound  # a loss, negative: it is twice as high
+    assert saved.advised is not None
+    assert saved.advised > 1.05 * sound
+
+
 def test_another_task_is_taken_for_a_loss_of_the_old_one_at_most_once():
     assert harm_sound.KINDS["another task"](0)["rollbacks"] <= 1
 
