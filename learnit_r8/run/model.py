@@ -49,6 +49,11 @@ _AMID_LOSSES = {
 """What changes nothing of how losses are taken; all else is taken in its turn."""
 
 
+def _ends_evaluation(event: e.Event) -> bool:
+    """Whether the time since the last loss was spent on an evaluation."""
+    return isinstance(event, e.MetricLogged) and is_validation(event.name)
+
+
 class DashboardModel:
     """The state of one run as its events tell it. Memory is constant in the number of events.
 
@@ -116,7 +121,7 @@ class DashboardModel:
                 self._waiting.append(event)
                 self._amid = False
             elif isinstance(event, e.Event) and kind is not e.BatchIssued:
-                self._amid = kind in _AMID_LOSSES
+                self._amid = kind in _AMID_LOSSES and not _ends_evaluation(event)
                 if self._waiting and not self._amid:
                     self._on_losses()
                 self._on_event(event)
@@ -240,7 +245,7 @@ class DashboardModel:
                 return
             metric = self.metrics[event.name] = Metric(event.name, Series(DECAYS))
         metric.add(event.step, event.time, event.value, self.epoch)
-        if is_validation(event.name):
+        if _ends_evaluation(event):
             self.pace.evaluate(event.time)
             before = self.entries[-1] if self.entries else None
             line = validation_entry(event, metric.is_best, before)

@@ -501,5 +501,5 @@ def test_groups_come_from_the_checkpoint_and_may_be_given_anew(tmp_path):
     with R8Scheduler.resume_from_checkpoint(tmp_path / "run", groups=None) as resumed:
         train(resumed)
         assert resumed.noise_guard.flagged[classes == 3].all()
-    with pytest.raises(ConfigError, match="groups must hold one whole number .the class. per sample, shape .401,."):
+    with pytest.raises(ConfigError, match="groups must hold one whole number"):
         R8Scheduler.resume_from_checkpoint(tmp_path / "run", num_samples=401)

@@ -288,6 +288,24 @@ def test_time_spent_adds_up():
     assert model.pace.spent["between epochs"] == pytest.approx(80, rel=0.02)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_evaluations_amid_an_epoch_have_their_time(at_once):
+    heard, time = [started(), e.EpochStarted(time=T0, step=0, epoch=0, phase="uniform", batches=30)], T0
+    for step in range(30):
+        time += 1.0
+        heard.append(loss(time, step))
+        if step % 10 == 9:
+            time += 5.0
+            heard += [
+                e.MetricLogged(time=time, step=step + 1, name=name, value=0.5) for name in ("val_loss", "val_acc")
+            ]
+    model = DashboardModel()
+    for events in [heard] if at_once else [[event] for event in heard]:
+        model.consume_all(events)
+    assert model.pace.spent["evaluation"] == pytest.approx(15.0)
+    assert sum(model.pace.spent.values()) == pytest.approx(time - T0, abs=1.5)
+
+
 def test_validation_metrics_of_one_step_share_a_line():
     model = fed(
         e.MetricLogged(time=T0, step=10, name="val_loss", value=0.5),
