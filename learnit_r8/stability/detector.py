@@ -144,6 +144,15 @@ class Detector:
         """Whether an announced change may still move the loss."""
         return self._relaxed_until >= 0
 
+    @property
+    def first_level(self) -> float:
+        """The level of the untrained model's losses; NaN while unknown."""
+        return self._first_level
+
+    def far(self, loss: float) -> bool:
+        """Say of a loss that is still to be read whether it would be far-flagged."""
+        return len(self._window) > 2 and loss > _FAR * self._untrained > 0.0
+
     def rise(self, loss: float, excess: float) -> tuple[float, float, float] | None:
         """Return `a` of a loss that is still to be read, that of the highest in the window, and the median.
 

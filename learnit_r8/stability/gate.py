@@ -4,14 +4,20 @@ Both are measured by their relative rise above the median of the recent ones, `a
 detector's for losses). What stands out once may do harm at once, so one reading decides; and it may be a tail that the
 run has always had, so it is compared with that tail. A step is left out where
 
-    a > max(4, K highest),   K = 3 (1 + 32 / n),   n >= 64
+    a > max(4, K highest),   K = 3 (1 + (96 / n)^2),   n >= 16
 
 `highest` is the highest rise among the `n` steps that were taken, halved in 8192. For a tail that falls as x^-k the
 chance of such a rise is about 1 / (n K^k) a step: with k = 2, where the variance is infinite, less than one in a run of
-20,000. What is not finite is left out always.
+20,000. Where loss and norm are given, half of that is enough of both. From the fourth step on one is left out, too,
+whose loss is far-flagged by the detector while its norm is ten times the highest of the last 64. What is not finite is
+left out always.
 
-A run is never starved. What stands out once 16 of the last 64 steps were left out is no outlier but a level: it is let
-through, until a step is ordinary again; the detector judges it as ever.
+Where most losses or norms are next to nothing (rewards that are sparse, margins that hold) the few others are what is
+learned from: with a median below a thousandth of the first level, nothing below that level is left out.
+
+A run is never starved. Three steps in a row at most are left out, and all are paid for from a credit of 16, which grows
+by one in 48 steps: what stands out longer or more often is no outlier but a level, or the tail. It is let through, and
+ordinary from then on; the detector judges it as ever.
 
 Norms are clipped at their median times (q90 / median)^1.95, which of a log-normal spread is z = 2.5 (Kumar et al. 2025,
 "ZClip: Adaptive Spike Mitigation for LLM Pre-Training"); by quantiles, since a mean follows the outliers.
@@ -27,11 +33,13 @@ from learnit_r8.stability.detector import Detector
 from learnit_r8.stability.windows import SortedWindow
 
 WARMUP, _WINDOW = 16, 64
-_LEAST_SEEN, _LEAST_RISE, _FACTOR, _YOUNG = 64, 4.0, 3.0, 32.0
+_LEAST_SEEN, _LEAST_RISE, _FACTOR, _YOUNG = 16, 4.0, 3.0, 96.0
 _KEPT = 0.5 ** (1 / 8192)
 _EASE = 3.0  # on losses, after an announced change
-_MOST = 16  # of 64
-_ALL = (1 << 64) - 1
+_IN_A_ROW, _CREDIT, _EARNED = 3, 16.0, 1 / 48  # steps that may be left out, and how many more a step
+_FAR = 10.0
+_BOTH = 0.5  # of the threshold, where loss and norm are both beyond it
+_NOTHING = 1e-3  # of the first level
 _CLIP_POWER = 2.5 / 1.2816  # standard deviations, and those from the median to the 90% quantile
 _OVERFLOWS = 16
 
@@ -50,11 +58,14 @@ class _Tail:
     def __init__(self) -> None:
         self.highest, self.seen = 0.0, 0
 
-    def exceeded(self, rise: Rise, ease: float = 1.0) -> bool:
-        if self.seen < _LEAST_SEEN:
-            return False
-        factor = _FACTOR * (1.0 + _YOUNG / self.seen)
-        return rise.above > ease * max(_LEAST_RISE, factor * max(self.highest, rise.highest))
+    def excess(self, number: float | None, rise: Rise | None, first: float) -> float:
+        """Return a rise over the one from which on it is an outlier, 0 where nothing can be said."""
+        if number is None or rise is None or self.seen < _LEAST_SEEN:
+            return 0.0
+        if abs(rise.median) < _NOTHING * first and number <= first:  # it stands out since most are next to nothing
+            return 0.0
+        factor = _FACTOR * (1.0 + (_YOUNG / self.seen) ** 2)
+        return rise.above / max(_LEAST_RISE, factor * max(self.highest, rise.highest))
 
     def take(self, rise: float) -> None:
         self.highest, self.seen = max(rise, self.highest * _KEPT), self.seen + 1
@@ -86,16 +97,17 @@ class Gate(Saved):
         norms=Kind(lambda _, window: list(window.arrivals), lambda _, saved: _window(saved)),
         loss_tail=_TAIL,
         norm_tail=_TAIL,
-        bits=int,
-        open=bool,
+        first_norm=float,
+        credit=float,
+        row=int,
         overflows=int,
     )
 
     def __init__(self) -> None:
         self._norms = SortedWindow(_WINDOW)
         self._loss_tail, self._norm_tail = _Tail(), _Tail()
-        self._bits = 0  # of the last 64 steps, those that were left out
-        self._open = False  # what stands out is let through, as a level
+        self._first_norm = 0.0  # the highest of the first 16
+        self._credit, self._row = _CREDIT, 0  # what may be left out; steps in a row that were
         self._overflows = 0  # norms in a row that are not finite
         self.news = ""
 
@@ -121,33 +133,47 @@ class Gate(Saved):
                     "nothing is trained until one is"
                 )
             return f"the norm of the gradient is not finite ({norm})"
-        found = None if loss is None else detector.rise(loss, excess)
-        of_loss = None if found is None else Rise(*found)
+        self._credit = min(_CREDIT, self._credit + _EARNED)
+        rise = None if loss is None else detector.rise(loss, excess)
+        of_loss = None if rise is None else Rise(*rise)
         of_norm = None if norm is None else self._rise(norm)
-        why = ""
-        if of_loss is not None and self._loss_tail.exceeded(of_loss, _EASE if detector.eased else 1.0):
-            why = f"a loss of {loss:.4g} against a median of {of_loss.median:.4g}"
-        if of_norm is not None and self._norm_tail.exceeded(of_norm):
-            why += f"{' and ' if why else ''}a gradient's norm of {norm:.4g} against a median of {of_norm.median:.4g}"
-        if why and self._lets_through(why):
-            why = ""
-        elif not why:
-            self._open = False
-            if of_loss is not None:
-                self._loss_tail.take(of_loss.above)
-            if of_norm is not None:
-                self._norm_tail.take(of_norm.above)
-        self._bits = (self._bits << 1 | bool(why)) & _ALL
+        by_loss = self._loss_tail.excess(loss, of_loss, detector.first_level) / (_EASE if detector.eased else 1.0)
+        by_norm = self._norm_tail.excess(norm, of_norm, self._first_norm)
+        least = _BOTH if min(by_loss, by_norm) > _BOTH else 1.0
+        why = " and ".join(
+            f"{what} of {number:.4g} against a median of {rise.median:.4g}"
+            for what, number, rise, beyond in (
+                ("a loss", loss, of_loss, by_loss > least), ("a gradient's norm", norm, of_norm, by_norm > least)
+            )
+            if beyond and rise is not None
+        )  # fmt: skip
+        highest = self._norms.values[-1] if len(self._norms) > 2 else math.inf
+        if not why and loss is not None and norm is not None and norm > _FAR * highest and detector.far(loss):
+            why = f"a loss of {loss:.4g}, and a gradient's norm of {norm:.4g} against {highest:.4g} at most before"
+        if why and self._credit >= 1.0 and self._row < _IN_A_ROW:
+            self._credit, self._row = self._credit - 1.0, self._row + 1
+            return why
+        self._row = 0
+        if why:
+            self.news = (
+                f"what stands out is a level or a tail by now, and no outlier: {_IN_A_ROW} steps in a row, or more "
+                f"than one in {1 / _EARNED:.0f}, were left out; it is taken from here on ({why})"
+            )
+        if of_loss is not None:
+            self._loss_tail.take(of_loss.above)
+        if of_norm is not None:
+            self._norm_tail.take(of_norm.above)
         if norm is not None:
             self._overflows = 0
-            if not why:
-                self._norms.push(norm)
-        return why
+            self.learn(norm)
+        return ""
 
     def learn(self, norm: float) -> None:
         """Take the norm of a step that is taken whatever it is."""
         if math.isfinite(norm):
             self._norms.push(norm)
+            if self._norm_tail.seen == 0 and len(self._norms) <= WARMUP:
+                self._first_norm = max(self._first_norm, norm)
 
     def _rise(self, norm: float) -> Rise | None:
         norms = self._norms
@@ -156,15 +182,3 @@ class Gate(Saved):
         median = norms.median()
         scale = max(median, 2.0 * 1.4826 * norms.deviation(median), 1e-30)
         return Rise((norm - median) / scale, (norms.values[-1] - median) / scale, median)
-
-    def _lets_through(self, why: str) -> bool:
-        """Say whether what stands out is taken for a level by now."""
-        if self._open:
-            return True
-        if self._bits.bit_count() >= _MOST:
-            self._open = True
-            self.news = (
-                f"{_MOST} of the last 64 steps were left out, which is a level by now and no outlier: what stands out "
-                f"is taken from here on ({why})"
-            )
-        return self._open

@@ -43,8 +43,9 @@ class Gated(Steps):
 
         A step is left out whose loss or norm is not finite, or stands far above all that the run has shown. The
         report that follows (it is due as ever; without a loss it takes the one that was checked, and nothing is read
-        twice) names it as skipped; it costs no rollback. Once 16 of the last 64 steps were left out, what stands out
-        is a level and no outlier, and is let through, which is told. All ranks have to call it, and get one answer.
+        twice) names it as skipped; it costs no rollback. What stands out in more than three steps in a row, or in
+        more than one in 48 for long, is a level and no outlier: it is let through, which is told. All ranks have to
+        call it, and get one answer.
 
         Args:
             loss: As for `update_with_loss`; None where only the norm is to be judged.
