@@ -182,6 +182,7 @@ def judged(losses: Iterable[float], norms: Iterable[float | None], notices: froz
 def _trained(make: Callable[[int], curves.Run], steps: int) -> tuple[curves.Run, list[float]]:
     """Return a training's losses, and the norms of its gradients."""
     import torch
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     norms: list[float] = []
 
@@ -189,7 +190,7 @@ def _trained(make: Callable[[int], curves.Run], steps: int) -> tuple[curves.Run,
         parameters = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms.append(float(torch.nn.utils.get_total_norm(parameters)))
 
-    handle = torch.optim.optimizer.register_optimizer_step_pre_hook(hook)
+    handle = register_optimizer_step_pre_hook(hook)
     try:
         return make(steps), norms
     finally:

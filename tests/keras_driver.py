@@ -141,6 +141,7 @@ def refusals() -> list[str]:
         model.fit(dataset, epochs=1, verbose=0, callbacks=[R8Callback(dataset)], **{"shuffle": False} | options)
 
     attempt(lambda: R8Dataset(scheduler_for(), x[:5], y))
+    attempt(lambda: R8Dataset(scheduler_for(clip="auto"), x, y))
     attempt(lambda: R8Callback(x))
     attempt(lambda: start(model_for(0), shuffle=True))
     decayed = model_for(0)

@@ -122,7 +122,7 @@ class R8Callback(Callback):
             raise ConfigError(problems)
 
     def _problems(self, trainer: Trainer) -> list[str]:
-        scheduler, problems = self.scheduler, []
+        scheduler, problems = self.scheduler, self.scheduler.clip_problems("Trainer(gradient_clip_val=...)")
         if trainer.world_size != scheduler.world_size:
             problems.append(
                 f"Lightning runs on {trainer.world_size} processes, the scheduler has world_size="

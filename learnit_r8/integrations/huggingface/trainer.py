@@ -112,8 +112,8 @@ class R8Mixin(SampleLossMixin):
             scheduler.attach_model(self._backups.capture, self._backups.restore)
 
     def _problems(self) -> list[str]:
-        problems = []
         scheduler, dataset = self.scheduler, self.train_dataset
+        problems = scheduler.clip_problems("TrainingArguments(max_grad_norm=...)")
         rows = len(dataset) if hasattr(dataset, "__len__") else 0
         if rows not in (0, size := scheduler.catalog.num_samples):
             packed = " after packing" if getattr(self.args, "packing", False) else ""

@@ -87,6 +87,7 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         if scheduler.world_size > 1:
             problems.append(f"R8Dataset is for one process, the scheduler has world_size={scheduler.world_size}")
         problems.integer("workers", workers, 1)
+        problems += scheduler.clip_problems("the optimizer's global_clipnorm")
         problems.raise_if_any()
         self._class_weight = None if class_weight is None else dict(class_weight)
         self._testing = False
