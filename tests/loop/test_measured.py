@@ -220,11 +220,12 @@ def test_two_floors_are_refused():
 # Early stopping ----------------------------------------------------------------------------------
 
 
-def test_a_run_that_stops_early_has_finished_and_says_why():
+def test_a_run_that_stops_early_has_finished_and_says_why(capfd):
     rates, _, heard = trained([1, 0.5, 0.6, 0.7, 0.4], evaluation=Evaluation(stop_after=2))
     assert len(rates) == 4
     assert heard.of(events.RunEnded)[0].reason == "finished"
     assert "val_loss has not been better than its best of 0.5 at step 2 for 2 evaluations" in heard.notices[-1]
+    assert capfd.readouterr().err == f"[r8] {heard.notices[-1]}\n"
 
 
 def test_a_run_can_stop_amid_an_epoch_and_stays_stopped():

@@ -40,8 +40,11 @@ class Measuring(Persistence):
     def _observe(self, numbers: Mapping[str, float]) -> None:
         for event in self._measured.observe(self._progress, numbers):
             self._bus.emit(event)
-            if isinstance(event, events.OverfittingSeen) and self._args.ui == "off":  # no display shows it
-                say(f"[r8] {event.reason}")
+            if self._args.ui == "off" and self._ranks.rank == 0:  # no display shows it
+                if isinstance(event, events.OverfittingSeen):
+                    say(f"[r8] {event.reason}")
+                elif isinstance(event, events.Notice):
+                    say(f"[r8] {event.message}")
 
     def _evaluate(self, *, last: bool = False) -> None:
         """Call `run` where it is due, hear of what rank 0 has logged, and go back to the best where that is due."""
