@@ -28,6 +28,7 @@ from learnit_r8.prompts import PromptScheduler
 from learnit_r8.replay import HybridSRLReplayBuffer, NStep, PrioritizedReplayBuffer
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.schedules.range_test import LrFinder
+from learnit_r8.schedules.reduction import Reduction, plateau
 from learnit_r8.stability.detector import Detector
 from learnit_r8.strategies import (
     AdaptiveBatchSampler,
@@ -249,6 +250,13 @@ def range_test():
     return lambda: LrFinder(1200), lambda finder, k: (finder.next_lr(), finder.record(2.0 + np.cos(k) / 9))
 
 
+def reduction():
+    def advance(reduction, k):
+        return reduction.observe(1.0 + 1.0 / (1 + k % 90), 0.1), reduction.scale, reduction.best
+
+    return lambda: Reduction(plateau("loss", patience=3, cooldown=2)), advance
+
+
 SUBJECTS = {
     "prioritized": prioritized(),
     "prioritized, arrays, rank, n-step": prioritized(storage="arrays", variant="rank", n_step=NStep(3), beta_steps=300),
@@ -269,6 +277,7 @@ SUBJECTS = {
     "noise guard": noise_guard(),
     "detector": detector(),
     "range test": range_test(),
+    "plateau": reduction(),
     **{f"strategy {name}": driven(name) for name in [*names(), *GIVEN, "rank 0"]},
 }
 ONE_BY_ONE = [name for name in SUBJECTS if not name.startswith("strategy")]
