@@ -111,7 +111,7 @@ class Screen(Display):
             self._rate.hurry()
         if self._shown and board.ready() and self._rate.due(time.monotonic(), self._news):
             self._draw(model, now)
-        wait = _ESCAPE_SECONDS if board.unfinished_key else self._rate.wait(began)
+        wait = _ESCAPE_SECONDS if board.unfinished_key else self._rate.wait(time.monotonic())
         return wait if board.key_seconds is None else min(wait, board.key_seconds)
 
     def _step_aside(self, taken: bool) -> bool:
@@ -125,7 +125,8 @@ class Screen(Display):
         return self._aside
 
     def _draw(self, model: DashboardModel, now: float) -> None:
-        began, computed = time.thread_time(), time.process_time()
+        # Frames are counted from their beginnings: beside a loop that holds the GIL one takes long, but no CPU.
+        start, began, computed = time.monotonic(), time.thread_time(), time.process_time()
         others, self._spent = began - self._spent, began
         told, self._told = self._told, model.entries[-1] if model.entries else None
         fault = self._told is not told and self._told is not None and self._told.icon in FAULTS
@@ -136,7 +137,7 @@ class Screen(Display):
         self._board.draw(grid)
         self._spent = time.thread_time()
         busy = computed - self._computed - others
-        self._rate.drew(time.monotonic(), self._spent - began, others, busy, whole=whole)
+        self._rate.drew(start, self._spent - began, others, busy, whole=whole)
         self._computed = time.process_time()
         self._news = False
 
