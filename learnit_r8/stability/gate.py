@@ -8,9 +8,8 @@ run has always had, so it is compared with that tail. A step is left out where
 
 `highest` is the highest rise among the `n` steps that were taken, halved in 8192. For a tail that falls as x^-k the
 chance of such a rise is about 1 / (n K^k) a step: with k = 2, where the variance is infinite, less than one in a run of
-20,000. Where loss and norm are given, half of that is enough of both. From the fourth step on one is left out, too,
-whose loss is far-flagged by the detector while its norm is ten times the highest of the last 64. What is not finite is
-left out always.
+20,000. From the fourth step on one is left out, too, whose loss is far-flagged by the detector while its norm is ten
+times the highest of the last 64. What is not finite is left out always.
 
 Where most losses or norms are next to nothing (rewards that are sparse, margins that hold) the few others are what is
 learned from: with a median below a thousandth of the first level, nothing below that level is left out.
@@ -38,8 +37,8 @@ _KEPT = 0.5 ** (1 / 8192)
 _EASE = 3.0  # on losses, after an announced change
 _IN_A_ROW, _CREDIT, _EARNED = 3, 16.0, 1 / 48  # steps that may be left out, and how many more a step
 _FAR = 10.0
-_BOTH = 0.5  # of the threshold, where loss and norm are both beyond it
 _NOTHING = 1e-3  # of the first level
+_HUGE = 1e30  # rises beyond it are cut off, so that the state stays finite
 _CLIP_POWER = 2.5 / 1.2816  # standard deviations, and those from the median to the 90% quantile
 _OVERFLOWS = 16
 
@@ -68,7 +67,7 @@ class _Tail:
         return rise.above / max(_LEAST_RISE, factor * max(self.highest, rise.highest))
 
     def take(self, rise: float) -> None:
-        self.highest, self.seen = max(rise, self.highest * _KEPT), self.seen + 1
+        self.highest, self.seen = max(min(rise, _HUGE), self.highest * _KEPT), self.seen + 1
 
 
 def _fill(tail: list[float]) -> _Tail:
@@ -139,13 +138,12 @@ class Gate(Saved):
         of_norm = None if norm is None else self._rise(norm)
         by_loss = self._loss_tail.excess(loss, of_loss, detector.first_level) / (_EASE if detector.eased else 1.0)
         by_norm = self._norm_tail.excess(norm, of_norm, self._first_norm)
-        least = _BOTH if min(by_loss, by_norm) > _BOTH else 1.0
         why = " and ".join(
             f"{what} of {number:.4g} against a median of {rise.median:.4g}"
-            for what, number, rise, beyond in (
-                ("a loss", loss, of_loss, by_loss > least), ("a gradient's norm", norm, of_norm, by_norm > least)
+            for what, number, rise, excess in (
+                ("a loss", loss, of_loss, by_loss), ("a gradient's norm", norm, of_norm, by_norm)
             )
-            if beyond and rise is not None
+            if excess > 1.0 and rise is not None
         )  # fmt: skip
         highest = self._norms.values[-1] if len(self._norms) > 2 else math.inf
         if not why and loss is not None and norm is not None and norm > _FAR * highest and detector.far(loss):
