@@ -151,6 +151,8 @@ def trainer(folder: Path, *, faults: Any = never, hidden_at: int = -1, resume: i
     run.log = lambda *_args, **_options: None
 
     def poison(_module: Any, _args: Any, outputs: Any) -> Any:
+        if not model.training:
+            return outputs
         by = factor(watch)
         return type(outputs)(loss=outputs.loss * by, logits=outputs.logits * by)
 
@@ -158,6 +160,10 @@ def trainer(folder: Path, *, faults: Any = never, hidden_at: int = -1, resume: i
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == hidden_at and RANK:
                 model.spare.detach().to_local().fill_(float("nan"))
+            model.eval()  # which leaves the outermost weights of FSDP2 whole
+            with torch.no_grad():
+                model(rows[0]["input_ids"][None])
+            model.train()
 
     model.register_forward_hook(poison)
     run.add_callback(Hide())

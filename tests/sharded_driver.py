@@ -310,6 +310,37 @@ def plain(folder: Path, ranks: dict, kind: str) -> dict:
     return {"weights": training.weights(), "losses": training.losses, "hash": training.scheduler._ranks._hash}
 
 
+def batchnorm(folder: Path, ranks: dict, kind: str) -> dict:
+    """Digits with BatchNorm, whose statistics are those of a rank's slice: test losses of six seeds."""
+    from sklearn.datasets import load_digits
+
+    from learnit_r8 import R8Scheduler
+    from learnit_r8.integrations.torch import follow_lr
+
+    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    images, found = images.float() / 16, []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        layers = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10)
+        model = DistributedDataParallel(nn.Sequential(*layers))
+        optimizer = torch.optim.AdamW(model.parameters())
+        options = {"num_epochs": 4, "initial_lr": 1e-2, "checkpoint_dir": None, "ui": "off", "seed": seed}
+        scheduler = R8Scheduler(1200, 64, **options, **ranks)
+        follow_lr(scheduler, optimizer)
+        for _ in scheduler.epoch_iterator():
+            for batch in scheduler.batch_iterator():
+                ids = torch.from_numpy(batch.indices)
+                losses = nn.functional.cross_entropy(model(images[ids]), labels[ids], reduction="none")
+                optimizer.zero_grad()
+                losses.mean().backward()
+                optimizer.step()
+                scheduler.update_with_loss(losses)
+        model.eval()
+        with torch.no_grad():
+            found.append(nn.functional.cross_entropy(model.module(images[1200:]), labels[1200:]).item())
+    return {"losses": found}
+
+
 class Saved(Training):
     """A training that is saved and resumed by all ranks together, through ShardedModel."""
 

@@ -98,6 +98,18 @@ def test_ddp_fsdp2_and_hsdp_train_the_same_run(tmp_path, world):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_batchnorm_model_learns_as_well_on_several_ranks_as_on_one(tmp_path):
+    pytest.importorskip("sklearn")
+    found = {world: np.array(run(tmp_path, world, "batchnorm")["batchnorm"][0]["losses"]) for world in (1, 2, 4)}
+    for losses in found.values():
+        print(f"{losses.mean():.4f} +- {losses.std(ddof=1) / len(losses) ** 0.5:.4f}", end="  ")
+    for world in (2, 4):
+        apart = found[world] - found[1]
+        assert abs(apart.mean()) < 3 * apart.std(ddof=1) / len(apart) ** 0.5 + 0.01
+
+
+@pytest.mark.slow
 def test_fsdp2_inside_lightning_and_accelerate_is_restored_to_the_bit(tmp_path):
     pytest.importorskip("lightning")
     pytest.importorskip("accelerate")

@@ -30,6 +30,10 @@ class TrainedState:
 
     def _trained(self) -> dict[str, Tensor]:
         model = self._trainer.model
+        if self._trainer.is_fsdp_enabled:  # a forward without a backward leaves FSDP2's outermost weights whole
+            for module in model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
         weights = dict(model.named_parameters())
         if model is not self._model:
             self._model, self._versions = model, {name: p._version for name, p in weights.items()}
