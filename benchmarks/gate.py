@@ -4,7 +4,7 @@ python -m benchmarks.gate [--quick] [--only outliers|explosions|poisoned|clean]
 
 An outlier is a loss, and its gradient with it, of 20 times the median of the last 64. Clean steps: the families and
 trainings of `stability_curves` (losses, and for trainings the norms of the gradients), and the trainings of
-`clean_runs` and `harm_sound` through the scheduler; all but those of `clean_runs` were looked at when the rule was made.
+`clean_runs` and `harm_sound` through the scheduler. All but those of `clean_runs` were looked at as the rule was made.
 """
 
 from __future__ import annotations
