@@ -111,6 +111,9 @@ class CheckpointStore(CheckpointDirectory):
         self._last_serial: int | None = None
         self._buffer: Bytes = np.empty(0, np.uint8)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a CheckpointStore locks its folder for one process: make another one of the same folder")
+
     def save(
         self,
         step: int,

@@ -30,6 +30,9 @@ class JsonlSink:
         self._buffered = 0
         self._flushed = 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a JsonlSink writes one file from one process: make one for each of them, or read the file")
+
     def record(self, event: Event) -> None:
         """Write one line. `BatchIssued` is left out: `LossReported` tells the same and more."""
         if isinstance(event, BatchIssued):

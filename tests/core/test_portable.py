@@ -17,18 +17,20 @@ import pytest
 import torch
 
 from learnit_r8 import R8Scheduler
+from learnit_r8.checkpoint import CheckpointStore
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Saved
 from learnit_r8.errors import CheckpointError
 from learnit_r8.integrations.distributed import FromRank0
-from learnit_r8.integrations.torch import R8BatchSampler, TensorState
+from learnit_r8.integrations.torch import R8BatchSampler, TensorState, follow_lr
 from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.prompts import PromptScheduler
 from learnit_r8.replay import HybridSRLReplayBuffer, NStep, PrioritizedReplayBuffer
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.schedules.range_test import LrFinder
 from learnit_r8.schedules.reduction import Reduction, plateau
+from learnit_r8.sinks import JsonlSink
 from learnit_r8.stability.detector import Detector
 from learnit_r8.strategies import (
     AdaptiveBatchSampler,
@@ -402,6 +404,12 @@ def test_what_cannot_be_copied_says_so(tmp_path):
                 how(one)
         with pytest.raises(TypeError, match=r"cannot be copied: save\(\) it"):
             how(PrioritizedReplayBuffer(4, storage="arrays", path=tmp_path))
+        with pytest.raises(TypeError, match="make one for each"):
+            how(JsonlSink(tmp_path / "events.jsonl"))
+        with pytest.raises(TypeError, match="make another one of the same folder"):
+            how(CheckpointStore(tmp_path / "saved"))
+        with pytest.raises(TypeError, match="call follow_lr"):
+            how(follow_lr(scheduler, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)))
 
 
 FRAMEWORKS = "learnit_r8.integrations.(huggingface|lightning|keras|jax)"

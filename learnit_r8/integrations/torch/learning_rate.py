@@ -131,6 +131,9 @@ class LearningRateHook:
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("the hook of follow_lr belongs to one optimizer: call follow_lr(scheduler, optimizer) again")
+
     def set_now(self) -> None:
         """Set the rate of the step that comes next, for who looks at it before."""
         optimizer, scheduler = self._optimizer(), self._scheduler()
