@@ -511,6 +511,7 @@ TAKES_EFFECT = {
     "keep_checkpoints": (2, lambda s, g: run(s) and s._saver.store._retention.newest == 2),
     "checkpoints": (Checkpoints(every=5), lambda s, g: run(s) and steps("checkpoints")[-3:] == [10, 15, 16]),
     "evaluation": (Evaluation(stop_after=1), lambda s, g: epochs_without_progress(s) == 1),
+    "clip": (0.5, lambda s, g: s.clip_norm() == g),
     "ui": ("log", lambda s, g: s._args.ui == "log"),
     "use_curses": (False, lambda s, g: s._args.ui == "off"),
     "sinks": ([Ear(events.LossReported)], lambda s, g: run(s) and len(g[0].heard) == 8),
