@@ -152,7 +152,7 @@ class Judge:
     ) -> Judgement | None:
         """Judge a loss that is calm beyond doubt amid others, as nearly all are: the same as below, in fewer calls."""
         backups, machine = self.backups, self.machine
-        if not (reported.finite and backups.unsuspected and machine.healthy):
+        if not (reported.finite and backups.unsuspected and machine.healthy(step)):
             return None
         reading = self.detector.take_calm(reported.mean, expected - self._catalog.usual, scored=scored)
         if reading is None:
@@ -172,6 +172,7 @@ class Judge:
             expected_all=self._catalog.usual,
             finite=reported.finite,
             samples=reported.values,
+            easy=self.machine.stable_only(step),
         )
 
     def _undo(

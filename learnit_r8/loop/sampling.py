@@ -105,17 +105,17 @@ class Sampling:
         """Return how many batches the epoch has: what all ranks can take. All must call it."""
         return int(self._of_plans(self._planned()).min())
 
-    def draw(self, epoch: int, step: int, progress: float) -> tuple[Indices, Losses | None]:
+    def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
         size = self._config.next_size(self._left)
-        indices = None if self._fast is None else self._fast(size)
+        indices = None if stable_only or self._fast is None else self._fast(size)
         weights: Losses | None = None
         if indices is not None:
             count = len(indices)
             if not self._catalog.expects(indices) and self.each_once:
                 self._catalog.expect([indices, *self._active.strategy.planned_ahead()])
         else:
-            request = self._request(size, epoch, step, progress, Purpose.BATCH)
+            request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)
             indices, weights, count = self._ask(request)
         self.drawn += 1
         self._left -= count
@@ -148,7 +148,9 @@ class Sampling:
         left = self._active.batches_left
         return self.drawn + (self._config.batches(self._left) if left is None else left)
 
-    def _request(self, size: int, epoch: int, step: int, progress: float, purpose: Purpose) -> BatchRequest:
+    def _request(
+        self, size: int, epoch: int, step: int, progress: float, purpose: Purpose, stable_only: bool = False
+    ) -> BatchRequest:
         return BatchRequest(
             size,
             epoch,
@@ -159,6 +161,7 @@ class Sampling:
             self._streams,
             purpose,
             self._excluded,
+            stable_only,
             self._config.world_size,
         )
 

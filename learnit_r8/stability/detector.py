@@ -174,10 +174,12 @@ class Detector:
         expected_all: float = math.nan,
         finite: bool = True,
         samples: NDArray[Any] | None = None,
+        easy: bool = False,
     ) -> Reading:
         """Read the mean loss reported for one step.
 
-        The catalog's estimates for the batch and for all data are NaN where they are not to be trusted yet.
+        The catalog's estimates for the batch and for all data are NaN where they are not to be trusted yet. `easy`: the
+        batch was made of easy samples only; its loss is compared with the others', and they are not with it.
         """
         self.last = loss
         if not finite or not math.isfinite(loss):
@@ -192,9 +194,9 @@ class Detector:
         if not -_HUGE < corrected < _HUGE:
             corrected = math.copysign(_HUGE, corrected)
         if len(self._window) < WARMUP:
-            reading = self._learn(step, corrected)
+            reading = self._learn(step, corrected, easy)
         else:
-            reading = self._judge(step, corrected, corrected - loss, samples)
+            reading = self._judge(step, corrected, corrected - loss, samples, easy)
         if known and reading.verdict is Verdict.CALM and abs(excess) < _LARGE:
             self._composition.learn(loss, excess)
         return reading
@@ -278,7 +280,7 @@ class Detector:
         self._outliers.fill(state["outliers"])
         self._jumps.fill(state["jumps"])
 
-    def _learn(self, step: int, loss: float) -> Reading:
+    def _learn(self, step: int, loss: float, easy: bool) -> Reading:
         """Read a loss before the detector is active."""
         if self._far(loss, 0.0):
             self._mark_suspect(step)
@@ -289,6 +291,8 @@ class Detector:
                 verdict, math.nan, f"{loss:.4g} is over {_FAR:g} times the highest before, {self._untrained:.4g}"
             )
         self.first_suspect_step = None
+        if easy:
+            return Reading(Verdict.CALM, math.nan)
         self._window.push(loss)
         if math.isnan(self._first_level):
             self._untrained = max(self._untrained, abs(loss))
@@ -306,7 +310,7 @@ class Detector:
         self._far_bits = (self._far_bits << 1 | far) & _FAR_MASK
         return far
 
-    def _judge(self, step: int, loss: float, shift: float, samples: NDArray[Any] | None) -> Reading:
+    def _judge(self, step: int, loss: float, shift: float, samples: NDArray[Any] | None, easy: bool) -> Reading:
         m = self._window.median()
         s = self._scale(m)
         rise = loss - m
@@ -331,11 +335,12 @@ class Detector:
                 return Reading(Verdict.SUSPECT, z, f"{loss:.4g} against a median of {m:.4g}, from a few samples")
         self._shift_flags(soft, hard)
         told = ""
-        if self._relaxed_until < 0:
+        if not easy and self._relaxed_until < 0:
             explained = max(loss, min(loss - shift, m))  # estimates that are far off must not make up a level
             told = self.level.push(step, explained, self._first_level)
         if not (soft or (far and self._far_bits == _FAR_MASK)):
-            self._accept(loss, m)
+            if not easy:
+                self._accept(loss, m)
             if not self._soft_bits:
                 self.first_suspect_step, self._jump = None, 0.0
             return Reading(Verdict.DRIFT, z, told) if told else Reading(Verdict.CALM, z)

@@ -16,7 +16,7 @@ after 16 losses. Only damaged weights are restored:
   older one is also tried where a fault that grows takes as many steps to show as it did the first time, and where one
   backup is needed for the fourth time and none newer was proved in between.
 * Only such a return within 30 steps lowers the learning rate: by half, down to an eighth, for 100 steps or a
-  twentieth of the budget.
+  twentieth of the budget, and takes the next eight batches from stable samples.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class RecoveryMachine(Saved):
         before_step=maybe(int), older=maybe(int),
         **dict.fromkeys(("lacks", "proven", "callback_failed", "unproven", "explained", "grew"), bool),
         **dict.fromkeys(("flagged", "nonfinite", "calm", "calm_since", "reports_since", "returns", "uses"), int),
-        **dict.fromkeys(("soon", "unrestorable", "until", "attempts", "skip", "same", "delay"), int),
+        **dict.fromkeys(("soon", "unrestorable", "until", "stable_until", "attempts", "skip", "same", "delay"), int),
     )  # fmt: skip
 
     def __init__(self, hold: int = 100) -> None:
@@ -180,7 +180,7 @@ class RecoveryMachine(Saved):
         self._calm = 0  # calm losses in a row
         self._calm_since = self._reports_since = 0  # the last restore
         self._returns = self._uses = self._soon = self._unrestorable = 0
-        self._factor, self._until = 1.0, 0
+        self._factor, self._until, self._stable_until = 1.0, 0, 0
         self._source, self._attempts, self._skip = "ram", 0, 0
         self._before_step: int | None = None
         self._older: int | None = None  # faults returned: only backups of earlier steps
@@ -199,10 +199,9 @@ class RecoveryMachine(Saved):
         """Say whether the backup that was restored last has yet to be acquitted."""
         return self.phase is Phase.TRIAL
 
-    @property
-    def healthy(self) -> bool:
-        """Say whether a calm loss changes nothing but counts."""
-        return self.phase is Phase.HEALTHY
+    def healthy(self, step: int) -> bool:
+        """Say whether a calm loss of this step changes nothing but counts, and was of an ordinary batch."""
+        return self.phase is Phase.HEALTHY and step >= self._stable_until
 
     @property
     def just_restored(self) -> bool:
@@ -212,6 +211,10 @@ class RecoveryMachine(Saved):
     def lr_multiplier(self, step: int) -> float:
         """Return the factor on the scheduled learning rate at a step."""
         return self._factor if step < self._until else 1.0
+
+    def stable_only(self, step: int) -> bool:
+        """Say whether a batch of this step should come from stable (low-loss) samples."""
+        return step < self._stable_until
 
     def react(
         self,
@@ -334,7 +337,7 @@ class RecoveryMachine(Saved):
                 self._older, self._uses = self.used[1], 0
             if self._calm_since and self._reports_since <= _QUICK:
                 self._factor = max(self.lr_multiplier(step) / 2, _LEAST_FACTOR)
-                self._until = step + 1 + self.hold
+                self._until, self._stable_until = step + 1 + self.hold, step + 1 + ACQUITTAL
         alike = abs(self._reports_since - self._delay) <= max(2, self._delay // 2) and self._delay > 2
         grows = finite and alike and (self.flagged >= _GRADUAL or self._grew)
         self._grew = grows

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Kind, Saved, each, maybe, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, builtin
-from learnit_r8.strategies.weighting import SAMPLER, Floats, MixtureSampler, fill_unseen
+from learnit_r8.strategies.weighting import SAMPLER, Floats, MixtureSampler, draw_stable, fill_unseen
 from learnit_r8.types import LossReport, Mask
 
 _UNTRAINED_BATCHES = 8
@@ -223,11 +223,11 @@ class Auto(Saved):
     # Each batch ---------------------------------------------------------------------------
 
     def draw(self, request: BatchRequest) -> Draw:
-        """Return a batch, with weights of 1."""
+        """Return a batch, with weights of 1; samples of low loss where only stable ones are wanted."""
         if self._sampler is None:
             self.start_epoch(request)
         assert self._sampler is not None
-        indices = self._sampler.draw(request.size).indices
+        indices = draw_stable(request) if request.stable_only else self._sampler.draw(request.size).indices
         return Draw(indices, weights=np.ones(len(indices), np.float32))
 
     def observe(self, report: LossReport) -> None:

@@ -46,6 +46,7 @@ class BatchRequest(NamedTuple):
         excluded: True for samples that must not be drawn in this epoch (quarantine, noise
             guard, probes), shape `[num_samples]`, or None when all may be drawn. It
             changes at epoch starts only.
+        stable_only: Prefer samples of low loss (Q1): the model was just rolled back.
         multiple: Number of ranks, which take equal shares of a batch: draw a multiple of it. `size` is one.
     """
 
@@ -58,6 +59,7 @@ class BatchRequest(NamedTuple):
     streams: RandomStreams
     purpose: Purpose = Purpose.BATCH
     excluded: Mask | None = None
+    stable_only: bool = False
     multiple: int = 1
 
     @property

@@ -23,7 +23,7 @@ from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Saved, each, table
 from learnit_r8.strategies.base import BatchRequest, Draw, builtin
 from learnit_r8.strategies.plan import shuffled
-from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats
+from learnit_r8.strategies.weighting import UNIFORM_SHARE, Floats, draw_stable
 
 LOWEST_TEMPERATURE = 0.01
 
@@ -149,6 +149,8 @@ class Curriculum(Saved):
         """Return a batch whose shares of the bins follow the curriculum."""
         if not self._turns:
             self.start_epoch(request)
+        if request.stable_only:
+            return Draw(draw_stable(request))
         size = min(request.size, self._count)
         expected = self._expected_counts(size, request.progress)
         # Systematic rounding: the shares are whole numbers with exactly these expectations.

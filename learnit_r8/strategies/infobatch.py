@@ -92,11 +92,12 @@ class InfoBatch(Saved):
         return np.asarray(seen & (losses < mean))
 
     def draw(self, request: BatchRequest) -> Draw:
-        """Return the plan's next batch."""
+        """Return the plan's next batch; on probation samples below the mean come first."""
         if self._plan is None:
             self.start_epoch(request)
         assert self._plan is not None
-        indices = self._plan.take(request.size)
+        take = self._plan.take_first if request.stable_only else self._plan.take
+        indices = take(request.size)
         probabilities = np.where(self._low[indices], self._probabilities[1], self._probabilities[0])
         # The published weights are relative to a sample that is drawn once an epoch.
         weights = 1.0 / (self._count * probabilities) if self.normalize else self._probabilities[0] / probabilities

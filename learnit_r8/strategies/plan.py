@@ -104,6 +104,16 @@ class EpochPlan:
                 mine[here], later[there] = later[there], mine[here]
         self._cut_ahead(size, 1)
 
+    def take_first(self, size: int) -> Indices:
+        """Return the next batch from the first queue that still has samples, then the next."""
+        parts, taken = [], []
+        for queue, start in zip(self._queues, self._taken, strict=True):
+            parts.append(queue[start : start + size])
+            taken.append(start + len(parts[-1]))
+            size -= len(parts[-1])
+        self._taken, self._ahead = taken, []
+        return np.concatenate(parts, dtype=np.int64)
+
     def _shares(self, size: int, taken: list[int]) -> list[int]:
         """Split a batch over the queues by what is left in each; the largest remainders round up."""
         left = [len(queue) - start for queue, start in zip(self._queues, taken, strict=True)]
@@ -142,7 +152,7 @@ class PlannedStrategy(Saved):
         self._plan: EpochPlan | None = None
 
     def queues(self, request: Any) -> list[NDArray[np.uint32]]:
-        """Return the queues of an epoch."""
+        """Return the queues of an epoch, the most stable samples first."""
         raise TypeError(f"{type(self).__name__} does not define queues(request)")
 
     def start_epoch(self, request: Any) -> int:
@@ -151,11 +161,11 @@ class PlannedStrategy(Saved):
         return self._plan.remaining
 
     def draw(self, request: Any) -> Indices:
-        """Return the plan's next batch."""
+        """Return the plan's next batch; on probation the stable samples come first."""
         if self._plan is None:
             self.start_epoch(request)
         assert self._plan is not None
-        return self._plan.take(request.size)
+        return self._plan.take_first(request.size) if request.stable_only else self._plan.take(request.size)
 
     def planned_ahead(self) -> list[Indices]:
         """Return the batches that are sure to follow as far as they are cut, the next one first."""

@@ -29,8 +29,8 @@ class Quadrant(PlannedStrategy):
         self._target_loss = target_loss
 
     def draw(self, request: BatchRequest) -> Indices:
-        """Return the plan's next batch."""
-        if self._target_loss and self._plan is not None:
+        """Return the plan's next batch; on probation the stable samples come first."""
+        if self._target_loss and self._plan is not None and not request.stable_only:
             mean = request.catalog.mean_expected
             if not math.isnan(mean):
                 self._plan.steer(request.size, request.catalog.expected_of, mean, 0.1 * abs(mean))

@@ -29,7 +29,7 @@ from learnit_r8.core.state import Kind, Saved, maybe, part, table
 from learnit_r8.errors import ProtocolError
 from learnit_r8.strategies.base import BatchRequest, Draw, builtin
 from learnit_r8.strategies.review_queue import ReviewQueue, Spacing
-from learnit_r8.strategies.weighting import as_ids
+from learnit_r8.strategies.weighting import as_ids, draw_stable
 from learnit_r8.structures.moving_stats import ExponentialMovingStats
 from learnit_r8.types import Indices, LossReport, Mask
 
@@ -97,6 +97,8 @@ class SpacedRepetition(Saved):
         if self._queue is None:
             self.start_epoch(request)
         assert self._queue is not None
+        if request.stable_only:
+            return Draw(draw_stable(request))
         self._step = request.step
         indices = self._queue.take(request.size, request.step)
         return Draw(indices, weights=np.ones(len(indices), np.float32))

@@ -235,11 +235,11 @@ class WeightedStrategy(Saved):
         self._sampler.restart(weights, request.rng, request.excluded)
 
     def draw(self, request: BatchRequest) -> Draw:
-        """Return a batch from the mixture."""
+        """Return a batch from the mixture; samples of low loss where only stable ones are wanted."""
         if self._sampler is None:
             self.start_epoch(request)
         assert self._sampler is not None
-        return self._sampler.draw(request.size)
+        return Draw(draw_stable(request)) if request.stable_only else self._sampler.draw(request.size)
 
 
 class WeightedSampler(Saved):
@@ -305,6 +305,23 @@ class WeightedSampler(Saved):
         self._drawn += len(draw.indices)
         assert draw.weights is not None
         return draw.indices.astype(np.int64, copy=False), draw.weights.astype(np.float32)
+
+
+def draw_stable(request: BatchRequest) -> Indices:
+    """Return samples of low loss: of four times as many uniform ones the lowest quarter.
+
+    That keeps to the lower part of the losses without a pass over all of them.
+    """
+    count = request.num_samples
+    pool = request.rng.choice(count, min(count, 4 * request.size), replace=False, shuffle=False)
+    if request.excluded is not None:
+        pool = pool[~request.excluded[pool]]
+        if len(pool) < request.size:
+            pool = np.flatnonzero(~request.excluded)
+    losses = np.where(request.catalog.uses[pool] > 0, request.catalog.expected_of(pool), np.inf)
+    if len(pool) > request.size:
+        pool = pool[np.argpartition(losses, request.size - 1)[: request.size]]
+    return pool.astype(np.int64, copy=False)
 
 
 def fill_unseen(losses: ArrayLike, uses: NDArray[np.uint32]) -> Floats:

@@ -42,6 +42,7 @@ def check_strategy(factory: Callable[[], Strategy], *, thorough: bool = True) ->
         for cataloged in (False, True):
             _Run(factory(), num_samples, size, cataloged=cataloged).epochs(3)
     _check_exclusion(factory)
+    _check_stable(factory)
     _check_coverage(factory)
     first, second = (_ids(_Run(factory(), 300, 16).epochs(3)) for _ in range(2))
     require(
@@ -89,10 +90,10 @@ class _Run:
             mask.flags.writeable = False
         self.left = 0
 
-    def request(self, purpose: Purpose, size: int) -> BatchRequest:
+    def request(self, purpose: Purpose, size: int, *, stable_only: bool = False) -> BatchRequest:
         return BatchRequest(
             size, self.epoch, self.cursor, self.step, _PROGRESS, self.catalog, self.streams,
-            purpose, self.excluded,
+            purpose, self.excluded, stable_only,
         )  # fmt: skip
 
     def start_epoch(self) -> None:
@@ -102,13 +103,13 @@ class _Run:
         allowed = self.catalog.num_samples - (0 if self.excluded is None else int(self.excluded.sum()))
         self.left = allowed if samples is None else int(samples)
 
-    def advance(self) -> Draw:
+    def advance(self, *, stable_only: bool = False) -> Draw:
         """Draw one batch and report its losses; a new epoch begins where one is spent."""
         while self.left <= 0:
             self.epoch += self.step > 0
             self.start_epoch()
         asked = min(self.size, self.left)
-        draw = Draw.of(self.rules.draw(self.request(Purpose.BATCH, asked)))
+        draw = Draw.of(self.rules.draw(self.request(Purpose.BATCH, asked, stable_only=stable_only)))
         ids = self._checked(draw, asked)
         self.left -= len(ids)
         self.cursor += 1
@@ -147,6 +148,17 @@ def _check_exclusion(factory: Callable[[], Strategy]) -> None:
     run = _Run(factory(), 50, 8)
     for excluded in (some, ~some, ~one, None):
         run.exclude(excluded)
+        run.epochs(2)
+
+
+def _check_stable(factory: Callable[[], Strategy]) -> None:
+    excluded = np.zeros(200, bool)
+    excluded[:20] = True
+    for mask in (None, excluded):
+        run = _Run(factory(), 200, 16)
+        run.exclude(mask)
+        for _ in range(8):
+            run.advance(stable_only=True)
         run.epochs(2)
 
 

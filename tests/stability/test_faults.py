@@ -72,4 +72,4 @@ def test_the_whole_matrix():
     }
     assert {name: injected[name] >= count for name, count in least.items()} == dict.fromkeys(least, True)
     missed = {name: injected[name] - found["classes"][name]["survived"] for name in faults.PUBLISHED}
-    assert missed["slow rise"] <= 29  # the rise is in every backup before it shows
+    assert missed["slow rise"] <= 27  # the rise is in every backup before it shows

@@ -98,6 +98,7 @@ def test_damage_asks_for_a_backup_from_before_it_and_leaves_the_rate_alone():
     machine.rolled_back(100, 96, 12)
     assert machine.phase is Phase.TRIAL
     assert machine.lr_multiplier(101) == 1.0
+    assert not machine.stable_only(101)
 
 
 def test_eight_calm_losses_acquit_a_backup_whatever_comes_later():
@@ -121,6 +122,8 @@ def test_a_fault_that_returns_at_once_halves_the_rate_for_a_while_and_then_tries
     assert not again.unproven
     assert again.before_step is None
     assert [machine.lr_multiplier(step) for step in (104, 153, 154)] == [0.5, 0.5, 1.0]
+    assert machine.stable_only(104)
+    assert not machine.stable_only(112)
     machine.rolled_back(103, 80, 12)
     calm(machine, 104, 2)
     assert damage(machine, 106).before_step == 80
@@ -283,7 +286,7 @@ def drive(machine, history, start):
             log.append(action)
         if action.kind is Kind.RESTORE:
             machine.rolled_back(step, max(0, step - 20), step % 3)
-        log += [machine.phase, machine.lr_multiplier(step + 1)]
+        log += [machine.phase, machine.lr_multiplier(step + 1), machine.stable_only(step + 1)]
     return log
 
 

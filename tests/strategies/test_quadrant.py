@@ -17,10 +17,10 @@ from learnit_r8.strategies import BatchRequest, Quadrant
 BARE = {"use_curses": False, "checkpoint_dir": None}
 
 
-def request(catalog, size, cursor=0, *, epoch=1, seed=0, excluded=None):
+def request(catalog, size, cursor=0, *, epoch=1, seed=0, excluded=None, stable_only=False):
     purpose = Purpose.PLAN if cursor == 0 else Purpose.BATCH
     streams = RandomStreams(seed)
-    return BatchRequest(size, epoch, cursor, 0, 0.0, catalog, streams, purpose, excluded)
+    return BatchRequest(size, epoch, cursor, 0, 0.0, catalog, streams, purpose, excluded, stable_only)
 
 
 def cataloged(losses, seen=None):
@@ -69,6 +69,18 @@ def test_samples_without_a_known_loss_are_drawn_once_too_and_spread_over_the_bat
     drawn = plan(catalog, size, seed=seed)
     assert sorted(np.concatenate(drawn)) == list(range(count))
     assert all(len(batch) == size for batch in drawn[:-1])
+
+
+def test_on_probation_the_stable_samples_come_first_and_all_still_come_once():
+    catalog = cataloged(np.arange(40.0))
+    catalog.refresh_quadrants(np.random.default_rng(0))
+    strategy = Quadrant()
+    strategy.start_epoch(request(catalog, 8))
+    first = strategy.draw(request(catalog, 8, 1, stable_only=True))
+    assert first.max() < 10
+    rest = [strategy.draw(request(catalog, 8, cursor)) for cursor in range(2, 6)]
+    assert sorted(np.concatenate([first, *rest])) == list(range(40))
+    assert all(np.ptp(np.bincount(batch // 10, minlength=4)) <= 3 for batch in rest)
 
 
 def test_within_a_quadrant_the_least_used_samples_come_first():

@@ -134,14 +134,28 @@ def test_a_sound_strategy_of_a_user_passes():
     check_strategy(Broken)
 
 
-def request_of(catalog, *, epoch=1, cursor=0, size=10, progress=0.3, purpose=Purpose.BATCH, excluded=None):
-    return BatchRequest(size, epoch, cursor, 50, progress, catalog, RandomStreams(3), purpose, excluded)
+def request_of(
+    catalog, *, epoch=1, cursor=0, size=10, progress=0.3, purpose=Purpose.BATCH, excluded=None, stable=False
+):
+    return BatchRequest(size, epoch, cursor, 50, progress, catalog, RandomStreams(3), purpose, excluded, stable)
 
 
 def catalog_of(losses):
     catalog = LossCatalog(len(losses))
     catalog.record(catalog.look_up(np.arange(len(losses))), np.asarray(losses, np.float32), 0)
     return catalog
+
+
+@pytest.mark.parametrize("name", ["spaced", "curriculum", "prioritized", "adaptive", "reward", "infobatch"])
+def test_after_a_rollback_batches_come_from_the_lower_losses(name):
+    losses = np.random.default_rng(0).permutation(1000) / 1000
+    strategy = strategies.make(name)
+    catalog = catalog_of(losses)
+    strategy.draw(request_of(catalog))
+    drawn = strategy.draw(request_of(catalog, cursor=1, stable=True))
+    ids = drawn.indices if isinstance(drawn, Draw) else drawn
+    assert losses[ids].mean() < 0.4
+    assert len(np.unique(ids)) == 10
 
 
 @pytest.mark.parametrize("name", ["prioritized", "adaptive"])

@@ -105,7 +105,8 @@ class Steps(Measuring):
         if waiting is not None:
             indices, weights, number = waiting.indices, waiting.weights, waiting.batch.id
         elif cursor < batches:
-            indices, weights = self._chooser.draw(epoch, step, position[0] / position[1])
+            progress, stable_only = position[0] / position[1], self._safety.machine.stable_only(step)
+            indices, weights = self._chooser.draw(epoch, step, progress, stable_only=stable_only)
             number = self._desk.new_id()
         else:
             return None
