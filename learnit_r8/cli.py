@@ -195,13 +195,14 @@ def _report(options: argparse.Namespace) -> int:
 def _function(name: str) -> Callable[..., Any]:
     """Return a function of a module that Python finds from here, given as `module:function`."""
     module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError([f"--describe must be MODULE:FUNCTION, as mydata:show, got {name!r}: {error}"]) from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(here)  # the module may have put its own in front
     return found
 
 
