@@ -13,18 +13,14 @@ from learnit_r8.samples.catalog import more_rows
 from learnit_r8.strategies.contract import Rules
 
 
-def grown(state: Mapping[str, Any], num_samples: int, rules: Rules) -> dict[str, Any]:
-    """Return the state with samples behind its last one; they join the epochs that begin later.
-
-    Masks need nothing: what their bytes do not reach is False.
+def check_growth(state: Mapping[str, Any], num_samples: int, rules: Rules) -> None:
+    """Raise where a run of more samples has a strategy that cannot take them.
 
     Raises:
         ConfigError: The strategy has a schedule of its own of all samples.
     """
-    before = int(state["config"]["num_samples"])
-    if before == num_samples:
-        return dict(state)
-    if not rules.grows:
+    before = state["config"]["num_samples"]
+    if before != num_samples and not rules.grows:
         raise ConfigError(
             [
                 f"num_samples: the state was saved with {before}, this run has {num_samples}, and "
@@ -32,6 +28,15 @@ def grown(state: Mapping[str, Any], num_samples: int, rules: Rules) -> dict[str,
                 "start a new run"
             ]
         )
+
+
+def grown(state: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
+    """Return the state with samples behind its last one; they join the epochs that begin later.
+
+    Masks need nothing: what their bytes do not reach is False.
+    """
+    if state["config"]["num_samples"] == num_samples:
+        return dict(state)
     catalog = {**state["catalog"], "rows": more_rows(state["catalog"], num_samples)}
     guard: dict[str, Any] = dict(state["guard"])
     if guard["phase"] is not None:

@@ -14,7 +14,6 @@ from learnit_r8.errors import ConfigError
 from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.samples.catalog import LossCatalog
 
-KINDS = ("csv", "parquet", "cleanlab")
 Table = dict[str, NDArray[Any]]
 
 
@@ -63,7 +62,7 @@ def for_cleanlab(table: Table) -> Table:
 
 
 def write_table(table: Table, output: Path, kind: str) -> None:
-    """Write a table; `kind` is one of `KINDS`, cleanlab's being a CSV file.
+    """Write a table; `kind` is "csv", "parquet" or "cleanlab", whose label issues are a CSV file.
 
     Raises:
         ConfigError: pyarrow, which parquet needs, is missing.

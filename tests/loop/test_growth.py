@@ -167,3 +167,26 @@ def test_fewer_samples_are_refused():
     run = scheduler(OLD - 1)
     with pytest.raises(ConfigError, match="num_samples"):
         run.load_state_dict(saved)
+
+
+def test_that_there_are_more_samples_is_said_once(capfd):
+    run = scheduler(NEW)
+    run.load_state_dict(state_after(1))
+    said = "saved with 64 samples and has 100: the new ones, from id 64 on"
+    assert capfd.readouterr().err.count(said) == 1
+    run.load_state_dict(run.state_dict())
+    assert said not in capfd.readouterr().err
+
+
+def test_where_the_strategy_refuses_the_model_is_not_loaded_either(tmp_path):
+    run = scheduler(OLD, strategy="spaced", checkpoint_dir=tmp_path)
+    loaded = []
+    for _ in run.epoch_iterator():
+        train(run)
+        break
+    run.save_checkpoint()
+    run.close()
+    more = scheduler(NEW, strategy="spaced", load_callback=loaded.append)
+    with pytest.raises(ConfigError, match="cannot take more samples"):
+        more.load_checkpoint(tmp_path)
+    assert not loaded

@@ -18,7 +18,7 @@ from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, tell
 from learnit_r8.loop.base.parts import Parts
 from learnit_r8.loop.counters import Progress, check_state
-from learnit_r8.loop.growth import grown
+from learnit_r8.loop.growth import check_growth, grown
 from learnit_r8.loop.saver import State, not_saved
 from learnit_r8.loop.shards import common_checkpoint
 
@@ -178,8 +178,9 @@ class Persistence(Parts):
             ProtocolError: The search of `auto_find_lr` is running.
         """
         state = unpacked(state)
-        check_state(state, self._config)
-        state = grown(state, self._config.num_samples, self._chooser.rules)
+        self._check(state)
+        saved, size = state["config"]["num_samples"], self._config.num_samples
+        state = grown(state, size)
         before, flags = self.state_dict(), (self._search, self._control.stop, self._begun, self._resumed)
         try:
             self._apply(state)
@@ -188,9 +189,18 @@ class Persistence(Parts):
             self._search, self._control.stop, self._begun, self._resumed = flags
             reason = f"the state is damaged ({type(error).__name__}: {error}): load another one, or start a new run"
             raise ConfigError([reason]) from error
+        if saved != size:
+            self.tell(
+                f"the run was saved with {saved} samples and has {size}: the new ones, from id {saved} on, join the "
+                "epochs that begin from here"
+            )
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        check_state(state, self._config)
+        check_growth(state, self._config.num_samples, self._chooser.rules)
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
-        check_state(loaded.state, self._config)
+        self._check(loaded.state)
         if self._args.load is not None:  # first: it may fail, and nothing has changed yet
             self._args.load(str(loaded.model_path), from_ram=False)
         elif loaded.holds_model:
