@@ -33,7 +33,7 @@ from learnit_r8.core.arrays import as_losses
 from learnit_r8.core.config import Problems
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, Saved, alone, each, fixed, row, table
-from learnit_r8.errors import ConfigError
+from learnit_r8.structures.key_table import KeyTable
 from learnit_r8.structures.keys import KEY, plain_key
 
 __all__ = ["PromptScheduler"]
@@ -78,7 +78,7 @@ class PromptScheduler(Saved):
         draws=int,
         groups=int,
         mixed=int,
-        keys=each(KEY),
+        keys=each(KEY, KeyTable),
         wins=np.float64,
         losses=np.float64,
         shown=np.float64,
@@ -107,7 +107,7 @@ class PromptScheduler(Saved):
         problems.raise_if_any()
         self.reward_range = (float(bounds[0]), float(bounds[1]))
         self._draws = self._groups = self._mixed = 0
-        self._keys: list[Hashable] = []
+        self._keys = KeyTable()
         # Evidence of each prompt, as of draw `at` (-1: none): rewards, what they lacked of the highest, the variance
         # that its groups have shown and the most that their means allowed.
         self._wins, self._losses, self._shown, self._possible = np.zeros((4, 0))
@@ -118,14 +118,13 @@ class PromptScheduler(Saved):
         self.add(keys)
 
     def _state_taken(self) -> None:
-        self._slots = {key: slot for slot, key in enumerate(self._keys)}
         self._streams = RandomStreams(self.seed)
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __contains__(self, key: Hashable) -> bool:
-        return plain_key(key) in self._slots
+        return key in self._keys
 
     @alone
     def add(self, keys: Iterable[Hashable]) -> None:
@@ -134,14 +133,9 @@ class PromptScheduler(Saved):
         Raises:
             ConfigError: A key stands for two prompts. Then none is added.
         """
-        slots = dict(self._slots)
-        for key in map(plain_key, _several(keys)):
-            if key in slots:
-                raise ConfigError([f"each prompt needs a key of its own, and {key!r} is there already"])
-            slots[key] = len(slots)
-        new = len(slots) - len(self)
-        self._keep(np.arange(len(self)), new)
-        self._keys, self._slots = list(slots), slots
+        before = len(self)
+        self._keys.add(keys)
+        self._keep(np.arange(before), len(self) - before)
 
     @alone
     def remove(self, keys: Iterable[Hashable]) -> None:
@@ -150,12 +144,11 @@ class PromptScheduler(Saved):
         Raises:
             KeyError: There is no such prompt. Then none is removed.
         """
-        gone = {self._slot(key) for key in _several(keys)}
-        kept = [slot for slot in range(len(self)) if slot not in gone]
-        self._gone |= {key: self._waits.pop(key) for key in (self._keys[slot] for slot in gone) if key in self._waits}
-        self._keep(np.array(kept, np.int64))
-        self._keys = [self._keys[slot] for slot in kept]
-        self._state_taken()
+        gone = self._keys.numbers(keys)
+        kept = np.delete(np.arange(len(self)), gone)
+        self._gone |= {key: self._waits.pop(key) for key in self._keys.of(gone) if key in self._waits}
+        self._keep(kept)
+        self._keys = KeyTable(self._keys.of(kept))
 
     def _keep(self, slots: NDArray[np.int64], new: int = 0) -> None:
         for name in ("_wins", "_losses", "_shown", "_possible"):
@@ -163,10 +156,10 @@ class PromptScheduler(Saved):
         self._at = np.append(self._at[slots], np.full(new, -1))
 
     def _slot(self, key: Hashable) -> int:
-        try:
-            return self._slots[plain_key(key)]
-        except KeyError:
-            raise KeyError(f"there is no prompt {key!r}: add([{key!r}]) first") from None
+        slot = int(self._keys.find([key])[0])
+        if slot < 0:
+            raise KeyError(f"there is no prompt {key!r}: add([{key!r}]) first")
+        return slot
 
     @alone
     def draw(self, n: int) -> list[Hashable]:
@@ -179,7 +172,7 @@ class PromptScheduler(Saved):
         """
         problems = Problems()
         n = problems.integer("n", n, 1)
-        if not self._keys:
+        if not len(self):
             problems.append("there is no prompt to draw: add(keys) first")
         problems.raise_if_any()
         return self.draw_among(len(self), n)
@@ -194,13 +187,13 @@ class PromptScheduler(Saved):
                 del waits[key]
         there = slots if isinstance(slots, int) else len(slots)
         pool = rng.choice(slots, min(there, _POOL * n + len(self._waits)), replace=False)
-        busy = np.isin(pool, [self._slots[key] for key in self._waits])
+        busy = np.isin(pool, self._keys.find(self._waits))
         pool = np.concatenate([pool[~busy][: _POOL * n], pool[busy]])  # these last, for want of others
         free = min(len(pool) - int(busy.sum()), _POOL * n)
         tried = min(int(n * _EXPLORE + rng.random()), free)
         by_worth = np.argsort(-self._worth(pool[tried:free], rng), kind="stable") + tried
         chosen = np.concatenate([pool[:tried], pool[by_worth], pool[free:]])[:n]
-        keys = [self._keys[slot] for slot in rng.permutation(chosen)]
+        keys = self._keys.of(rng.permutation(chosen))
         self._waits |= dict.fromkeys(keys, self._draws)
         return keys
 
@@ -234,7 +227,7 @@ class PromptScheduler(Saved):
         if not ((values >= low) & (values <= high)).all():
             raise ValueError(f"rewards must lie within reward_range={self.reward_range}, got {values.tolist()}")
         key = plain_key(key)
-        if key in self._gone and key not in self._slots:  # it may have several groups under way
+        if key in self._gone and key not in self._keys:  # it may have several groups under way
             return
         slot = self._slot(key)
         self._waits.pop(key, None)
@@ -293,9 +286,3 @@ class PromptScheduler(Saved):
             "mixed_groups": self._mixed,
             "mean_pass_rate": float(rates.mean()) if len(rates) else 0.0,
         }
-
-
-def _several(keys: Any) -> Iterable[Hashable]:
-    if isinstance(keys, (str, bytes)):
-        raise TypeError(f"keys must be several, got {keys!r} alone: give [{keys!r}]")
-    return keys  # type: ignore[no-any-return]

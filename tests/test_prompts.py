@@ -147,7 +147,7 @@ def test_bad_input_is_refused_and_changes_nothing():
     with pytest.raises(StateError):
         prompts.load_state_dict({name: value for name, value in before.items() if name != "waits"})
     assert prompts.state_dict() == before
-    with pytest.raises(ConfigError, match="False is there already"):
+    with pytest.raises(ConfigError, match="0 is there already"):
         PromptScheduler([0, False])
 
 
