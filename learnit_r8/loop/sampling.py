@@ -69,9 +69,8 @@ class Sampling:
         self._active = active = self._cataloger if cataloging else self.rules
         self.each_once = active.sound and active.covers
         # A plan's next batch, without a request.
-        self._fast: Callable[[int], Indices | None] | None = None
-        if active.sound:
-            self._fast = getattr(active.strategy, "next_planned", None)
+        fast = getattr(active.strategy, "next_planned", None) if self.each_once else None
+        self._fast: Callable[[int], Indices | None] | None = fast
 
     def _require(self, fault: str) -> None:
         if fault:
@@ -112,7 +111,7 @@ class Sampling:
         weights: Losses | None = None
         if indices is not None:
             count = len(indices)
-            if not self._catalog.expects(indices) and self.each_once:
+            if not self._catalog.expects(indices):
                 self._catalog.expect([indices, *self._active.strategy.planned_ahead()])
         else:
             request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)

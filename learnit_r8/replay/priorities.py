@@ -78,12 +78,9 @@ class RecentLargest(Saved):
         """Count events, with the largest number that they reported."""
         self._events += events
         if self._events >= self._each:
-            self._pass(min(self._events // self._each, len(self._parts) - 2))
+            for _ in range(min(self._events // self._each, len(self._parts) - 2)):
+                dropped, *kept, last = self._parts
+                self._parts = [*kept, -1.0, last if dropped < 0.0 else dropped]
             self._events %= self._each
         if largest is not None:
             self._parts[-2] = max(self._parts[-2], largest)
-
-    def _pass(self, parts: int) -> None:
-        for _ in range(parts):
-            dropped, *kept, last = self._parts
-            self._parts = [*kept, -1.0, last if dropped < 0.0 else dropped]

@@ -121,18 +121,6 @@ TABLE: dict[tuple[Phase, Cause | Signal], _Move] = {
 }
 
 
-def state_diagram() -> str:
-    """Return the table as a Mermaid state diagram; what stays in its phase is left out."""
-    arrows: dict[tuple[Phase, Phase], list[str]] = {}
-    for (phase, signal), move in TABLE.items():
-        if phase is not move.phase:
-            arrows.setdefault((phase, move.phase), []).append(str(signal))
-    lines = ["stateDiagram-v2", f"    [*] --> {Phase.HEALTHY.name}"]
-    for (start, end), signals in sorted(arrows.items(), key=lambda item: [list(Phase).index(p) for p in item[0]]):
-        lines.append(f"    {start.name} --> {end.name}: {', '.join(signals)}")
-    return "\n".join([*lines, f"    {Phase.FAILED.name} --> [*]"])
-
-
 @dataclass(frozen=True, slots=True)
 class Action:
     """What the caller is to do now, and why in one sentence for events and errors.

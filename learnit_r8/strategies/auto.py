@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.core.config import Problems
-from learnit_r8.core.state import Kind, Saved, each, maybe, row, table
+from learnit_r8.core.state import Kind, each, maybe, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, builtin
-from learnit_r8.strategies.weighting import SAMPLER, Floats, MixtureSampler, draw_stable, fill_unseen
+from learnit_r8.strategies.weighting import Floats, MixtureSampler, WeightedStrategy, fill_unseen
 from learnit_r8.types import LossReport, Mask
 
 _UNTRAINED_BATCHES = 8
@@ -63,7 +63,7 @@ _COLUMNS = Kind(
 
 
 @builtin("auto")
-class Auto(Saved):
+class Auto(WeightedStrategy):
     """Leans to hard samples as far as they turn out learnable; avoids the unexplained. Experimental.
 
     It needs one loss per sample; from one number a batch it stays uniform, and says so. What it
@@ -83,7 +83,6 @@ class Auto(Saved):
         strength=float,
         told=maybe(row(str, float)),
         decisions=each(row(str, str, float)),
-        sampler=maybe(SAMPLER),
     )
 
     def __init__(self, *, alpha: float = 0.8, avoid: bool = True) -> None:
@@ -99,11 +98,11 @@ class Auto(Saved):
         self._progress = 0.0  # of the budget, at the epoch's start
         self._told: tuple[str, float] | None = None
         self._decisions: list[tuple[str, str, float]] = []
-        self._sampler: MixtureSampler | None = None
+        super().__init__()
 
     # Each epoch ---------------------------------------------------------------------------
 
-    def start_epoch(self, request: BatchRequest) -> int:
+    def start_epoch(self, request: BatchRequest) -> int:  # type: ignore[override]
         """Judge what was measured, choose the probes, and set the weights; return how many samples to draw."""
         arrays = self._arrays(request.num_samples)
         barred = np.zeros(request.num_samples, bool) if request.excluded is None else request.excluded
@@ -224,10 +223,7 @@ class Auto(Saved):
 
     def draw(self, request: BatchRequest) -> Draw:
         """Return a batch, with weights of 1; samples of low loss where only stable ones are wanted."""
-        if self._sampler is None:
-            self.start_epoch(request)
-        assert self._sampler is not None
-        indices = draw_stable(request) if request.stable_only else self._sampler.draw(request.size).indices
+        indices = super().draw(request).indices
         return Draw(indices, weights=np.ones(len(indices), np.float32))
 
     def observe(self, report: LossReport) -> None:

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from learnit_r8.core.config import Problems
-from learnit_r8.core.state import Saved, made, mask, maybe, row, table
+from learnit_r8.core.state import mask, row, table
 from learnit_r8.strategies.base import BatchRequest, Draw, builtin
-from learnit_r8.strategies.plan import EpochPlan, shuffled
+from learnit_r8.strategies.plan import EpochPlan, PlannedStrategy, shuffled
 from learnit_r8.strategies.weighting import MAX_WEIGHT
 from learnit_r8.types import Mask
 
 
 @builtin("infobatch")
-class InfoBatch(Saved):
+class InfoBatch(PlannedStrategy):
     """Every sample of high loss once an epoch, those below the mean once in `1 / (1 - ratio)` epochs.
 
     Args:
@@ -40,15 +40,9 @@ class InfoBatch(Saved):
             and `1 / (1 - ratio)`.
     """
 
-    _saved = table(
-        plan=maybe(made(EpochPlan)),
-        size=int,
-        low=mask(lambda strategy: strategy._size),
-        probabilities=row(float, float),
-        count=int,
-    )
+    _saved = table(size=int, low=mask(lambda strategy: strategy._size), probabilities=row(float, float), count=int)
 
-    grows = True
+    covers = False
 
     def __init__(self, ratio: float = 0.5, anneal: float = 0.125, normalize: bool = False) -> None:
         problems = Problems()
@@ -61,7 +55,7 @@ class InfoBatch(Saved):
                 f"{ratio!r}: lower it, or set normalize=True"
             )
         problems.raise_if_any()
-        self._plan: EpochPlan | None = None
+        super().__init__()
         self._size = 0
         self._low: Mask = np.zeros(0, bool)
         self._probabilities = (1.0, 1.0)  # of samples of high loss, of those below the mean
@@ -91,13 +85,9 @@ class InfoBatch(Saved):
         mean = losses[seen].mean(dtype=np.float64) if seen.any() else 0.0
         return np.asarray(seen & (losses < mean))
 
-    def draw(self, request: BatchRequest) -> Draw:
+    def draw(self, request: BatchRequest) -> Draw:  # type: ignore[override]
         """Return the plan's next batch; on probation samples below the mean come first."""
-        if self._plan is None:
-            self.start_epoch(request)
-        assert self._plan is not None
-        take = self._plan.take_first if request.stable_only else self._plan.take
-        indices = take(request.size)
+        indices = super().draw(request)
         probabilities = np.where(self._low[indices], self._probabilities[1], self._probabilities[0])
         # The published weights are relative to a sample that is drawn once an epoch.
         weights = 1.0 / (self._count * probabilities) if self.normalize else self._probabilities[0] / probabilities

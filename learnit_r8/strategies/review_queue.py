@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.core.config import Problems
+from learnit_r8.core.config import Problems, argument
 from learnit_r8.core.state import Kind, Saved, mask, maybe, part, sized, table
 from learnit_r8.structures.max_tree import MaxTree
 from learnit_r8.structures.moving_stats import ExponentialMovingStats
@@ -43,23 +43,12 @@ _Z_FACTORS = np.array([4.0, 2.0, 1.0, 0.5, 0.25])
 class Spacing:
     """How reviews are spaced; the names are those of `SpacedRepetition`'s arguments."""
 
-    spacing_steps: float
-    min_backlog_ratio: float
-    growth_rate: float
-    max_interval: float
-    success_threshold_std: float
-    patience: int
-
-    def checked(self, problems: Problems) -> Spacing:
-        """Return the checked values; what is wrong is added to `problems`."""
-        return Spacing(
-            problems.real("spacing_steps", self.spacing_steps, 0.0, 1e9),
-            problems.real("min_backlog_ratio", self.min_backlog_ratio, 0.0, 1.0),
-            problems.real("growth_rate", self.growth_rate, 1.0, 1e6),
-            problems.real("max_interval", self.max_interval, 1.0, 1e6),
-            problems.real("success_threshold_std", self.success_threshold_std, -math.inf),
-            problems.integer("patience", self.patience, 1),
-        )
+    spacing_steps: float = argument(Problems.real, 0.0, 1e9)
+    min_backlog_ratio: float = argument(Problems.real, 0.0, 1.0)
+    growth_rate: float = argument(Problems.real, 1.0, 1e6)
+    max_interval: float = argument(Problems.real, 1.0, 1e6)
+    success_threshold_std: float = argument(Problems.real, -math.inf)
+    patience: int = argument(Problems.integer, 1)
 
 
 class ReviewQueue(Saved):

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from learnit_r8.core.arrays import as_losses, read_only
-from learnit_r8.core.config import Problems
+from learnit_r8.core.config import Problems, read_arguments
 from learnit_r8.core.portable import JSON_SIZE
 from learnit_r8.core.rng import Purpose, RandomStreams
 from learnit_r8.core.state import Kind, Saved, maybe, part, table
@@ -71,10 +71,8 @@ class SpacedRepetition(Saved):
         patience: int = 32,
         ema_alpha: float = 0.1,
     ) -> None:
-        problems = Problems()
-        steps = 0 if spacing_steps is None else spacing_steps
-        spacing = Spacing(steps, min_backlog_ratio, growth_rate, max_interval, success_threshold_std, patience)
-        self._spacing = spacing.checked(problems)
+        given, problems = locals() | {"spacing_steps": spacing_steps or 0.0}, Problems()
+        self._spacing = Spacing(**read_arguments(Spacing, problems, given))
         self._alpha = problems.real("ema_alpha", ema_alpha, 0.0, 1.0, open_low=True)
         problems.raise_if_any()
         self._by_epoch = spacing_steps is None
@@ -191,15 +189,14 @@ class SpacedRepetitionSampler(Saved):
         *,
         patience: int = 32,
     ) -> None:
-        problems = Problems()
+        given, problems = locals(), Problems()
         size = len(data_source) if isinstance(data_source, Sized) else 0
         if size < 1:
             problems.append(f"data_source must have a length of at least 1, got {type(data_source).__name__}")
         self.num_steps = problems.integer("num_steps", num_steps, 1)
         self.batch_size = problems.integer("batch_size", batch_size, 1)
         self.seed = problems.integer("seed", seed, 0)
-        spacing = Spacing(spacing_steps, min_backlog_ratio, growth_rate, max_interval, success_threshold_std, patience)
-        spacing = spacing.checked(problems)
+        spacing = Spacing(**read_arguments(Spacing, problems, given))
         problems.raise_if_any()
         self.loss_stats = loss_stats if loss_stats is not None else ExponentialMovingStats()
         self._queue = _empty_queue(size, spacing, self.loss_stats, self.seed)
