@@ -172,7 +172,7 @@ def judged(losses: Iterable[float], norms: Iterable[float | None], notices: froz
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         if step in notices:
             detector.announce(step, "learning rate")
-        if gate.judge(detector, float(loss), math.nan, norm):
+        if gate.judge(detector, [(float(loss), math.nan)], norm):
             count += 1
         elif detector.observe(step, float(loss)).verdict in ACT:
             detector.rebaseline()

@@ -29,6 +29,7 @@ from learnit_r8.report.bands import BINS, Band, Floats, band, wants_log
 from learnit_r8.report.run_data import RunData
 from learnit_r8.run import formats as f
 from learnit_r8.run.journal import entry
+from learnit_r8.run.metric import is_part
 from learnit_r8.run.samples_file import MAX_SAMPLES
 
 COLOURS = ("#3f83d0", "#e07b2c", "#35a06a", "#b65fc0", "#c9a227", "#2aa3a8", "#d0567a", "#8a7a5c")
@@ -189,9 +190,9 @@ def _banded(
 
 
 def metrics(runs: Sequence[RunData], axis: Range1d) -> dict[str, Figure]:
-    """Return a chart for each number that the user logged, the first dozen."""
+    """Return a chart for each number that the user logged, the first dozen; parts of a norm have one together."""
     logged = [run.metrics for run in runs]
-    names = dict.fromkeys(itertools.chain.from_iterable(logged))
+    names = dict.fromkeys(name for name in itertools.chain.from_iterable(logged) if not is_part(name))
     charts = {}
     for name in list(names)[:_METRICS_SHOWN]:
         fig = _over_steps(axis, name, 220, np.concatenate([found[name][1] for found in logged if name in found]))
@@ -207,6 +208,20 @@ def metrics(runs: Sequence[RunData], axis: Range1d) -> dict[str, Figure]:
         _legend(fig, len(runs) > 1)
         charts[name] = fig
     return charts
+
+
+def gradient(run: RunData, axis: Range1d) -> Figure | None:
+    """Return the chart of the gradient's norm in each part of the model; None where none is known."""
+    found = {name.partition("/")[2]: series for name, series in run.metrics.items() if is_part(name)}
+    if not found:
+        return None
+    fig = _over_steps(axis, "norm of the gradient", 260, np.concatenate([values for _, values in found.values()]))
+    for number, (name, (steps, values)) in enumerate(found.items()):
+        x, y = _thin(steps, values)
+        line = fig.line("x", "y", source=ColumnDataSource({"x": x, "y": y}), color=colour(number), legend_label=name)
+        _hover(fig, [(name, "@y"), ("step", "@x{0,0}")], [line], limit=1)
+    _legend(fig, several=True)
+    return fig
 
 
 def _thin(steps: Floats, values: Floats) -> tuple[Floats, Floats]:

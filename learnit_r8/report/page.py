@@ -31,6 +31,7 @@ from learnit_r8.report.run_data import RunData
 from learnit_r8.report.suspects import rows as worst
 from learnit_r8.report.suspects import verdict
 from learnit_r8.run import formats as f
+from learnit_r8.run.metric import is_part
 from learnit_r8.run.samples_file import MAX_SAMPLES, CatalogSnapshot
 
 _POLICY = (
@@ -181,7 +182,8 @@ def _facts(run: RunData) -> dict[str, str]:
     }
     if run.table.abandoned:
         facts["steps taken back by a resume"] = f.steps(run.table.abandoned)
-    for name, (_, values) in itertools.islice(run.metrics.items(), 12):
+    whole = ((name, values) for name, (_, values) in run.metrics.items() if not is_part(name))
+    for name, values in itertools.islice(whole, 12):
         facts[f"{name}, last"] = f.brief(float(values[-1]))
     return facts
 
@@ -199,6 +201,9 @@ def _course(runs: Sequence[RunData], charts: _Charts) -> Iterator[Card]:
     yield from charts.card("Throughput", "Samples a second within steps.", figures.throughput(runs, axis))
     for name, figure in figures.metrics(runs, axis).items():
         yield from charts.card(name, "Logged by the run.", figure)
+    for run in runs:
+        name = f"Gradient by part: {run.name}" if len(runs) > 1 else "Gradient by part"
+        yield from charts.card(name, "Its norm in each part of the model.", figures.gradient(run, axis))
 
 
 def _samples(

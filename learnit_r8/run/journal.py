@@ -54,6 +54,8 @@ def _rolled_back(event: e.RolledBack) -> str:
 
 
 def _spike(event: e.SpikeSeen) -> str:
+    if event.verdict == "skipped":
+        return event.reason
     score = "" if event.verdict == "nonfinite" else f" (z={f.signed(event.score)})"
     expected = f" · expected {f.brief(event.expected_loss)}" if math.isfinite(event.expected_loss) else ""
     return f"loss {f.brief(event.loss)}{score}{expected}"

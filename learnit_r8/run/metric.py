@@ -12,6 +12,14 @@ _LOWER = {"loss", "err", "error", "ppl", "perplexity", "nll", "mse", "mae", "rms
 _HIGHER = {"acc", "accuracy", "f1", "auc", "bleu", "map", "iou", "dice", "r2", "reward", "precision", "recall", "psnr"}
 _VALIDATION = {"val", "valid", "validation", "eval", "test"}
 
+GRADIENT = "grad_norm"
+"""The name under which the norm of the gradient is told; those of the model's parts follow after a slash."""
+
+
+def is_part(name: str) -> bool:
+    """Say whether a metric is the gradient's norm of a part of the model: they are shown together."""
+    return name.startswith(f"{GRADIENT}/")
+
 
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", name.casefold()))

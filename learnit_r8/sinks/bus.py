@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from learnit_r8.core.clock import Clock
 from learnit_r8.errors import tell
 from learnit_r8.events import BatchIssued, Event, LossReported, Notice, SinkFailed
+from learnit_r8.run.metric import GRADIENT
 from learnit_r8.types import Command, Sink
 
 _EVERY_STEP = (BatchIssued, LossReported)
@@ -47,7 +48,7 @@ class EventBus:
     def emit(self, event: Event) -> None:
         """Put the time into a new event and let every sink hear it."""
         object.__setattr__(event, "time", self._clock.wall())
-        if type(event) not in _EVERY_STEP:
+        if type(event) not in _EVERY_STEP and not getattr(event, "name", "").startswith(GRADIENT):
             self.recent.append(event)
         for sink in tuple(self.sinks):
             try:

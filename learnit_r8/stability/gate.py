@@ -25,6 +25,7 @@ Norms are clipped at their median times (q90 / median)^1.95, which of a log-norm
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from learnit_r8.core.state import Kind, Saved, table
@@ -57,9 +58,9 @@ class _Tail:
     def __init__(self) -> None:
         self.highest, self.seen = 0.0, 0
 
-    def excess(self, number: float | None, rise: Rise | None, first: float) -> float:
+    def excess(self, number: float, rise: Rise | None, first: float) -> float:
         """Return a rise over the one from which on it is an outlier, 0 where nothing can be said."""
-        if number is None or rise is None or self.seen < _LEAST_SEEN:
+        if rise is None or self.seen < _LEAST_SEEN:
             return 0.0
         if abs(rise.median) < _NOTHING * first and number <= first:  # it stands out since most are next to nothing
             return 0.0
@@ -119,11 +120,18 @@ class Gate(Saved):
         median = norms.median()
         return float(median * (norms.quantile(0.9) / median) ** _CLIP_POWER) if median > 0.0 else math.inf
 
-    def judge(self, detector: Detector, loss: float | None, excess: float, norm: float | None) -> str:
-        """Return why a step is to be left out, or "". What is not given is None; `excess` as the detector's."""
+    def judge(self, detector: Detector, losses: Sequence[tuple[float, float]], norm: float | None) -> str:
+        """Return why a step is to be left out, or "".
+
+        Args:
+            detector: Knows the losses so far.
+            losses: Of each batch that shares the step, and its `excess` as the detector's.
+            norm: Of the gradient, None where it is not given.
+        """
         self.news = ""
-        if loss is not None and not math.isfinite(loss):
-            return f"the loss is not finite ({loss})"
+        for loss, _ in losses:
+            if not math.isfinite(loss):
+                return f"the loss is not finite ({loss})"
         if norm is not None and not math.isfinite(norm):
             self._overflows += 1
             if self._overflows == _OVERFLOWS:
@@ -133,21 +141,25 @@ class Gate(Saved):
                 )
             return f"the norm of the gradient is not finite ({norm})"
         self._credit = min(_CREDIT, self._credit + _EARNED)
-        rise = None if loss is None else detector.rise(loss, excess)
-        of_loss = None if rise is None else Rise(*rise)
+        ease = _EASE if detector.eased else 1.0
+        found = []
+        for loss, excess in losses:
+            rise = detector.rise(loss, excess)
+            of_loss = None if rise is None else Rise(*rise)
+            found.append((self._loss_tail.excess(loss, of_loss, detector.first_level) / ease, "a loss", loss, of_loss))
         of_norm = None if norm is None else self._rise(norm)
-        by_loss = self._loss_tail.excess(loss, of_loss, detector.first_level) / (_EASE if detector.eased else 1.0)
-        by_norm = self._norm_tail.excess(norm, of_norm, self._first_norm)
+        by_norm = 0.0 if norm is None else self._norm_tail.excess(norm, of_norm, self._first_norm)
+        worst = [max(found, key=lambda one: one[0])] if found else []
         why = " and ".join(
             f"{what} of {number:.4g} against a median of {rise.median:.4g}"
-            for what, number, rise, excess in (
-                ("a loss", loss, of_loss, by_loss), ("a gradient's norm", norm, of_norm, by_norm)
-            )
+            for excess, what, number, rise in [*worst, (by_norm, "a gradient's norm", norm, of_norm)]
             if excess > 1.0 and rise is not None
-        )  # fmt: skip
+        )
         highest = self._norms.values[-1] if len(self._norms) > 2 else math.inf
-        if not why and loss is not None and norm is not None and norm > _FAR * highest and detector.far(loss):
-            why = f"a loss of {loss:.4g}, and a gradient's norm of {norm:.4g} against {highest:.4g} at most before"
+        if not why and worst and norm is not None and norm > _FAR * highest and detector.far(worst[0][2]):
+            why = (
+                f"a loss of {worst[0][2]:.4g}, and a gradient's norm of {norm:.4g} against {highest:.4g} at most before"
+            )
         if why and self._credit >= 1.0 and self._row < _IN_A_ROW:
             self._credit, self._row = self._credit - 1.0, self._row + 1
             return why
@@ -157,8 +169,9 @@ class Gate(Saved):
                 f"what stands out is a level or a tail by now, and no outlier: {_IN_A_ROW} steps in a row, or more "
                 f"than one in {1 / _EARNED:.0f}, were left out; it is taken from here on ({why})"
             )
-        if of_loss is not None:
-            self._loss_tail.take(of_loss.above)
+        for _, _, _, of_loss in found:
+            if of_loss is not None:
+                self._loss_tail.take(of_loss.above)
         if of_norm is not None:
             self._norm_tail.take(of_norm.above)
         if norm is not None:

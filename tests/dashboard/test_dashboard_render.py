@@ -668,6 +668,34 @@ def test_names_of_a_family_stay_apart_and_what_has_no_room_is_counted():
     assert "more: 2 Enter" in text
 
 
+def test_norms_of_the_gradient_s_parts_share_rows_of_the_numbers_and_the_one_that_leaps_stands_out():
+    model = DashboardModel()
+    names = ("wte", "h.0-2", "h.3-5", "h.6-8", "lm_head")
+    for step in range(40):
+        model.consume(
+            e.LossReported(
+                time=1.0 + step, step=step, epoch=0, loss=1.0, expected_loss=1.0, lr=0.1, verdict="calm", score=0.0,
+                size=8, step_seconds=0.1, r8_seconds=0.0,
+            )
+        )  # fmt: skip
+        model.consume(e.MetricLogged(time=1.0 + step, step=step, name="grad_norm", value=2.0))
+        if step % 8 == 7:
+            for name in names:
+                value = 20.0 if name == "h.3-5" and step == 39 else 0.5
+                model.consume(e.MetricLogged(time=1.0 + step, step=step, name=f"grad_norm/{name}", value=value))
+    grid = render(Scene(model), ViewState(), 120, 35, 41.0)
+    (y,) = (y for y, row in enumerate(grid.rows()) if "└ wte" in row)
+    text = "\n".join(grid.rows()[y - 1 : y + 2])
+    assert "grad_norm    2.000" in text
+    assert "└ wte .500  h.0-2 .500  h.3-5 20" in text
+    assert "lm_head .500" in text
+    assert "grad_norm/" not in "\n".join(grid.rows())
+    warned = [text for _, text, style in grid.runs(y) if style is Style.WARN]
+    assert [text.split()[0] for text in warned] == ["h.3-5"]
+    assert "grad_norm/" not in summary_text(model)
+    assert "grad_norm" in summary_text(model)
+
+
 @pytest.mark.parametrize("size", [(60, 16), (80, 24), (200, 50)])
 def test_the_help_explains_every_word_and_sign_within_the_smallest_screen(size):
     pages = ["\n".join(render(Scene(DashboardModel()), ViewState(help=page), *size, 1.0).rows()) for page in (1, 2, 3)]

@@ -306,6 +306,7 @@ def test_clip_takes_a_number_exactly_and_auto_follows_the_norms():
     assert float(clip_gradients(scheduler, learner.model)) == pytest.approx(3.0 * math.sqrt(48))
     assert float(weight.grad.norm()) == pytest.approx(0.25, rel=1e-4)
     assert set(norms_by_group(learner.model)) == {"grad_norm/0"}
+    assert float(norms_by_group(learner.model)["grad_norm/0"]) == pytest.approx(0.25, rel=1e-4)
     scheduler, _ = quiet(clip="auto")
     assert scheduler.clip_norm() == math.inf
     for batch in scheduler.batch_iterator():
@@ -313,6 +314,72 @@ def test_clip_takes_a_number_exactly_and_auto_follows_the_norms():
         scheduler.update_with_loss(1.0)
     assert 3.0 < scheduler.clip_norm() < 8.0
     assert quiet()[0].clip_norm() == math.inf
+
+
+def test_the_parts_of_a_model_are_measured_with_its_norm_and_the_one_that_exploded_is_named():
+    scheduler, ears = quiet(clip=1.0)
+    learner = Learner(scheduler)
+    for batch in scheduler.batch_iterator():
+        losses = learner.model(learner.x[batch.indices])[:, 0].square()
+        learner.optimizer.zero_grad()
+        losses.mean().backward()
+        if batch.step == 43:
+            learner.model[2].weight.grad *= 1e4
+        parts = norms_by_group(learner.model)
+        whole = torch.nn.utils.get_total_norm([p.grad for p in learner.model.parameters()])
+        norm = clip_gradients(scheduler, learner.model)
+        assert float(norm) == pytest.approx(float(whole), rel=1e-5)
+        assert bool(scheduler.check(losses, norm)) == (batch.step != 43)
+        if batch.step == 43:
+            told = {event.name: event.value for event in ears.of(events.MetricLogged) if event.step == 43}
+            assert told == {"grad_norm": pytest.approx(float(norm)), **{name: float(parts[name]) for name in parts}}
+        scheduler.update_with_loss(losses)
+    steps = [event.step for event in ears.of(events.MetricLogged) if event.name == "grad_norm/2"]
+    assert steps == [0, 8, 16, 24, 32, 40, 43, 51, 59]
+    (told,) = ears.of(events.SpikeSeen)
+    assert told.reason.endswith(", most of it in 2")
+
+
+def layers(kind, *counts):
+    """A model with tokens and rows of layers."""
+    rows = {name: torch.nn.ModuleList([kind(4, 4) for _ in range(n)]) for name, n in zip("ab", counts, strict=False)}
+    return torch.nn.ModuleDict({"tokens": torch.nn.Embedding(9, 4), **rows})
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (layers(torch.nn.Linear, 12), ["tokens", "a.0-2", "a.3-5", "a.6-8", "a.9-11"]),
+        (layers(torch.nn.Linear, 2, 9), ["tokens", "a.0", "a.1", "b.0-1", "b.2-3", "b.4-5", "b.6-8"]),
+        (torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))), ["0.0", "0.1"]),
+        (torch.nn.Linear(3, 3), []),
+    ],
+)
+def test_a_model_is_split_into_a_few_parts_that_a_screen_can_name(model, names):
+    assert not norms_by_group(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    found = norms_by_group(model)
+    if names:
+        assert [name.removeprefix("grad_norm/") for name in found] == names
+    total = math.sqrt(sum(float(norm) ** 2 for norm in found.values()))
+    assert total == pytest.approx(math.sqrt(sum(p.numel() for p in model.parameters())), rel=1e-6)
+
+
+def test_several_batches_that_share_a_step_are_checked_together():
+    scheduler, ears = quiet(lookahead=3, num_epochs=2)
+    loop, answers = scheduler.batch_iterator(), []
+    for _ in range(20):
+        shared = [next(loop) for _ in range(3)]
+        losses = [noise(batch.step) * (40.0 if batch.step == 49 else 1.0) for batch in shared]
+        answers.append(bool(scheduler.check(losses, noise(len(answers)), batch=shared)))
+        for batch, loss in zip(shared, losses, strict=True):
+            result = scheduler.update_with_loss(loss, batch)
+            assert (result.verdict is Verdict.SKIPPED) == (not answers[-1])
+    assert [k for k, answer in enumerate(answers) if not answer] == [16]
+    assert [event.value for event in ears.of(events.MetricLogged)] == [noise(k) for k in range(20)]
+    with pytest.raises(ProtocolError, match="check got 2 batches and 1 losses"):
+        scheduler.check([1.0], batch=[next(loop), next(loop)])
 
 
 def test_a_clip_that_nobody_applies_is_told(capsys):

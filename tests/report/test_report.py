@@ -55,6 +55,26 @@ def demo(folder, **arguments):
     return write(folder, (event for _, event in DemoRun(start=1.7e9, **arguments)))
 
 
+def test_the_parts_of_the_gradient_s_norm_have_one_chart_together(tmp_path):
+    events = [report(step) for step in range(30)]
+    for step in range(0, 30, 8):
+        events += [e.MetricLogged(time=1e3, step=step, name=f"m{n}", value=1.0) for n in range(5)]
+        events += [
+            e.MetricLogged(time=1e3, step=step, name=f"grad_norm{n}", value=2.0) for n in ("", "/h.0", "/h.1", "/head")
+        ]
+    write(tmp_path, events)
+    write_report([load_run(tmp_path)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<h3>Gradient by part</h3>") == 1
+    for part in ("h.0", "h.1", "head"):
+        assert f"<h3>grad_norm/{part}</h3>" not in page
+        assert f"grad_norm/{part}, last" not in page
+    assert "<h3>grad_norm</h3>" in page
+    (tmp_path / "none").mkdir()
+    write_report([load_run(write(tmp_path / "none", events[:30]))], tmp_path / "none.html")
+    assert "Gradient by part" not in (tmp_path / "none.html").read_text()
+
+
 # reading ----------------------------------------------------------------------------------
 
 

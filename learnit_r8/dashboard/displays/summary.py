@@ -11,6 +11,7 @@ from learnit_r8.dashboard.drawing.panels import chart_of
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run import formats as f
 from learnit_r8.run.export import state
+from learnit_r8.run.metric import is_part
 from learnit_r8.run.model import DashboardModel
 
 _CHART_ROWS = 9
@@ -49,6 +50,8 @@ def _losses(model: DashboardModel) -> list[str]:
     text = f"last {f.brief(loss.last)}  ema {f.brief(loss.averages[0])}  min {f.brief(loss.lo)} at step "
     rows = [_row("loss", text + f"{f.steps(model.best_step)}  max {f.brief(loss.hi)}")]
     for metric in model.metrics.values():
+        if is_part(metric.name):
+            continue
         best = "" if metric.best is None else f"  best {f.brief(metric.best)} in epoch {metric.best_epoch + 1}"
         rows.append(_row(clip(metric.name, _LABEL - 1), f"last {f.brief(metric.last)}{best}"))
     return rows

@@ -13,7 +13,7 @@ from learnit_r8.dashboard.drawing.panels import Piece, heading, write
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.meters import Gpu
 from learnit_r8.run import formats as f
-from learnit_r8.run.metric import Metric, is_validation
+from learnit_r8.run.metric import GRADIENT, Metric, is_part, is_validation
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.styles import Style
 
@@ -22,6 +22,8 @@ HOT = 85
 """Degrees Celsius from which a GPU's temperature stands out: most throttle a little above."""
 FAR = 3.0
 """Standard deviations from which a loss stands out."""
+_HIGH = 3.0
+"""Times its average from which the norm of a part's gradient stands out."""
 _SETTINGS = (
     ("strategy", "strategy"), ("batch", "batch_size"), ("samples", "num_samples"), ("epochs", "num_epochs"),
     ("seconds", "train_duration_seconds"), ("peak lr", "initial_lr"), ("schedule", "scheduler_mode"),
@@ -124,6 +126,33 @@ def _metric(metric: Metric) -> list[Piece]:
     return _row(clip_middle(metric.name, _LABEL - 1), *parts)
 
 
+def _metrics(model: DashboardModel, width: int) -> list[list[Piece]]:
+    """Return a row for each number; the parts of the gradient's norm come together, after the whole."""
+    rows = []
+    for metric in _ordered(model):
+        rows.append(_metric(metric))
+        if metric.name == GRADIENT:
+            rows += _parts(model, width)
+    return rows
+
+
+def _parts(model: DashboardModel, width: int) -> list[list[Piece]]:
+    """Return the norms of the model's parts in as few rows as there may be; one far above its average stands out."""
+    rows: list[list[Piece]] = []
+    left = 0
+    for metric in model.metrics.values():
+        if not is_part(metric.name):
+            continue
+        text = f"{clip_middle(metric.name.partition('/')[2], _LABEL)} {f.short(metric.last)}"
+        if left < len(text):
+            rows.append([("└ " if not rows else "  ", Style.DIM)])
+            left = width - 2
+        usual = metric.series.averages[0]
+        rows[-1].append((f"{text}  ", Style.WARN if not metric.last <= _HIGH * usual else Style.NORMAL))
+        left -= len(text) + 2
+    return rows
+
+
 def _gpu(gpu: Gpu) -> list[Piece]:
     style = Style.BAD if gpu.celsius >= HOT else Style.NORMAL
     memory = f"  {gpu.used / 2**30:.1f}/{gpu.total / 2**30:.1f}G"
@@ -158,7 +187,7 @@ def now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now
     if not model.series["loss"].count:
         write(grid, rect, 0, (_WAITING, Style.DIM))
         return
-    metrics = [*(_metric(metric) for metric in _ordered(model)), *map(_gpu, view.gpus)]
+    metrics = [*_metrics(model, rect.width), *map(_gpu, view.gpus)]
     safety = _safety(model, now, rect.width)
     steps = _steps(model, view)
     fixed = [_loss(model), _surprise(model), _lr(model)]
@@ -177,8 +206,9 @@ def now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now
 
 
 def _ordered(model: DashboardModel) -> list[Metric]:
-    """Validation first, then the others, each in the order of their first report."""
-    return sorted(model.metrics.values(), key=lambda metric: not is_validation(metric.name))
+    """Validation first, then the others, each in the order of their first report; without parts of a norm."""
+    shown = [metric for metric in model.metrics.values() if not is_part(metric.name)]
+    return sorted(shown, key=lambda metric: not is_validation(metric.name))
 
 
 def short_now_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, now: float) -> None:

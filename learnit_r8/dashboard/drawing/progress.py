@@ -8,7 +8,7 @@ from learnit_r8.dashboard.drawing.layout import WIDE
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run import formats as f
 from learnit_r8.run.export import silent_for, state
-from learnit_r8.run.metric import is_validation
+from learnit_r8.run.metric import is_part, is_validation
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.styles import Style
 
@@ -153,6 +153,7 @@ def bare_lines(model: DashboardModel, now: float) -> list[list[str]]:
     second += [
         f"{_short_name(name)} {f.short(metric.last)}"
         for name, metric in sorted(model.metrics.items(), key=_validation_first)
+        if not is_part(name)
     ]
     if not loss.count:
         second = ["waiting for the first loss"]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from learnit_r8 import events
+from learnit_r8.errors import ProtocolError
 from learnit_r8.loop.arguments import Arguments
 from learnit_r8.loop.base.steps import Steps
 from learnit_r8.loop.in_flight import Ticket
 from learnit_r8.loop.losses import Reported, read_losses, read_number
+from learnit_r8.run.metric import GRADIENT
 from learnit_r8.types import Batch, StepResult, Verdict
+
+_PARTS_EVERY = 8
+"""Steps between two times that the norms of a model's parts are told; where a step is left out they are at once."""
 
 
 class _Checked(NamedTuple):
@@ -24,6 +30,20 @@ class _Checked(NamedTuple):
     why: str
 
 
+class _Norm(NamedTuple):
+    """What a clipper found, still to be read: the norm, the names of the model's parts, and the norm with theirs."""
+
+    whole: Any
+    names: Sequence[str] = ()
+    each: Any = None
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        if not self.names:
+            return read_number("grad_norm", self.whole), {}
+        whole, *parts = (self.each.detach() if hasattr(self.each, "detach") else self.each).tolist()
+        return whole, dict(zip(self.names, parts, strict=True))
+
+
 class Gated(Steps):
     """A run whose steps can be asked about before they are taken."""
 
@@ -32,9 +52,12 @@ class Gated(Steps):
         self._checks: dict[int, _Checked] = {}  # by the batch's id
         self._clips = args.config.clip is not None
         self._clipper_seen = False
-        self._norm: Any = None  # that a clipper found, still to be read
+        self._norm: _Norm | None = None
+        self._parts_told = -_PARTS_EVERY  # the step at which they were
 
-    def check(self, loss: Any = None, grad_norm: Any = None, *, batch: Batch | None = None) -> StepResult:
+    def check(
+        self, loss: Any = None, grad_norm: Any = None, *, batch: Batch | Sequence[Batch] | None = None
+    ) -> StepResult:
         """Ask, before `optimizer.step()`, whether to take it: a falsy answer means leave this step out.
 
             if scheduler.check(losses, grad_norm=norm):
@@ -51,7 +74,8 @@ class Gated(Steps):
             loss: As for `update_with_loss`; None where only the norm is to be judged.
             grad_norm: Norm of the gradient of the step, before clipping: a number or a tensor, read once. The one of
                 `clip_gradients` where None.
-            batch: Which batch; the one that the loop got last when None.
+            batch: Which batch; the one that the loop got last when None. Of several that share the step, a list, and
+                `loss` then is a list of theirs: the step is left out where one of them stands out.
 
         Returns:
             Truthy to take the step; else the verdict is `nonfinite` or `suspect`.
@@ -61,32 +85,67 @@ class Gated(Steps):
             TypeError: Neither is given, or one is not a number (or, of losses, a 1-D array).
         """
         self._check_open()
-        ticket = self._desk.find(self.current_batch if batch is None else batch)
-        grad_norm, self._norm = self._norm if grad_norm is None else grad_norm, None
-        if loss is None and grad_norm is None:
+        one = batch is None or isinstance(batch, Batch)
+        batches: Any = [self.current_batch if batch is None else batch] if one else batch
+        tickets = [self._desk.find(found) for found in batches]
+        given = [loss] * len(tickets) if one or loss is None else list(loss)
+        if len(given) != len(tickets):
+            raise ProtocolError(f"check got {len(tickets)} batches and {len(given)} losses: give one for each batch")
+        clipped, self._norm = self._norm, None
+        if loss is None and grad_norm is None and clipped is None:
             raise TypeError("check got nothing to judge: give the batch's loss, the norm of its gradient, or both")
-        reported = None if loss is None else read_losses(loss, len(ticket.batch.indices))
-        norm = None if grad_norm is None else read_number("grad_norm", grad_norm)
-        mean = None if reported is None else reported.mean if reported.finite else math.nan
-        if self._ranks.world_size > 1:
-            everyone = self._ranks.everyone(0.0 if mean is None else mean, 0.0 if norm is None else norm)
-            with np.errstate(invalid="ignore"):
-                mean = None if mean is None else float(everyone[:, 0].mean())
-                norm = None if norm is None else float(everyone[:, 1].max())
-        expected, why = math.nan, ""
+        reports = [
+            None if loss is None else read_losses(each, len(ticket.batch.indices))
+            for each, ticket in zip(given, tickets, strict=True)
+        ]
+        norm: float | None = None
+        parts: dict[str, float] = {}
+        if clipped is not None and (grad_norm is None or grad_norm is clipped.whole):
+            norm, parts = clipped.read()
+        elif grad_norm is not None:
+            norm = read_number("grad_norm", grad_norm)
+        means, norm = self._of_all_ranks([r and (r.mean if r.finite else math.nan) for r in reports], norm)
+        return self._answer(tickets, given, reports, means, norm, parts)
+
+    def _of_all_ranks(self, means: list[float | None], norm: float | None) -> tuple[list[float | None], float | None]:
+        """Return the mean loss of each batch over the ranks, and the highest norm."""
+        if self._ranks.world_size == 1:
+            return means, norm
+        numbers = [0.0 if number is None else number for number in (*means, norm)]
+        everyone = self._ranks.everyone(*numbers)
+        with np.errstate(invalid="ignore"):
+            shared = [None if mean is None else float(everyone[:, k].mean()) for k, mean in enumerate(means)]
+            return shared, None if norm is None else float(everyone[:, -1].max())
+
+    def _answer(
+        self, tickets: list[Ticket], given: list[Any], reports: list[Reported | None], means: list[float | None],
+        norm: float | None, parts: dict[str, float],
+    ) -> StepResult:  # fmt: skip
+        expected, why = [math.nan] * len(tickets), ""
         if self._search is None:
             if self._config.shard is None:  # else it is known once the losses are exchanged
-                expected = self._catalog.look_up(ticket.indices).expected
-            why = self._judge_step(mean, expected - self._catalog.usual, norm)
-        before = self._checks.get(ticket.batch.id)
-        if before is not None and before.batch is ticket.batch:  # of a loss and a norm that are checked one by one
-            why = before.why or why
-            loss, reported = (before.loss, before.reported) if reported is None else (loss, reported)
-        self._checks[ticket.batch.id] = _Checked(ticket.batch, loss, reported, why)
-        finite = (mean is None or math.isfinite(mean)) and (norm is None or math.isfinite(norm))
+                expected = [self._catalog.look_up(ticket.indices).expected for ticket in tickets]
+            usual = self._catalog.usual
+            losses = [(m, e - usual) for m, e in zip(means, expected, strict=True) if m is not None]
+            why = self._safety.gate.judge(self._safety.detector, losses, norm)
+            if self._safety.gate.news:
+                self.tell(self._safety.gate.news)
+            if why and norm is not None and parts and max(parts.values()) > 0.7 * norm:
+                why += f", most of it in {max(parts, key=parts.__getitem__)}"
+            if norm is not None:
+                self._show_norm(norm, parts, left_out=bool(why))
+        for ticket, loss, reported in zip(tickets, given, reports, strict=True):
+            before = self._checks.get(ticket.batch.id)
+            if before is not None and before.batch is ticket.batch:  # of a loss and a norm that are checked one by one
+                why = before.why or why
+                loss, reported = (before.loss, before.reported) if reported is None else (loss, reported)
+            self._checks[ticket.batch.id] = _Checked(ticket.batch, loss, reported, why)
+        known = [mean for mean in means if mean is not None]
+        finite = all(map(math.isfinite, known)) and (norm is None or math.isfinite(norm))
         verdict = Verdict.CALM if not why else Verdict.SUSPECT if finite else Verdict.NONFINITE
-        mean = math.nan if mean is None else mean
-        return StepResult(not why, False, verdict, mean, expected, mean - expected, self._progress.global_step)
+        mean = sum(known) / len(known) if known else math.nan
+        usually = sum(expected) / len(expected)
+        return StepResult(not why, False, verdict, mean, usually, mean - usually, self._progress.global_step)
 
     def clip_norm(self) -> float:
         """Return the norm that the next gradient is to be clipped at; infinite for not at all.
@@ -104,28 +163,27 @@ class Gated(Steps):
         clip = self._config.clip
         return [] if clip is None else [f"clip={clip!r}: the steps are taken for you, leave it out and give {instead}"]
 
-    def clipped(self, norm: Any) -> None:
+    def clipped(self, norm: Any, names: Sequence[str] = (), norms: Any = None) -> None:
         """Take the norm of a gradient that was clipped, as it was before; it is read when its batch is reported.
 
         For clippers such as `learnit_r8.integrations.torch.clip_gradients`.
 
         Args:
             norm: A number or a tensor.
+            names: Of parts of the model whose norms are known, too.
+            norms: An array or tensor `[1 + parts]`: `norm`, then those of the parts; it alone is read then.
         """
-        self._norm, self._clipper_seen = norm, True
+        self._norm, self._clipper_seen = _Norm(norm, names, norms), True
 
-    def _judge_step(self, mean: float | None, excess: float, norm: float | None) -> str:
-        gate = self._safety.gate
-        why = gate.judge(self._safety.detector, mean, excess, norm)
-        if gate.news:
-            self.tell(gate.news)
-        if norm is not None:
-            self._show_norm(norm)
-        return why
-
-    def _show_norm(self, norm: float) -> None:
-        if self._bus.sinks:
-            self._bus.emit(events.MetricLogged(step=self._progress.global_step, name="grad_norm", value=norm))
+    def _show_norm(self, norm: float, parts: Mapping[str, float], *, left_out: bool = False) -> None:
+        if not self._bus.sinks:
+            return
+        step = self._progress.global_step
+        self._bus.emit(events.MetricLogged(step=step, name=GRADIENT, value=norm))
+        if parts and (left_out or not 0 <= step - self._parts_told < _PARTS_EVERY):
+            self._parts_told = step
+            for name, value in parts.items():
+                self._bus.emit(events.MetricLogged(step=step, name=f"{GRADIENT}/{name}", value=value))
 
     def _end_epoch(self, *, completed: bool) -> None:
         self._checks.clear()
@@ -144,10 +202,10 @@ class Gated(Steps):
                 "the norm to scheduler.clipped()"
             )
         if self._norm is not None:
-            norm, self._norm = read_number("grad_norm", self._norm), None
+            (norm, parts), self._norm = self._norm.read(), None
             if self._search is None:
                 self._safety.gate.learn(norm)
-                self._show_norm(norm)
+                self._show_norm(norm, parts)
         if checked is None or checked.reported is None or (loss is not None and loss is not checked.loss):
             return read_losses(loss, len(ticket.batch.indices)), "" if checked is None else checked.why
         return checked.reported, checked.why
