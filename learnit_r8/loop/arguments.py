@@ -107,14 +107,7 @@ class Arguments:
 
 
 def check_arguments(**given: Any) -> Arguments:
-    """Return the arguments, checked.
-
-    Args:
-        **given: All arguments of `R8Scheduler`.
-
-    Raises:
-        ConfigError: Lists every problem with what came and what is allowed.
-    """
+    """Return all arguments of `R8Scheduler`, checked; one ConfigError lists what is wrong."""
     problems = Problems()
     shard = None
     if problems.flag("sharded", given["sharded"]):  # the sizes are then one rank's; the rank is checked below

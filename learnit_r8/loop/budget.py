@@ -86,8 +86,7 @@ class Budget(Saved):
     def position(self, epoch: int, batch: int, batches: int, step: int) -> tuple[float, float]:
         """Return (steps done, steps in all) of a full-length run.
 
-        An epoch that draws fewer batches than usual is stretched over the same stretch of the
-        schedule: the learning rate follows the spent budget, not the number of updates.
+        An epoch that draws fewer batches is stretched: the rate follows the spent budget, not the number of updates.
         """
         if self._total_steps is None:
             assert self._seconds is not None
@@ -100,11 +99,7 @@ class Budget(Saved):
         return epoch * steps + within, self._total_steps
 
     def learning_rate(self, position: tuple[float, float], multiplier: float) -> float:
-        """Return the learning rate at a position, within [min_lr, peak].
-
-        Raises:
-            ValueError: The user's schedule returned NaN or infinity.
-        """
+        """Return the learning rate at a position, within [min_lr, peak]."""
         floor = min(self._config.min_lr, self.peak)
         rate = (floor + (self.peak - floor) * self._schedule(*position)) * (multiplier * self.reduced)
         if not math.isfinite(rate):

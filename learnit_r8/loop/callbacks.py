@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 
 
 class SaveCallback:
-    """`save_callback(state_dict, filepath)`, or `save_callback(filepath)`.
-
-    Attributes:
-        collective: It has to run on all ranks at once, see `learnit_r8.integrations.distributed.collective`.
-
-    Raises:
-        TypeError: It takes neither one nor two positional arguments.
-    """
+    """`save_callback(state_dict, filepath)`, or `save_callback(filepath)`; `collective` ones run on all ranks."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -40,11 +33,7 @@ class SaveCallback:
                 self._function.prepare()
 
     def __call__(self, state: Callable[[], dict[str, Any]], path: Path) -> Callable[[], object] | None:
-        """Save the model at `path`; return what is left to be done, by any thread.
-
-        Raises:
-            CheckpointError: The user's function returned False.
-        """
+        """Save the model at `path`; return what is left to be done, by any thread."""
         if isinstance(self._function, BackgroundSave):
             return self._function.begin(str(path))
         arguments = (state(), str(path)) if self._with_state else (str(path),)
@@ -103,63 +92,46 @@ class BackgroundSave:
 
 
 class LoadCallback:
-    """`load_callback(source)`, or `load_callback(source, from_ram=...)`.
-
-    Raises:
-        TypeError: It takes no positional argument.
-    """
+    """`load_callback(source)`, or `load_callback(source, from_ram=...)`."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._told = _has_keyword(function, "from_ram")
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        self._told = any(p.name == "from_ram" and p.kind in named for p in _parameters(function))
         if not accepts(function, 1) and not self._told:
             raise TypeError("load_callback must take (source) or (source, from_ram)")
 
     def __call__(self, source: Any, *, from_ram: bool) -> None:
-        """Restore the model from a path or an in-memory state.
-
-        Raises:
-            RuntimeError: The user's function returned False.
-        """
+        """Restore the model from a path or an in-memory state."""
         result = self._function(source, from_ram=from_ram) if self._told else self._function(source)
         if result is False:
             raise RuntimeError("load_callback returned False")
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    try:
+    with suppress(TypeError, ValueError):  # some built-ins have none
         return inspect.signature(function)
-    except (TypeError, ValueError):  # some built-ins have none
-        return None
+    return None
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    signature = _signature(function)
+    return list(signature.parameters.values()) if signature else []
 
 
 def accepts(function: Callable[..., Any], positional: int) -> bool:
     """Whether the function can be called with so many positional arguments and no more."""
     signature = _signature(function)
-    if signature is None:
-        return True
     try:
-        signature.bind(*range(positional))
+        return signature is None or signature.bind(*range(positional)) is not None
     except TypeError:
         return False
-    return True
 
 
 def _wants_only_a_path(function: Callable[..., Any]) -> bool:
     """Whether further arguments are options: `def save(filepath, verbose=False)`."""
-    signature = _signature(function)
-    positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL] if signature else []
+    ordered = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in _parameters(function) if p.kind in ordered]
     if len(positional) < 2 or positional[1].default is inspect.Parameter.empty:
         return False
     return any(word in positional[0].name.lower() for word in ("path", "file", "name"))
-
-
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-def _has_keyword(function: Callable[..., Any], name: str) -> bool:
-    signature = _signature(function)
-    if signature is None:
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return any(p.name == name and p.kind in kinds for p in signature.parameters.values())

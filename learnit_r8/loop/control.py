@@ -21,26 +21,20 @@ class Control:
         interrupts: Keeps signals for the next step boundary.
         stop: The command to stop that is in force, or None.
         together: Every rank writes checkpoints, so all of them have to be asked for one.
-        save_due: A rank was asked for a checkpoint that all of them write.
-        share_due: Rank 0 has logged what all have to hear.
+        asks_save, asks_share: After the next exchange all ranks write a checkpoint, hear what this one has logged.
+        save_due, share_due: They do now.
     """
 
     def __init__(self, bus: EventBus, ranks: Ranks, clock: Clock, *, saves: bool, signals: Sequence[str]) -> None:
         self.interrupts = Interrupts(saves=saves, signals=signals)
         self.stop: Command | None = None
-        self.together = self.save_due = self._asks_save = False
-        self.share_due = self._asks_share = False
+        self.together = self.save_due = self.share_due = self.asks_save = self.asks_share = False
         self._bus = bus
         self._ranks = ranks
         self._clock = clock
         self._asked: Command | None = None  # of this rank, to be told the others
         self._signal = 0  # that a rank had at the last exchange
         self._paused = self._at_once = False  # on all ranks
-
-    @property
-    def stops_now(self) -> bool:
-        """Whether no further batch may be handed out."""
-        return self.stop is Command.STOP_AFTER_STEP
 
     @property
     def interrupted(self) -> bool:
@@ -52,28 +46,20 @@ class Control:
         """Whether a command of a sink is to be carried out, or one is in force that holds the loop."""
         return self._paused or self._at_once or self._bus.asked
 
-    def ask_for_save(self) -> None:
-        """Have all ranks write a checkpoint, after the next exchange."""
-        self._asks_save = True
-
-    def ask_to_share(self) -> None:
-        """Have all ranks hear of what this one has logged, after the next exchange."""
-        self._asks_share = True
-
     def word(self, *, skipped: bool) -> Word:
         """Return what this rank has to say to the others, once."""
-        word = Word(self.interrupts.pending or 0, self._asked, self._asks_save, skipped, self._asks_share)
-        self._asked, self._asks_save, self._asks_share = None, False, False
+        word = Word(self.interrupts.pending or 0, self._asked, self.asks_save, skipped, self.asks_share)
+        self._asked, self.asks_save, self.asks_share = None, False, False
         return word
 
     def hear(self, word: Word) -> None:
         """Take over the signals and commands that any rank got."""
-        self._signal, command = word.signal, word.command
+        self._signal = word.signal
         self.save_due |= word.saves
         self.share_due |= word.shares
         if word.signal:  # else one that has come meanwhile waits for the next exchange
             self.interrupts.pending = word.signal
-        self._take(command)
+        self._take(word.command)
 
     def _take(self, command: Command | None) -> None:
         if command is Command.STOP_NOW:
@@ -84,11 +70,7 @@ class Control:
             self.stop = command or self.stop
 
     def obey(self, step: int, save: Callable[[], None]) -> None:
-        """Carry out what sinks ask for, those of other ranks by the last exchange; while paused, wait here.
-
-        Raises:
-            KeyboardInterrupt: One asked to stop at once.
-        """
+        """Carry out what sinks ask for, those of other ranks by the last exchange; while paused, wait here."""
         for command in self._asked_here(step, save):
             if self._ranks.world_size > 1:
                 self._asked = command
@@ -107,7 +89,7 @@ class Control:
             if command is not Command.CHECKPOINT:
                 yield command
             elif self.together:
-                self.ask_for_save()
+                self.asks_save = True
             else:
                 save()
 

@@ -26,25 +26,15 @@ class Stage(StrEnum):
 
 @dataclass(slots=True)
 class Progress:
-    """The loop's counters.
+    """The loop's counters; a state has each as what its default is."""
 
-    Attributes:
-        epoch: The current one, from 0.
-        stage: Where it stands.
-        reported: Batches of it whose loss came back.
-        accepted: Those whose loss entered the catalog.
-        loss_sum: Sum of these losses.
-        global_step: Batches of the run whose loss came back.
-        optimal_lr: What the LR search found, or None.
-    """
-
-    epoch: int = 0
-    stage: Stage = Stage.FRESH
-    reported: int = 0
-    accepted: int = 0
-    loss_sum: float = 0.0
-    global_step: int = 0
-    optimal_lr: float | None = None
+    epoch: int = 0  # the current one
+    stage: Stage = Stage.FRESH  # where it stands
+    reported: int = 0  # batches of it whose loss came back
+    accepted: int = 0  # those whose loss entered the catalog
+    loss_sum: float = 0.0  # of these losses
+    global_step: int = 0  # batches of the run whose loss came back
+    optimal_lr: float | None = None  # what the LR search found
 
     @property
     def mean_loss(self) -> float:
@@ -80,15 +70,9 @@ class Progress:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """Return what `state_dict` returned as an object again."""
-        return cls(
-            epoch=int(state["epoch"]),
-            stage=Stage(state["stage"]),
-            reported=int(state["reported"]),
-            accepted=int(state["accepted"]),
-            loss_sum=float(state["loss_sum"]),
-            global_step=int(state["global_step"]),
-            optimal_lr=state["optimal_lr"],
-        )
+        given: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+        read = {name: state[name] if default is None else type(default)(state[name]) for name, default in given.items()}
+        return cls(**read)
 
 
 _PARTS = (
@@ -97,15 +81,9 @@ _PARTS = (
 
 
 def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], directory: str) -> dict[str, Any]:
-    """Return the arguments of a run that goes on from a saved state.
+    """Return the arguments of a run that goes on from a saved state, but for those in `new_goals`.
 
-    Args:
-        state: A scheduler's state.
-        new_goals: Arguments that differ from the state's configuration.
-        directory: Where the checkpoint lies: the run goes on saving there, also where that is a copy.
-
-    Raises:
-        ConfigError: The state is not one, or what was an object is not given again.
+    It goes on saving in the `directory` where the checkpoint lies, also where that is a copy.
     """
     try:
         config = Config.from_json(state["config"])
@@ -173,11 +151,7 @@ _FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot c
 
 
 def check_state(state: Mapping[str, Any], config: Config) -> None:
-    """Raise unless a scheduler's state is complete and belongs to this run.
-
-    Raises:
-        ConfigError: All that is wrong with it.
-    """
+    """Raise unless a scheduler's state is complete and belongs to this run."""
     if not isinstance(state, Mapping):
         raise ConfigError([f"a state is the dict that state_dict() returned, got {type(state).__name__}"])
     missing = [name for name in _PARTS if name not in state]

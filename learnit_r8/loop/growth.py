@@ -14,11 +14,7 @@ from learnit_r8.strategies.contract import Rules
 
 
 def check_growth(state: Mapping[str, Any], num_samples: int, rules: Rules) -> None:
-    """Raise where a run of more samples has a strategy that cannot take them.
-
-    Raises:
-        ConfigError: The strategy has a schedule of its own of all samples.
-    """
+    """Raise where a run of more samples has a strategy that cannot take them: it has a schedule of its own of all."""
     before = state["config"]["num_samples"]
     if before != num_samples and not rules.grows:
         raise ConfigError(

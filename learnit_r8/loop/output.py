@@ -126,11 +126,7 @@ class Output:
                 self._tell_made_with(step, repository)
 
     def _lock_folder(self) -> str:
-        """Make the log's folder this process's own; where a live run of another one logs there, take one beside it.
-
-        Returns:
-            What to tell of it, or "".
-        """
+        """Make the log's folder this process's own; where another live run logs there, take one beside it and tell."""
         wanted, number = Path(self._folder or "."), 1
         while True:
             folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")

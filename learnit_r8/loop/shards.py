@@ -161,8 +161,6 @@ def common_checkpoint(directory: Path, rank: int, world_size: int, all_gather: G
 
     All ranks must call it, with the run's `checkpoint_dir` or one checkpoint of this rank. After a crash between their
     saves, the newest ones may be of different steps.
-
-    Raises FileNotFoundError where no rank has a checkpoint, CheckpointError where there is none that all have.
     """
 
     def every(*numbers: float) -> NDArray[np.int64]:

@@ -111,11 +111,7 @@ class Interrupts:
                     run._also.append(number)
 
     def deliver(self, news: str) -> None:
-        """Act on the signals that were kept, as if they had arrived now.
-
-        Args:
-            news: What has become of the run, one sentence: the text of the `KeyboardInterrupt`, or printed.
-        """
+        """Act on the signals that were kept; `news` of the run is the `KeyboardInterrupt`'s text, or printed."""
         kept = [] if self.pending is None else [self.pending, *self._also]
         if not kept:
             return

@@ -18,12 +18,7 @@ State = Callable[[], dict[str, Any]]
 
 
 class SaveTogether(SaveCallback):
-    """The user's function on all ranks; on rank 0 it takes the place of `SaveCallback`.
-
-    Args:
-        save: The user's function.
-        ranks: All of them.
-    """
+    """The user's function on all ranks; on rank 0 it takes the place of `SaveCallback`."""
 
     def __init__(self, save: SaveCallback, ranks: Ranks) -> None:
         self.collective = True

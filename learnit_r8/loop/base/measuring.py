@@ -30,12 +30,12 @@ class Measuring(Persistence):
             if self._ranks.writes:
                 self._saver.logged(self._progress.global_step, name, number)
                 if self._saver.best_due and self._control.together:
-                    self._control.ask_for_save()
+                    self._control.asks_save = True
         if self._ranks.world_size == 1 or not self._measured.acts:
             self._observe(numbers)
         elif self._ranks.rank == 0:
             self._unshared.append(numbers)
-            self._control.ask_to_share()
+            self._control.asks_share = True
 
     def _observe(self, numbers: Mapping[str, float]) -> None:
         for event in self._measured.observe(self._progress, numbers):

@@ -95,7 +95,8 @@ class Steps(Measuring):
     def _next_ticket(self) -> Ticket | None:
         """Draw the next batch; None when the epoch's plan, or the budget, is used up."""
         epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
-        if self._progress.stage is not Stage.RUNNING or self._budget.used_up(step) or self._control.stops_now:
+        stopped = self._control.stop is Command.STOP_AFTER_STEP
+        if stopped or self._progress.stage is not Stage.RUNNING or self._budget.used_up(step):
             return None
         started = self._clock.monotonic() if self._bus.sinks else 0.0
         waiting = self._desk.reissue()
