@@ -84,8 +84,8 @@ def importance_weights(
         log_ratio = total.expand_as(log_ratio)
     weights = (log_ratio / temperature).clamp(max=_LARGEST_LOG_WEIGHT).exp()
     weights = (1.0 - epsilon) * weights + epsilon
-    if clip_weight is not None:
-        weights = weights.clamp(*_limits(clip_weight))
+    if (limits := _limits(clip_weight)) is not None:
+        weights = weights.clamp(*limits)
     return weights * counted
 
 
@@ -178,22 +178,18 @@ def _check_options(
     problems.real("epsilon", epsilon, 0.0, 1.0)
     if not 0.0 <= problems.real("label_smoothing", label_smoothing, 0.0) < 1.0:
         problems.append(f"label_smoothing must be below 1, got {label_smoothing!r}")
-    if clip_weight is not None and not _are_limits(clip_weight):
+    if clip_weight is not None and _limits(clip_weight) is None:
         problems.append(f"clip_weight must be a number above 0, (smallest, largest) or None, got {clip_weight!r}")
     problems.choice("level", level, get_args(Level))
     problems.choice("ratio", ratio, get_args(Ratio))
     problems.raise_if_any()
 
 
-def _limits(clip_weight: Any) -> tuple[Any, Any]:
-    low, high = clip_weight if hasattr(clip_weight, "__len__") else (0.0, clip_weight)
-    return low, high
-
-
-def _are_limits(clip_weight: Clip) -> bool:
+def _limits(clip_weight: Any) -> tuple[float, float] | None:
+    """Return the smallest and the largest weight, or None where these are none."""
     try:
-        low, high = _limits(clip_weight)
+        low, high = clip_weight if hasattr(clip_weight, "__len__") else (0.0, clip_weight)
         good = 0.0 <= low <= high and high > 0.0
     except (TypeError, ValueError):  # also texts, such as "1e-2", which YAML takes for one
-        return False
-    return bool(good)
+        good = False
+    return (low, high) if good else None

@@ -1,9 +1,8 @@
 """Deep copies of state trees into buffers that are used again.
 
 A copy is made in three steps, so that whatever can fail fails before a single old byte is lost:
-*collect* the arrays of the tree, *assemble* the new tree around buffers (recycled where shape,
-strides and dtype are unchanged, allocated otherwise; all else goes through `copy.deepcopy`),
-and only then *fill* the buffers.
+*collect* the arrays of the tree, let `copy.deepcopy` make the new tree around buffers (recycled where
+shape, strides and dtype are unchanged, allocated otherwise), and only then *fill* the buffers.
 
 Arrays that share memory (tied weights, views of one flat buffer) share it in the copy as well:
 arrays whose address ranges overlap form a group, and a group of different views is copied as one
@@ -20,7 +19,6 @@ import copy
 import ctypes
 import dataclasses
 import mmap
-import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -74,7 +72,7 @@ class TreeCopy:
 def buffers_of(tree: Any) -> Pool:
     """Return the CPU arrays of a copy that is not needed any more, each as a buffer for another one."""
     pool: Pool = {}
-    leaves = _collect(tree, "", set(), {}, [])
+    leaves = _collect(tree, "", set(), {}, [], [])
     for first, *others in _groups([leaf for leaf in leaves if leaf.device == "cpu"]):
         if all(leaf.layout == first.layout and leaf.low == first.low for leaf in others):
             pinned = first.is_tensor and first.array.is_pinned()
@@ -94,15 +92,21 @@ class CopyPlan:
         self._arrays: list[tuple[str, Any]] = []
         self._nbytes = 0
         self._arena = _Arena()
-        parts: dict[int, Parts] = {}
+        parts: list[tuple[Any, Parts]] = []
         others: list[tuple[str, Any]] = []
-        leaves = list(_collect(source, "", set(), parts, others))
+        leaves = list(_collect(source, "", set(), self._placed, parts, others))
         for group in _groups(leaves):
             self._place(group)
-        memo: dict[int, Any] = {}
-        self._tree = _assemble(source, self._placed, memo, parts)
+        copies: dict[int, Any] = {}
         for path, node in others:
-            self._arrays.extend(readable(memo.get(id(node)), path))
+            # Framework tensors that are not plain memory, of torch or of anything that looks like it.
+            tensor = callable(getattr(node, "detach", None)) and callable(getattr(node, "cpu", None))
+            copies[id(node)] = copy.deepcopy(node.detach().cpu() if tensor else node, copies)
+            self._arrays.extend(readable(copies[id(node)], path))
+        memo = copies | self._placed
+        for node, whole in reversed(parts):
+            memo[id(node)] = made_of(node, whole, {name: memo[id(part)] for name, part in whole.tensors.items()})
+        self._tree = copy.deepcopy(source, memo)
         self._on_gpu = any(leaf.device.startswith("cuda") for leaf in leaves)
 
     def fill(self) -> TreeCopy:
@@ -168,9 +172,17 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _collect(
-    node: Any, path: str, seen: set[int], parts: dict[int, Parts], others: list[tuple[str, Any]]
+    node: Any,
+    path: str,
+    seen: set[int],
+    kept: dict[int, Any],
+    parts: list[tuple[Any, Parts]],
+    others: list[tuple[str, Any]],
 ) -> Iterator[_Leaf]:
-    """Yield the arrays of a tree; fill `parts` with the tensors made of tensors, `others` with what is neither."""
+    """Yield the arrays of a tree.
+
+    Fill `kept` with what never changes, `parts` with the tensors made of tensors, `others` with what is none of these.
+    """
     leaf = _leaf(node, path)
     if leaf is not None:
         yield leaf
@@ -180,15 +192,19 @@ def _collect(
     children = _children(node)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(node, getattr(torch, "Tensor", ())):
-        inner = parts[id(node)] = parts_of(node, path, torch)
+        inner = parts_of(node, path, torch)
         one = len(inner.tensors) == 1
         children = [(None if one else name, tensor) for name, tensor in inner.tensors.items()] or None
+        if children:
+            parts.append((node, inner))
     seen.add(id(node))
     if children is None:
         others.append((path, node))
     for key, child in children or ():
         if not _is_atom(child):
-            yield from _collect(child, path if key is None else f"{path}/{key}", seen, parts, others)
+            yield from _collect(child, path if key is None else f"{path}/{key}", seen, kept, parts, others)
+        elif type(child) is tuple:
+            kept[id(child)] = child
 
 
 def _leaf(node: Any, path: str) -> _Leaf | None:
@@ -246,44 +262,6 @@ def _groups(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
         group, high = [leaf], leaf.high
     if group:
         yield group
-
-
-def _assemble(node: Any, placed: dict[int, Any], memo: dict[int, Any], parts: dict[int, Parts]) -> Any:
-    if _is_atom(node):
-        return node
-    if id(node) in placed:
-        return placed[id(node)]
-    if id(node) in memo:
-        return memo[id(node)]
-    children = _children(node)
-    whole = parts.get(id(node))
-    if whole is not None and whole.tensors:
-        inner = {name: _assemble(tensor, placed, memo, parts) for name, tensor in whole.tensors.items()}
-        memo[id(node)] = made_of(node, whole, inner)
-        return memo[id(node)]
-    if children is None:
-        # Framework tensors that are not plain memory, of torch or of anything that looks like it.
-        source = node
-        if callable(getattr(node, "detach", None)) and callable(getattr(node, "cpu", None)):
-            source = node.detach().cpu()
-        memo[id(node)] = copy.deepcopy(source, memo)
-        return memo[id(node)]
-    if isinstance(node, tuple):
-        items = [_assemble(child, placed, memo, parts) for _, child in children]
-        result: Any = type(node)(*items) if hasattr(node, "_fields") else tuple(items)
-        memo[id(node)] = result
-        return result
-    result = type(node)() if type(node) in (dict, list) else copy.copy(node)
-    memo[id(node)] = result
-    own = getattr(result, "__dict__", None)
-    if own:
-        own.update({name: _assemble(value, placed, memo, parts) for name, value in own.items()})
-    if type(node) is list:
-        result.extend([None] * len(node))
-    put = operator.setitem if isinstance(node, (dict, list)) else object.__setattr__
-    for key, child in children:
-        put(result, key, _assemble(child, placed, memo, parts))
-    return result
 
 
 class _Arena:

@@ -73,30 +73,24 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
     def _problems(self) -> list[str]:
         return []
 
-    def _batch_sampler(self) -> Sampler[list[int]]:
-        raise NotImplementedError
-
-    def _hand_over(self, reports: list[Tensor], skipped: bool) -> None:
-        """Report the micro-batches of an optimizer step: one loss per sample of each, or their mean."""
-        raise NotImplementedError
+    _batch_sampler: Callable[[], Sampler[list[int]]]
+    _hand_over: Callable[[list[Tensor], bool], None]
+    """Reports the micro-batches of an optimizer step, one loss per sample of each or their mean, unless skipped."""
+    _batch_rows: Callable[[], int]
+    """Samples of the micro-batch that is being trained on."""
+    _goes_on: Callable[[], bool]
+    """Whether the next batch belongs to an epoch of which some were trained on."""
+    _place: Callable[[], tuple[float, int]]
+    """The epoch, with its fraction, and optimizer steps left."""
 
     def _weights(self, loss: Tensor) -> Tensor | None:  # of the samples of the micro-batch with this loss; None: ones
         return None
-
-    def _batch_rows(self) -> int:  # samples of the micro-batch that is being trained on
-        raise NotImplementedError
-
-    def _goes_on(self) -> bool:  # the next batch belongs to an epoch of which some were trained on
-        raise NotImplementedError
 
     def _over(self) -> bool:  # there is nothing to draw any more
         return False
 
     def _batches_left(self) -> bool:  # the epoch has more to draw, though its iterator has ended
         return False
-
-    def _place(self) -> tuple[float, int]:  # the epoch, with its fraction, and optimizer steps left
-        raise NotImplementedError
 
     def _on_train_begin(self, control: Any) -> None: ...
     def _on_step_end(self, control: Any) -> None: ...
