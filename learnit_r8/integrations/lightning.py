@@ -33,6 +33,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from torch.utils.data import DataLoader, Dataset
 
+from learnit_r8.core.config import Problems
 from learnit_r8.errors import ConfigError, tell
 from learnit_r8.integrations.torch import sampler as _sampler
 from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr
@@ -118,8 +119,7 @@ class R8Callback(Callback):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [self, *(one for one in callbacks if one is not self)]  # type: ignore[attr-defined]
-        if problems := self._problems(trainer):
-            raise ConfigError(problems)
+        Problems(self._problems(trainer)).raise_if_any()
 
     def _problems(self, trainer: Trainer) -> list[str]:
         scheduler, problems = self.scheduler, self.scheduler.clip_problems("Trainer(gradient_clip_val=...)")
@@ -326,14 +326,13 @@ class R8DataModuleMixin:
             ConfigError: No R8Callback, another number of samples, or options that the scheduler decides.
         """
         trainer: Any = getattr(self, "trainer", None)
-        scheduler, problems = _callback_of(trainer).scheduler, []
+        scheduler, problems = _callback_of(trainer).scheduler, Problems()
         if clashing := sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & set(options)):
             problems.append(f"the scheduler forms the batches: leave out {', '.join(clashing)}")
         size, wanted = len(dataset), scheduler.catalog.num_samples  # type: ignore[arg-type]
         if size != wanted:
             problems.append(f"the dataset has {size} samples, the scheduler num_samples={wanted}")
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
         return _ResumableLoader(dataset, batch_sampler=_Sampler(scheduler, trainer), **options)
 
 

@@ -70,11 +70,11 @@ def _sinks(problems: Problems, name: str, sinks: Any) -> tuple[Sink, ...]:
     return ()
 
 
-def _evaluation(problems: Problems, name: str, given: Any) -> Evaluation | None:
-    if given is not None and not isinstance(given, Evaluation):
-        problems.append(f"{name} must be a learnit_r8.Evaluation, got {given!r}")
-        return None
-    return given
+def _instance(problems: Problems, name: str, given: Any, kind: type) -> Any:
+    if given is None or isinstance(given, kind):
+        return given
+    problems.append(f"{name} must be a learnit_r8.{kind.__name__}, got {given!r}")
+    return None
 
 
 def _clock(problems: Problems, name: str, clock: Any) -> Clock:
@@ -101,7 +101,7 @@ class Arguments:
     state_callback: Callable[[], Any] | None = argument(_callback, _state_callback)
     recovery: Recovery = argument(_recovery)
     sinks: tuple[Sink, ...] = argument(_sinks)
-    evaluation: Evaluation | None = argument(_evaluation)
+    evaluation: Evaluation | None = argument(_instance, Evaluation)
     all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None = argument(Problems.function)
     clock: Clock = argument(_clock)
 
@@ -119,12 +119,15 @@ def check_arguments(**given: Any) -> Arguments:
     values, others = read_arguments(Config, problems, given), read_arguments(Arguments, problems, given)
     chosen, strategy_name = _strategy(problems, given["strategy"])
     schedule, schedule_name = _schedule(problems, given["scheduler_mode"], values["warmup_proportion"])
-    _rates(problems, given, values)
     _sizes(problems, given, values)
     _budget(problems, given)
     _search(problems, values, others)
     saving = _checkpoints(problems, given, shard)
     evaluation = _evaluating(problems, others, saving, given)
+    if values["min_lr"] > values["initial_lr"] > 0:
+        problems.append(
+            f"min_lr must not exceed initial_lr, got min_lr={given['min_lr']!r} and initial_lr={given['initial_lr']!r}"
+        )
     mode = given["scheduler_mode"]
     if isinstance(mode, Plateau) and values["min_lr"]:
         problems.append(f"a plateau has its own floor: give plateau(min_lr={given['min_lr']!r}), not min_lr beside it")
@@ -165,13 +168,6 @@ def check_arguments(**given: Any) -> Arguments:
 
 
 # What arguments mean for each other --------------------------------------------------------
-
-
-def _rates(problems: Problems, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    if values["min_lr"] > values["initial_lr"] > 0:
-        problems.append(
-            f"min_lr must not exceed initial_lr, got min_lr={given['min_lr']!r} and initial_lr={given['initial_lr']!r}"
-        )
 
 
 def _sizes(problems: Problems, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -277,11 +273,8 @@ _FLAT = {"checkpoint_dir": DEFAULT_DIR, "checkpoint_every": None, "keep_checkpoi
 
 
 def _checkpoints(problems: Problems, given: Mapping[str, Any], shard: tuple[int, int] | None) -> dict[str, Any]:
-    value = given["checkpoints"]
+    value = _instance(problems, "checkpoints", given["checkpoints"], Checkpoints)
     flat = [name for name, default in _FLAT.items() if given[name] != default]
-    if value is not None and not isinstance(value, Checkpoints):
-        problems.append(f"checkpoints must be a learnit_r8.Checkpoints, got {value!r}")
-        value = None
     if value is None:
         every = problems.cadence("checkpoint_every", given["checkpoint_every"], given["checkpoint_dir"])
         keep = problems.integer("keep_checkpoints", given["keep_checkpoints"], 1)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config, Evaluation
+from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config, Evaluation, Problems
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
 from learnit_r8.schedules import Plateau
@@ -90,15 +90,14 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
     except (LookupError, TypeError) as error:
         raise ConfigError([f"this is no state of a scheduler: {type(error).__name__}: {error}"]) from error
     own = {"strategy": config.own_strategy, "scheduler_mode": config.scheduler_mode == "custom"}
-    problems = [
+    problems = Problems(
         f"{name}: the run had one of your own ({getattr(config, name)}), which no checkpoint holds: give it again"
         for name in own
         if own[name] and name not in new_goals
-    ]
+    )
     if config.evaluation and config.evaluation["again"] and "evaluation" not in new_goals:
         problems.append("evaluation: the run had one with run or ema, which no checkpoint holds: give it again")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     arguments = config.to_json()
     del arguments["own_strategy"]
     if (plateau := arguments.pop("plateau")) is not None:
@@ -160,13 +159,13 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
     saved = state["config"]
     if not isinstance(saved, Mapping) or not saved.keys() >= set(_FIXED):
         raise ConfigError([f"the state is damaged: its config lacks some of {', '.join(_FIXED)}, got {saved!r}"])
-    problems = [
+    problems = Problems(
         f"{name}: the state was saved with {saved[name]!r}, this run has {getattr(config, name)!r}: use what it was "
         "saved with, or start a new run"
         for name in _FIXED
         if saved[name] != getattr(config, name)
         and not (name == "num_samples" and config.shard is None and saved[name] < config.num_samples)
-    ]
+    )
     shard, own = saved.get("shard") or state.get("shard"), config.shard  # the second in states of older versions
     if (shard and tuple(shard)) != own:
         saved_by, this = ("all samples" if not one else f"shard {one[0]} of {one[1]}" for one in (shard, own))
@@ -179,5 +178,4 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
             f"auto_find_lr=True: the search comes before the first step, and this run has had {state['global_step']}: "
             "give initial_lr"
         )
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()

@@ -70,11 +70,7 @@ class NStep(Saved):
         return ready
 
     def follow(self, steps: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-        """Return the experiences that these steps would complete, and what would be pending after them.
-
-        Raises:
-            ValueError: See `push`.
-        """
+        """Return the experiences that these steps would complete, and what would be pending after them."""
         ready, pending = [], self._pending.copy()
         for step in steps:
             self._check(step, pending[0] if pending else step)

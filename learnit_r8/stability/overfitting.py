@@ -28,15 +28,10 @@ class Overfitting(NamedTuple):
 
 
 def overfitting(train: Sequence[float], values: Sequence[float], sign: float = 1.0) -> Overfitting | None:
-    """Say whether the metric has become worse for good while the training loss still fell.
+    """Say whether the metric has become worse for good while the training loss still fell; None: no, or not yet.
 
-    Args:
-        train: Mean training loss up to each evaluation since the one before.
-        values: The metric at each.
-        sign: 1 where lower is better, -1 where higher is.
-
-    Returns:
-        What was found; None where it does not overfit, or nobody can tell yet.
+    `train` are the mean training losses since the evaluation before, `values` the metric at each, `sign` is -1 where
+    higher is better.
     """
     pairs = np.array([train, values], float)
     kept = np.flatnonzero(np.isfinite(pairs).all(axis=0))

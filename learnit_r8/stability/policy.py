@@ -40,11 +40,7 @@ class Recovery:
 
     @classmethod
     def read(cls, value: Any) -> Recovery | None:
-        """Return the policy that a name or a policy means, None where it means none.
-
-        Args:
-            value: "auto", "report", "off" or a `Recovery`.
-        """
+        """Return the policy that "auto", "report", "off" or a policy means, None where it means none."""
         if isinstance(value, cls):
             return value
         return NAMED.get(value) if isinstance(value, str) else None

@@ -27,11 +27,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(node: Any, path: str, torch: Any) -> Parts:
-    """Return what a tensor that is no plain memory is made of; nothing where `copy.deepcopy` copies it.
-
-    Raises:
-        TypeError: It cannot be copied.
-    """
+    """Return what a tensor that is no plain memory is made of; nothing where `copy.deepcopy` copies it."""
     problem = "its numbers cannot be read"
     try:
         if hasattr(node, "__tensor_flatten__"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerState
 
+from learnit_r8.core.config import Problems
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.integrations.huggingface.checks import data_problems, host_problems, is_grouped
 from learnit_r8.integrations.huggingface.loader import EpochLength, Repeated, make_loader
@@ -44,12 +45,9 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
     compute_loss_func: Any
 
     def __init__(self, *args: Any, sample_loss_func: Callable[[Any, Any], Tensor] | None = None, **kwargs: Any) -> None:
-        if problems := data_problems(kwargs.get("train_dataset")):  # the Trainer would advise max_steps for them
-            raise ConfigError(problems)
+        Problems(data_problems(kwargs.get("train_dataset"))).raise_if_any()  # the Trainer would advise max_steps
         super().__init__(*args, **kwargs)
-        problems = host_problems(self, SampleLossMixin, sample_loss_func) + self._problems()
-        if problems:
-            raise ConfigError(problems)
+        Problems(host_problems(self, SampleLossMixin, sample_loss_func) + self._problems()).raise_if_any()
         self._told: set[str] = set()
         self._sampler: Any = None
         self._resumed = self._trained = False

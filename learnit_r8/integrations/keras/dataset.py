@@ -137,13 +137,12 @@ class R8Dataset(keras.utils.PyDataset):  # type: ignore[misc]
         return np.array([self._class_weight.get(int(one), 1.0) for one in classes], np.float32)
 
     def _check(self, fit: Host) -> None:
-        problems = fit_problems(fit)
+        problems = Problems(fit_problems(fit))
         if not any(isinstance(one, R8Callback) and one._dataset is self for one in fit.callbacks):
             problems.append(
                 "nothing would report losses: give fit(..., callbacks=[R8Callback(data)]) with this R8Dataset"
             )
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
 
     def _find(self, index: int) -> _Planned | None:
         """Return a batch of the plan, None before and after training; TensorFlow's thread waits until it is drawn."""
@@ -340,7 +339,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         training_generators.pop(self.model, None)
 
     def _check(self) -> None:
-        problems = []
+        problems = Problems()
         fit = host()
         if fit is not None:
             self._dataset._check(fit)
@@ -361,8 +360,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
                 "the optimizer has a LearningRateSchedule, and R8Scheduler sets the learning rate: give the optimizer "
                 "a number"
             )
-        if problems:
-            raise ConfigError(problems)
+        problems.raise_if_any()
         scheduler, asked = self._dataset.scheduler, (self.params or {}).get("epochs")
         if asked is not None and scheduler.total_steps is not None:
             left = -(-scheduler.total_steps // scheduler.steps_per_epoch) - scheduler.current_epoch

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.errors import ConfigError
+from learnit_r8.core.config import Problems
 
 State = dict[str, list[NDArray[Any]]]
 
@@ -36,13 +36,12 @@ def restore_state(state: State, model: Any) -> None:
     Raises:
         ConfigError: The state is of another model; nothing has changed then.
     """
-    live, problems = _variables(model), []
+    live, problems = _variables(model), Problems()
     for part, variables in live.items():
         given, shapes = [array.shape for array in state[part]], [tuple(variable.shape) for variable in variables]
         if given != shapes:
             problems.append(f"{part}: the state has shapes {given}, the model {shapes}")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     for part, variables in live.items():
         for variable, array in zip(variables, state[part], strict=True):
             variable.assign(np.array(array))  # JAX would use the array's own memory
