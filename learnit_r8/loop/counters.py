@@ -10,10 +10,15 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config, Evaluation, Problems
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
+from learnit_r8.samples.catalog import more_rows
 from learnit_r8.schedules import Plateau
+from learnit_r8.strategies.contract import Rules
 
 
 class Stage(StrEnum):
@@ -149,8 +154,8 @@ def _checkpoints(arguments: dict[str, Any], directory: str, new_goals: Mapping[s
 _FIXED = ("num_samples", "strategy", "seed", "drop_last")  # what a run cannot change, but for more samples
 
 
-def check_state(state: Mapping[str, Any], config: Config) -> None:
-    """Raise unless a scheduler's state is complete and belongs to this run."""
+def check_state(state: Mapping[str, Any], config: Config, rules: Rules) -> None:
+    """Raise unless a scheduler's state is complete and belongs to this run, whose strategy is one of these rules."""
     if not isinstance(state, Mapping):
         raise ConfigError([f"a state is the dict that state_dict() returned, got {type(state).__name__}"])
     missing = [name for name in _PARTS if name not in state]
@@ -178,4 +183,30 @@ def check_state(state: Mapping[str, Any], config: Config) -> None:
             f"auto_find_lr=True: the search comes before the first step, and this run has had {state['global_step']}: "
             "give initial_lr"
         )
+    if saved["num_samples"] < config.num_samples and not rules.grows:
+        problems.append(
+            f"num_samples: the state was saved with {saved['num_samples']}, this run has {config.num_samples}, and "
+            f"strategy={saved['strategy']!r} cannot take more samples: use what it was saved with, or start a new run"
+        )
     problems.raise_if_any()
+
+
+def grown(state: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
+    """Return the state with samples behind its last one; they join the epochs that begin later.
+
+    Masks need nothing: what their bytes do not reach is False.
+    """
+    if state["config"]["num_samples"] == num_samples:
+        return dict(state)
+    catalog = {**state["catalog"], "rows": more_rows(state["catalog"], num_samples)}
+    guard: dict[str, Any] = dict(state["guard"])
+    if guard["phase"] is not None:
+        guard["phase"] = _padded(guard["phase"], num_samples)
+    if guard["since"] is not None:
+        guard["since"] = {name: _padded(value, num_samples) for name, value in guard["since"].items()}
+    return {**state, "catalog": catalog, "guard": guard}
+
+
+def _padded(values: Any, size: int) -> NDArray[Any]:
+    array = np.asarray(values)
+    return np.concatenate([array, np.zeros(size - len(array), array.dtype)])

@@ -25,12 +25,11 @@ from learnit_r8.loop.evaluation.measured import Measured
 from learnit_r8.loop.in_flight import InFlight
 from learnit_r8.loop.lr_search import LrSearch
 from learnit_r8.loop.output import Output
-from learnit_r8.loop.ranks import Ranks
+from learnit_r8.loop.ranks import Ranks, SaveTogether
 from learnit_r8.loop.safety import SafetyNet
 from learnit_r8.loop.sampling import Sampling
 from learnit_r8.loop.saver import Saver
 from learnit_r8.loop.shards import Shards
-from learnit_r8.loop.together import SaveTogether
 from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.schedules import Plateau

@@ -17,8 +17,7 @@ from learnit_r8.core.arrays import sample_ids
 from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, tell
 from learnit_r8.loop.base.parts import Parts
-from learnit_r8.loop.counters import Progress, check_state
-from learnit_r8.loop.growth import check_growth, grown
+from learnit_r8.loop.counters import Progress, check_state, grown
 from learnit_r8.loop.saver import State, not_saved
 from learnit_r8.loop.shards import common_checkpoint
 
@@ -178,7 +177,7 @@ class Persistence(Parts):
             ProtocolError: The search of `auto_find_lr` is running.
         """
         state = unpacked(state)
-        self._check(state)
+        check_state(state, self._config, self._chooser.rules)
         saved, size = state["config"]["num_samples"], self._config.num_samples
         state = grown(state, size)
         before, flags = self.state_dict(), (self._search, self._control.stop, self._begun, self._resumed)
@@ -195,12 +194,8 @@ class Persistence(Parts):
                 "epochs that begin from here"
             )
 
-    def _check(self, state: Mapping[str, Any]) -> None:
-        check_state(state, self._config)
-        check_growth(state, self._config.num_samples, self._chooser.rules)
-
     def _restore(self, loaded: LoadedCheckpoint) -> None:
-        self._check(loaded.state)
+        check_state(loaded.state, self._config, self._chooser.rules)
         if self._args.load is not None:  # first: it may fail, and nothing has changed yet
             self._args.load(str(loaded.model_path), from_ram=False)
         elif loaded.holds_model:
