@@ -7,7 +7,6 @@ for everything but non-finite floats, which strict JSON lacks: they travel as st
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -354,14 +353,6 @@ def from_json(data: Mapping[str, Any]) -> Event:
     except (TypeError, ValueError) as error:
         raise ValueError(f"incomplete {name}: {field} is {value!r}") from error
     return event
-
-
-def parse_line(line: bytes | str) -> Event | None:
-    """Return the event of one line of a log; None where it holds none that this version knows, or broke in a crash."""
-    try:
-        return from_json(json.loads(line))
-    except (ValueError, AttributeError, RecursionError):
-        return None
 
 
 def plain(value: Any) -> Any:

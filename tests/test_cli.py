@@ -16,6 +16,7 @@ import pytest
 from learnit_r8 import R8Scheduler, TrainingDiverged
 from learnit_r8.dashboard.demo import DemoRun
 from learnit_r8.events import LossReported, RunEnded, RunStarted, to_json
+from learnit_r8.run.blocks import each_event
 from learnit_r8.run.samples_file import write_catalog
 from learnit_r8.run.tail import EventTail
 from learnit_r8.samples.catalog import LossCatalog
@@ -169,7 +170,7 @@ def test_the_tail_agrees_with_the_reader_of_whole_logs_whatever_the_chunks(tmp_p
         found = tail.poll(chunk)
         while tail.behind:
             found += tail.poll(chunk)
-        assert [repr(event) for event in found] == expected
+        assert [repr(event) for event in each_event(found)] == expected
 
 
 def test_a_log_that_was_replaced_starts_the_view_anew(tmp_path):

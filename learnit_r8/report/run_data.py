@@ -23,7 +23,7 @@ CONSOLE_LINES = 200
 JOURNAL_LINES = 500
 _CONSOLE_BYTES = 1 << 19
 _Kind = TypeVar("_Kind", bound=e.Event)
-_ROUTINE = (e.BackupTaken, e.BackupVerified, e.Evaluated, e.MetricLogged, e.EpochStarted, e.QuadrantsRefreshed)
+_ROUTINE = (e.Evaluated, e.EpochStarted, e.QuadrantsRefreshed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,6 @@ class RunData:
     folder: Path  # where it was read from
     name: str  # what it calls itself
     table: EventsTable  # its log
-    metrics: dict[str, tuple[Floats, Floats]]  # the user's own numbers: name -> steps and values, float64 `[n]` each
     catalog: CatalogSnapshot | None  # the samples' figures; None where the run wrote none, or a damaged file
     console: list[str]  # the last lines that it printed
     problem: str  # what could not be read, as a sentence; empty when all could
@@ -76,7 +75,7 @@ class RunData:
             "your training step": float(np.nansum(columns["step_seconds"])),
             "scheduler": float(np.nansum(columns["r8_seconds"])),
             "evaluation": self._evaluations(),
-            "backups in RAM": sum(event.seconds for event in self.of(e.BackupTaken)),
+            "backups in RAM": self.table.backups,
             "checkpoints": sum(event.seconds for event in self.of(e.CheckpointSaved)),
             "rollbacks": sum(event.seconds for event in self.of(e.RolledBack)),
         }
@@ -85,17 +84,22 @@ class RunData:
 
     def _evaluations(self) -> float:
         """Return the seconds that lie before validation metrics, since the event before each."""
-        times = [event.time for event in self.table.others]
-        measured = [i for i, event in enumerate(self.table.others) if _validates(event)]
-        if not measured:
-            return 0.0
-        ends = np.array([times[i] for i in measured])
-        since = np.array([times[i - 1] if i else -math.inf for i in measured])
-        losses = np.sort(self.table.columns["time"])
-        before = np.searchsorted(losses, ends, "right")
-        last = np.where(before > 0, losses[np.maximum(before - 1, 0)], -math.inf)
-        seconds = ends - np.maximum(since, last)
+        times = {name: rows[1] for name, rows in self.table.metrics.items()}
+        ends = np.unique(np.concatenate([[], *(found for name, found in times.items() if is_validation(name))]))
+        others = np.array([event.time for event in self.table.others])
+        since = np.full(len(ends), -math.inf)
+        for some, side in (
+            (self.table.columns["time"], "right"), (others, "right"), *((found, "left") for found in times.values())
+        ):  # fmt: skip
+            before = np.append(-math.inf, np.sort(some, kind="stable"))
+            since = np.maximum(since, before[np.searchsorted(before, ends, side) - 1])  # type: ignore[call-overload]
+        seconds = ends - since
         return float(seconds[np.isfinite(seconds)].clip(0.0).sum())
+
+    @property
+    def metrics(self) -> dict[str, tuple[Floats, Floats]]:
+        """The user's own numbers: name -> steps and values, float64 `[n]` each."""
+        return {name: (rows[0], rows[2]) for name, rows in self.table.metrics.items()}
 
     def journal(self) -> list[Entry]:
         """Return the last notable events as lines, newest first."""
@@ -128,21 +132,7 @@ def run_of(folder: Path, table: EventsTable) -> RunData:
         problem = str(error)
     started = [event for event in table.others if isinstance(event, e.RunStarted)]
     name = started[-1].run if started else folder.resolve().name
-    return RunData(folder, name, table, _metrics(table.others), catalog, _console(folder / CONSOLE_FILE), problem)
-
-
-def _metrics(events: list[e.Event]) -> dict[str, tuple[Floats, Floats]]:
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for event in events:
-        if isinstance(event, e.MetricLogged):
-            steps, values = found.setdefault(event.name, ([], []))
-            steps.append(event.step)
-            values.append(event.value)
-    return {name: (np.array(steps, float), np.array(values, float)) for name, (steps, values) in found.items()}
-
-
-def _validates(event: e.Event) -> bool:
-    return isinstance(event, e.MetricLogged) and is_validation(event.name)
+    return RunData(folder, name, table, catalog, _console(folder / CONSOLE_FILE), problem)
 
 
 def _console(path: Path) -> list[str]:

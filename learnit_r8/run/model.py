@@ -13,10 +13,11 @@ import numpy as np
 
 from learnit_r8 import events as e
 from learnit_r8.run import export
+from learnit_r8.run.blocks import Block
 from learnit_r8.run.journal import Entry, entry, validation_entry
 from learnit_r8.run.metric import Metric, is_validation
 from learnit_r8.run.pace import Pace
-from learnit_r8.run.series import Series, smoothed
+from learnit_r8.run.series import Floats, Series, smoothed
 
 DECAYS = (0.98, 0.995, 0.9)
 """Decays of the moving averages that the chart can show."""
@@ -27,7 +28,8 @@ RECENT_STEPS = 512
 SIGMA_GAIN = 0.02
 LATEST = 1e12
 """Times beyond this many seconds since 1970 are taken for errors."""
-_NUMBERS = attrgetter("time", "step", "loss", "expected_loss", "lr", "step_seconds", "r8_seconds")
+_COLUMNS = ("time", "step", "loss", "expected_loss", "lr", "step_seconds", "r8_seconds", "size")
+_NUMBERS = attrgetter(*_COLUMNS)
 _BLOCK = 512
 """More losses than these do not wait: taking them would hold the interpreter for long."""
 METRICS_KEPT = 100
@@ -117,7 +119,9 @@ class DashboardModel:
         """
         for event in events:
             kind = type(event)
-            if kind is e.LossReported:
+            if kind is Block:
+                self._on_block(event)
+            elif kind is e.LossReported:
                 self._waiting.append(event)
                 self._amid = False
             elif isinstance(event, e.Event) and kind is not e.BatchIssued:
@@ -204,7 +208,7 @@ class DashboardModel:
     def _mark(self, icon: str, event: e.Event) -> None:
         self.marks.setdefault(icon, deque(maxlen=MARKS_KEPT)).append((event.step, event.time))
 
-    def _on_newest(self, event: e.LossReported, time: float) -> None:
+    def _on_newest(self, event: Any, time: float) -> None:
         self.last_time = self.last_report = time if -LATEST < time < LATEST else self._now()
         self.step, self.epoch = event.step + 1, event.epoch
         self.verdict, self.score, self.lr = event.verdict, event.score, event.lr
@@ -213,18 +217,36 @@ class DashboardModel:
     def _on_losses(self) -> None:
         """Take the losses that wait."""
         events, self._waiting = self._waiting, []
-        times, steps, losses, expected, lrs, users, own = np.array([*map(_NUMBERS, events)]).T
+        rows = np.array([*map(_NUMBERS, events)]).T
+        self._on_numbers(rows, events[-1])
+
+    def _on_block(self, block: Block) -> None:
+        """Take what a log says of a stretch of the run."""
+        if self._waiting:
+            self._on_losses()
+        newest, backup = block.newest(e.LossReported), block.newest(e.BackupTaken)
+        if newest is not None:
+            columns = block.columns[e.LossReported]
+            self._on_numbers(np.array([columns[name] for name in _COLUMNS]), newest)
+        for event in ([] if backup is None else [backup]) + block.events(e.MetricLogged):
+            self._on_event(event)
+        if -LATEST < block.time < LATEST:
+            self.last_time = block.time
+
+    def _on_numbers(self, rows: Floats, newest: e.Event) -> None:
+        """Take consecutive losses, rows as `_COLUMNS` has them."""
+        times, steps, losses, expected, lrs, users, own, sizes = rows
         for wrong in np.flatnonzero(~(np.abs(times) < LATEST)):
             times[wrong] = times[wrong - 1] if wrong else self._now()
         self._seen(float(times[0]))
-        self._on_newest(events[-1], float(times[-1]))
-        self.samples += sum([event.size for event in events])
+        self._on_newest(newest, float(times[-1]))
+        self.samples += int(sizes.sum())
         series = self._loss
         lowest = series.lo
         averages = series.extend(steps, times, losses)[:, 0]
         if series.lo < lowest:
             self.best_step = int(steps[np.argmax(losses == series.lo)])
-        self.nonfinite += len(events) - int(np.count_nonzero(np.isfinite(losses)))
+        self.nonfinite += len(losses) - int(np.count_nonzero(np.isfinite(losses)))
         with np.errstate(over="ignore", invalid="ignore"):
             distances, surprises = losses - averages, losses - expected
         near = np.abs(distances) < 1e150  # their squares are finite

@@ -1,29 +1,20 @@
-"""A whole event log at once: the reports of every step as columns, the other events as they are.
-
-A million steps are 260 MB of JSON. Parsed line by line they take a minute of a report's ten seconds; so the lines of
-`LossReported`, whose form `JsonlSink` fixes, are matched a block at a time, and only a block that holds one of another
-form is parsed.
-"""
+"""A whole event log at once: what comes at each step as columns, the other events as they are."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.events import Event, LossReported, RunStarted, parse_line
+from learnit_r8.events import BackupTaken, Event, LossReported, MetricLogged, RunStarted
+from learnit_r8.run.blocks import Block, decode
 from learnit_r8.run.tail import LineTail
 
 _BLOCK = 8 << 20
-_COLUMNS = ("time", "step", "loss", "lr", "size", "step_seconds", "r8_seconds")
-_MARK = b'{"event":"LossReported",'
-_RUN_MARK = b'\n{"event":"RunStarted",'
-_FIELDS = (f'"{f.name}":' + ('"?([^,"}]+)"?' if f.name in _COLUMNS else "[^,}]+") for f in fields(LossReported))
-_LINE = re.compile(f'^{{"event":"LossReported",{",".join(_FIELDS)}}}$'.encode(), re.MULTILINE)
-"""A line as `to_json` writes it, with a group for each column; `"?`: numbers that are not finite travel as strings."""
+_COLUMNS = ("step", "time", "loss", "lr", "size", "step_seconds", "r8_seconds")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +24,34 @@ class EventsTable:
     # float64 `[n]` each: time (seconds since the Unix epoch), step, loss, lr, size (samples), step_seconds,
     # r8_seconds
     columns: dict[str, NDArray[np.float64]]
+    metrics: dict[str, NDArray[np.float64]]  # the user's own numbers: name -> rows of step, time and value, `[3, n]`
+    backups: float  # seconds that copies to RAM took
     others: list[Event]  # every other event
     abandoned: int  # steps that a resume took back; they are in no column
 
     def __len__(self) -> int:
         return len(self.columns["step"])
+
+
+class _Rows:
+    """A matrix to which columns are appended; rows are float64 and lie together."""
+
+    def __init__(self, rows: int) -> None:
+        self._room = np.empty((rows, 1024))
+        self._used = 0
+
+    def append(self, more: NDArray[Any]) -> None:
+        end = self._used + more.shape[1]
+        if end > self._room.shape[1]:
+            room = np.empty((len(self._room), max(end, 2 * self._room.shape[1])))
+            room[:, : self._used] = self.filled
+            self._room = room
+        self._room[:, self._used : end] = more
+        self._used = end
+
+    @property
+    def filled(self) -> NDArray[np.float64]:
+        return self._room[:, : self._used]
 
 
 def read_table(path: str | Path) -> EventsTable:
@@ -57,70 +71,45 @@ class LogReader:
         self._clear()
 
     def _clear(self) -> None:
-        self._parts: list[NDArray[np.float64]] = []
+        self._steps = _Rows(len(_COLUMNS))
+        self._metrics: dict[str, _Rows] = {}
         self._others: list[Event] = []
-        self._abandoned = 0
+        self._abandoned, self._backups = 0, 0.0
 
     def poll(self) -> EventsTable:
         """Return the log as it is now."""
         self.changed, behind = False, True
         while behind:
-            block, behind = self._tail.read(_BLOCK), self._tail.behind
+            lines, behind = self._tail.read(_BLOCK), self._tail.behind
             if self._tail.restarted:
                 self._clear()
-            if block:
+            if lines:
                 self.changed = True
-                self._take(block)
-        table = np.concatenate(self._parts) if self._parts else np.empty((0, len(_COLUMNS)))
-        self._parts = [table]
-        columns = {name: table[:, i] for i, name in enumerate(_COLUMNS)}
-        return EventsTable(columns, list(self._others), self._abandoned)
+                for found in decode(lines.split(b"\n")):
+                    self._take(found)
+        columns = dict(zip(_COLUMNS, self._steps.filled, strict=True))
+        metrics = {name: rows.filled for name, rows in self._metrics.items()}
+        return EventsTable(columns, metrics, self._backups, list(self._others), self._abandoned)
 
-    def _take(self, block: bytes) -> None:
-        for piece in _at_starts(block):
-            reports, more = _parse(piece)
-            if more and isinstance(more[0], RunStarted) and more[0].resumed:  # it takes the later steps back
-                kept = [part[part[:, 1] < more[0].step] for part in self._parts]
-                self._abandoned += sum(map(len, self._parts)) - sum(map(len, kept))
-                self._parts = kept
-            self._others += more
-            self._parts.append(reports)
+    def _take(self, found: Event | Block) -> None:
+        if not isinstance(found, Block):
+            if isinstance(found, RunStarted) and found.resumed:
+                self._take_back(found.step)
+            self._others.append(found)
+            return
+        if steps := found.columns.get(LossReported):
+            self._steps.append(np.array([steps[name] for name in _COLUMNS]))
+        if backups := found.columns.get(BackupTaken):
+            self._backups += float(np.sum(backups["seconds"]))
+        if metrics := found.columns.get(MetricLogged):
+            rows, names = np.array([metrics["step"], metrics["time"], metrics["value"]]), np.array(metrics["name"])
+            for name in dict.fromkeys(metrics["name"]):
+                self._metrics.setdefault(str(name), _Rows(3)).append(rows[:, names == name])
 
-
-def _at_starts(block: bytes) -> list[bytes]:
-    """Cut a block before each RunStarted."""
-    pieces, start = [], 0
-    while (end := block.find(_RUN_MARK, start)) >= 0:
-        pieces.append(block[start:end])
-        start = end + 1
-    return [*pieces, block[start:]]
-
-
-def _parse(block: bytes) -> tuple[NDArray[np.float64], list[Event]]:
-    lines = block.split(b"\n")
-    reports = _match(block)
-    if reports is not None:
-        lines = [line for line in lines if not line.startswith(_MARK)]
-    others, more = [], []
-    for line in lines:
-        event = parse_line(line)
-        if isinstance(event, LossReported):
-            more.append([getattr(event, name) for name in _COLUMNS])
-        elif event is not None:
-            others.append(event)
-    if reports is None:
-        reports = np.array(more, np.float64).reshape(len(more), len(_COLUMNS))
-    return reports, others
-
-
-def _match(block: bytes) -> NDArray[np.float64] | None:
-    """Return the reports of a block whose every report has the usual form; None for another block."""
-    found = _LINE.findall(block)
-    if len(found) != block.count(_MARK):
-        return None
-    try:
-        # The longest number that JSON writes has 24 characters.
-        reports = np.array(found, dtype="S32").astype(np.float64)
-    except ValueError:  # digits that are none
-        return None
-    return reports.reshape(len(found), len(_COLUMNS))
+    def _take_back(self, step: int) -> None:
+        """Forget the steps that a resume does again."""
+        steps = self._steps.filled
+        kept = steps[:, steps[0] < step]
+        self._abandoned += steps.shape[1] - kept.shape[1]
+        self._steps = _Rows(len(_COLUMNS))
+        self._steps.append(kept)

@@ -8,12 +8,13 @@ import re
 from collections import deque
 from pathlib import Path
 
-from learnit_r8.events import Event, parse_line
+from learnit_r8.events import Event
+from learnit_r8.run.blocks import Block, decode
 
 EVENTS_FILE = "events.jsonl"
 CONSOLE_FILE = "console.log"
 CHUNK = 4 << 20
-"""Bytes that one `poll` reads at most: about 16 000 events, a tenth of a second."""
+"""Bytes that one `poll` reads at most: about 80 000 steps, a tenth of a second."""
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _CONSOLE_CHUNK = 1 << 20
 _LONGEST = 65536
@@ -61,16 +62,12 @@ class LineTail:
 class EventTail(LineTail):
     """The events that were appended to a log, which may appear later."""
 
-    def poll(self, limit: int = CHUNK) -> list[Event]:
-        """Return the events of the next `limit` bytes; a line that is not complete yet is held back.
-
-        Unknown events (of a newer version) and lines broken by a crash are passed over.
-        """
+    def poll(self, limit: int = CHUNK) -> list[Event | Block]:
+        """Return what the next `limit` bytes hold; a line that is not complete yet is held back."""
         try:
-            lines = self.read(limit).split(b"\n")
+            return list(decode(self.read(limit).split(b"\n")))
         except FileNotFoundError:
             return []
-        return [event for event in map(parse_line, lines) if event is not None]
 
 
 class ConsoleTail:

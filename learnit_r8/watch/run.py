@@ -9,6 +9,7 @@ from typing import Any
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import Event
 from learnit_r8.run import formats as f
+from learnit_r8.run.blocks import Block
 from learnit_r8.run.export import silent_for
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.tail import CHUNK, CONSOLE_FILE, EVENTS_FILE, ConsoleTail, EventTail
@@ -53,7 +54,7 @@ class WatchedRun:
         """The file with what the run printed."""
         return self.folder / CONSOLE_FILE
 
-    def poll(self, limit: int = CHUNK) -> list[Event]:
+    def poll(self, limit: int = CHUNK) -> list[Event | Block]:
         """Take the next events of the log into the model, `limit` bytes at most, and return them.
 
         What keeps the file from being read for now (a network folder that is away) is kept in `trouble`.

@@ -17,6 +17,7 @@ from learnit_r8 import CheckpointError, Checkpoints, ConfigError, R8Scheduler, e
 from learnit_r8.checkpoint import open_store, resolve
 from learnit_r8.checkpoint.remote import Remote
 from learnit_r8.checkpoint.remote_store import RemoteStore
+from learnit_r8.run.blocks import decode, each_event
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,7 +188,7 @@ def test_an_unknown_store_is_refused():
 
 
 def lines(memory, name):
-    return [json.loads(line)["event"] for line in memory.cat_file(name).decode().splitlines()]
+    return [type(event).__name__ for event in each_event(decode(memory.cat_file(name).splitlines()))]
 
 
 def test_logs_in_a_store_go_on_and_are_set_aside(memory):

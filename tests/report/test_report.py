@@ -23,6 +23,7 @@ from learnit_r8.report.bands import band, wants_log
 from learnit_r8.report.page import write_report
 from learnit_r8.report.plot import write_png
 from learnit_r8.report.run_data import load_run
+from learnit_r8.run.blocks import ROUTINE
 from learnit_r8.run.samples_file import write_catalog
 from learnit_r8.run.table import read_table
 from learnit_r8.samples.catalog import LossCatalog
@@ -86,9 +87,12 @@ def test_the_table_agrees_with_the_reader_line_by_line(tmp_path):
     assert any(np.isnan(event.loss) for event in reports)
     for name in FIELDS:
         assert np.array_equal(table.columns[name], [getattr(event, name) for event in reports], equal_nan=True), name
-    assert [repr(event) for event in table.others] == [
-        repr(event) for event in events if not isinstance(event, LossReported)
-    ]
+    assert list(map(repr, table.others)) == [repr(event) for event in events if type(event) not in ROUTINE]
+    assert table.backups == sum(event.seconds for event in events if isinstance(event, e.BackupTaken)) > 0
+    metrics = [event for event in events if isinstance(event, e.MetricLogged)]
+    assert sum(rows.shape[1] for rows in table.metrics.values()) == len(metrics) > 0
+    for name, rows in table.metrics.items():
+        assert rows.T.tolist() == [[x.step, x.time, x.value] for x in metrics if x.name == name]
 
 
 def test_reports_in_another_form_and_broken_lines_are_read_as_by_the_reader(tmp_path):

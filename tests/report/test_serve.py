@@ -104,7 +104,7 @@ def test_a_growing_log_is_read_as_a_whole_one_is(run):
     reader = LogReader(run / "events.jsonl")
     for first in range(400, 2000, 400):
         with (run / "events.jsonl").open("a") as file:
-            file.write('{"event":"LossRep')  # a line of which only a part is there yet
+            file.write('{"event":"Block","Lo')  # a line of which only a part is there yet
         reader.poll()
         text = (run / "events.jsonl").read_text()
         (run / "events.jsonl").write_text(text[: text.rindex("\n") + 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -275,12 +276,25 @@ def test_log_shows_the_users_own_numbers():
 # The log file --------------------------------------------------------------------------------
 
 
+def as_logged(event):
+    """Return an event as a log tells it: of what comes at each step 7 digits, and whole microseconds."""
+    if not isinstance(event, (events.LossReported, events.BackupTaken, events.BackupVerified, events.MetricLogged)):
+        return event
+    values = dataclasses.asdict(event)
+    for name, value in values.items():
+        if name == "time" or name.endswith("seconds"):
+            values[name] = round(value, 6)
+        elif isinstance(value, float):
+            values[name] = float(f"{value:.{4 if name == 'score' else 7}g}")
+    return type(event)(**values)
+
+
 def test_the_log_holds_the_run_and_reads_back_as_it_was(tmp_path):
     ear = Ear()
     with make([ear], log_dir=tmp_path / "run") as scheduler:
         train(scheduler, lambda b: np.full(len(b.indices), math.nan if b.step == 6 else 1.0))
     read = list(read_events(tmp_path / "run" / "events.jsonl"))
-    expected = [event for event in ear.heard if not isinstance(event, events.BatchIssued)]
+    expected = [as_logged(event) for event in ear.heard if not isinstance(event, events.BatchIssued)]
     assert list(map(repr, read)) == list(map(repr, expected))
 
 
@@ -304,7 +318,7 @@ def test_the_log_is_strict_json(tmp_path):
     with make([], log_dir=tmp_path) as scheduler:
         train(scheduler, lambda b: (1.0, math.nan, math.inf, -math.inf)[b.step % 4])
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
-    assert len(lines) > 12
+    assert len(lines) > 5
     for line in lines:
         json.loads(line, parse_constant=refuse)
 
@@ -378,7 +392,7 @@ def test_everything_but_losses_reaches_the_disk_at_once(tmp_path):
         r8_seconds=0.0,
     )
     sink.record(loss)
-    assert list(read_events(path)) == []
+    assert not path.exists()
     sink.record(events.Notice(time=1.0, step=0, message="now"))
     assert len(list(read_events(path))) == 2
     for _ in range(3):

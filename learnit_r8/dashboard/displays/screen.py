@@ -19,7 +19,6 @@ from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
 from learnit_r8.dashboard.meters import GpuMeter, HostMeter
 from learnit_r8.dashboard.terminal.board import open_board
-from learnit_r8.events import Event
 from learnit_r8.run.journal import Entry
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.tail import ConsoleTail
@@ -90,7 +89,7 @@ class Screen(Display):
         """Return whether the next frame shows everything; of a run that is only watched each does."""
         return self._look is not None or self._rate.whole(time.monotonic())
 
-    def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
+    def tick(self, model: DashboardModel, fresh: Sequence[object], now: float) -> float:
         """Handle keys and size, and draw when due."""
         board, began = self._board, time.monotonic()
         late, self._last_tick = began - self._last_tick > _GAP_SECONDS, began
