@@ -19,11 +19,15 @@ are overruled.
 Lightning's checkpoints hold the scheduler's state and the random generators', so `fit(ckpt_path=)`
 continues to the bit. They load with `weights_only=True`. Lightning's loggers get the
 scheduler's numbers as `r8/...`, every `log_every_n_steps`.
+
+With `clip=` of the scheduler gradients are clipped at its norm, in place of `gradient_clip_val`; with
+`R8Callback(scheduler, check=True)` a step that would do harm is left out. Both are done before the module's
+own `on_before_optimizer_step`. Lightning counts such a step, as one that a `GradScaler` leaves out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from learnit_r8.core.config import Problems
 from learnit_r8.errors import ConfigError, tell
+from learnit_r8.integrations.lightning_gate import StepGate, losses_of
 from learnit_r8.integrations.torch import sampler as _sampler
 from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr
 from learnit_r8.integrations.torch.sampler import R8BatchSampler
@@ -83,16 +88,19 @@ class R8Callback(Callback):
         scheduler: The scheduler, or a function that makes it. A function is called once Lightning
             has started the processes: with several of them the scheduler needs
             `**learnit_r8.integrations.distributed.rank_arguments()`.
+        check: Ask `scheduler.check` before each optimizer step, and leave out those that would do harm.
 
     Attributes:
         scheduler: The scheduler, once it is made.
+        looking: Nothing is trained in this epoch: statistics of BatchNorm are taken for averaged weights.
     """
 
-    def __init__(self, scheduler: R8Scheduler | Callable[[], R8Scheduler]) -> None:
+    def __init__(self, scheduler: R8Scheduler | Callable[[], R8Scheduler], *, check: bool = False) -> None:
         if not (callable(scheduler) or hasattr(scheduler, "batch_iterator")):
             kind = type(scheduler).__name__
             raise ConfigError(f"scheduler must be an R8Scheduler or a function that makes one, got {kind}")
         self._given = scheduler
+        self._gate = StepGate(self, checks=check)
         self._epochs: Iterator[int] = iter(())
         self._pending: list[Any] = []  # losses whose optimizer step is not done yet
         self._hooks: list[LearningRateHook] = []
@@ -100,7 +108,7 @@ class R8Callback(Callback):
         self._rngs: dict[str, Any] | None = None
         self._fit: tuple[Any, Any] = None, None  # the trainer and the module of the last call of fit
         self._numbers: Numbers | None = None
-        self._looking = False  # an epoch in which nothing is trained: BatchNorm statistics for averaged weights
+        self.looking = False
 
     @cached_property
     def scheduler(self) -> R8Scheduler:
@@ -122,7 +130,7 @@ class R8Callback(Callback):
         Problems(self._problems(trainer)).raise_if_any()
 
     def _problems(self, trainer: Trainer) -> list[str]:
-        scheduler, problems = self.scheduler, self.scheduler.clip_problems("Trainer(gradient_clip_val=...)")
+        scheduler, problems = self.scheduler, self._gate.problems(trainer)
         if trainer.world_size != scheduler.world_size:
             problems.append(
                 f"Lightning runs on {trainer.world_size} processes, the scheduler has world_size="
@@ -181,6 +189,7 @@ class R8Callback(Callback):
         for optimizer in trainer.optimizers:
             self._hooks.append(follow_lr(self.scheduler, optimizer, relative=relative))
             self._hooks[-1]._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._gate.start(trainer)
         self._epochs = self.scheduler.epoch_iterator()
         self._next_epoch(trainer)
         self._tell_cuts(trainer)
@@ -221,19 +230,25 @@ class R8Callback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the step that comes, for monitors."""
-        if self._looking:  # Lightning takes a step at the end of this epoch, with what gradients there are
+        if self.looking:  # Lightning takes a step at the end of this epoch, with what gradients there are
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         for hook in self._hooks:
             hook.set_now()
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Clip, and ask whether to take the step, where that was asked for."""
+        if not self.looking:
+            self._gate.before_step(trainer, self._pending)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take note of the losses; report them when their optimizer step is done."""
-        if self._looking:
+        if self.looking:
             return
-        self._pending.append(_losses(outputs, trainer.accumulate_grad_batches))
+        known = self._gate.take_losses()
+        self._pending.append(losses_of(outputs, trainer.accumulate_grad_batches) if known is None else known)
         if self._pending[-1] is not None and self._pending[-1].ndim == 0:
             self.scheduler.tell(
                 "training_step returns one loss a batch, from which samples are told apart slowly and roughly: return "
@@ -247,7 +262,7 @@ class R8Callback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on to the next epoch, or end the run."""
-        if self._looking:
+        if self.looking:
             trainer.should_stop = True
             return
         self._report()  # an epoch that was cut short may end within an accumulation
@@ -259,6 +274,7 @@ class R8Callback(Callback):
 
     def on_train_end(self, *args: Any) -> None:
         """Leave the optimizer and the signal handlers alone."""
+        self._gate.stop()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -286,10 +302,10 @@ class R8Callback(Callback):
         """Let the next epoch go over all samples without training on them, or not; return whether that is possible."""
         sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
         if isinstance(sampler, _Sampler):
-            sampler.looking = self._looking = look
+            sampler.looking = self.looking = look
         elif look:
             tell("StochasticWeightAveraging leaves BatchNorm statistics as they are: take self.r8_dataloader(dataset)")
-        return self._looking
+        return self.looking
 
     def _next_epoch(self, trainer: Trainer) -> None:
         if next(self._epochs, None) is None:
@@ -364,16 +380,6 @@ class _ResumableLoader(DataLoader[Any]):
     """Tells Lightning that it resumes in the middle of an epoch: the scheduler does."""
 
     state_dict, load_state_dict = R8BatchSampler.state_dict, R8BatchSampler.load_state_dict
-
-
-def _losses(outputs: Any, accumulated: int) -> Any:
-    """Return the losses of a training step, or None where it was left out."""
-    if isinstance(outputs, Mapping):
-        if outputs.get("r8_losses") is not None:
-            return outputs["r8_losses"].detach()
-        outputs = outputs.get("loss")
-    # Lightning divides the loss by the number of batches that are accumulated.
-    return None if outputs is None else outputs.detach() * accumulated
 
 
 def _epochs_of(scheduler: R8Scheduler) -> int | None:

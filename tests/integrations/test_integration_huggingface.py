@@ -243,13 +243,13 @@ def test_arguments_that_do_not_go_together_are_listed(hf, tmp_path):
     with pytest.raises(ConfigError) as caught:
         huggingface.R8Trainer(
             tiny_model(transformers, "class"),
-            arguments(transformers, tmp_path, data_seed=5),
+            arguments(transformers, tmp_path, data_seed=5, max_grad_norm=0.5),
             train_dataset=Tokens("class"),
             scheduler=R8Scheduler(7, 2, num_epochs=1, clip="auto", checkpoint_dir=None, ui="off"),
         )
     assert len(caught.value.problems) == 3
     assert "num_samples=7" in str(caught.value)
-    assert "clip='auto': the steps are taken for you" in str(caught.value)
+    assert "max_grad_norm=0.5 of the Trainer and clip= both clip" in str(caught.value)
 
 
 def test_the_callers_arguments_stay_as_they_are(hf, tmp_path):

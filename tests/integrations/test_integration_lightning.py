@@ -465,11 +465,6 @@ def test_what_goes_against_the_scheduler_is_refused_by_name(callbacks, options, 
         fit(Model(), scheduler_for(), *callbacks, **options)
 
 
-def test_a_clip_that_lightning_would_not_apply_is_refused():
-    with pytest.raises(ConfigError, match=r"clip=1.0: the steps are taken for you, leave it out and give Trainer\("):
-        fit(Model(), scheduler_for(clip=1.0))
-
-
 def test_the_tuner_is_told_what_takes_its_place():
     from lightning.pytorch.tuner import Tuner
 

@@ -49,6 +49,7 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         Problems(host_problems(self, SampleLossMixin, sample_loss_func) + self._problems()).raise_if_any()
         self._told: set[str] = set()
+        self._read: list[Tensor] = []  # the losses of this optimizer step, where they were wanted before it
         self._sampler: Any = None
         self._resumed = self._trained = False
         self._micro = 0  # micro-batches of the Trainer's epoch so far
@@ -90,6 +91,7 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
     def _batches_left(self) -> bool:  # the epoch has more to draw, though its iterator has ended
         return False
 
+    def _before_step(self) -> None: ...
     def _on_train_begin(self, control: Any) -> None: ...
     def _on_step_end(self, control: Any) -> None: ...
     def _on_epoch_end(self, control: Any) -> None: ...
@@ -230,15 +232,19 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
 
     # Reports --------------------------------------------------------------------------------
 
-    def _report_notes(self) -> None:
-        """Report the micro-batches of an optimizer step."""
+    def _read_notes(self) -> list[Tensor]:
+        """Return one loss per sample of each micro-batch of an optimizer step, or their mean."""
         notes, self._watch.notes = self._watch.notes, []
         found = [self._watch.judge(note) for note in notes]
         if self.args.world_size > 1:  # a report is one loss per sample on all ranks or on none
             flags = torch.tensor([one is not None for one in found], device=self.accelerator.device).int()
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
             found = [one if flag else None for one, flag in zip(found, flags.tolist(), strict=True)]
-        reports = [note.mean if one is None else one for one, note in zip(found, notes, strict=True)]
+        return [note.mean if one is None else one for one, note in zip(found, notes, strict=True)]
+
+    def _report_notes(self) -> None:
+        """Report the micro-batches of an optimizer step."""
+        reports, self._read = self._read or self._read_notes(), []
         self._hand_over(reports, bool(self.accelerator.optimizer_step_was_skipped))
 
 
@@ -252,6 +258,9 @@ class _Callback(TrainerCallback):
         self._trainer._on_train_begin(control)
         state.num_train_epochs = math.ceil(args.num_train_epochs)
         self._trainer._follow(state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._report_notes()

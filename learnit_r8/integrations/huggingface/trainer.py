@@ -8,6 +8,9 @@ The scheduler's batches are the Trainer's micro-batches; with gradient accumulat
 is reported, after the optimizer step that they share. The learning rate (effective and logged) is
 the scheduler's. Its state is part of the Trainer's checkpoints, in `scheduler.pt`, so that
 `resume_from_checkpoint` resumes both.
+
+With `clip=` of the scheduler gradients are clipped at its norm in place of `max_grad_norm` (another than its default is
+refused); with `R8Trainer(check=True)` a step that would do harm is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from transformers import Trainer
 
 from learnit_r8.integrations.huggingface.backups import TrainedState
 from learnit_r8.integrations.huggingface.checks import default_of, is_grouped, share_of
+from learnit_r8.integrations.huggingface.gate import GatedMixin
 from learnit_r8.integrations.huggingface.mixin import SampleLossMixin
 from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow_lr, scales, unwrapped
 from learnit_r8.integrations.torch.sampler import R8BatchSampler
@@ -66,7 +70,7 @@ class _SchedulerRates(LRScheduler):
         self.loaded = True
 
 
-class R8Mixin(SampleLossMixin):
+class R8Mixin(GatedMixin):
     """Makes a Trainer of your own an R8Trainer: `class Mine(R8Mixin, MyTrainer)`.
 
     Training is as in `MyTrainer`, on the scheduler's batches and at its learning rate. With TRL's GRPO and RLOO a
@@ -78,6 +82,8 @@ class R8Mixin(SampleLossMixin):
             replace `per_device_train_batch_size` and `num_train_epochs`, its `initial_lr` and
             `scheduler_mode` the Trainer's learning rate. Without callbacks of its own it backs up
             and restores what is trained of the model, the optimizer and the random generators.
+        check: Ask `scheduler.check` before each optimizer step, and leave out those that would do harm. The Trainer
+            counts such a step, as one that a `GradScaler` leaves out.
         sample_loss_func: See `SampleLossMixin`.
 
     Raises:
@@ -88,8 +94,9 @@ class R8Mixin(SampleLossMixin):
     _train_batch_size: Any
     _calculate_rewards: Any
 
-    def __init__(self, *args: Any, scheduler: R8Scheduler, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, scheduler: R8Scheduler, check: bool = False, **kwargs: Any) -> None:
         self.scheduler = scheduler
+        self._check = check
         self._grouped = False
         super().__init__(*args, **kwargs)
         self._loop: Iterator[int] = iter(())
@@ -113,7 +120,7 @@ class R8Mixin(SampleLossMixin):
 
     def _problems(self) -> list[str]:
         scheduler, dataset = self.scheduler, self.train_dataset
-        problems = scheduler.clip_problems("TrainingArguments(max_grad_norm=...)")
+        problems = self._gate_problems()
         rows = len(dataset) if hasattr(dataset, "__len__") else 0
         if rows not in (0, size := scheduler.catalog.num_samples):
             packed = " after packing" if getattr(self.args, "packing", False) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,8 +44,9 @@ def clip_gradients(scheduler: R8Scheduler, parameters: nn.Module | Iterable[Tens
         return norm
     names, norms = measured
     assert isinstance(parameters, nn.Module)
-    norm = norms[0]
-    nn.utils.clip_grads_with_norm_(itertools.chain(*_parts[parameters][1].values()), scheduler.clip_norm(), norm)
+    norm, limit = norms[0], scheduler.clip_norm()
+    if limit < math.inf:
+        nn.utils.clip_grads_with_norm_(itertools.chain(*_parts[parameters][1].values()), limit, norm)
     scheduler.clipped(norm, names, norms)
     return norm
 
@@ -81,7 +83,8 @@ def _norm(part: list[Tensor]) -> Tensor:
     total: Any = getattr(nn.utils, "get_total_norm", None)
     if total is not None:
         return total(_gradients(part))  # type: ignore[no-any-return]
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one) for one in _gradients(part)]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one) for one in _gradients(part)]))
+    return norm
 
 
 def _parts_of(model: nn.Module) -> dict[str, list[Tensor]]:

@@ -158,10 +158,10 @@ class Gated(Steps):
             return self._safety.gate.clip_at
         return math.inf if clip is None else clip
 
-    def clip_problems(self, instead: str) -> list[str]:
-        """Return what is wrong where a framework takes the steps: nobody could clip, unless by its own `instead`."""
-        clip = self._config.clip
-        return [] if clip is None else [f"clip={clip!r}: the steps are taken for you, leave it out and give {instead}"]
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are to be clipped: `clip` is given."""
+        return self._clips
 
     def clipped(self, norm: Any, names: Sequence[str] = (), norms: Any = None) -> None:
         """Take the norm of a gradient that was clipped, as it was before; it is read when its batch is reported.
