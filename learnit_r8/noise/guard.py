@@ -256,8 +256,9 @@ class NoiseGuard(Saved):
         self._suspect = found
         if not changed and not decision:
             return None
-        count = int(np.count_nonzero(found))
-        worst = largest(np.where(found, scores, -np.inf), min(count, _NAMED))
+        suspects = np.flatnonzero(found)
+        count = len(suspects)
+        worst = suspects[largest(scores[suspects], min(count, _NAMED))]
         return GuardReport(worst, scores[worst], count, changed, decision, reason, figure)
 
     def _give_up(self) -> GuardReport | None:
