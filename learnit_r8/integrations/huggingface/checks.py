@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from learnit_r8.strategies import TokenBudget
+
 _LOADERS = ("get_train_dataloader", "_get_train_sampler", "_get_dataloader")
 GROUPED = ("GRPOTrainer", "RLOOTrainer")
 """TRL's trainers whose loader repeats prompts; that is done for them here."""
@@ -43,7 +45,7 @@ def host_problems(trainer: Any, mixin: type, sample_loss_func: Any) -> list[str]
             "loss_type='apo_zero_unpaired'"
         )
     elif strategy not in ("random", default_of(args, "train_sampling_strategy")):
-        problems.append(f"train_sampling_strategy={strategy!r}: the samples are chosen by the scheduler (or sampler)")
+        problems += _order_problems(trainer, strategy)
     if getattr(args, "data_seed", None) is not None:
         problems.append(f"data_seed={args.data_seed}: the order follows from the seed of the scheduler (or sampler)")
     if not getattr(args, "dataloader_in_order", True):
@@ -53,6 +55,20 @@ def host_problems(trainer: Any, mixin: type, sample_loss_func: Any) -> list[str]
     if sample_loss_func is not None and trainer.label_smoother is not None:
         problems.append("sample_loss_func and label_smoothing_factor: the function says what to train on, give one")
     return problems + data_problems(trainer.train_dataset)
+
+
+def _order_problems(trainer: Any, strategy: str) -> list[str]:
+    """Return what is wrong with an order that was asked for; that of a TokenBudget has batches of one length."""
+    chosen = getattr(getattr(trainer, "scheduler", None), "strategy", None)
+    said = f"train_sampling_strategy={strategy!r}: the samples are chosen by the scheduler (or sampler)"
+    if strategy != "group_by_length":
+        return [said]
+    if isinstance(getattr(chosen, "wrapped", chosen), TokenBudget):
+        return []
+    return [
+        f"{said}; batches of nearly one length are those of R8Scheduler(strategy=TokenBudget(lengths, max_tokens)), "
+        "with lengths = [len(row['input_ids']) for row in train_dataset]"
+    ]
 
 
 def _own_loaders(cls: type, mixin: type) -> list[str]:
