@@ -16,6 +16,7 @@ import torch
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError, ProtocolError
+from learnit_r8.strategies import TokenBudget
 from tests.trainer_cases import BATCH, ROWS, adapted, bert, classes, transformers
 from tests.trainer_equality import Notices, Reports, trained
 
@@ -261,6 +262,48 @@ def test_a_second_training_is_refused_and_a_resumed_one_goes_on(tmp_path):
 def test_what_would_be_undone_is_refused_by_name(tmp_path, args, word):
     with pytest.raises(ConfigError, match=word):
         Run(tmp_path, args=args)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_batches_of_one_length_are_a_token_budgets_and_a_resumed_run_goes_on_with_them(tmp_path, accumulation):
+    from learnit_r8.integrations.huggingface import R8Trainer
+
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": torch.from_numpy(rng.integers(1, 20, size)), "labels": 1} for size in rng.integers(2, 12, 60)]
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+
+    def padded(batch):
+        ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.ones(len(ids), dtype=torch.long)}
+
+    def run(resume=None, strategy=None):
+        transformers.set_seed(0)
+        strategy = strategy or TokenBudget(lengths, 64)
+        scheduler = R8Scheduler(60, 32, num_epochs=2, strategy=strategy, ui="off", checkpoint_dir=None)
+        reports, shapes = Reports(scheduler), []
+        args = transformers.TrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, train_sampling_strategy="group_by_length",
+            gradient_accumulation_steps=accumulation, save_steps=3, save_strategy="no" if resume else "steps",
+        )  # fmt: skip
+        trainer = R8Trainer(MODEL(), args, train_dataset=rows, scheduler=scheduler, data_collator=padded)
+        hook = trainer.model.register_forward_pre_hook(
+            lambda _, __, inputs: shapes.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        hook.remove()
+        assert trainer.state.global_step == trainer.state.max_steps
+        return reports, shapes, trained(trainer.model)
+
+    reports, shapes, weights = run()
+    assert max(shapes) <= 64
+    assert shapes == [len(batch) * lengths[batch].max() for batch in reports.batches]
+    assert (np.bincount(list(chain(*reports.batches))) == 2).all()
+    again, _, same = run(str(tmp_path / "checkpoint-3"))
+    assert 0 < len(again.batches) < len(reports.batches)
+    assert again.batches == reports.batches[-len(again.batches) :]
+    assert torch.equal(same, weights)
+    with pytest.raises(ConfigError, match=r"strategy=TokenBudget\(lengths, max_tokens\)"):
+        run(strategy="uniform")
 
 
 def test_loaders_and_samplers_of_ones_own_and_streams_are_refused(tmp_path):
