@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("export", _export, "write what a checkpoint knows of every sample as a table")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run's (the newest one)")
-    sub.add_argument("--format", choices=("csv", "parquet", "cleanlab"), default="csv", help="(%(default)s)")
+    sub.add_argument("--format", "--to", choices=("csv", "parquet", "cleanlab"), default="csv", help="(%(default)s)")
     sub.add_argument("-o", "--output", type=Path, help="the file (samples.csv, samples.parquet)")
 
     sub = command("crash", _crash, "print the evidence that a diverged run left")

@@ -50,7 +50,7 @@ class TrainingDiverged(R8Error):
 
     Args:
         message: What happened, and where the evidence is.
-        batches: The sample ids of the last failing batches, oldest first; an attribute, too.
+        batches: The ids, or keys, of the samples of the last failing batches, oldest first; an attribute, too.
         crash_bundle: Folder with the evidence, or None when nothing could be written; an attribute, too.
     """
 
@@ -58,10 +58,10 @@ class TrainingDiverged(R8Error):
         self,
         message: str,
         *,
-        batches: Sequence[Sequence[int]] = (),
+        batches: Sequence[Sequence[int | str]] = (),
         crash_bundle: Path | None = None,
     ) -> None:
-        self.batches = tuple(tuple(int(i) for i in batch) for batch in batches)
+        self.batches = tuple(tuple(i if isinstance(i, str) else int(i) for i in batch) for batch in batches)
         self.crash_bundle = crash_bundle
         super().__init__(message)
 

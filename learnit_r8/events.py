@@ -44,6 +44,8 @@ class EpochStarted(Event):
     phase: str
     """"cataloging", or the name of the strategy that chooses from now on."""
     batches: int
+    total_steps: int = 0
+    """Steps of the whole run, where samples have come since it began; 0: as was said."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +127,8 @@ class SpikeSeen(Event):
     loss: float
     expected_loss: float
     score: float
-    indices: tuple[int, ...]
-    """Sample ids of the batch."""
+    indices: tuple[int | str, ...]
+    """Samples of the batch, here and elsewhere: ids, or keys where the run was given keys."""
     reason: str = ""
     """The evidence in words."""
 
@@ -169,7 +171,7 @@ class BackupVerified(Event):
 class SampleQuarantined(Event):
     """Samples are kept out of batches from now on."""
 
-    indices: tuple[int, ...]
+    indices: tuple[int | str, ...]
     reason: str
 
 
@@ -177,7 +179,7 @@ class SampleQuarantined(Event):
 class SuspectsNamed(Event):
     """The samples most likely to be wrong rather than hard, most suspicious first."""
 
-    indices: tuple[int, ...]
+    indices: tuple[int | str, ...]
     losses: tuple[float, ...]
     count: int
     """How many were flagged; `indices` holds the first of them."""

@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +45,7 @@ from learnit_r8.loop.shards import common_checkpoint
 from learnit_r8.loop.signals import say
 from learnit_r8.stability.policy import Recovery
 from learnit_r8.strategies.base import Strategy
+from learnit_r8.structures.key_table import KeyTable
 from learnit_r8.types import Batch, Sink, StepResult, Verdict, WeighedBatch
 
 
@@ -94,6 +95,9 @@ class R8Scheduler(Gated):
         noise_guard: "off", "report" suspects, or "cap": draw them at a tenth of the rate, and from
             the middle of the budget not at all.
         groups: Class of each sample, int `[N]`, for the noise guard and the report.
+        keys: What the samples are called by, one key each, in place of the numbers: texts, whole numbers, or tuples of
+            those; a list, an iterator or a `KeyTable`. Batches unpack as `keys, lr` then, and events, reports and
+            exports name keys.
         seed: Decides every random draw.
         drop_last: Leave out an epoch's last, shorter batch.
         clip: Norm that gradients are clipped at: a number, "auto" (from the run's own norms), or None; by
@@ -142,6 +146,7 @@ class R8Scheduler(Gated):
         log_dir: str | Path | None = None,
         noise_guard: str = "report",
         groups: Sequence[int] | None = None,
+        keys: Iterable[Hashable] | KeyTable | None = None,
         seed: int = 0,
         drop_last: bool = False,
         clip: float | str | None = None,

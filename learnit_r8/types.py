@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -50,6 +50,7 @@ class Batch:
         id: Number of the ticket, unique within a run.
         step: Global step at which it is trained on, from 0.
         epoch: Epoch that it belongs to, from 0.
+        keys: The samples' keys, in the same order, where the run was given keys; then it unpacks as `keys, lr`.
     """
 
     indices: Indices
@@ -58,9 +59,10 @@ class Batch:
     id: int
     step: int
     epoch: int
+    keys: list[Hashable] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        return iter((self.indices, self.lr))
+        return iter((self.indices if self.keys is None else self.keys, self.lr))
 
     def __len__(self) -> int:
         return 2
@@ -96,7 +98,7 @@ def unnoticed(batch: Batch) -> Batch:
     """Return a batch as one that takes no note of who reads its weights."""
     if not isinstance(batch, WeighedBatch):
         return batch
-    return Batch(batch.indices, batch.lr, _WEIGHTS.__get__(batch, Batch), batch.id, batch.step, batch.epoch)
+    return Batch(batch.indices, batch.lr, _WEIGHTS.__get__(batch, Batch), batch.id, batch.step, batch.epoch, batch.keys)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,6 +30,7 @@ from learnit_r8.run.metric import better
 from learnit_r8.schedules import Plateau, Schedule, make_schedule
 from learnit_r8.stability.policy import NAMED, Recovery
 from learnit_r8.strategies.base import Strategy, make
+from learnit_r8.structures.key_table import KeyTable
 from learnit_r8.types import Sink
 
 # One argument each -------------------------------------------------------------------------
@@ -95,6 +96,7 @@ class Arguments:
     schedule: Schedule
     ui: str
     groups: NDArray[np.integer[Any]] | None
+    keys: KeyTable | None
     rank: int
     save: SaveCallback | None = argument(_callback, SaveCallback, of="save_callback")
     load: LoadCallback | None = argument(_callback, LoadCallback, of="load_callback")
@@ -104,6 +106,11 @@ class Arguments:
     evaluation: Evaluation | None = argument(_instance, Evaluation)
     all_gather: Callable[[NDArray[Any]], NDArray[Any]] | None = argument(Problems.function)
     clock: Clock = argument(_clock)
+
+    def plan(self) -> str:
+        """Return a text that is equal on all ranks of a run: what decides which samples come when."""
+        alone = self.keys is None or self.all_gather is None
+        return self.config.order_hash() + ("" if alone or self.keys is None else self.keys.digest())
 
 
 def check_arguments(**given: Any) -> Arguments:
@@ -159,7 +166,8 @@ def check_arguments(**given: Any) -> Arguments:
         strategy=chosen,
         schedule=schedule,
         ui=_ui(problems, given["ui"], given["use_curses"]),
-        groups=_groups(problems, given["groups"], config.num_samples),
+        groups=check_groups(problems, given["groups"], config.num_samples),
+        keys=_keys(problems, given["keys"], config),
         rank=problems.integer("rank", given["rank"], 0, max(world - 1, 0)),
         **others,
     )
@@ -327,7 +335,25 @@ def _ui(problems: Problems, ui: Any, use_curses: Any) -> str:
     return problems.choice("ui", ui, UI_NAMES)
 
 
-def _groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.integer[Any]] | None:
+def _keys(problems: Problems, keys: Any, config: Config) -> KeyTable | None:
+    if keys is None:
+        return None
+    try:
+        made = keys if isinstance(keys, KeyTable) else KeyTable(keys)
+    except (ConfigError, TypeError) as error:
+        problems.append(f"keys: {'; '.join(getattr(error, 'problems', (str(error),)))}")
+        return None
+    if len(made) != config.num_samples:
+        problems.append(f"keys must hold one key per sample, got {len(made)} for num_samples={config.num_samples}")
+    if config.shard is not None:
+        problems.append(
+            "keys: with sharded=True each rank's samples are the numbers 0 to num_samples - 1, leave keys out"
+        )
+    return made
+
+
+def check_groups(problems: Problems, groups: Any, num_samples: int) -> NDArray[np.integer[Any]] | None:
+    """Return the classes of so many samples, or None."""
     if groups is None:
         return None
     try:

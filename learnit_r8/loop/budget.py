@@ -32,13 +32,17 @@ class Budget(Saved):
         self._clock = clock
         self._before = 0.0
         self._started: float | None = None
-        self._steps_per_epoch, self._total_steps = config.steps_per_epoch, config.total_steps
+        self.resize()
         self._seconds = config.train_duration_seconds
         self.peak = config.initial_lr
         self.scaled = False  # the peak has changed since batches were drawn
         self.reduced = 1.0  # by a plateau
         self.ended = ""  # why the run ends before its budget is spent
         self._offset = 0.0  # seconds spent on finding the learning rate: no part of the schedule
+
+    def resize(self) -> None:
+        """Follow the size of the data set."""
+        self._steps_per_epoch, self._total_steps = self._config.steps_per_epoch, self._config.total_steps
 
     @property
     def elapsed(self) -> float:

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.core.config import DEFAULT_DIR, SIGNALS, Checkpoints, Config, Evaluation, Problems
+from learnit_r8.core.portable import unpacked
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import ConfigError
-from learnit_r8.samples.catalog import more_rows
+from learnit_r8.samples.catalog import with_more
 from learnit_r8.schedules import Plateau
 from learnit_r8.strategies.contract import Rules
+from learnit_r8.structures.key_table import KeyTable
 
 
 class Stage(StrEnum):
@@ -117,6 +119,8 @@ def resumed_arguments(state: Mapping[str, Any], new_goals: Mapping[str, Any], di
         del arguments["recovery"]
     if new_goals.get("num_samples", config.num_samples) >= config.num_samples:  # more have to be given with them
         arguments["groups"] = state.get("groups")
+    if "keys" not in new_goals and state.get("keys") is not None:
+        arguments["keys"] = KeyTable.from_state(state["keys"])
     budgets = {"num_epochs": None, "num_steps": None, "train_duration_seconds": None}
     if any(new_goals.get(name) is not None for name in budgets):
         arguments |= budgets
@@ -192,19 +196,21 @@ def check_state(state: Mapping[str, Any], config: Config, rules: Rules) -> None:
 
 
 def grown(state: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
-    """Return the state with samples behind its last one; they join the epochs that begin later.
-
-    Masks need nothing: what their bytes do not reach is False.
-    """
+    """Return the state with samples behind its last one; they join the epochs that begin later."""
     if state["config"]["num_samples"] == num_samples:
         return dict(state)
-    catalog = {**state["catalog"], "rows": more_rows(state["catalog"], num_samples)}
-    guard: dict[str, Any] = dict(state["guard"])
+    catalog, guard = with_more(state["catalog"], num_samples), grown_guard(state["guard"], num_samples)
+    return {**state, "catalog": catalog, "guard": guard}
+
+
+def grown_guard(state: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
+    """Return the noise guard's state with more samples; masks need nothing: what their bytes do not reach is False."""
+    guard: dict[str, Any] = dict(unpacked(state))
     if guard["phase"] is not None:
         guard["phase"] = _padded(guard["phase"], num_samples)
     if guard["since"] is not None:
         guard["since"] = {name: _padded(value, num_samples) for name, value in guard["since"].items()}
-    return {**state, "catalog": catalog, "guard": guard}
+    return guard
 
 
 def _padded(values: Any, size: int) -> NDArray[Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from learnit_r8.errors import TrainingDiverged
 from learnit_r8.events import Event, plain, to_json
 from learnit_r8.types import SAMPLES_TOLD, Indices, Verdict
@@ -20,8 +22,13 @@ class CrashRecorder:
     """Remembers the last steps, and writes the bundle."""
 
     def __init__(
-        self, folder: str | None, config: Mapping[str, Any], recent_events: Callable[[], Sequence[Event]]
+        self,
+        folder: str | None,
+        config: Mapping[str, Any],
+        recent_events: Callable[[], Sequence[Event]],
+        names: Callable[[Indices], list[int | str]],
     ) -> None:
+        self._names = names
         self._folder = folder
         self._config = config
         self._recent_events = recent_events
@@ -46,7 +53,9 @@ class CrashRecorder:
             except OSError as error:  # the disk must not hide the divergence
                 note = f"the evidence could not be written: {error}"
         raise TrainingDiverged(
-            f"training diverged at step {step}: {reason}; {note}", batches=batches, crash_bundle=where
+            f"training diverged at step {step}: {reason}; {note}",
+            batches=[self._names(np.asarray(ids, np.int64)) for ids in batches],
+            crash_bundle=where,
         ) from cause
 
     def _write(self, step: int, reason: str) -> Path:
@@ -65,7 +74,7 @@ class CrashRecorder:
                     "verdict": verdict.value,
                     "loss": plain(loss),
                     "size": len(ids),
-                    "indices": ids[:SAMPLES_TOLD].tolist(),
+                    "indices": self._names(ids[:SAMPLES_TOLD]),
                 }
                 for at, verdict, loss, ids in self._steps
             ],

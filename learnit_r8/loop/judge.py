@@ -8,7 +8,7 @@ holds the backups. What is done about it is `loop.safety`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +99,10 @@ class Judge:
         self._lr = -1.0  # of the last batch; negative before the first one
         self._looked = False  # at the weights, and told, since losses began to stand out
         self._sound = False  # the last look found the state finite, and nothing was trained since
+
+    def grow(self, num_samples: int) -> None:
+        """Judge the samples of a larger data set."""
+        self._quarantine.num_samples = num_samples
 
     def judge(
         self,
@@ -251,7 +255,7 @@ class Judge:
             return Judgement(reading.verdict, reading.score, Action(Kind.IGNORE), accepted=False)
         cause, why, seen = Cause.REPORT, reading.reason, False
         if found:
-            who = f"samples {shown(named)}" if named else "samples of another rank"
+            who = f"samples {shown(self._catalog.names(named))}" if named else "samples of another rank"
             why = f"the losses of {who} are not finite, those of the rest of the batch are"
         if policy == "rollback" and self._load is not None:
             look = self.backups.look(step + 1, self.detector.first_suspect_step)
@@ -352,7 +356,7 @@ class Judge:
         return bool(self._everyone(self._saver.has_before(before))[0])  # rank 0 writes for all
 
 
-def shown(ids: tuple[int, ...]) -> str:
-    """Return the first ids, and how many more there are."""
+def shown(ids: Sequence[int | str]) -> str:
+    """Return the first ids, or keys, and how many more there are."""
     first = ", ".join(map(str, ids[:8]))
     return first + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

@@ -200,7 +200,8 @@ class Output:
         if warning:
             self._bus.emit(events.Notice(step=step, message=warning, level="warning"))
         if left_out:
-            message = f"samples left out, which faults or exclude() named: {shown(left_out)} (catalog.left_out has all)"
+            those = shown(self._catalog.names(left_out))
+            message = f"samples left out, which faults or exclude() named: {those} (catalog.left_out has all)"
             self._bus.emit(events.Notice(step=step, message=message, level="warning"))
         final, best, at = levels
         self._bus.emit(

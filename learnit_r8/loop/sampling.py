@@ -186,6 +186,13 @@ class Sampling:
             tell(f"{name}.{advice}; until then they are taken out of its batches", stacklevel=2)
         return indices[remain], None if weights is None else weights[remain]
 
+    def grow(self, num_samples: int) -> None:
+        """Plan the epochs that begin from now on for more samples."""
+        if self._excluded is not None:
+            more = np.zeros(num_samples, np.bool_)
+            more[: len(self._excluded)] = self._excluded
+            self._excluded = read_only(more)
+
     @np.errstate(all="ignore")
     def observe(self, report: LossReport) -> None:
         """Let the strategy hear an accepted report."""

@@ -34,6 +34,7 @@ al. 2019, "Unsupervised label noise modeling and loss correction"); here only dr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -195,6 +196,12 @@ class NoiseGuard(Saved):
         return self.mode == "cap" and (early or self._stage in (Stage.TRIAL_1, Stage.TRIAL_2))
 
     # The loop calls these -----------------------------------------------------------------
+
+    def grow(self, num_samples: int, groups: NDArray[np.integer[Any]] | None, state: Mapping[str, Any]) -> None:
+        """Watch more samples, from its state with these in it."""
+        self.num_samples = num_samples
+        self._classes = None if groups is None else Classes(groups)
+        self.load_state_dict(state)
 
     def forget(self, ids: Indices) -> None:
         """Suspect some samples no more: their labels were changed."""

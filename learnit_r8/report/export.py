@@ -13,12 +13,15 @@ from learnit_r8.checkpoint import resolve
 from learnit_r8.errors import ConfigError
 from learnit_r8.noise.guard import NoiseGuard
 from learnit_r8.samples.catalog import LossCatalog
+from learnit_r8.structures.key_table import KeyTable
 
 Table = dict[str, NDArray[Any]]
 
 
 def sample_table(checkpoint: str | Path) -> Table:
     """Return a column each of what the newest checkpoint in a folder, or that one, knows of every sample, `[N]`.
+
+    `id` is the key where the run was given keys.
 
     Losses are NaN, and the correctness, where a sample was never seen. `group` is there where the run was given
     classes, `flagged` where the noise guard was on.
@@ -33,7 +36,7 @@ def sample_table(checkpoint: str | Path) -> Table:
     catalog.load_state_dict(state["catalog"])
     unseen, left_out = catalog.uses == 0, np.zeros(size, np.bool_)
     left_out[catalog.left_out] = True
-    table: Table = {"id": np.arange(size)}
+    table: Table = {"id": _names(state.get("keys"), size)}
     if state.get("groups") is not None:
         table["group"] = np.asarray(state["groups"])
     for name in ("mean_loss", "expected_loss", "variability", "correctness"):
@@ -44,6 +47,14 @@ def sample_table(checkpoint: str | Path) -> Table:
         guard.load_state_dict(state["guard"])
         table["flagged"] = guard.flagged
     return table
+
+
+def _names(keys: Any, size: int) -> NDArray[Any]:
+    """Return the samples' keys where the run was given keys, as texts unless all are whole numbers; else their ids."""
+    if keys is None:
+        return np.arange(size)
+    names = KeyTable.from_state(keys).names(np.arange(size))
+    return np.array(names if all(type(name) is int for name in names) else list(map(str, names)), object)
 
 
 def for_cleanlab(table: Table) -> Table:

@@ -254,7 +254,7 @@ def timeline(run: RunData, axis: Range1d) -> Figure | None:
     return fig
 
 
-def sample_list(indices: Sequence[int], most: int) -> str:
+def sample_list(indices: Sequence[int | str], most: int) -> str:
     """Return ids as text, `most` of them."""
     shown = " ".join(str(index) for index in indices[:most])
     return f"{shown} … ({len(indices)} in all)" if len(indices) > most else shown

@@ -73,7 +73,7 @@ class _Charts:
             yield Card(title, about, wide, chart=figure.name)
 
 
-Describe = Callable[[int], Any]
+Describe = Callable[[Any], Any]
 
 
 def write_report(runs: Sequence[RunData], path: Path, describe: Describe | None = None) -> None:
@@ -257,7 +257,7 @@ class _Picture(str):
     kind = "picture"
 
 
-def _described(describe: Describe, sample: int) -> str:
+def _described(describe: Describe, sample: int | str) -> str:
     """Return what a user's function says of a sample; what goes wrong there stands in its place."""
     try:
         said = describe(sample)
@@ -269,7 +269,7 @@ def _described(describe: Describe, sample: int) -> str:
         file = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels, np.uint8)).save(file, "png")
     except Exception as error:
-        return f"describe({sample}) failed: {type(error).__name__}: {error}"
+        return f"describe({sample!r}) failed: {type(error).__name__}: {error}"
     return _Picture("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +18,7 @@ class Suspect(NamedTuple):
     """One row, worst first. `group` is None where the run was given no classes, `flagged` where the guard was off."""
 
     rank: int
-    id: int
+    id: int | str  # the key where the run was given keys
     group: int | None
     mean_loss: float
     expected_loss: float
@@ -68,16 +70,20 @@ def rows(catalog: CatalogSnapshot, top: int) -> list[Suspect]:
         None if catalog.flagged is None else catalog.flagged[at],
     )
     columns = [itertools.repeat(None) if array is None else array.tolist() for array in arrays]
-    return [Suspect(*row) for row in zip(itertools.count(1), worst.tolist(), *columns, strict=False)]
+    return [Suspect(*row) for row in zip(itertools.count(1), catalog.names[:top], *columns, strict=False)]
 
 
 def as_csv(found: list[Suspect]) -> str:
     """Return the rows as CSV with a heading; a missing value is an empty field, flagged is 1 or 0."""
-    return "\n".join([",".join(Suspect._fields), *(",".join(map(_exact, row)) for row in found)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([Suspect._fields, *(map(_exact, row) for row in found)])
+    return text.getvalue().rstrip("\n")
 
 
-def _exact(value: float | None) -> str:
-    return "" if value is None else f"{value:.9g}" if isinstance(value, float) else str(int(value))
+def _exact(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.9g}" if isinstance(value, float) else str(int(value))
 
 
 def as_text(found: list[Suspect]) -> str:
@@ -91,7 +97,7 @@ def as_text(found: list[Suspect]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def _brief(value: float | None, name: str) -> str:
+def _brief(value: Any, name: str) -> str:
     if name == "correctness" and value == value:
         return f"{value:.0%}"
     if name == "flagged":

@@ -295,6 +295,8 @@ class DashboardModel:
     def _on_epoch_started(self, event: e.EpochStarted) -> None:
         self.epoch, self.epoch_phase, self.epoch_batches = event.epoch, event.phase, event.batches
         self.epoch_first_step = event.step
+        if event.total_steps:
+            self.total_steps, self.steps_per_epoch = event.total_steps, event.batches
         missed = event.step - event.epoch * self.steps_per_epoch
         if self.pace.steps == 0 and 0 < missed < event.batches:
             self.epoch_first_step -= missed  # resumed within the epoch

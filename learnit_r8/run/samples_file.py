@@ -45,6 +45,7 @@ class CatalogSnapshot:
     groups: Indices | None  # class of each sample, int64 `[n]`; None where the run was given none
     flagged: Mask | None  # what the noise guard takes for wrong, bool `[n]`; None where it was off
     num_flagged: int  # how many these are in the whole data set
+    names: list[int | str]  # what the suspects are called: their keys where the run was given keys, else their ids
     attributed: bool  # one loss a batch was reported: all figures of samples are estimates
 
 
@@ -81,7 +82,7 @@ def write_catalog(
     draft = path.with_name(f"{CATALOG_FILE}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as file:
-            np.savez(file, ids=ids, suspects=suspects, **columns)
+            np.savez(file, ids=ids, suspects=suspects, names=np.array(catalog.names(suspects)), **columns)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -98,6 +99,7 @@ def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
             }
             numbers = {name: int(file[name]) for name in ("step", "num_samples")}
             suspects = np.asarray(file["suspects"], np.int64)
+            names = file["names"].tolist() if "names" in file else suspects.tolist()
             num_flagged = 0 if columns["flagged"] is None else int(file["num_flagged"])
             attributed = bool(file["attributed"]) if "attributed" in file else False
     except FileNotFoundError:
@@ -108,4 +110,4 @@ def read_catalog(directory: str | Path) -> CatalogSnapshot | None:
     if len(lengths) != 1:
         raise ValueError(f"{path} is no catalog file: its columns have {sorted(lengths)} entries")
     more: dict[str, Any] = {**columns, **numbers}
-    return CatalogSnapshot(suspects=suspects, num_flagged=num_flagged, attributed=attributed, **more)
+    return CatalogSnapshot(suspects=suspects, names=names, num_flagged=num_flagged, attributed=attributed, **more)

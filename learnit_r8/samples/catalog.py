@@ -20,6 +20,7 @@ from learnit_r8.core.arrays import largest, read_only
 from learnit_r8.core.portable import owned, portable, unpacked
 from learnit_r8.samples.batch_losses import PRIOR_ESTIMATE, PRIOR_VARIANCE, BatchAttribution, Exact
 from learnit_r8.samples.quartiles import UNSEEN, Quadrants, QuadrantTable
+from learnit_r8.structures.key_table import KeyTable
 from learnit_r8.types import Indices, Losses, Mask
 
 SMOOTHING = 0.5
@@ -74,6 +75,8 @@ class LossCatalog:
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
+        self.keys: KeyTable | None = None
+        """What the samples are called by, where the run was given keys."""
         self._table = np.zeros(num_samples, _ROW)
         self._quadrants = Quadrants(self._table)
         self._opaque = self._table.view(_OPAQUE)
@@ -276,6 +279,10 @@ class LossCatalog:
         score[self._left_out] = np.inf
         return largest(score, min(int(k), int(np.count_nonzero(score > -np.inf))))
 
+    def names(self, indices: Sequence[int] | Indices) -> list[int | str]:
+        """Return what samples are told as: their keys where they have any, else their ids."""
+        return np.asarray(indices, np.int64).tolist() if self.keys is None else self.keys.names(indices)
+
     # What the loop writes -----------------------------------------------------------------
 
     def expect(self, batches: Sequence[Indices]) -> None:
@@ -472,6 +479,28 @@ class LossCatalog:
         self._resum()  # drops rounding drift
         return self._quadrants.table(moved, self._estimator.to_loss, self.num_samples - self._num_seen)
 
+    def grow(self, num_samples: int) -> None:
+        """Have room for more samples, which were never seen.
+
+        Where the rows have to be moved there is room for as many again, which costs nothing until it is written to.
+        """
+        rows, before = self._rows, self.num_samples
+        room = rows.base
+        if not isinstance(room, np.ndarray) or room.dtype != _ROW or len(room) < num_samples:
+            room = np.zeros(2 * num_samples, _ROW)
+            room.view(np.uint8)[: rows.nbytes] = rows.view(np.uint8)
+        self.num_samples, self._table = num_samples, room[:num_samples]
+        self._opaque, self._quadrants.rows = self._table.view(_OPAQUE), self._table
+        new = self._table[before:]
+        new["quadrant"] = UNSEEN
+        if isinstance(self._estimator, BatchAttribution):
+            new["estimate"], new["variance"] = PRIOR_ESTIMATE, PRIOR_VARIANCE
+            self._sum += PRIOR_ESTIMATE * len(new)
+            attribution = BatchAttribution(num_samples)
+            attribution.load_state_dict(self._estimator.state_dict())
+            self._estimator = attribution
+        self._ahead.clear()
+
     # Undo, for rollbacks ------------------------------------------------------------------
 
     def _remember(self, step: int, rows: Rows) -> None:
@@ -552,15 +581,17 @@ class LossCatalog:
         self._forget_journal()
 
 
-def more_rows(state: Mapping[str, Any], num_samples: int) -> NDArray[np.uint8]:
-    """Return the rows of a catalog's state and, behind them, those of samples that were never seen."""
+def with_more(state: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
+    """Return a catalog's state with samples behind the others that were never seen."""
     saved = np.asarray(state["rows"], np.uint8)
     rows, before = np.zeros(num_samples, _ROW), saved.size // _ROW.itemsize
     rows.view(np.uint8)[: saved.size] = saved.ravel()
     rows["quadrant"][before:] = UNSEEN
+    total = float(state["sum"])
     if state["attribution"] is not None:
         rows["estimate"][before:], rows["variance"][before:] = PRIOR_ESTIMATE, PRIOR_VARIANCE
-    return rows.view(np.uint8)
+        total += PRIOR_ESTIMATE * (num_samples - before)
+    return {**state, "rows": rows.view(np.uint8), "sum": total}
 
 
 def _total(values: NDArray[Any]) -> float:

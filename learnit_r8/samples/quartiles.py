@@ -47,7 +47,7 @@ class Quadrants:
     """
 
     def __init__(self, rows: NDArray[Any]) -> None:
-        self._rows = rows
+        self.rows = rows
         rows["quadrant"] = UNSEEN
         self.edges: NDArray[np.float32] | None = None
         self.number = 0
@@ -55,10 +55,10 @@ class Quadrants:
     def codes(self) -> NDArray[np.uint8]:
         """Return each sample's quadrant, uint8 `[N]`; before any edges those of a sort."""
         if self.edges is not None:
-            return self._present(self._rows)
-        codes = np.full(len(self._rows), UNSEEN, np.uint8)
-        seen = np.flatnonzero(self._rows["uses"])
-        order = seen[np.argsort(self._rows["estimate"][seen], kind="stable")]
+            return self._present(self.rows)
+        codes = np.full(len(self.rows), UNSEEN, np.uint8)
+        seen = np.flatnonzero(self.rows["uses"])
+        order = seen[np.argsort(self.rows["estimate"][seen], kind="stable")]
         codes[order] = np.repeat(np.arange(4, dtype=np.uint8), _quarter_sizes(len(order)))
         return codes
 
@@ -69,10 +69,10 @@ class Quadrants:
 
         The share of each planned quadrant that had moved to a lower one comes back, or None while nothing was seen.
         """
-        uses = self._rows["uses"]
+        uses = self.rows["uses"]
         ranked = uses > 0 if excluded is None else (uses > 0) & ~excluded
         everything = bool(ranked.all())
-        losses = self._rows["estimate"].copy() if everything else self._rows["estimate"][ranked]
+        losses = self.rows["estimate"].copy() if everything else self.rows["estimate"][ranked]
         if not len(losses):
             return None
         moved = self._migration()
@@ -84,15 +84,15 @@ class Quadrants:
             _split_ties(losses, codes, self.edges, ends, rng)
         else:
             self.edges, codes = edges, _quartiles(losses, edges)
-        self._rows["reported"] = 0
+        self.rows["reported"] = 0
         if everything:
-            self._rows["quadrant"] = codes
+            self.rows["quadrant"] = codes
         else:
             unranked = np.flatnonzero(~ranked)
-            self._rows["quadrant"][ranked] = codes
-            self._rows["quadrant"][unranked] = self._follow(self._rows["estimate"][unranked], uses[unranked])
-        epochs = np.minimum(self._rows["epochs_in_q4"], 254) + 1
-        self._rows["epochs_in_q4"] = np.where(self._rows["quadrant"] == 3, epochs, 0)
+            self.rows["quadrant"][ranked] = codes
+            self.rows["quadrant"][unranked] = self._follow(self.rows["estimate"][unranked], uses[unranked])
+        epochs = np.minimum(self.rows["epochs_in_q4"], 254) + 1
+        self.rows["epochs_in_q4"] = np.where(self.rows["quadrant"] == 3, epochs, 0)
         self.number += 1
         return moved
 
@@ -100,8 +100,8 @@ class Quadrants:
         self, moved: tuple[float, ...], in_loss_units: Callable[[NDArray[Any]], NDArray[Any]], unseen: int
     ) -> QuadrantTable:
         """Return the quadrants' figures; `moved` is what `refresh` returned."""
-        stride = 1 + len(self._rows) // _FIGURE_SAMPLES
-        rows = self._rows[::stride]
+        stride = 1 + len(self.rows) // _FIGURE_SAMPLES
+        rows = self.rows[::stride]
         codes, losses = rows["quadrant"].astype(np.intp), in_loss_units(rows["estimate"])
         counts = np.bincount(codes, minlength=256)[:4]
         divisor = np.maximum(counts, 1)
@@ -121,7 +121,7 @@ class Quadrants:
     def adopt(self, block: NDArray[Any], indices: NDArray[np.int64]) -> None:
         """Put into earlier rows of some samples, in place, what the last epoch start made of their quadrants."""
         for name in ("quadrant", "epochs_in_q4"):
-            block[name] = self._rows[name][indices]
+            block[name] = self.rows[name][indices]
         block["reported"] = 1  # the quadrant follows from the estimate, which is an earlier one now
 
     def _present(self, rows: NDArray[Any]) -> NDArray[np.uint8]:
@@ -141,7 +141,7 @@ class Quadrants:
         """Share of each planned quadrant that is now in a lower one."""
         if self.edges is None:
             return (0.0, 0.0, 0.0, 0.0)
-        rows = self._rows[:: 1 + len(self._rows) // _FIGURE_SAMPLES]
+        rows = self.rows[:: 1 + len(self.rows) // _FIGURE_SAMPLES]
         planned, now = rows["quadrant"], self._present(rows)
         total = np.bincount(planned, minlength=256)[:4]
         easier = np.bincount(planned[now < planned], minlength=256)[:4]

@@ -6,7 +6,7 @@ import atexit
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from learnit_r8.core.clock import Clock
 from learnit_r8.errors import tell
@@ -29,6 +29,7 @@ class EventBus:
     def __init__(self, sinks: Iterable[Sink], clock: Clock) -> None:
         self.sinks = list(sinks)
         self._clock = clock
+        self.names: Callable[[Sequence[int]], list[int | str]] | None = None  # what samples are called in events
         self.recent: deque[Event] = deque(maxlen=200)  # notable ones, for a crash bundle
         self._pid = os.getpid()
         _unclosed.add(self)
@@ -49,6 +50,8 @@ class EventBus:
         """Put the time into a new event and let every sink hear it."""
         object.__setattr__(event, "time", self._clock.wall())
         if type(event) not in _EVERY_STEP and not getattr(event, "name", "").startswith(GRADIENT):
+            if self.names is not None and (indices := getattr(event, "indices", None)):
+                object.__setattr__(event, "indices", tuple(self.names(indices)))
             self.recent.append(event)
         for sink in tuple(self.sinks):
             try:

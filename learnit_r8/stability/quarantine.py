@@ -35,7 +35,7 @@ class Quarantine(Saved):
     _saved = table(run=each(row(bool, _IDS)), faults=each(_IDS), calm_run=int)
 
     def __init__(self, num_samples: int) -> None:
-        self._num_samples = num_samples
+        self.num_samples = num_samples
         self._run: list[tuple[bool, Ids]] = []
         self._faults: list[Ids] = []
         self._calm_run = 0
@@ -68,7 +68,7 @@ class Quarantine(Saved):
             return ()
         self._faults = [*self._faults, fault][-_FAULTS_KEPT:]
         ids, counts = np.unique(np.concatenate(self._faults), return_counts=True)
-        share = min(1.0, max(other.size for other in self._faults) / self._num_samples)
+        share = min(1.0, max(other.size for other in self._faults) / self.num_samples)
         return tuple(int(i) for i in ids[counts >= self._needed(len(self._faults), share)])
 
     def _needed(self, faults: int, share: float) -> int:
@@ -77,7 +77,7 @@ class Quarantine(Saved):
         needed = faults + 1
         for times in range(faults, 1, -1):
             tail += math.comb(faults, times) * share**times * (1 - share) ** (faults - times)
-            if self._num_samples * tail > _MAX_EXPECTED:
+            if self.num_samples * tail > _MAX_EXPECTED:
                 break
             needed = times
         return needed

@@ -1,13 +1,14 @@
-"""Keys in place of numbers: a table of many keys, 13 bytes each beside the key's own text.
+"""Keys in place of numbers: a table of many keys, 16 bytes each beside the key's own text.
 
-The newest keys are in a dict and a list, where Python is fastest. Each 65,536 of them are packed: their UTF-8 text into
-one block, and 8 bytes each, CRC-32 and number, into sorted runs, which are merged as they become equal in size. So no
-addition costs more than a pass over the whole, and all is the same in every process: nothing depends on Python's
-`hash`. Where CRCs are equal the texts decide.
+The newest keys are in a dict and a list, where Python is fastest. Each 65,536 of them are packed: their UTF-8 text and
+where it begins, and 8 bytes each, CRC-32 and number, into sorted runs, which are merged as they become equal in size,
+one pair at a time. So no addition costs more than a pass over the whole, and all is the same in every process: nothing
+depends on Python's `hash`. Where CRCs are equal the texts decide.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import zlib
@@ -22,14 +23,15 @@ from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.errors import ConfigError
 from learnit_r8.structures.keys import key_from_json, key_to_json, plain_key
 
-_BITS = 16
-_BLOCK = 1 << _BITS
-_ROOM = 1.25
-"""How much longer an array is made than it has to be, so that not every block copies it."""
+_BLOCK = 1 << 16
+_ROOM = 1.5
+"""How much longer an array is made than it has to be: memory that is not written to costs nothing."""
+_WIDE = 256
+"""Bytes up to which a batch's keys are gathered together, so that the processor need not wait for one after another."""
+_REACH = np.arange(_WIDE)
 _NO_TEXT = b"\xff"
 """Begins what stands for another key than a text; UTF-8 does not have it."""
 _LOW, _HIGH = np.uint64(0xFFFFFFFF), np.uint64(32)
-_MOST_TEXT = 0xFFFFFFFF
 
 Ids = NDArray[np.int64]
 
@@ -47,20 +49,24 @@ class KeyTable:
     """
 
     def __init__(self, keys: Iterable[Hashable] = ()) -> None:
-        self._blocks: list[bytes] = []
-        # Where keys begin within their block, and where its last one ends: 65,537 numbers a block, and room for more.
-        self._edges = np.empty(0, np.uint32)
+        self._text = np.empty(0, np.uint8)  # of all packed keys, one after another
+        self._ascii = True  # it is: then a part of it needs no decoding
+        self._ends = np.zeros(1, np.int64)  # where keys begin, and where the last one ends
         self._runs: list[NDArray[np.uint64]] = []  # CRC << 32 | number, each sorted; every one more than the next
         self._new: list[Hashable] = []
         self._number: dict[Hashable, int] = {}  # of the new ones
         several = iter(_several(keys))
         while part := list(map(_plain, islice(several, _BLOCK - len(self._new)))):
             self._append(part)
-        if self._blocks:
+        if self._runs:
             self._refuse_known(self._new, [_encoded(key) for key in self._new])
 
     def __len__(self) -> int:
-        return (len(self._blocks) << _BITS) + len(self._new)
+        return len(self._ends) - 1 + len(self._new)
+
+    def __copy__(self) -> KeyTable:
+        """Return a deep copy: one that shared the arrays would write into them."""
+        return copy.deepcopy(self)
 
     def __iter__(self) -> Iterator[Hashable]:
         for first in range(0, len(self), _BLOCK):
@@ -75,7 +81,7 @@ class KeyTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed keys and of what finds them; the newest keys, 65,535 at most, are Python's."""
-        return sum(map(len, self._blocks)) + self._edges.nbytes + sum(run.nbytes for run in self._runs)
+        return self._text.nbytes + self._ends.nbytes + sum(run.nbytes for run in self._runs)
 
     def add(self, keys: Iterable[Hashable]) -> None:
         """Add keys behind the others; all of them or, where this raises, none.
@@ -91,7 +97,7 @@ class KeyTable:
             self._refuse(new[known[0]])
         while new:
             room = _BLOCK - len(self._new)
-            self._append(new[:room])
+            self._append(new[:room], known=True)
             new = new[room:]
 
     def of(self, numbers: ArrayLike) -> list[Hashable]:
@@ -101,28 +107,38 @@ class KeyTable:
             IndexError: There is no such number.
         """
         at = np.asarray(numbers, np.int64)
-        if not self._blocks:
-            return [self._new[number] for number in at.tolist()]
-        blocks, new, full = self._blocks, self._new, len(self._blocks)
-        block = at >> _BITS
-        edge = np.minimum(at + block, full * (_BLOCK + 1) - 2)  # beyond: one of the new ones
-        columns = at.tolist(), block.tolist(), self._edges[edge].tolist(), self._edges[edge + 1].tolist()
-        try:
-            return [
-                blocks[b][start:end].decode() if b < full else new[number - (full << _BITS)]
-                for number, b, start, end in zip(*columns, strict=True)
-            ]
-        except UnicodeDecodeError:  # not all of them are texts
-            return [
-                _decoded(blocks[b][start:end]) if b < full else new[number - (full << _BITS)]
-                for number, b, start, end in zip(*columns, strict=True)
-            ]
+        if at.size and at.min() < 0:
+            raise IndexError(f"keys have numbers from 0 to {len(self) - 1}, got {at.min()}")
+        return self.drawn(at)
+
+    def drawn(self, at: Ids) -> list[Hashable]:
+        """Return the same of numbers that are known to be there, one batch of each step."""
+        packed, new = len(self._ends) - 1, self._new
+        if not packed:
+            return [new[number] for number in at.tolist()]
+        start, end = self._ends.take(at, mode="clip"), self._ends[1:].take(at, mode="clip")
+        size = end - start
+        longest = int(size.max(initial=1))
+        keys: list[Any]
+        if longest <= _WIDE:
+            table = self._text.take(start[:, None] + _REACH[:longest], mode="clip").tobytes()
+            lines, stops = range(0, len(table), longest), (np.arange(0, len(table), longest) + size).tolist()
+            if self._ascii:
+                text = table.decode("ascii")
+                keys = [text[line:stop] for line, stop in zip(lines, stops, strict=True)]
+            else:
+                keys = [_decoded(table[line:stop]) for line, stop in zip(lines, stops, strict=True)]
+        else:
+            keys = [_decoded(self._encoded_at(number)) if number < packed else None for number in at.tolist()]
+        for place in np.flatnonzero(at >= packed).tolist():
+            keys[place] = new[at[place] - packed]
+        return keys
 
     def find(self, keys: Iterable[Hashable]) -> Ids:
         """Return the numbers of keys, int64 `[n]`; -1 for what is not in the table."""
         wanted = list(map(_plain, keys))
         found = np.fromiter((self._number.get(key, -1) for key in wanted), np.int64, len(wanted))
-        if self._blocks and len(missing := np.flatnonzero(found < 0)):
+        if self._runs and len(missing := np.flatnonzero(found < 0)):
             found[missing] = self._find_packed([_encoded(wanted[place]) for place in missing.tolist()])
         return found
 
@@ -155,9 +171,9 @@ class KeyTable:
     def state_dict(self) -> dict[str, Any]:
         """Return all keys as one text, uint8, and the length of each in bytes, uint32 `[N]`."""
         new = [_encoded(key) for key in self._new]
-        edges = self._edges[: len(self._blocks) * (_BLOCK + 1)].reshape(-1, _BLOCK + 1)
-        sizes = np.concatenate([np.diff(edges, axis=1).ravel(), np.fromiter(map(len, new), np.uint32, len(new))])
-        return portable({"text": np.frombuffer(b"".join([*self._blocks, *new]), np.uint8), "sizes": sizes})  # type: ignore[no-any-return]
+        sizes = np.concatenate([np.diff(self._ends), np.fromiter(map(len, new), np.int64, len(new))]).astype(np.uint32)
+        text = np.concatenate([self._text, np.frombuffer(b"".join(new), np.uint8)])
+        return portable({"text": text, "sizes": sizes})  # type: ignore[no-any-return]
 
     @classmethod
     def from_state(cls, state: Any) -> KeyTable:
@@ -178,41 +194,36 @@ class KeyTable:
 
     # The parts ----------------------------------------------------------------------------
 
-    def _append(self, keys: list[Hashable]) -> None:
-        """Add keys that the new ones have room for."""
+    def _append(self, keys: list[Hashable], *, known: bool = False) -> None:
+        """Add keys that the new ones have room for; `known`: that they are no packed ones, too."""
         first, before = len(self), len(self._number)
         self._number.update(zip(keys, range(first, first + len(keys)), strict=True))
         if len(self._number) < before + len(keys):  # of a table in the making: `add` looks first
-            known = set(self._new)
-            self._refuse(next(key for place, key in enumerate(keys) if key in known or key in keys[:place]))
+            there = set(self._new)
+            self._refuse(next(key for place, key in enumerate(keys) if key in there or key in keys[:place]))
         self._new += keys
         if len(self._new) == _BLOCK:
             encoded = [_encoded(key) for key in self._new]
-            self._refuse_known(self._new, encoded)
+            if not known:
+                self._refuse_known(self._new, encoded)
             self._new, self._number = [], {}
             self._pack(encoded)
 
     def _pack(self, encoded: list[bytes]) -> None:
-        ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, _BLOCK))
-        if ends[-1] > _MOST_TEXT:
-            raise ConfigError(
-                [f"keys of {ends[-1] / _BLOCK:.0f} bytes each are too long: give a short name or a number"]
-            )
-        used = len(self._blocks) * (_BLOCK + 1)
-        if len(self._edges) <= used + _BLOCK:
-            room = np.empty(int(_ROOM * used) + _BLOCK + 1, np.uint32)
-            room[:used] = self._edges[:used]
-            self._edges = room
-        self._edges[used] = 0
-        self._edges[used + 1 : used + 1 + _BLOCK] = ends
-        numbers = np.arange(_BLOCK, dtype=np.uint64) + np.uint64(len(self._blocks) << _BITS)
+        text, packed = b"".join(encoded), len(self._ends) - 1
+        numbers = np.arange(packed, packed + _BLOCK).astype(np.uint64)
         self._runs.append(np.sort(_crcs(encoded) << _HIGH | numbers))
-        self._blocks.append(b"".join(encoded))
-        while len(self._runs) > 1 and len(self._runs[-2]) <= len(self._runs[-1]):
-            merged = np.concatenate([self._runs[-2], self._runs[-1]])
-            self._runs[-2:] = []
-            merged.sort(kind="stable")  # which merges what is sorted
-            self._runs.append(merged)
+        used = len(self._text)
+        self._text, self._ends = _longer(self._text, used + len(text)), _longer(self._ends, packed + 1 + _BLOCK)
+        self._text[used:] = np.frombuffer(text, np.uint8)
+        self._ends[packed + 1 :] = used + np.cumsum(np.fromiter(map(len, encoded), np.int64, _BLOCK))
+        self._ascii &= text.isascii()
+        for later in range(len(self._runs) - 1, 0, -1):  # one pair a block, so that there is no long pause
+            if len(self._runs[later - 1]) <= len(self._runs[later]):
+                merged = np.concatenate(self._runs[later - 1 : later + 1])
+                merged.sort(kind="stable")  # which merges what is sorted
+                self._runs[later - 1 : later + 1] = [merged]
+                break
 
     def _find_packed(self, encoded: Sequence[bytes]) -> Ids:
         found = np.full(len(encoded), -1, np.int64)
@@ -232,9 +243,7 @@ class KeyTable:
         return found
 
     def _encoded_at(self, number: int) -> bytes:
-        block = number >> _BITS
-        start, end = self._edges[number + block : number + block + 2].tolist()
-        return self._blocks[block][start:end]
+        return self._text[self._ends[number] : self._ends[number + 1]].tobytes()
 
     def _refuse_known(self, keys: list[Hashable], encoded: list[bytes]) -> None:
         known = np.flatnonzero(self._find_packed(encoded) >= 0)
@@ -275,6 +284,15 @@ def _decoded(encoded: bytes) -> Hashable:
 
 def _crcs(encoded: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.fromiter(map(zlib.crc32, encoded), np.uint64, len(encoded))
+
+
+def _longer(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """Return an array with room behind what it holds, in the same memory where there is some left."""
+    room = array.base
+    if not isinstance(room, np.ndarray) or room.dtype != array.dtype or len(room) < size:
+        room = np.empty(int(_ROOM * size), array.dtype)
+        room[: len(array)] = array
+    return room[:size]
 
 
 def _several(keys: Any) -> Iterable[Hashable]:

@@ -7,9 +7,11 @@ import pytest
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
+from learnit_r8.run.model import DashboardModel
 from learnit_r8.strategies import names
 from learnit_r8.strategies.base import make
 from learnit_r8.strategies.contract import Rules
+from learnit_r8.testing.states import equal
 
 OLD, NEW, B = 64, 100, 8
 GROWING = [name for name in names() if Rules(make(name)).grows]
@@ -190,3 +192,132 @@ def test_where_the_strategy_refuses_the_model_is_not_loaded_either(tmp_path):
     with pytest.raises(ConfigError, match="cannot take more samples"):
         more.load_checkpoint(tmp_path)
     assert not loaded
+
+
+# In the middle of a run -----------------------------------------------------------------------
+
+
+def grown_at(epoch, batches, strategy, *, resumed, scalar=False, **options):
+    """Train, take in more samples at one place, in the run or by a resume, and return what was drawn from there on."""
+    more, groups = NEW - OLD, options.pop("groups", None)
+    old = {} if groups is None else {"groups": groups[:OLD]}
+    run, drawn, rates = scheduler(OLD, strategy=strategy, **old, **options), [], []
+    for number in run.epoch_iterator():
+        stop = batches if number == epoch else None
+        train(run, batches=stop, scalar=scalar)
+        if number == epoch and (resumed or stop):
+            break
+    if resumed:
+        saved = run.state_dict()
+        run = scheduler(NEW, strategy=strategy, **({} if groups is None else {"groups": groups}), **options)
+        run.load_state_dict(saved)
+    else:
+        run.grow(more, groups=None if groups is None else groups[OLD:])
+    for _ in run.epoch_iterator():
+        drawn.append(train(run, scalar=scalar, rates=rates))
+    return drawn, rates, run
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("batches", [3, B])
+@pytest.mark.parametrize("strategy", GROWING)
+def test_what_grows_in_the_run_goes_on_as_one_that_was_resumed_with_more(strategy, batches, scalar):
+    here, there = (grown_at(2, batches, strategy, resumed=resumed, scalar=scalar) for resumed in (False, True))
+    assert here[:2] == there[:2]
+    for name in ("expected_loss", "mean_loss", "uses", "last_seen", "variance"):
+        assert np.array_equal(getattr(here[2].catalog, name), getattr(there[2].catalog, name)), name
+    assert here[2].total_steps == there[2].total_steps
+    assert set(range(OLD, NEW)) <= {i for epoch in here[0] for i in epoch}
+
+
+def test_growth_with_groups_a_guard_and_excluded_samples():
+    groups = np.arange(NEW) % 3
+    (here, _, run), (there, _, other) = (
+        grown_at(2, 3, "quadrant", resumed=resumed, noise_guard="cap", groups=groups) for resumed in (False, True)
+    )
+    assert here == there
+    assert len(run.noise_guard.flagged) == NEW
+    assert np.array_equal(run.state_dict()["groups"], groups)
+    assert np.array_equal(run.noise_guard.flagged, other.noise_guard.flagged)
+
+
+def test_it_grows_again_and_again_and_before_the_first_epoch_and_is_resumed():
+    run = scheduler(OLD)
+    run.grow(4)
+    for number in run.epoch_iterator():
+        train(run, batches=2)
+        run.grow(np.int64(8))
+        run.exclude([OLD + 5])
+        met = train(run)
+        assert OLD + 5 not in met or number == 0
+        if number == 3:
+            break
+    assert run.catalog.num_samples == OLD + 4 + 4 * 8
+    again = scheduler(OLD + 4 + 4 * 8)
+    again.load_state_dict(run.state_dict())
+    for one in (run, again):
+        one.met = [train(one) for _ in one.epoch_iterator()]
+    assert run.met == again.met
+
+
+def test_the_screen_hears_how_many_steps_there_are_now():
+    heard = []
+    run = scheduler(OLD, sinks=[type("Sink", (), {"record": lambda self, event: heard.append(event)})()])
+    model = DashboardModel()
+    for number in run.epoch_iterator():
+        train(run)
+        if number == 1:
+            run.grow(OLD)
+    for event in heard:
+        model.consume(event)
+    steps = 2 * OLD // B + 4 * 2 * OLD // B
+    assert run.global_step == model.total_steps == steps
+    assert any(
+        "64 samples have come, and the run has 128 from here on" in getattr(event, "message", "") for event in heard
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "words"),
+    [
+        ({"strategy": "spaced"}, 5, "cannot take more samples"),
+        ({}, 0, "more must be"),
+        ({}, 2**32, "num_samples must be"),
+        ({}, ["a"], "more must be"),
+        ({"keys": range(OLD)}, 5, r"grow\(keys\) takes a list"),
+        ({"keys": range(OLD)}, "abc", r"grow\(keys\) takes a list"),
+        ({"keys": range(OLD)}, [], "more must be"),
+        ({"keys": range(OLD)}, [70, 5], "5 is there already"),
+        ({"groups": np.zeros(OLD, int)}, 5, "groups must be given"),
+    ],
+)
+def test_what_cannot_grow_says_so_and_nothing_changes(options, more, words):
+    run = scheduler(OLD, **options)
+    next(run.epoch_iterator())
+    train(run, batches=2)
+    before = run.state_dict()
+    with pytest.raises(ConfigError, match=words):
+        run.grow(more)
+    after = run.state_dict()
+    assert equal({**after, "budget": None}, {**before, "budget": None})  # which holds the seconds
+
+
+def test_a_rollback_after_it_takes_back_what_was_before_it():
+    state = {"w": np.zeros(4)}
+    run = scheduler(OLD, state_callback=lambda: state, load_callback=lambda saved: None, backup_every=4)
+    loop = run.epoch_iterator()
+    for _ in range(2):
+        next(loop)
+        train(run)
+    next(loop)
+    batches = run.batch_iterator()
+    for number, batch in enumerate(batches):
+        if number == 6:
+            run.grow(10)
+            state["w"][:] = np.nan
+            assert run.update_with_loss(np.full(len(batch.indices), np.nan, np.float32)).rolled_back
+            break
+        run.update_with_loss(np.ones(len(batch.indices), np.float32))
+    assert run.catalog.num_samples == OLD + 10
+    assert run.catalog.num_seen == OLD
+    assert not run.catalog.uses[OLD:].any()

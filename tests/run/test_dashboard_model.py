@@ -106,6 +106,7 @@ def any_event(kind):
         "bool": st.booleans(),
         "bool | None": st.none() | st.booleans(),
         "tuple[int, ...]": st.lists(whole, max_size=5).map(tuple),
+        "tuple[int | str, ...]": st.lists(whole | texts, max_size=5).map(tuple),
         "tuple[float, ...]": st.lists(numbers, max_size=5).map(tuple),
         "Mapping[str, Any]": st.fixed_dictionaries(
             {}, optional={"num_epochs": st.none() | whole, "train_duration_seconds": st.none() | numbers}

@@ -26,7 +26,6 @@ KEYS = st.recursive(TEXTS | NUMBERS | st.binary(max_size=4) | st.none(), lambda 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(key_table, "_BITS", 3)
     monkeypatch.setattr(key_table, "_BLOCK", 8)
 
 
@@ -95,15 +94,15 @@ def test_what_is_no_key_is_refused():
         table.numbers(["a", "b", "c"])
 
 
-def test_many_keys_take_their_text_and_13_bytes():
+def test_many_keys_take_their_text_and_16_bytes():
     size = 65536 + 100
     tracemalloc.start()
     table = KeyTable(f"image/{number:08d}" for number in range(size))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     packed, newest = 65536, 100
-    assert (table.nbytes - 14 * packed) / packed < 14
-    assert held < 28 * packed + 400 * newest + 500_000
+    assert table.nbytes == (14 + 16) * packed + 8
+    assert held < 1.5 * (14 + 8) * packed + 8 * packed + 400 * newest + 500_000
     ids = np.random.default_rng(0).integers(0, size, 256)
     keys = table.of(ids)
     assert keys == [f"image/{number:08d}" for number in ids]

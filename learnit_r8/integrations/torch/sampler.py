@@ -120,7 +120,7 @@ class _Lists:
         batch = next(self._batches)
         if not self._sampler._looked:
             self._sampler._look(batch.lr)
-        ids: list[int] = batch.indices.tolist()
+        ids: list[Any] = batch.indices.tolist() if batch.keys is None else batch.keys
         seeds = self._asker is not None and self._asker.workers > 0
         return SeededIndices(ids, self._sampler.scheduler.data_seed(batch)) if seeds else ids
 
@@ -159,12 +159,12 @@ def evaluation_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     _, sampler = _unwrapped(getattr(loader, "batch_sampler", None))
     if sampler is None:
         raise ConfigError(f"loader must draw from an R8BatchSampler, got {type(loader).__name__}")
-    size = sampler.scheduler.catalog.num_samples
+    size, keys = sampler.scheduler.catalog.num_samples, sampler.scheduler.keys
     pieces = max(size * sampler.scheduler.world_size // sampler.scheduler.batch_size, 1)
     same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor")
     return DataLoader(
         loader.dataset,
-        batch_sampler=[piece.tolist() for piece in np.array_split(np.arange(size), pieces)],
+        batch_sampler=[keys.of(ids) if keys else ids.tolist() for ids in np.array_split(np.arange(size), pieces)],
         multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator(),
         **{name: getattr(loader, name) for name in same},

@@ -35,6 +35,7 @@ from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.schedules import Plateau
 from learnit_r8.sinks import EventBus
 from learnit_r8.strategies.base import Strategy
+from learnit_r8.structures.key_table import KeyTable
 from learnit_r8.types import Batch, Sink
 
 
@@ -45,7 +46,7 @@ class Parts:
         config = args.config
         self._args, self._config, self._clock = args, config, args.clock
         kind, world = (Ranks, config.world_size) if config.shard is None else (Shards, config.shard[1])
-        self._ranks = kind(args.rank, world, args.all_gather, args.clock, config.order_hash())
+        self._ranks = kind(args.rank, world, args.all_gather, args.clock, args.plan())
         leads = self._ranks.rank == 0  # a tracker gets each number once
         self._bus = EventBus([s for s in args.sinks if leads or not getattr(s, "once", False)], args.clock)
         self._budget = Budget(config, args.schedule, self._ranks.clock)
@@ -56,6 +57,7 @@ class Parts:
             args = self._args = self._measured.ema.along(args)
         self._streams = RandomStreams(config.seed, config.shard and config.shard[0])
         self._catalog = self._ranks.new_catalog(config.num_samples)
+        self._call(args.keys)
         self._chooser = Sampling(args.strategy, config, self._catalog, self._streams, self._ranks.of_plans)
         self._replays = config.rollback_data == "replay"  # after rollbacks; where a step is broken off always
         self._desk = InFlight(config.lookahead, 4096 if self._replays else 512)  # the longest automatic interval
@@ -81,7 +83,7 @@ class Parts:
             self._catalog,
             self._bus.emit,
             args.clock,
-            CrashRecorder(evidence, config.to_json(), recent),
+            CrashRecorder(evidence, config.to_json(), recent, self._catalog.names),
             self._ranks,
         )
         self._safety.ema = self._measured.ema
@@ -100,6 +102,7 @@ class Parts:
         self.host_saves = False  # a framework saves the run, and acts on signals
         self._within = self._looped = False  # whether an epoch loop is going, or ever began
         self._diverged = False
+        self._grown = 0  # samples that have come since the last epoch began
         self._pid = self._forked_at = 0  # process that runs the loop, once it has begun; a forked one's first step
         self._reporter: int | None = None  # thread that reports losses
 
@@ -140,6 +143,11 @@ class Parts:
     def catalog(self) -> LossCatalog:
         """What is known of every sample."""
         return self._catalog
+
+    @property
+    def keys(self) -> KeyTable | None:
+        """The samples' keys: `keys.of(ids)` and `keys.numbers(keys)`; None where the run was given none."""
+        return self._catalog.keys
 
     @property
     def strategy(self) -> Strategy:
@@ -331,6 +339,11 @@ class Parts:
     def add_sink(self, sink: Sink) -> None:
         """Let one more listener hear the run from now on; it is closed with the others."""
         self._bus.add(sink)
+
+    def _call(self, keys: KeyTable | None) -> None:
+        """Call the samples by these keys."""
+        self._catalog.keys = keys
+        self._bus.names = None if keys is None else keys.names
 
     def _lr_at(self, cursor: int, batches: int) -> float:
         progress = self._progress

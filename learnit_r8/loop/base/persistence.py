@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from learnit_r8 import events
 from learnit_r8._version import __version__
@@ -18,6 +19,7 @@ from learnit_r8.core.portable import portable, unpacked
 from learnit_r8.errors import CheckpointError, ConfigError, ProtocolError, tell
 from learnit_r8.loop.base.parts import Parts
 from learnit_r8.loop.counters import Progress, check_state, grown
+from learnit_r8.loop.growth import Growth, keys_of
 from learnit_r8.loop.saver import State, not_saved
 from learnit_r8.loop.shards import common_checkpoint
 
@@ -61,13 +63,15 @@ class Persistence(Parts):
         On several ranks all have to call it, with the same ids.
 
         Args:
-            ids: Sample ids, any number of them; those that are left out already do no harm.
+            ids: Sample ids, or keys where the run was given keys, any number of them; those that are left out already
+                do no harm.
 
         Raises:
             TypeError: No whole numbers.
             ValueError: One is no sample, or no batch would be left.
+            KeyError: One is the key of no sample.
         """
-        chosen = sample_ids(ids, self._config.num_samples)
+        chosen = self._ids(ids)
         rest = self._config.num_samples - len(np.union1d(self._catalog.left_out, chosen))
         if rest < self._config.world_size:
             raise ValueError(f"exclude would leave {rest} of {self._config.num_samples} samples: no batch to train on")
@@ -81,17 +85,44 @@ class Persistence(Parts):
         ranks all have to call it, with the same ids.
 
         Args:
-            ids: Sample ids, any number of them.
+            ids: Sample ids, or keys where the run was given keys, any number of them.
 
         Raises:
             TypeError: No whole numbers.
             ValueError: One is no sample.
+            KeyError: One is the key of no sample.
         """
-        chosen, step = sample_ids(ids, self._config.num_samples), self._progress.global_step
+        chosen, step = self._ids(ids), self._progress.global_step
         self._catalog.renew(chosen, step)
         self._guard.forget(chosen)
         message = f"{len(chosen)} samples were relabelled: what was known of them is forgotten"
         self._bus.emit(events.Notice(step=step, message=message))
+
+    def _ids(self, given: Iterable[Any]) -> NDArray[np.int64]:
+        return sample_ids(given if self.keys is None else self.keys.numbers(given), self._config.num_samples)
+
+    def grow(self, more: int | Iterable[Hashable], groups: Any = None) -> None:
+        """Take in samples that have come: they join the epochs that begin from now on, and are part of the run's state.
+
+        What is known of the others stays, as does the rest of an epoch that is under way. On several ranks all have to
+        call it, with the same samples.
+
+        Args:
+            more: How many; their ids follow the last one. Where the run was given keys: the keys of the new ones.
+            groups: Class of each new one, int `[n]`, where the run was given groups.
+
+        Raises:
+            ConfigError: It cannot be done, or a key is there already; nothing has changed.
+            ProtocolError: The search of `auto_find_lr` is due.
+        """
+        self._check_open()
+        if self._search is not None:
+            raise ProtocolError("the LR search is due, which goes over the samples that there were: grow after it")
+        before = self._config.num_samples
+        Growth(self._args, self._chooser.rules, self.keys, more, groups).apply(
+            self._catalog, self._chooser, self._guard, self._safety, self._budget
+        )
+        self._grown += self._config.num_samples - before
 
     @property
     def best_checkpoint(self) -> Path | None:
@@ -156,6 +187,7 @@ class Persistence(Parts):
             "version": __version__,
             "config": self._config.to_json(),
             "groups": None if self._args.groups is None else self._args.groups.copy(),
+            "keys": self.keys and self.keys.state_dict(),
             **self._progress.state_dict(),
             "searched": self._search is None,
             "budget": self._budget.state_dict(),
@@ -178,6 +210,7 @@ class Persistence(Parts):
         """
         state = unpacked(state)
         check_state(state, self._config, self._chooser.rules)
+        keys = keys_of(state, self.keys, self._config.num_samples)
         saved, size = state["config"]["num_samples"], self._config.num_samples
         state = grown(state, size)
         before, flags = self.state_dict(), (self._search, self._control.stop, self._begun, self._resumed)
@@ -188,6 +221,9 @@ class Persistence(Parts):
             self._search, self._control.stop, self._begun, self._resumed = flags
             reason = f"the state is damaged ({type(error).__name__}: {error}): load another one, or start a new run"
             raise ConfigError([reason]) from error
+        self._call(keys)
+        if keys is not None and state.get("keys") is None:
+            self.tell("the state was saved without keys: its samples are taken for those of the keys, in their order")
         if saved != size:
             self.tell(
                 f"the run was saved with {saved} samples and has {size}: the new ones, from id {saved} on, join the "
@@ -196,6 +232,7 @@ class Persistence(Parts):
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
         check_state(loaded.state, self._config, self._chooser.rules)
+        keys_of(loaded.state, self.keys, self._config.num_samples)
         if self._args.load is not None:  # first: it may fail, and nothing has changed yet
             self._args.load(str(loaded.model_path), from_ram=False)
         elif loaded.holds_model:

@@ -32,6 +32,10 @@ class Steps(Measuring):
     @_QUIETLY
     def _start_epoch(self) -> None:
         step, epoch = self._progress.global_step, self._progress.epoch
+        grown, self._grown = self._grown, 0
+        if grown:
+            message = f"{grown} samples have come, and the run has {self._config.num_samples} from here on"
+            self._bus.emit(events.Notice(step=step, message=message))
         done, total = self._budget.position(epoch, 0, 1, step)
         rng = self._streams.at(Purpose.EXCLUSION, epoch)
         excluded = in_any(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
@@ -48,7 +52,13 @@ class Steps(Measuring):
         self._progress.start_epoch()
         self._epoch_started = self._clock.monotonic()
         self._bus.emit(
-            events.EpochStarted(step=step, epoch=epoch, phase=self._chooser.phase, batches=self._chooser.batches)
+            events.EpochStarted(
+                step=step,
+                epoch=epoch,
+                phase=self._chooser.phase,
+                batches=self._chooser.batches,
+                total_steps=step + (self.batches_left or 0) if grown else 0,
+            )
         )
 
     def _end_epoch(self, *, completed: bool) -> None:
@@ -134,7 +144,8 @@ class Steps(Measuring):
             mine, weights_here = indices[here], None if weights is None else weights[here]
         kind = Batch if weights is None else WeighedBatch
         shown = self._ones[: len(mine)] if weights_here is None else weights_here
-        batch = kind(mine, self._lr, shown.copy(), number, step, epoch)
+        keys = None if self._catalog.keys is None else self._catalog.keys.drawn(mine)
+        batch = kind(mine, self._lr, shown.copy(), number, step, epoch, keys)
         if not self._bus.sinks:
             return Ticket(batch, indices, weights, cursor, batches, 0.0, 0.0, order)
         now = self._clock.monotonic()
