@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.integrations.torch.sharded_model import ShardedModel, collective
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy, make
-from learnit_r8.strategies.contract import Rules, sound
+from learnit_r8.strategies.contract import FLAGS, Rules, sound
 from learnit_r8.types import Indices, LossReport
 
 __all__ = ["FromRank0", "ShardedModel", "collective", "make_all_gather", "rank_arguments", "torch_all_gather"]
@@ -167,8 +167,7 @@ class FromRank0:
         if rules.has("start_epoch") and not rules.has("load_state_dict"):
             raise ConfigError(f"{strategy!r} plans epochs: FromRank0 needs its state_dict() and load_state_dict()")
         self.name = strategy if isinstance(strategy, str) else getattr(strategy, "name", type(strategy).__name__)
-        self.catalogs, self.covers, self.replacement = rules.catalogs, rules.covers, rules.replacement
-        self.grows = rules.grows
+        vars(self).update({flag: getattr(rules, flag) for flag in FLAGS})
         self._decisions: list[tuple[str, str, float]] = []
 
     def _told(self, choose: Callable[[], Any]) -> Any:

@@ -28,6 +28,9 @@ class Rules:
     """A strategy with every member that it may have; what it has not does nothing.
 
     Where it is `sound` its draws need no check; a subclass's do.
+
+    Args:
+        strategy: An object with `draw(request)`.
     """
 
     catalogs = True
@@ -119,6 +122,7 @@ class Rules:
 
 OPTIONAL = tuple(name for name in vars(Rules) if not name.startswith("_") and name != "has" and "fault" not in name)
 """Names of what a strategy may have besides `draw`."""
+FLAGS = tuple(name for name in OPTIONAL if isinstance(vars(Rules)[name], bool))
 
 
 def _numbers_fault(kind: str, given: Any, count: int) -> str:
