@@ -59,7 +59,8 @@ class StreamSelector:
         of: m, candidates to choose from. None: the source gives lists of them, as a `DataLoader` with
             `collate_fn=list` does, whose workers then send many at a time.
         score: `(candidates) -> m numbers`, the highest to be taken. None: those whose keys have had the highest losses,
-            and before them those that were never seen.
+            and before them those that were never seen. Both that and the loss itself lose to a blind choice where
+            labels are wrong; a loss less that of a model trained on other data does not.
         key: `(candidate) -> its key`: a text, a number, bytes, or a tuple of those.
         explore: Share of a batch that is drawn uniformly, so that no candidate is left out for good.
         seed: Any non-negative int; global random states are never touched.

@@ -121,6 +121,7 @@ class KeyTable:
         longest = int(size.max(initial=1))
         keys: list[Any]
         if longest <= _WIDE:
+            self._text.take(start, mode="clip")  # all are under way to the cache before the first is asked for
             table = self._text.take(start[:, None] + _REACH[:longest], mode="clip").tobytes()
             lines, stops = range(0, len(table), longest), (np.arange(0, len(table), longest) + size).tolist()
             if self._ascii:
