@@ -126,11 +126,6 @@ def _tree(_: Any, value: Any) -> Any:
     return value._state_tree() if isinstance(value, Saved) else value.state_dict()
 
 
-def made(cls: Any) -> Kind:
-    """An object of a class that makes it from its state, by `from_state`."""
-    return Kind(_tree, lambda _, saved: cls.from_state(saved))
-
-
 def same(attribute: str, said: str) -> Kind:
     """A value that must be the owner's own; `said` is what the user knows it as."""
 

@@ -91,7 +91,9 @@ class EmbeddingSpread(Saved):
         self._used += not replaces
         self._puts += 1
         if self._puts % self.capacity == 0:
-            self._sum_anew()
+            held = self.embeddings[: self._used]  # the sum anew, a few rows at once
+            parts = ((held[k : k + _ROWS] - self._anchor).sum(axis=0) for k in range(0, len(held), _ROWS))
+            self._sum = sum(parts, start=np.zeros_like(self._sum))
 
     def relative(self, of: Indices | Vector | None = None) -> Floats:
         """Return distance / (largest - smallest distance), the published measure, of slots, one embedding or all.
@@ -135,13 +137,6 @@ class EmbeddingSpread(Saved):
         if self._anchor.shape != (width,) or self._sum.shape != (width,):
             raise ValueError(f"anchor and sum must have {width} components")
         self._cached = -1, np.zeros(0)
-
-    def _sum_anew(self) -> None:
-        used = self._used
-        self._sum = sum(
-            ((self.embeddings[k : min(k + _ROWS, used)] - self._anchor).sum(axis=0) for k in range(0, used, _ROWS)),
-            start=np.zeros_like(self._sum),
-        )
 
     def _distances(self) -> Floats:
         used, (puts, distances) = self._used, self._cached

@@ -290,6 +290,8 @@ class HybridSRLReplayBuffer(SavedBuffer):
         for job in jobs:
             job.result()
 
+    _settle = flush
+
     def close(self) -> None:
         """Finish asynchronous updates and end their thread. Any number of times."""
         self.flush()
@@ -311,9 +313,6 @@ class HybridSRLReplayBuffer(SavedBuffer):
         super()._forked()
         if self._worker is not None:  # its thread and what it had to do are the parent's
             self._worker, self._jobs = ThreadPoolExecutor(1, "replay-updates"), []
-
-    def _settle(self) -> None:
-        self.flush()
 
     def _made_with(self) -> dict[str, Any]:
         return {"capacity": self.capacity}

@@ -81,17 +81,14 @@ def _norms(new: Any, old: Any, *, sampled: bool = False) -> tuple[float, float, 
     count = 0
     with np.errstate(all="ignore"):
         for x, y in zip(_chunks(new, sampled), _chunks(old, sampled), strict=True):
-            moved += _square(x - y)
-            after += _square(x)
-            before += _square(y)
+            difference = x - y
+            moved += float(difference.dot(difference))
+            after += float(x.dot(x))
+            before += float(y.dot(y))
             count += len(x)
     if before == 0.0 or not math.isfinite(before):
         return None
     return _root(moved / count), _root(after / count), _root(before / count)
-
-
-def _square(x: NDArray[Any]) -> float:
-    return float(x.dot(x))
 
 
 def _root(square: float) -> float:

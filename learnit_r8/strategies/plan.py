@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnit_r8.core.state import Saved, made, maybe, table
+from learnit_r8.core.state import Kind, Saved, maybe, table
 from learnit_r8.types import Indices
 
 _LOOK_AHEAD = 128  # samples of a queue that may be swapped in
@@ -43,10 +43,6 @@ class EpochPlan:
             self._cut_ahead(size, max(1, min(_AHEAD, _AHEAD_SAMPLES // size)))
         batch, self._taken = self._ahead.pop()
         return batch
-
-    def ahead(self) -> list[Indices]:
-        """Return the batches that are cut ahead, the next one first."""
-        return [batch for batch, _ in reversed(self._ahead)]
 
     def _cut_ahead(self, size: int, count: int) -> None:
         """Cut the next batches together: a handful of calls of numpy serve them all."""
@@ -144,7 +140,7 @@ class EpochPlan:
 class PlannedStrategy(Saved):
     """Base of strategies that plan the whole epoch at its start. Subclasses define `queues`."""
 
-    _saved = table(plan=maybe(made(EpochPlan)))
+    _saved = table(plan=maybe(Kind(lambda _, plan: plan.state_dict(), lambda _, saved: EpochPlan.from_state(saved))))
 
     covers = grows = True
 
@@ -169,7 +165,7 @@ class PlannedStrategy(Saved):
 
     def planned_ahead(self) -> list[Indices]:
         """Return the batches that are sure to follow as far as they are cut, the next one first."""
-        return [] if self._plan is None else self._plan.ahead()
+        return [] if self._plan is None else [batch for batch, _ in reversed(self._plan._ahead)]
 
     def next_planned(self, size: int) -> Indices | None:
         """Return the plan's next batch where that depends on nothing else, else None: ask `draw`."""
