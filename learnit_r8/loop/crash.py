@@ -45,10 +45,8 @@ class CrashRecorder:
         where: Path | None = None
         note = "nothing was written: there is no log_dir and no checkpoint_dir"
         if self._folder is not None:
-            from learnit_r8.checkpoint.remote import shown
-
             try:
-                where = shown(self._write(step, reason))
+                where = self._write(step, reason)
                 note = f"the evidence is in {where} (r8 crash {where})"
             except OSError as error:  # the disk must not hide the divergence
                 note = f"the evidence could not be written: {error}"
@@ -59,7 +57,7 @@ class CrashRecorder:
         ) from cause
 
     def _write(self, step: int, reason: str) -> Path:
-        from learnit_r8.checkpoint.remote import folder_of
+        from learnit_r8.checkpoint.remote import folder_of, shown
 
         assert self._folder is not None
         where = folder_of(self._folder) / f"crash-step-{step:09d}"
@@ -81,4 +79,4 @@ class CrashRecorder:
             "events": [to_json(event) for event in self._recent_events()],
         }
         (where / BUNDLE).write_text(json.dumps(bundle, allow_nan=False, indent=1), encoding="utf-8")
-        return where
+        return shown(where)

@@ -86,18 +86,18 @@ class Output:
         if self._bus.sinks:
             self._repository = Repository(program_folder())
             self._tell_made_with(step, self._repository)
-        if taken:
-            self._bus.emit(events.Notice(step=step, message=taken, level="warning"))
-            tell(taken, stacklevel=4)
+        warnings = [taken] if taken else []
         if config.batch_size > config.num_samples:
-            message = (
+            warnings.append(
                 f"batch_size={config.batch_size} is larger than num_samples={config.num_samples}, so every batch is "
                 "the whole data set: give a smaller batch_size"
             )
-            self._bus.emit(events.Notice(step=step, message=message, level="warning"))
         if config.checkpoint_every is not None and self._args.save is None and self._rank == 0:
-            message = "there is no save_callback: the checkpoints hold the run's state, not the model"
+            warnings.append("there is no save_callback: the checkpoints hold the run's state, not the model")
+        for message in warnings:
             self._bus.emit(events.Notice(step=step, message=message, level="warning"))
+        if taken:
+            tell(taken, stacklevel=4)
         for sink in filter(None, (self._display, self._log)):
             for event in missed:  # what a resume loaded, and which checkpoint it passed over
                 with suppress(Exception):  # the bus drops a sink that fails, at the next event

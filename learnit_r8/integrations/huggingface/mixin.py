@@ -103,11 +103,6 @@ class SampleLossMixin(_Trainer):  # type: ignore[misc]
         most = int(self.args.max_steps)
         state.max_steps = state.global_step + left if most <= 0 else min(state.global_step + left, most)
 
-    @property
-    def _head_losses(self) -> Any:
-        """The reading that gives one loss per sample in this training, None where the mean is reported."""
-        return self._watch.reading
-
     # For own losses -------------------------------------------------------------------------
 
     def note_sample_losses(self, losses: Tensor) -> None:
