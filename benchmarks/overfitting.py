@@ -1,6 +1,7 @@
 """Is the overfitting verdict right? Real trainings on scikit-learn's data sets; a large test set says what is true.
 
-    python -m benchmarks.overfitting            # 20 curves that the rule was not built on
+    python -m benchmarks.overfitting            # 20 curves of tasks that the rule was not built on
+    python -m benchmarks.overfitting second     # 20 curves of the tasks that it was built on, other seeds
     python -m benchmarks.overfitting first      # 20 others, some with validation sets of 40 samples
     python -m benchmarks.overfitting built-on   # those that it was built on
 
@@ -98,11 +99,47 @@ SECOND = [
     Curve("friedman", 1500, 1000, width=32, epochs=60, noise=1.0, decay=0.05, seed=120, schedule="cosine"),
 ]
 
+THIRD = [  # other tasks, validation sets of 150 samples and more
+    Curve("moons", 100, 400, width=256, epochs=100, lr=3e-3, noise=0.2, seed=201),
+    Curve("moons", 1000, 300, width=32, epochs=40, seed=202),
+    Curve("moons", 200, 200, width=0, epochs=60, lr=1e-2, seed=203),
+    Curve("moons", 150, 300, width=128, epochs=120, lr=3e-3, noise=0.3, seed=204, schedule="cosine"),
+    Curve("hastie", 200, 500, width=128, epochs=80, lr=3e-3, seed=205),
+    Curve("hastie", 2000, 400, width=64, epochs=30, dropout=0.2, seed=206),
+    Curve("hastie", 300, 300, width=0, epochs=50, lr=3e-3, noise=0.1, seed=207),
+    Curve("hastie", 400, 150, width=256, epochs=60, noise=0.2, seed=208),
+    Curve("quantiles", 200, 300, width=128, epochs=100, lr=3e-3, noise=0.2, seed=209),
+    Curve("quantiles", 1500, 500, width=64, epochs=40, seed=210),
+    Curve("quantiles", 300, 200, width=64, epochs=60, dropout=0.4, decay=0.1, noise=0.2, seed=211),
+    Curve("sparse", 200, 300, width=256, epochs=80, lr=3e-3, seed=212),
+    Curve("sparse", 1500, 300, width=0, epochs=40, lr=3e-3, seed=213),
+    Curve("sparse", 300, 300, width=64, epochs=50, decay=0.3, seed=214),
+    Curve("friedman2", 150, 400, width=256, epochs=120, lr=3e-3, noise=3.0, seed=215),
+    Curve("friedman2", 1500, 500, width=64, epochs=40, noise=0.5, seed=216),
+    Curve("friedman3", 120, 300, width=128, epochs=100, lr=3e-3, noise=4.0, seed=217, schedule="cosine"),
+    Curve("friedman3", 1500, 300, width=32, epochs=40, seed=218),
+    Curve("roll", 150, 200, width=256, epochs=100, lr=3e-3, noise=3.0, seed=219),
+    Curve("roll", 1500, 400, width=64, epochs=60, noise=1.0, seed=220, schedule="cosine"),
+]
+
 
 def load(name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return features, standardised, and targets: classes, or standardised numbers."""
-    if name == "friedman":
-        x, y = datasets.make_friedman1(4000, random_state=seed)
+    made = {
+        "friedman": lambda: datasets.make_friedman1(4000, random_state=seed),
+        "friedman2": lambda: datasets.make_friedman2(4000, random_state=seed),
+        "friedman3": lambda: datasets.make_friedman3(4000, random_state=seed),
+        "roll": lambda: datasets.make_swiss_roll(4000, random_state=seed),
+        "moons": lambda: datasets.make_moons(4000, noise=0.3, random_state=seed),
+        "hastie": lambda: datasets.make_hastie_10_2(4000, random_state=seed),
+        "quantiles": lambda: datasets.make_gaussian_quantiles(
+            n_samples=4000, n_features=6, n_classes=3, random_state=seed
+        ),
+        "sparse": lambda: datasets.make_classification(4000, 60, n_informative=6, n_classes=4, random_state=seed),
+    }
+    if name in made:
+        x, y = made[name]()
+        y = (y > 0).astype(int) if name == "hastie" else y
     else:
         kinds = {"cancer": datasets.load_breast_cancer, "diabetes": datasets.load_diabetes, "wine": datasets.load_wine}
         x, y = kinds.get(name, datasets.load_digits)(return_X_y=True)
@@ -203,7 +240,9 @@ def _true(test: list[float], train: list[float]) -> bool:
 
 def main() -> None:
     """Print each curve, and how many verdicts are right."""
-    curves = {"built-on": BUILT_ON, "first": FIRST, "second": SECOND}[sys.argv[1] if sys.argv[1:] else "second"]
+    curves = {"built-on": BUILT_ON, "first": FIRST, "second": SECOND, "third": THIRD}[
+        sys.argv[1] if sys.argv[1:] else "third"
+    ]
     right = 0
     for curve in curves:
         found = run(curve)
