@@ -10,7 +10,6 @@ trainings of `stability_curves` (losses, and for trainings the norms of the grad
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from benchmarks import stability_curves as curves
 from benchmarks.harness import columns, main, progress
 from learnit_r8 import R8Scheduler, Verdict, events
 from learnit_r8.stability.detector import Detector
-from learnit_r8.stability.gate import Gate
+from learnit_r8.stability.gate import Gate, Seen
 
 ACT = (Verdict.SPIKE, Verdict.DRIFT, Verdict.NONFINITE)
 
@@ -172,7 +171,7 @@ def judged(losses: Iterable[float], norms: Iterable[float | None], notices: froz
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         if step in notices:
             detector.announce(step, "learning rate")
-        if gate.judge(detector, [(float(loss), math.nan)], norm):
+        if gate.judge(detector, [Seen(float(loss))], norm):
             count += 1
         elif detector.observe(step, float(loss)).verdict in ACT:
             detector.rebaseline()

@@ -328,6 +328,10 @@ class LossCatalog:
             total += unseen * self._sum / self._num_seen  # as those that were seen
         return Rows(indices, block, self._estimator.expected_mean(total / size), unseen)
 
+    def estimates(self, rows: Rows) -> Losses:
+        """Return what is expected of each sample of a batch that was looked up; 0 where unseen."""
+        return self._estimator.to_loss(rows.block.view(np.float32)[_ESTIMATE])
+
     def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
         """Take one finite loss per sample of a batch, the catalog's to keep; return them.
 

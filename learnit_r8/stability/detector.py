@@ -149,6 +149,11 @@ class Detector:
         """The level of the untrained model's losses; NaN while unknown."""
         return self._first_level
 
+    @property
+    def usual(self) -> float:
+        """The median of the recent losses; NaN while not active."""
+        return self._window.median() if self.active else math.nan
+
     def far(self, loss: float) -> bool:
         """Say of a loss that is still to be read whether it would be far-flagged."""
         return len(self._window) > 2 and loss > _FAR * self._untrained > 0.0

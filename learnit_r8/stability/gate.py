@@ -4,19 +4,29 @@ Both are measured by their relative rise above the median of the recent ones, `a
 detector's for losses). What stands out once may do harm at once, so one reading decides; and it may be a tail that the
 run has always had, so it is compared with that tail. A step is left out where
 
-    a > max(4, K highest),   K = 3 (1 + (96 / n)^2),   n >= 16
+    a > max(4, K highest),   K (1 + (96 / n)^2),   n >= 16
 
-`highest` is the highest rise among the `n` steps that were taken, halved in 8192. For a tail that falls as x^-k the
-chance of such a rise is about 1 / (n K^k) a step: with k = 2, where the variance is infinite, less than one in a run of
-20,000. From the fourth step on one is left out, too, whose loss is far-flagged by the detector while its norm is ten
-times the highest of the last 64. What is not finite is left out always.
+`highest` is the highest rise among the `n` steps that were taken, halved in 8192; K is 3 for norms, 4 for losses. For
+a tail that falls as x^-k the chance of such a rise is about 1 / (n K^k) a step. From the fourth step on one is left
+out, too, whose loss is far-flagged by the detector while its norm is ten times the highest of the last 64. What is not
+finite is left out always.
+
+Where the samples' losses are known, a batch that is bad differs from one that a few hard samples make as high: all of
+it stands out. Then the evidence is added up,
+
+    log(1 + a) + shift + log(norm / median norm)
+
+with `shift` the median over the batch of log(loss / expected loss), above its own median: each has a tail, but these
+hardly meet. The sum is to lie above its highest by log 4, by log 9 with a norm; and a mean loss alone, which a few
+samples make, then needs K = 10.
 
 Where most losses or norms are next to nothing (rewards that are sparse, margins that hold) the few others are what is
 learned from: with a median below a thousandth of the first level, nothing below that level is left out.
 
-A run is never starved. Three steps in a row at most are left out, and all are paid for from a credit of 16, which grows
-by one in 48 steps: what stands out longer or more often is no outlier but a level, or the tail. It is let through, and
-ordinary from then on; the detector judges it as ever.
+A run is never starved. What stands out and comes again as high in the next step is a level, unless outliers were seen
+that did not; three steps in a row at most are left out, and all are paid for from a credit of 16, which grows by one in
+48 steps. What stands out more often is the tail. Both are let through, and ordinary from then on; the detector judges
+them as ever.
 
 Norms are clipped at their median times (q90 / median)^1.95, which of a log-normal spread is z = 2.5 (Kumar et al. 2025,
 "ZClip: Adaptive Spike Mitigation for LLM Pre-Training"); by quantiles, since a mean follows the outliers.
@@ -34,6 +44,10 @@ from learnit_r8.stability.windows import SortedWindow
 
 WARMUP, _WINDOW = 16, 64
 _LEAST_SEEN, _LEAST_RISE, _FACTOR, _YOUNG = 16, 4.0, 3.0, 96.0
+_ALONE, _FEW = 4.0, 10.0  # in place of _FACTOR, of a loss whose samples are not known, or of which few stand out
+_PAIR, _TRIPLE = math.log(4.0), math.log(9.0)  # margins of loss and samples together, and of these with the norm
+_LEAST_AGREED, _LEAST_ABOVE = 2.5, 2.0
+_ALIKE = 2.0  # factor between two that are of one level
 _KEPT = 0.5 ** (1 / 8192)
 _EASE = 3.0  # on losses, after an announced change
 _IN_A_ROW, _CREDIT, _EARNED = 3, 16.0, 1 / 48  # steps that may be left out, and how many more a step
@@ -52,19 +66,33 @@ class Rise(NamedTuple):
     median: float
 
 
+class Seen(NamedTuple):
+    """What is known of a batch before its step.
+
+    Attributes:
+        loss: Its mean loss.
+        excess: What was expected of it beyond the mean of all, as the detector's; NaN where that is not known.
+        shift: Median over its samples of log(loss / expected loss); NaN where these are not known.
+    """
+
+    loss: float
+    excess: float = math.nan
+    shift: float = math.nan
+
+
 class _Tail:
     """The highest rise that was taken for ordinary, and of how many."""
 
     def __init__(self) -> None:
         self.highest, self.seen = 0.0, 0
 
-    def excess(self, number: float, rise: Rise | None, first: float) -> float:
+    def excess(self, number: float, rise: Rise | None, first: float, factor: float) -> float:
         """Return a rise over the one from which on it is an outlier, 0 where nothing can be said."""
         if rise is None or self.seen < _LEAST_SEEN:
             return 0.0
         if abs(rise.median) < _NOTHING * first and number <= first:  # it stands out since most are next to nothing
             return 0.0
-        factor = _FACTOR * (1.0 + (_YOUNG / self.seen) ** 2)
+        factor *= 1.0 + (_YOUNG / self.seen) ** 2
         return rise.above / max(_LEAST_RISE, factor * max(self.highest, rise.highest))
 
     def take(self, rise: float) -> None:
@@ -101,6 +129,11 @@ class Gate(Saved):
         credit=float,
         row=int,
         overflows=int,
+        shifts=Kind(lambda _, window: list(window.arrivals), lambda _, saved: _window(saved)),
+        pair_tail=_TAIL,
+        triple_tail=_TAIL,
+        lone=bool,
+        last=dict,
     )
 
     def __init__(self) -> None:
@@ -108,6 +141,9 @@ class Gate(Saved):
         self._loss_tail, self._norm_tail = _Tail(), _Tail()
         self._first_norm = 0.0  # the highest of the first 16
         self._credit, self._row = _CREDIT, 0  # what may be left out; steps in a row that were
+        self._shifts, self._pair_tail, self._triple_tail = SortedWindow(_WINDOW), _Tail(), _Tail()
+        self._lone = False  # a step was left out that was none of a level
+        self._last: dict[str, float] = {}  # what stood out in the last step, if it was left out
         self._overflows = 0  # norms in a row that are not finite
         self.news = ""
 
@@ -120,18 +156,18 @@ class Gate(Saved):
         median = norms.median()
         return float(median * (norms.quantile(0.9) / median) ** _CLIP_POWER) if median > 0.0 else math.inf
 
-    def judge(self, detector: Detector, losses: Sequence[tuple[float, float]], norm: float | None) -> str:
+    def judge(self, detector: Detector, losses: Sequence[Seen], norm: float | None) -> str:
         """Return why a step is to be left out, or "".
 
         Args:
             detector: Knows the losses so far.
-            losses: Of each batch that shares the step, and its `excess` as the detector's.
+            losses: Of each batch that shares the step.
             norm: Of the gradient, None where it is not given.
         """
         self.news = ""
-        for loss, _ in losses:
-            if not math.isfinite(loss):
-                return f"the loss is not finite ({loss})"
+        for seen in losses:
+            if not math.isfinite(seen.loss):
+                return f"the loss is not finite ({seen.loss})"
         if norm is not None and not math.isfinite(norm):
             self._overflows += 1
             if self._overflows == _OVERFLOWS:
@@ -141,43 +177,82 @@ class Gate(Saved):
                 )
             return f"the norm of the gradient is not finite ({norm})"
         self._credit = min(_CREDIT, self._credit + _EARNED)
-        ease = _EASE if detector.eased else 1.0
-        found = []
-        for loss, excess in losses:
-            rise = detector.rise(loss, excess)
-            of_loss = None if rise is None else Rise(*rise)
-            found.append((self._loss_tail.excess(loss, of_loss, detector.first_level) / ease, "a loss", loss, of_loss))
+        rises = [detector.rise(seen.loss, seen.excess) for seen in losses]
+        of_losses = [None if rise is None else Rise(*rise) for rise in rises]
         of_norm = None if norm is None else self._rise(norm)
-        by_norm = 0.0 if norm is None else self._norm_tail.excess(norm, of_norm, self._first_norm)
-        worst = [max(found, key=lambda one: one[0])] if found else []
-        why = " and ".join(
-            f"{what} of {number:.4g} against a median of {rise.median:.4g}"
-            for excess, what, number, rise in [*worst, (by_norm, "a gradient's norm", norm, of_norm)]
-            if excess > 1.0 and rise is not None
-        )
-        highest = self._norms.values[-1] if len(self._norms) > 2 else math.inf
-        if not why and worst and norm is not None and norm > _FAR * highest and detector.far(worst[0][2]):
-            why = (
-                f"a loss of {worst[0][2]:.4g}, and a gradient's norm of {norm:.4g} against {highest:.4g} at most before"
-            )
-        if why and self._credit >= 1.0 and self._row < _IN_A_ROW:
-            self._credit, self._row = self._credit - 1.0, self._row + 1
+        out: dict[str, float] = {}  # what stands out, and by which number
+        for seen, rise in zip(losses, of_losses, strict=True):
+            if rise is not None and self._by_loss(detector, seen, rise, norm) > 1.0:
+                out[f"a loss of {seen.loss:.4g} against a median of {rise.median:.4g}"] = seen.loss
+        if norm is not None and self._norm_tail.excess(norm, of_norm, self._first_norm, _FACTOR) > 1.0:
+            assert of_norm is not None
+            out[f"a gradient's norm of {norm:.4g} against a median of {of_norm.median:.4g}"] = norm
+        why = " and ".join(out)
+        if not why and losses and norm is not None:
+            why = self._far(detector, max(seen.loss for seen in losses), norm)
+        if why and self._may_be_left_out({what.partition(" of ")[0]: number for what, number in out.items()}):
             return why
-        self._row = 0
         if why:
             self.news = (
-                f"what stands out is a level or a tail by now, and no outlier: {_IN_A_ROW} steps in a row, or more "
-                f"than one in {1 / _EARNED:.0f}, were left out; it is taken from here on ({why})"
+                "what stands out is a level or a tail by now, and no outlier: it came again, or steps were left out "
+                f"more often than one in {1 / _EARNED:.0f}; it is taken from here on ({why})"
             )
-        for _, _, _, of_loss in found:
-            if of_loss is not None:
-                self._loss_tail.take(of_loss.above)
+        elif self._row:
+            self._lone = True
+        self._row, self._last = 0, {}
+        for seen, rise in zip(losses, of_losses, strict=True):
+            if rise is not None:
+                self._loss_tail.take(rise.above)
+                if (joint := self._joint(seen, rise, norm)) is not None:
+                    joint[1].take(joint[0])
+            if math.isfinite(seen.shift):
+                self._shifts.push(seen.shift)
         if of_norm is not None:
             self._norm_tail.take(of_norm.above)
         if norm is not None:
             self._overflows = 0
             self.learn(norm)
         return ""
+
+    def _by_loss(self, detector: Detector, seen: Seen, rise: Rise, norm: float | None) -> float:
+        """Return how far a loss stands out, 1 where it is just not ordinary any more."""
+        ease, first, factor = _EASE if detector.eased else 1.0, detector.first_level, _ALONE
+        if (joint := self._joint(seen, rise, norm)) is not None:
+            agreed, tail, margin = joint
+            if tail.seen >= _LEAST_SEEN:
+                factor = _FEW
+                margin += math.log(ease) + 0.5 * math.log1p((_YOUNG / tail.seen) ** 2)
+                if agreed > max(_LEAST_AGREED, tail.highest + margin) and rise.above > _LEAST_ABOVE:
+                    return math.inf
+        return self._loss_tail.excess(seen.loss, rise, first, factor) / ease
+
+    def _joint(self, seen: Seen, rise: Rise, norm: float | None) -> tuple[float, _Tail, float] | None:
+        """Return the logarithm of all rises together, the tail that it belongs to, and the margin above that."""
+        if not math.isfinite(seen.shift) or len(self._shifts) < WARMUP:
+            return None
+        sum_of = math.log1p(max(rise.above, 0.0)) + seen.shift - self._shifts.median()
+        if norm is None:
+            return sum_of, self._pair_tail, _PAIR
+        if len(self._norms) < WARMUP or not (usual := self._norms.median()) > 0.0 < norm:
+            return None
+        return sum_of + math.log(norm / usual), self._triple_tail, _TRIPLE
+
+    def _far(self, detector: Detector, loss: float, norm: float) -> str:
+        highest = self._norms.values[-1] if len(self._norms) > 2 else math.inf
+        if not (norm > _FAR * highest and detector.far(loss)):
+            return ""
+        return f"a loss of {loss:.4g}, and a gradient's norm of {norm:.4g} against {highest:.4g} at most before"
+
+    def _may_be_left_out(self, out: dict[str, float]) -> bool:
+        """Say of a step that stands out whether it is left out, or is a level or a tail by now."""
+        last, self._last = self._last, out
+        again = bool(last) and all(
+            what in last and last[what] / _ALIKE < number < last[what] * _ALIKE for what, number in out.items()
+        )
+        if self._credit < 1.0 or self._row >= (1 if again and not self._lone else _IN_A_ROW):
+            return False
+        self._credit, self._row = self._credit - 1.0, self._row + 1
+        return True
 
     def learn(self, norm: float) -> None:
         """Take the norm of a step that is taken whatever it is."""

@@ -70,8 +70,7 @@ def measure(model: nn.Module) -> tuple[tuple[str, ...], Tensor] | None:
     if len(found) < 2 or not hasattr(nn.utils, "get_total_norm") or is_sharded(next(iter(found.values()))[0]):
         return None
     each = [_norm(part) for part in found.values()]
-    each = [norm.to(each[0].device, each[0].dtype) for norm in each]
-    norms = torch.stack(each)
+    norms = torch.stack([norm.to(each[0].device, torch.promote_types(norm.dtype, torch.float32)) for norm in each])
     return tuple(found), torch.cat([torch.linalg.vector_norm(norms).reshape(1), norms])
 
 

@@ -15,10 +15,16 @@ from learnit_r8.loop.base.steps import Steps
 from learnit_r8.loop.in_flight import Ticket
 from learnit_r8.loop.losses import Reported, read_losses, read_number
 from learnit_r8.run.metric import GRADIENT
+from learnit_r8.samples.catalog import Rows
+from learnit_r8.stability.gate import Seen
 from learnit_r8.types import Batch, StepResult, Verdict
 
 _PARTS_EVERY = 8
 """Steps between two times that the norms of a model's parts are told; where a step is left out they are at once."""
+
+
+_LEAST_KNOWN, _SMALL = 4, 0.02
+"""Samples of a batch, and a share of the usual loss: differences between losses below it say nothing."""
 
 
 class _Checked(NamedTuple):
@@ -66,9 +72,9 @@ class Gated(Steps):
 
         A step is left out whose loss or norm is not finite, or stands far above all that the run has shown. The
         report that follows (it is due as ever; without a loss it takes the one that was checked, and nothing is read
-        twice) names it as skipped; it costs no rollback. What stands out in more than three steps in a row, or in
-        more than one in 48 for long, is a level and no outlier: it is let through, which is told. All ranks have to
-        call it, and get one answer.
+        twice) names it as skipped; it costs no rollback. What comes again as high, or in more than one step of 48 for
+        long, is a level and no outlier: it is let through, which is told. All ranks have to call it, and get one
+        answer.
 
         Args:
             loss: As for `update_with_loss`; None where only the norm is to be judged.
@@ -104,29 +110,55 @@ class Gated(Steps):
             norm, parts = clipped.read()
         elif grad_norm is not None:
             norm = read_number("grad_norm", grad_norm)
-        means, norm = self._of_all_ranks([r and (r.mean if r.finite else math.nan) for r in reports], norm)
-        return self._answer(tickets, given, reports, means, norm, parts)
+        sharded = self._config.shard is not None  # then it is known once the losses are exchanged
+        looked_up = [None if sharded else self._catalog.look_up(ticket.indices) for ticket in tickets]
+        expected = [math.nan if rows is None else rows.expected for rows in looked_up]
+        seen = [
+            Seen(r.mean if r.finite else math.nan, math.nan, self._shift(ticket, rows, r))
+            for ticket, rows, r in zip(tickets, looked_up, reports, strict=True)
+            if r is not None
+        ]
+        seen, norm = self._of_all_ranks(seen, norm)
+        return self._answer(tickets, given, reports, seen, expected, norm, parts)
 
-    def _of_all_ranks(self, means: list[float | None], norm: float | None) -> tuple[list[float | None], float | None]:
-        """Return the mean loss of each batch over the ranks, and the highest norm."""
+    def _shift(self, ticket: Ticket, rows: Rows | None, reported: Reported) -> float:
+        """Return by how much the samples stand above what is expected of each, as the median of the logarithms."""
+        values, usual = reported.values, abs(self._safety.detector.usual)
+        if rows is None or values is None or not reported.finite or not usual > 0.0:
+            return math.nan
+        expected = self._catalog.estimates(rows)
+        if ticket.order is not None:
+            expected = expected[ticket.order[self._ranks.slice]]
+        known = expected > 0.0
+        count = int(np.count_nonzero(known))
+        if count < max(_LEAST_KNOWN, len(values) // 2):
+            return math.nan
+        if count < len(values):
+            values, expected = values[known], expected[known]
+        small = np.float32(_SMALL * usual)
+        ratios = (values + small) / (expected + small)
+        ratios.sort()
+        middle = float(ratios[count // 2])
+        return math.log(middle) if middle > 0.0 else math.nan
+
+    def _of_all_ranks(self, seen: list[Seen], norm: float | None) -> tuple[list[Seen], float | None]:
+        """Return each batch's means over the ranks, and the highest norm."""
         if self._ranks.world_size == 1:
-            return means, norm
-        numbers = [0.0 if number is None else number for number in (*means, norm)]
-        everyone = self._ranks.everyone(*numbers)
+            return seen, norm
+        everyone = self._ranks.everyone(*(x for one in seen for x in (one.loss, one.shift)), 0.0, norm or 0.0)
         with np.errstate(invalid="ignore"):
-            shared = [None if mean is None else float(everyone[:, k].mean()) for k, mean in enumerate(means)]
+            means = everyone.mean(axis=0)
+            shared = [Seen(float(means[2 * k]), math.nan, float(means[2 * k + 1])) for k in range(len(seen))]
             return shared, None if norm is None else float(everyone[:, -1].max())
 
     def _answer(
-        self, tickets: list[Ticket], given: list[Any], reports: list[Reported | None], means: list[float | None],
-        norm: float | None, parts: dict[str, float],
+        self, tickets: list[Ticket], given: list[Any], reports: list[Reported | None], seen: list[Seen],
+        expected: list[float], norm: float | None, parts: dict[str, float],
     ) -> StepResult:  # fmt: skip
-        expected, why = [math.nan] * len(tickets), ""
+        why = ""
         if self._search is None:
-            if self._config.shard is None:  # else it is known once the losses are exchanged
-                expected = [self._catalog.look_up(ticket.indices).expected for ticket in tickets]
             usual = self._catalog.usual
-            losses = [(m, e - usual) for m, e in zip(means, expected, strict=True) if m is not None]
+            losses = [one._replace(excess=before - usual) for one, before in zip(seen, expected, strict=False)]
             why = self._safety.gate.judge(self._safety.detector, losses, norm)
             if self._safety.gate.news:
                 self.tell(self._safety.gate.news)
@@ -140,7 +172,7 @@ class Gated(Steps):
                 why = before.why or why
                 loss, reported = (before.loss, before.reported) if reported is None else (loss, reported)
             self._checks[ticket.batch.id] = _Checked(ticket.batch, loss, reported, why)
-        known = [mean for mean in means if mean is not None]
+        known = [one.loss for one in seen]
         finite = all(map(math.isfinite, known)) and (norm is None or math.isfinite(norm))
         verdict = Verdict.CALM if not why else Verdict.SUSPECT if finite else Verdict.NONFINITE
         mean = sum(known) / len(known) if known else math.nan
