@@ -40,8 +40,8 @@ ROUTINE = frozenset({LossReported, BackupTaken, BackupVerified, MetricLogged})
 _DIGITS = {"score": 4}
 _BROKEN = (ValueError, TypeError, LookupError, OverflowError, AttributeError, RecursionError)
 _SINGLE = 4096
-_LAST_TIME = 9e9
-"""Later times are no whole number of microseconds in double precision."""
+_LARGEST = 9e15
+"""More microseconds are no whole number in double precision."""
 Column = NDArray[Any] | list[str]
 
 
@@ -146,25 +146,31 @@ def encode_block(events: Sequence[Event]) -> str:
     return f"{{{','.join(parts)}}}\n"
 
 
-def _column(name: str, how: str, values: Sequence[Any]) -> str:
-    if how == "float":
-        pattern = f"%.{_DIGITS.get(name, 7)}g"
-        cells = [pattern % value for value in values]
-    elif how == "text":
-        cells = [json.dumps(value) for value in values]
+def _column(name: str, how: str, values: tuple[Any, ...]) -> str:
+    same = values.count(values[0]) == len(values)  # one NaN, too, told again and again
+    if how == "text":
+        text = ",".join(map(json.dumps, values[:1] if same else values))
+    elif how == "float":
+        some = values[:1] if same else values
+        text = ",".join([f"%.{_DIGITS.get(name, 7)}g"] * len(some)) % some
+        if "n" in text:  # nan or inf
+            text = ",".join(f'"{cell}"' if "n" in cell else cell for cell in text.split(","))
     else:
-        if how == "time" and not max(map(abs, values)) < _LAST_TIME:
-            raise ValueError
-        whole = [int(value) if how == "int" else round(value * 1e6) for value in values]
+        whole = np.array(values, np.int64) if how == "int" else _micros(values)
         if how != "seconds":
-            whole = [whole[0], *map(operator.sub, whole[1:], whole)]
-        cells = list(map(str, whole))
-    while len(cells) > 1 and cells[-1] == cells[-2]:
-        cells.pop()
-    text = ",".join(cells)
-    if how == "float" and "n" in text:  # nan or inf
-        text = ",".join([f'"{cell}"' if "n" in cell else cell for cell in cells])
+            whole[1:] -= whole[:-1].copy()
+        most = 1 if how == "seconds" else 2
+        if (whole[most:] == whole[most - 1 : most]).all():
+            whole = whole[:most]
+        text = ",".join(map(str, whole.tolist()))
     return f'"{name}":[{text}]'
+
+
+def _micros(seconds: tuple[float, ...]) -> NDArray[np.int64]:
+    micros = np.rint(np.array(seconds) * 1e6)
+    if not (np.abs(micros) < _LARGEST).all():
+        raise ValueError
+    return micros.astype(np.int64)
 
 
 def decode(lines: Iterable[bytes | str]) -> Iterator[Event | Block]:

@@ -28,7 +28,7 @@ def _words(name: str) -> set[str]:
 @lru_cache(maxsize=256)
 def is_validation(name: str) -> bool:
     """Say whether a metric's name is one of validation: `val_loss`, `eval/acc`, `test.f1`."""
-    return not _words(name).isdisjoint(_VALIDATION)
+    return not is_part(name) and not _words(name).isdisjoint(_VALIDATION)
 
 
 @lru_cache(maxsize=256)
