@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -347,14 +347,12 @@ def from_json(data: Mapping[str, Any]) -> Event:
     name = str(data.get("event"))
     if name not in EVENT_TYPES:
         raise ValueError(f"unknown event {name}")
-    event = object.__new__(EVENT_TYPES[name])  # its fields are set as its `__init__` would, in half the time
+    kind = EVENT_TYPES[name]
+    known = [field for field in dataclasses.fields(kind) if field.name in data]
     try:
-        for field, put, convert, default in _FIELDS[name]:
-            value = data.get(field, default)
-            put(event, value if convert is None or type(value) is float else convert(value))
+        return kind(**{field.name: _read(data[field.name], str(field.type)) for field in known})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"incomplete {name}: {field} is {value!r}") from error
-    return event
+        raise ValueError(f"incomplete {name}: {error}") from error
 
 
 def plain(value: Any) -> Any:
@@ -368,39 +366,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _floats(value: Any) -> Any:
-    """Take back what `plain` made of non-finite floats, in any depth, and of tuples."""
-    if isinstance(value, dict):
-        return {key: _floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(map(_floats, value))
-    _present(value)
-    return float(value) if isinstance(value, str) else value
-
-
-def _converter(annotation: str, needed: bool) -> Callable[[Any], Any] | None:
-    """Return what makes a field of its JSON; None: nothing has to be done."""
+def _read(value: Any, annotation: str) -> Any:
+    """Take back what `plain` made of tuples, and of floats that are not finite, in any depth."""
     if annotation == "float":
-        return float
-    if "float" in annotation:
-        return _floats
-    if annotation.startswith("tuple"):
-        return tuple
-    return _present if needed else None
-
-
-def _present(value: Any) -> Any:
-    if value is _MISSING:
-        raise ValueError
-    return value
-
-
-_MISSING = dataclasses.MISSING
-_FIELDS = {
-    name: [
-        (f.name, getattr(kind, f.name).__set__, _converter(str(f.type), f.default is _MISSING), f.default)
-        for f in dataclasses.fields(kind)
-    ]
-    for name, kind in EVENT_TYPES.items()
-}
-"""Each event's fields: name, what puts it into its slot, how it is read, and what it is where a log does not say."""
+        return float(value)
+    if isinstance(value, dict) and "float" in annotation:
+        return {key: _read(item, annotation) for key, item in value.items()}
+    if annotation.startswith("tuple") or isinstance(value, list):
+        return tuple([_read(item, "float") for item in value] if "float" in annotation else value)
+    return float(value) if isinstance(value, str) and "float" in annotation else value

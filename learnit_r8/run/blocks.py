@@ -139,7 +139,7 @@ def encode_block(events: Sequence[Event]) -> str:
         for kind, places in sorted(kinds.items(), key=lambda item: item[0] is not most):
             rows = zip(*[_VALUES[kind](events[place]) for place in places], strict=True)
             columns = [_column(name, how, row) for (name, how), row in zip(_FIELDS[kind].items(), rows, strict=True)]
-            columns = columns if kind is most else [_column("at", "int", places), *columns]
+            columns = columns if kind is most else [_column("at", "int", tuple(places)), *columns]
             parts.append(f'"{kind.__name__}":{{"count":{len(places)},{",".join(columns)}}}')
     except (ValueError, OverflowError):
         return "".join(map(encode, events))

@@ -114,17 +114,7 @@ class Series:
 
     def add(self, step: float, time: float, value: float) -> None:
         """Append a point; NaN and infinities are counted and leave a gap."""
-        self.count += 1
-        if -HUGE < value < HUGE:
-            self.lo, self.hi, self.last = min(self.lo, value), max(self.hi, value), value
-            self._average(value)
-        else:
-            self.bad += 1
-            value = math.nan
-        self._points.extend((step, time, value, *self.averages))
-        self._pending += 1
-        if self._pending == _CHUNK:
-            self._close_chunk()
+        self.extend(*np.array([[step], [time], [value]], np.float64))
 
     def extend(self, steps: Floats, times: Floats, values: Floats) -> Floats:
         """Append points, each argument float64 `[n]`; return the moving averages after each, float64 `[n, d]`."""
@@ -150,15 +140,6 @@ class Series:
             if self._pending == _CHUNK:
                 self._close_chunk()
         return rows[:, 3:]
-
-    def _average(self, value: float) -> None:
-        finite = self.count - self.bad
-        if finite == 1:
-            self.averages = (value,) * len(self.decays)
-        elif self.decays:
-            debias = finite <= self._settled
-            gains = [(1.0 - decay) / (1.0 - decay**finite) if debias else 1.0 - decay for decay in self.decays]
-            self.averages = tuple([old + gain * (value - old) for old, gain in zip(self.averages, gains, strict=True)])
 
     def _debiased(self, values: Floats) -> Floats:
         """Return the moving averages before the first of some finite values and after each, float64 `[n + 1, d]`."""

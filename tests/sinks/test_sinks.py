@@ -423,7 +423,7 @@ def test_a_log_of_an_older_version_lacks_what_has_a_default_and_nothing_else():
         del data[name]
     assert events.from_json({**data, "unheard_of": [1]}) == ended
     del data["seconds"]
-    with pytest.raises(ValueError, match="incomplete RunEnded: seconds"):
+    with pytest.raises(ValueError, match=r"incomplete RunEnded: .*'seconds'"):
         events.from_json(data)
 
 

@@ -10,7 +10,8 @@ import pytest
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
 from learnit_r8.events import MetricLogged, RolledBack, RunEnded, RunStarted, SinkFailed
-from learnit_r8.sinks.trackers import MlflowSink, Point, Points, TensorBoardSink, TrackerSink, WandbSink
+from learnit_r8.sinks.points import Point, Points
+from learnit_r8.sinks.trackers import MlflowSink, TensorBoardSink, TrackerSink, WandbSink
 
 
 class Memory(TrackerSink):

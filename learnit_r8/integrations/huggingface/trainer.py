@@ -35,7 +35,7 @@ from learnit_r8.integrations.torch.learning_rate import LearningRateHook, follow
 from learnit_r8.integrations.torch.sampler import R8BatchSampler
 from learnit_r8.integrations.torch.state import arrays_from_tensors, tensors_from_arrays
 from learnit_r8.scheduler import R8Scheduler
-from learnit_r8.sinks.trackers import Numbers
+from learnit_r8.sinks.points import Numbers
 
 __all__ = ["R8Mixin", "R8Trainer", "SRSTrainer", "SampleLossMixin"]
 

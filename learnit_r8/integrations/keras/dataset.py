@@ -42,7 +42,7 @@ from learnit_r8.integrations.keras.state import (
     training_generators,
 )
 from learnit_r8.scheduler import R8Scheduler
-from learnit_r8.sinks.trackers import Numbers
+from learnit_r8.sinks.points import Numbers
 from learnit_r8.types import Batch
 
 __all__ = ["R8Callback", "R8Dataset", "capture_state", "restore_state"]
