@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -339,7 +340,7 @@ def _keys(problems: Problems, keys: Any, config: Config) -> KeyTable | None:
     if keys is None:
         return None
     try:
-        made = keys if isinstance(keys, KeyTable) else KeyTable(keys)
+        made = copy.copy(keys) if isinstance(keys, KeyTable) else KeyTable(keys)  # a run may add some
     except (ConfigError, TypeError) as error:
         problems.append(f"keys: {'; '.join(getattr(error, 'problems', (str(error),)))}")
         return None

@@ -21,6 +21,7 @@ from learnit_r8.loop.losses import LIMIT, Reported
 from learnit_r8.loop.ram_backups import Emit, RamBackups
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.loop.saver import Saver
+from learnit_r8.run.formats import sample
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.stability.changes import HABIT
 from learnit_r8.stability.detector import Detector, Reading
@@ -358,5 +359,5 @@ class Judge:
 
 def shown(ids: Sequence[int | str]) -> str:
     """Return the first ids, or keys, and how many more there are."""
-    first = ", ".join(map(str, ids[:8]))
+    first = ", ".join(sample(one, 40) for one in ids[:8])
     return first + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from learnit_r8.errors import ConfigError
+from learnit_r8.run import formats as f
 from learnit_r8.run.samples_file import CATALOG_FILE, CatalogSnapshot, read_catalog
 
 
@@ -102,4 +103,4 @@ def _brief(value: Any, name: str) -> str:
         return f"{value:.0%}"
     if name == "flagged":
         return "yes" if value else ""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f.sample(value, 40)

@@ -126,3 +126,10 @@ def of_day(time: float, utc_offset: int | None, pattern: str = "%H:%M:%S") -> st
     except (ValueError, OverflowError, OSError):
         return "--:--:--"
     return clock.strftime(pattern, parts)
+
+
+def sample(called: int | str, most: int) -> str:
+    """Return a sample's id or key in so many characters, the end of a long one: of a path it tells most."""
+    text = str(called)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"…{text[1 - most :]}"

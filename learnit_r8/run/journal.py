@@ -33,8 +33,8 @@ def _name(path: str) -> str:
     return "/".join(parts[-2:]) or path
 
 
-def _ids(indices: tuple[int, ...], total: int) -> str:
-    shown = ", ".join(str(index) for index in indices[:4])
+def _ids(indices: tuple[int | str, ...], total: int) -> str:
+    shown = ", ".join(f.sample(index, 40) for index in indices[:4])
     return shown + (f", … ({total} in all)" if total > len(indices[:4]) else "")
 
 

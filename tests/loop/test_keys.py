@@ -12,6 +12,8 @@ import pytest
 from learnit_r8 import R8Scheduler, events
 from learnit_r8.cli import main
 from learnit_r8.errors import ConfigError, TrainingDiverged
+from learnit_r8.run.events_file import read_events
+from learnit_r8.run.journal import entry
 from learnit_r8.strategies import Weighted, names
 from learnit_r8.structures.key_table import KeyTable
 from learnit_r8.testing.states import equal
@@ -324,5 +326,30 @@ def test_a_loader_asks_the_data_set_for_keys():
     assert [key for _, keys in evaluation_loader(loader) for key in keys] == KEYS
 
 
-def test_equal_states_whatever_the_hash_seed():
-    assert equal(KeyTable(KEYS).state_dict(), KeyTable(iter(KEYS)).state_dict())
+def test_a_table_that_two_runs_are_given_is_changed_by_neither():
+    table = KeyTable(KEYS)
+    runs = [scheduler(table), scheduler(table)]
+    for run in runs:
+        run.grow(["new"])
+    assert len(table) == N
+    assert [list(run.keys) for run in runs] == [[*KEYS, "new"]] * 2
+    assert equal(table.state_dict(), KeyTable(iter(KEYS)).state_dict())
+
+
+def test_long_keys_and_those_that_would_move_the_cursor_are_shown_in_their_place(tmp_path, capsys):
+    keys = ["a\x1b[31mred", "new\nline", "folder/" * 30 + "picture.jpg", *KEYS[3:]]
+    with scheduler(keys, log_dir=tmp_path) as run:
+        for _ in run.epoch_iterator():
+            train(run, wrong=keys[:3])
+            run.exclude(keys[:2])
+    capsys.readouterr()
+    assert main(["suspects", str(tmp_path), "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert max(map(len, lines[:-1])) < 120
+    assert "\\x1b[31mred" in "".join(lines)
+    assert "…" in "".join(lines)
+    assert all(line.isprintable() for line in lines)
+    told = [line.text for event in read_events(tmp_path / "events.jsonl") if (line := entry(event)) is not None]
+    assert any("new\\nline" in text for text in told)
+    assert all("\n" not in text and "\x1b" not in text for text in told)

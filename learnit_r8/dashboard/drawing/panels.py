@@ -246,7 +246,9 @@ def _worst_list(grid: Grid, rect: Rect, found: SuspectsNamed) -> None:
         indent = i // rows * 24
         if indent + 22 > rect.width:
             break
-        write(grid, rect, 8 + i % rows, (f"{index:>12}  {f.number(loss, 8)}", Style.NORMAL), indent=indent)
+        write(
+            grid, rect, 8 + i % rows, (f"{f.sample(index, 12):>12}  {f.number(loss, 8)}", Style.NORMAL), indent=indent
+        )
 
 
 def events_pane(grid: Grid, rect: Rect, model: DashboardModel, view: ViewState, tabs: bool = False) -> None:
