@@ -25,7 +25,8 @@ from benchmarks.harness import RESULTS
 ROOT = Path(__file__).parents[1]
 NAMES = (
     "speed", "attribution", "replay", "rivals", "datamap", "strategies", "recovery", "checkpoint", "dashboard",
-    "frames", "report", "integrations", "sharded", "clean_runs", "stability", "faults", "continual", "learning",
+    "frames", "report", "integrations", "overhead", "sharded", "clean_runs", "stability", "faults", "continual",
+    "learning",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 RIVALS = (
     "numpy", "scipy", "scikit-learn", "torch", "cpprb", "numba", "lightning", "transformers", "mosaicml", "infobatch",
-    "rich", "tqdm",
+    "rich", "tqdm", "keras", "fastai", "pytorch-ignite",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""What `r8 report` takes for a long run: a million steps, a million samples.
+"""What `r8 report` and `r8 watch` take for a long run: a million steps, a million samples.
 
-    python -m benchmarks.report [--quick]
+    python -m benchmarks.report [--quick] [--steps 10000000 --rounds 1]
 
-The events are those of `r8 demo`, with spikes, rollbacks and checkpoints; the catalog is generated. Limits: 6 MB, 10 s.
+The events are those of `r8 demo`, with spikes, rollbacks and checkpoints; the catalog is generated. Limits: 6 MB, 10 s,
+20 s at ten million steps.
 """
 
 from __future__ import annotations
@@ -35,43 +36,53 @@ def write_run(folder: Path, steps: int) -> None:
     for _, event in DemoRun(epochs=steps // PER_EPOCH, batches=PER_EPOCH, start=1.7e9):
         sink.record(event)
     sink.close()
-    catalog, rng = LossCatalog(steps), np.random.default_rng(0)
+    samples = min(steps, 1_000_000)
+    catalog, rng = LossCatalog(samples), np.random.default_rng(0)
     for epoch in range(3):
-        losses = rng.lognormal(-epoch, 1.0, steps).astype(np.float32)
-        catalog.record(catalog.look_up(np.arange(steps)), losses, epoch)
-    write_catalog(folder, catalog, np.arange(steps) % 10, 3)
+        losses = rng.lognormal(-epoch, 1.0, samples).astype(np.float32)
+        catalog.record(catalog.look_up(np.arange(samples)), losses, epoch)
+    write_catalog(folder, catalog, np.arange(samples) % 10, 3)
 
 
-def run(*, quick: bool = False, rounds: int = 5) -> dict[str, Any]:
+def timed(*arguments: object) -> tuple[float, float, float]:
+    """Run `r8`; return seconds on the wall and of CPU, and megabytes of memory at most."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "learnit_r8", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+
+
+def run(*, quick: bool = False, rounds: int = 5, steps: int = 1_000_000) -> dict[str, Any]:
     """Measure whole processes; `quick`: a tenth of the steps, one round."""
-    steps, rounds = (100_000, 1) if quick else (1_000_000, rounds)
+    steps, rounds = (steps // 10, 1) if quick else (steps, rounds)
     with tempfile.TemporaryDirectory(prefix="r8-report-") as root:
         folder, page = Path(root) / "run", Path(root) / "report.html"
         write_run(folder, steps)
-        wall, cpu = [], []
+        reports, watches = [], []
         for turn in range(rounds):
-            progress(f"report {turn + 1} of {rounds}")
-            start, before = time.perf_counter(), os.times()
-            subprocess.run(
-                [sys.executable, "-m", "learnit_r8", "report", str(folder), "-o", str(page)],
-                check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-            after = os.times()
-            wall.append(time.perf_counter() - start)
-            cpu.append(sum(after[2:4]) - sum(before[2:4]))  # of the children
+            progress(f"report and watch, {turn + 1} of {rounds}")
+            reports.append(timed("report", folder, "-o", page))
+            watches.append(timed("watch", folder, "--json"))
         log = (folder / "events.jsonl").stat().st_size / 1e6
         size = page.stat().st_size / 1e6
+    wall, cpu, memory = (statistics.median(column) for column in zip(*reports, strict=True))
+    watch, _, watch_memory = (statistics.median(column) for column in zip(*watches, strict=True))
     return {
-        "steps": steps, "log_MB": log, "page_MB": size, "wall_s": statistics.median(wall),
-        "slowest_s": max(wall), "cpu_s": statistics.median(cpu), "rounds": rounds, "failed": int(size > 6),
+        "steps": steps, "log_MB": log, "page_MB": size, "wall_s": wall, "slowest_s": max(reports)[0], "cpu_s": cpu,
+        "memory_MB": memory, "watch_s": watch, "watch_memory_MB": watch_memory, "rounds": rounds,
+        "failed": int(size > 6),
     }  # fmt: skip
 
 
 def table(results: dict[str, Any]) -> str:
     return (
-        f"r8 report of {results['steps']:,} steps and as many samples ({results['log_MB']:.0f} MB of events): "
-        f"{results['page_MB']:.2f} MB (limit 6), {results['wall_s']:.1f} s, the slowest {results['slowest_s']:.1f} s "
-        f"(limit 10), {results['cpu_s']:.1f} s of CPU"
+        f"r8 report of {results['steps']:,} steps ({results['log_MB']:.0f} MB of events): {results['page_MB']:.2f} MB "
+        f"(limit 6), {results['wall_s']:.1f} s, the slowest {results['slowest_s']:.1f} s, {results['cpu_s']:.1f} s of "
+        f"CPU, {results['memory_MB']:.0f} MB of memory; r8 watch: {results['watch_s']:.1f} s, "
+        f"{results['watch_memory_MB']:.0f} MB"
     )
 
 

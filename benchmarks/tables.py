@@ -117,6 +117,17 @@ def costs(results: Results) -> str:
     return markdown(["what", "rival", "our time / rival's"], rows)
 
 
+def overhead(results: Results) -> str:
+    """What a whole step costs under each library, beside a bare loop."""
+    found = results["overhead"]["results"]["rivals"]
+    base = found["bare loop"]["cpu_us"]
+    rows = [
+        [name, f"{row['cpu_us']:.0f}", f"{row['cpu_us'] - base:+.0f}", f"{row['cpu_ratio']:.2f}"]
+        for name, row in found.items()
+    ]
+    return markdown(["", "µs a step", "more than the bare loop", "ratio"], rows)
+
+
 def learning(results: Results) -> str:
     """Gains of every strategy on every task."""
     rows = []
@@ -131,5 +142,6 @@ TABLES: dict[str, tuple[Callable[[Results], str], str]] = {
     "rivals": (rivals, "rivals"),
     "front": (front, "rivals"),
     "costs": (costs, "speed"),
+    "overhead": (overhead, "overhead"),
     "learning": (learning, "learning"),
 }

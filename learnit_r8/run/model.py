@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -106,6 +106,7 @@ class DashboardModel:
         self.pace = Pace()
         self._loss, self._surprise, self._lr, self._step_ms = self.series.values()
         self._waiting: list[e.LossReported] = []
+        self._blocks: list[Block] = []
         self._amid = False
 
     def consume(self, event: Any) -> None:
@@ -120,16 +121,17 @@ class DashboardModel:
         for event in events:
             kind = type(event)
             if kind is Block:
+                self._amid = False
                 self._on_block(event)
             elif kind is e.LossReported:
                 self._waiting.append(event)
                 self._amid = False
             elif isinstance(event, e.Event) and kind is not e.BatchIssued:
                 self._amid = kind in _AMID_LOSSES and not _ends_evaluation(event)
-                if self._waiting and not self._amid:
+                if (self._waiting or self._blocks) and not self._amid:
                     self._on_losses()
                 self._on_event(event)
-        if self._waiting and not (later and len(self._waiting) < _BLOCK):
+        if self._blocks or (self._waiting and not (later and len(self._waiting) < _BLOCK)):
             latest = self.last_time
             self._on_losses()
             if self._amid:  # it came after the losses
@@ -217,21 +219,27 @@ class DashboardModel:
     def _on_losses(self) -> None:
         """Take the losses that wait."""
         events, self._waiting = self._waiting, []
-        rows = np.array([*map(_NUMBERS, events)]).T
-        self._on_numbers(rows, events[-1])
+        if events:
+            self._on_numbers(np.array([*map(_NUMBERS, events)]).T, events[-1])
+        blocks, self._blocks = self._blocks, []
+        told = [block for block in blocks if e.LossReported in block.columns]
+        if told:
+            columns = [block.columns[e.LossReported] for block in told]
+            rows = np.array([np.concatenate([some[name] for some in columns]) for name in _COLUMNS])
+            self._on_numbers(rows, cast("e.Event", told[-1].newest(e.LossReported)))
+        if blocks and -LATEST < blocks[-1].time < LATEST:
+            self.last_time = blocks[-1].time
 
     def _on_block(self, block: Block) -> None:
-        """Take what a log says of a stretch of the run."""
+        """Take what a log says of a stretch of the run; its losses wait for those of the next ones."""
         if self._waiting:
             self._on_losses()
-        newest, backup = block.newest(e.LossReported), block.newest(e.BackupTaken)
-        if newest is not None:
-            columns = block.columns[e.LossReported]
-            self._on_numbers(np.array([columns[name] for name in _COLUMNS]), newest)
-        for event in ([] if backup is None else [backup]) + block.events(e.MetricLogged):
+        self._blocks.append(block)
+        backup, metrics = block.newest(e.BackupTaken), block.events(e.MetricLogged)
+        if math.isnan(self.first_time) or any(map(_ends_evaluation, metrics)):
+            self._on_losses()
+        for event in [*([] if backup is None else [backup]), *metrics]:
             self._on_event(event)
-        if -LATEST < block.time < LATEST:
-            self.last_time = block.time
 
     def _on_numbers(self, rows: Floats, newest: e.Event) -> None:
         """Take consecutive losses, rows as `_COLUMNS` has them."""
