@@ -10,7 +10,8 @@ reported of a prompt is minus its mean reward. "uniform" draws every sum equally
 are likely to be mixed (`learnit_r8.strategies.Prompts`). Rollouts are the cost, so both get equally many. Printed are
 the probability of the right answer over all sums, before and after, and the share of uniform's rollouts after which
 "prompts" is where uniform ends. With three seeds it was no gain here (.385 against .415 after 600 steps, deviations of
-.1): addition generalises, so most sums teach much the same. `python -m benchmarks.prompts` has tasks where it pays.
+.1): most sums are equally hard, and few are solved by then, so no rollouts are saved. `python -m benchmarks.prompts`
+has a transformer whose prompts differ, and there it pays.
 Needs: torch, transformers.
 """
 

@@ -15,6 +15,7 @@ from learnit_r8.errors import ConfigError, ProtocolError
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import Balanced, BatchRequest, Mixture, TokenBudget, Weighted
 from learnit_r8.testing.states import round_trip
+from learnit_r8.types import LossReport
 
 N = 600
 LENGTHS = np.random.default_rng(5).integers(1, 200, N)
@@ -160,10 +161,24 @@ def test_each_sample_of_a_source_comes_before_any_comes_twice():
         assert np.ptp(total[np.asarray(part)]) <= 1
 
 
-def test_shares_that_adapt_follow_the_losses_and_keep_their_floor():
+def test_shares_that_adapt_go_where_losses_fall_and_keep_their_floor():
     strategy = Mixture(SOURCES, {"a": 1, "b": 1, "c": 1}, adapt="loss", floor=0.1)
+    assert strategy.pop_decisions() == []  # before each source was heard of
     run(strategy, epochs=10)
-    assert strategy.shares == pytest.approx({"a": 0.1 + 0.7 / 4, "b": 0.1 + 0.7 / 4, "c": 0.1 + 0.7 / 2}, abs=0.01)
+    assert strategy.shares == pytest.approx(dict.fromkeys("abc", 1 / 3), abs=0.01), "no loss falls"
+    strategy = Mixture(SOURCES, {"a": 1, "b": 1, "c": 1}, adapt="loss", floor=0.1)
+    levels = {"a": 2.0, "b": 2.0, "c": 2.0}
+    for _ in range(200):  # a is noise, b is being learned, c is nearly known
+        ids, losses = (np.concatenate(part) for part in zip(*(
+            (SOURCES[name][:4], np.full(4, level, np.float32)) for name, level in levels.items()
+        ), strict=True))  # fmt: skip
+        strategy.observe(LossReport(ids, losses, 1.0, True, 0, 0))
+        levels = {"a": 2.0, "b": 0.6, "c": 0.02}
+    pulls = 0.02 + np.array([0.0, 0.3 * 0.7**2, 0.01 * 0.99**2])
+    assert list(strategy.shares.values()) == pytest.approx(0.1 + 0.7 * pulls / pulls.sum(), abs=0.005)
+    reasons = {decision: why for decision, why, _ in strategy.pop_decisions()}
+    stays = "its loss stays: noise, or too hard yet"
+    assert reasons == {"share of a": stays, "share of b": "follows the losses", "share of c": "follows the losses"}
     greedy = Mixture(SOURCES, adapt=lambda losses: {name: float(loss > 1.5) for name, loss in losses.items()})
     _, scheduler, _ = run(greedy, epochs=10)
     assert greedy.shares == pytest.approx({"a": 0.05, "b": 0.05, "c": 0.9})
