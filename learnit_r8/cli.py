@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,6 @@ from learnit_r8.errors import ConfigError, R8Error
 
 MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141
 _RUN_HELP = "the folder that the run got as log_dir"
-_SPEEDS = (0.01, 1000.0)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,14 +141,10 @@ def _whole(low: int) -> Callable[[str], int]:
 
 
 def _speed(text: str) -> float:
-    low, high = _SPEEDS
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"give a number from {low:g} to {high:g}, not {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0.01 <= (value := float(text)) <= 1000.0:
+            return value
+    raise argparse.ArgumentTypeError(f"give a number from 0.01 to 1000, not {text!r}")
 
 
 def _folders(options: argparse.Namespace) -> list[Path]:
@@ -178,13 +174,19 @@ def _watch(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _needed(command: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError([f'r8 {command} needs {error.name}: pip install "learnit_r8[report]"']) from error
+
+
 def _report(options: argparse.Namespace) -> int:
     from learnit_r8.report.run_data import load_run
 
-    try:
+    with _needed("report"):
         from learnit_r8.report.page import write_report
-    except ImportError as error:
-        raise ConfigError([f'r8 report needs {error.name}: pip install "learnit_r8[report]"']) from error
     _check_folder(options.output)
     describe = None if options.describe is None else _function(options.describe)
     write_report([load_run(folder) for folder in _folders(options)], options.output, describe)
@@ -207,10 +209,8 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    try:
+    with _needed("serve"):
         from learnit_r8.report.serve import Server
-    except ImportError as error:
-        raise ConfigError([f'r8 serve needs {error.name}: pip install "learnit_r8[report]"']) from error
     with Server(_folders(options), options.host, options.port, options.token) as server:
         print(f"{server.url}  (Ctrl-C ends)", flush=True)
         server.serve_forever()
@@ -223,18 +223,16 @@ def _plot(options: argparse.Namespace) -> int:
 
     if options.csv and len(options.runs) > 1:
         raise ConfigError(["--csv writes one run: give one RUN_DIR"])
-    output = options.output or (None if options.csv else Path("plot.png"))
-    if output is not None:
+    output = options.output or Path("plot.png")
+    to_file = not options.csv or options.output is not None
+    if to_file:
         _check_folder(output)
     runs = [load_run(folder) for folder in _folders(options)]
-    if output is None:
-        print(as_csv(runs[0]))
-    elif options.csv:
-        output.write_text(as_csv(runs[0]) + "\n", encoding="utf-8")
-    else:
+    if not options.csv:
         write_png(runs, output)
-    if output is not None:
-        print(output)
+    elif to_file:
+        output.write_text(as_csv(runs[0]) + "\n", encoding="utf-8")
+    print(output if to_file else as_csv(runs[0]))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The directory that checkpoints lie in: what is there, whose it is, what it is called.
+"""The directory that checkpoints lie in: what is there, whose it is, what it is called, and which of them stay.
 
 Several runs may use one directory, one after another. Each checkpoint says in its manifest which run wrote it, and a
 run removes none but its own. Where another run's checkpoints lie, a run's names carry its id, and the file `.run`
@@ -7,11 +7,13 @@ says which run began there last: it may have saved nothing before it died, and i
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ _STALE_SECONDS = 24 * 3600
 """Where there are no locks, temporary files as old as this are nobody's."""
 _ACTIVE: set[Path] = set()
 """Temporary files and directories of this process that are in use: another run, or a signal handler, may save now."""
+MIN_KEEP = 2
+"""The newest checkpoint is not the only one, even when that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,9 @@ class CheckpointDirectory:
             if entry.manifest is None or (again and stamp != self._stamp(name)):
                 if not entry.path.is_dir():
                     continue
-                stamp, entry = self._stamp(name), self._entry(entry.path)
+                stamp, entry = self._stamp(name), Entry(entry.path, None)
+                with suppress(CheckpointError, OSError):
+                    entry = Entry(entry.path, read_manifest(self._fs, entry.path))
             self._read[name] = stamp, entry
         found = [entry for _, entry in self._read.values()]
         return sorted(found, key=lambda e: e.manifest.serial if e.manifest else float("inf"), reverse=True)
@@ -78,11 +84,6 @@ class CheckpointDirectory:
             info = os.stat(f"{self.directory}/{name}/{MANIFEST}")
             return info.st_mtime_ns, info.st_size, info.st_ino
         return ()
-
-    def _entry(self, path: Path) -> Entry:
-        with suppress(CheckpointError, OSError):
-            return Entry(path, read_manifest(self._fs, path))
-        return Entry(path, None)
 
     def own(self, entries: list[Entry] | None = None) -> list[Entry]:
         """Return the entries of this run."""
@@ -159,22 +160,20 @@ class CheckpointDirectory:
         unread = sum(name.startswith("step-") for name in self._fs.names(self.directory)) - len(serials)
         return max(1 + unread + max(serials, default=0), self._begun()[1])
 
-    def _remove_leftovers(self, now: float, exclusive: bool) -> None:
-        """Remove what killed processes left behind: with a lock, nobody else can be writing here."""
-        for name in filter(_TEMPORARY.fullmatch, self._fs.names(self.directory)):
-            path = self.directory / name
-            with suppress(OSError):
-                if path not in _ACTIVE and (exclusive or now - path.lstat().st_mtime > _STALE_SECONDS):
-                    remove_tree(self._fs, path)
-
     def new_temporary(self, *, exclusive: bool) -> Path:
-        """Make a directory for a new checkpoint: `drop` it, or rename it and `leave` it."""
+        """Make a directory for a new checkpoint: `drop` it, or rename it and `leave` it.
+
+        What killed processes left behind is removed: with a lock, nobody else can be writing here.
+        """
         path = self.temporary_path()
         _ACTIVE.add(path)
         try:
             self._fs.make_directory(path)
-            # The file system's own clock, which need not be this machine's.
-            self._remove_leftovers(path.stat().st_mtime, exclusive)
+            now = path.stat().st_mtime  # the file system's own clock, which need not be this machine's
+            for left in map(self.directory.joinpath, filter(_TEMPORARY.fullmatch, self._fs.names(self.directory))):
+                with suppress(OSError):
+                    if left not in _ACTIVE and (exclusive or now - left.lstat().st_mtime > _STALE_SECONDS):
+                        remove_tree(self._fs, left)
         except BaseException:
             self.drop(path)
             raise
@@ -205,11 +204,9 @@ class CheckpointDirectory:
         """Return a path that is not taken yet; `run` is "" where the name need not tell it from another run's."""
         taken = set(self._fs.names(self.directory))
         suffix = "".join(f"-{part}" for part in (run, tag) if part)
-        number, name = 1, f"step-{step:09d}{suffix}"
-        while name in taken:
-            number += 1
-            name = f"step-{step:09d}.{number}{suffix}"
-        return self.directory / name
+        numbers = itertools.chain([""], (f".{i}" for i in itertools.count(2)))
+        names = (f"step-{step:09d}{number}{suffix}" for number in numbers)
+        return self.directory / next(name for name in names if name not in taken)
 
     def _replace(self, path: Path, line: str) -> None:
         """Write a small file so that at any time it holds the old line or the new one."""
@@ -226,6 +223,53 @@ class CheckpointDirectory:
             raise
         finally:
             self.leave(temporary)
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What a run keeps.
+
+    Attributes:
+        newest: How many of the newest, at least `MIN_KEEP`.
+        every: Steps: the first checkpoint at or after each multiple stays. None: none for that reason.
+        best: Name of a logged metric: the checkpoint with its best value stays. None: none for that reason.
+        sign: 1 where higher values of it are better, -1 where lower ones are.
+    """
+
+    newest: int = 3
+    every: int | None = None
+    best: str | None = None
+    sign: int = -1
+
+    def doomed(self, own: Sequence[Entry], metrics: Callable[[Path], Mapping[str, float]]) -> list[Entry]:
+        """Return those that may go.
+
+        Args:
+            own: The run's readable checkpoints, saved last first.
+            metrics: Returns what was logged at a checkpoint's step.
+        """
+        stay = {entry.path for entry in own[: max(self.newest, MIN_KEEP)]}
+        if self.every is not None:
+            last = 0
+            for entry in reversed(own):
+                turn = (entry.manifest.step if entry.manifest else 0) // self.every
+                if turn > last:
+                    last = turn
+                    stay.add(entry.path)
+        best = self.best_of(own, metrics)
+        if best is not None:
+            stay.add(best[1].path)
+        return [entry for entry in own if entry.path not in stay and not (entry.manifest and entry.manifest.tag)]
+
+    def best_of(
+        self, own: Sequence[Entry], metrics: Callable[[Path], Mapping[str, float]]
+    ) -> tuple[float, Entry] | None:
+        """Return the best value of the metric and its checkpoint, the oldest of equal ones; None without one."""
+        if self.best is None:
+            return None
+        values = ((metrics(entry.path).get(self.best, math.nan), entry) for entry in reversed(own))
+        finite = [(value, entry) for value, entry in values if math.isfinite(value)]
+        return max(finite, key=lambda pair: self.sign * pair[0]) if finite else None
 
 
 def new_run() -> str:

@@ -55,7 +55,6 @@ class RemoteStore(CheckpointStore):
         self._known = True
 
     def entries(self, *, again: bool = True) -> list[Entry]:
-        """Return what is in the store, as known; see `CheckpointStore.entries`."""
         if not self._known:
             self.sync()
         return super().entries(again=again)
@@ -107,14 +106,12 @@ class RemoteStore(CheckpointStore):
         return "; it stays under its name"
 
     def begin(self) -> None:
-        """Note that this run begins; see `CheckpointStore.begin`."""
         self.sync()
         super().begin()
         if (self.directory / RUN).exists():
             self._remote.send(RUN)
 
     def add_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
-        """Write down beside a checkpoint what was logged at its step."""
         super().add_metrics(self.directory / path.name, metrics)
         self._remote.send(f"{path.name}/{METRICS}")
 

@@ -164,7 +164,10 @@ class _Decoder:
                 case "$array":
                     return self._array(item)
                 case "$scalar":
-                    return self._scalar(item)
+                    array = self._array(item)
+                    if array.shape != ():
+                        raise CheckpointCorrupt(f"state.json: a scalar has the shape {list(array.shape)}")
+                    return array[()]
                 case "$tuple" if isinstance(item, list):
                     return tuple(self.decode(part, depth + 1) for part in item)
                 case "$float" if isinstance(item, str) and item in _SPECIAL:
@@ -179,12 +182,6 @@ class _Decoder:
         if not key.startswith("$$"):
             raise CheckpointCorrupt(f"state.json has the unknown marker {key!r}")
         return key[1:]
-
-    def _scalar(self, entry: Any) -> Any:
-        array = self._array(entry)
-        if array.shape != ():
-            raise CheckpointCorrupt(f"state.json: a scalar has the shape {list(array.shape)}")
-        return array[()]
 
     def _array(self, entry: Any) -> NDArray[Any]:
         if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str) or entry[0] not in DTYPES:

@@ -156,14 +156,10 @@ def hash_file(fs: FileSystem, path: Path, nbytes: int, pool: Executor, into: Byt
 
     A digest's `result()` raises CheckpointCorrupt where the file ends early, OSError where a read fails.
     """
-    futures = []
-    for offset in range(0, max(nbytes, 1), BLOCK):
-        length = min(BLOCK, nbytes - offset)
-        if into is None:
-            futures.append(pool.submit(_discard_digest, fs, path, offset, length))
-        else:
-            futures.append(pool.submit(_digest, fs, path, offset, [into[offset : offset + length]], compare=False))
-    return futures
+    blocks = [(offset, min(BLOCK, nbytes - offset)) for offset in range(0, max(nbytes, 1), BLOCK)]
+    if into is None:
+        return [pool.submit(_discard_digest, fs, path, *block) for block in blocks]
+    return [pool.submit(_digest, fs, path, at, [into[at : at + size]], compare=False) for at, size in blocks]
 
 
 def regular_size(root: Path, name: str) -> int:

@@ -22,19 +22,19 @@ Reading needs no lock. Several runs may use a directory: see `directory.py`.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from learnit_r8.checkpoint.background import ALONE
-from learnit_r8.checkpoint.directory import CheckpointDirectory, Entry
+from learnit_r8.checkpoint.directory import CheckpointDirectory, Entry, Retention
 from learnit_r8.checkpoint.manifest import (
     ARRAYS,
     MODEL,
@@ -45,25 +45,12 @@ from learnit_r8.checkpoint.manifest import (
     read_manifest,
 )
 from learnit_r8.checkpoint.remote import shown
-from learnit_r8.checkpoint.retention import Retention
 from learnit_r8.checkpoint.state_codec import decode, encode
 from learnit_r8.checkpoint.storage import Bytes, FileRecord, FileSystem, hash_file, regular_size
-from learnit_r8.checkpoint.writing import Later, call_writer, fill, hashing_threads, reported, write_manifest
+from learnit_r8.checkpoint.writing import call_writer, fill, hashing_threads, reported, write_manifest
 from learnit_r8.errors import CheckpointCorrupt, CheckpointError, ConfigError
 
 _TAG = re.compile(r"\w{0,40}", re.ASCII)
-
-
-class _Begun(NamedTuple):
-    """A checkpoint whose model the user's function has written, or copied."""
-
-    path: Path  # a temporary directory
-    step: int
-    tag: str
-    start: float
-    state: tuple[bytes, list[Bytes]]  # what `encode` returned
-    has_writer: bool
-    later: Later | None
 
 
 class CheckpointStore(CheckpointDirectory):
@@ -164,14 +151,18 @@ class CheckpointStore(CheckpointDirectory):
             path = self.new_temporary(exclusive=self.open())
         with self._dropped_where_it_fails(path):
             later = None if write_model is None else call_writer(write_model, path / MODEL)
-        return partial(self._finish, _Begun(path, step, tag, start, (text, segments), write_model is not None, later))
 
-    def _finish(self, begun: _Begun) -> SavedCheckpoint:
-        with self._dropped_where_it_fails(begun.path), self._saving(begun.step):
-            files = fill(self._fs, begun.path, *begun.state, begun.later)
-            with ALONE:
-                saved = self._commit(begun, files)
-            return self._publish(begun.step, saved)
+        def finish() -> SavedCheckpoint:
+            with self._dropped_where_it_fails(path), self._saving(step):
+                files = fill(self._fs, path, text, segments, later)
+                with ALONE:
+                    manifest, final, problems = self._commit(path, step, tag, files)
+                if write_model is not None and not manifest.holds_model:
+                    problems += ["save_callback wrote nothing to the path that it got: the checkpoint holds no model"]
+                saved = SavedCheckpoint(final, manifest.nbytes, self._clock() - start, tuple(problems))
+                return self._publish(step, saved)
+
+        return finish
 
     @contextmanager
     def _dropped_where_it_fails(self, path: Path) -> Iterator[None]:
@@ -196,22 +187,30 @@ class CheckpointStore(CheckpointDirectory):
         """Do what is left once a checkpoint lies in the directory."""
         return saved
 
-    def _commit(self, begun: _Begun, files: dict[str, FileRecord]) -> SavedCheckpoint:
-        """Make a checkpoint of a filled directory, and remove what need not stay."""
+    def _commit(
+        self, filled: Path, step: int, tag: str, files: dict[str, FileRecord]
+    ) -> tuple[Manifest, Path, list[str]]:
+        """Make a checkpoint of a filled directory, and remove what need not stay; return what went wrong with that."""
         before = self.entries(again=False)
         serial = self.next_serial(before)
         strangers = any(entry.manifest is None or entry.manifest.run != self.run for entry in before)
-        manifest = Manifest(begun.step, serial, begun.tag, self.version, files, self.run)
-        write_manifest(self._fs, begun.path, manifest)
-        path = self.free_name(begun.step, self.run if strangers or self.always_labelled else "", begun.tag)
-        self._fs.rename(begun.path, path)
-        self.leave(begun.path)
+        manifest = Manifest(step, serial, tag, self.version, files, self.run)
+        write_manifest(self._fs, filled, manifest)
+        path = self.free_name(step, self.run if strangers or self.always_labelled else "", tag)
+        self._fs.rename(filled, path)
+        self.leave(filled)
         self._fs.sync_directory(self.directory)
-        problems = self._strangers(serial, before) + self._tidy(path, manifest, before)
+        problems = self._tidy(path, manifest, before)
+        # Someone else has saved here since the last save: the lock keeps other processes out only.
+        between = range((self._last_serial or serial) + 1, serial)
+        if any(entry.manifest and entry.manifest.serial in between for entry in before):
+            problems.insert(
+                0,
+                f"another scheduler of this process saves into {self.directory} too; to resume from the directory "
+                "means the one that saved last: give each a checkpoint_dir of its own",
+            )
         self._last_serial = serial
-        if begun.has_writer and not manifest.holds_model:
-            problems += ("save_callback wrote nothing to the path that it got: the checkpoint holds no model",)
-        return SavedCheckpoint(path, manifest.nbytes, self._clock() - begun.start, problems)
+        return manifest, path, problems
 
     def load(self, path: str | Path) -> LoadedCheckpoint:
         """Read one checkpoint and verify every byte that its manifest names.
@@ -279,28 +278,17 @@ class CheckpointStore(CheckpointDirectory):
         return None
 
     def _set_aside(self, path: Path) -> str:
-        target = path.with_name(f"{path.name}.corrupt")
-        number = 1
-        while target.exists():
-            number += 1
-            target = path.with_name(f"{path.name}.corrupt{number}")
+        targets = (
+            path.with_name(f"{path.name}.corrupt{number}") for number in itertools.chain([""], itertools.count(2))
+        )
+        target = next(target for target in targets if not target.exists())
         try:
             self._fs.rename(path, target)
         except OSError as error:
             return f"; it stays under its name ({error})"
         return f"; it is now {target.name}"
 
-    def _strangers(self, serial: int, entries: list[Entry]) -> tuple[str, ...]:
-        """Say so when someone else has saved here since the last save: the lock keeps other processes out only."""
-        between = range((self._last_serial or serial) + 1, serial)
-        if not any(entry.manifest and entry.manifest.serial in between for entry in entries):
-            return ()
-        return (
-            f"another scheduler of this process saves into {self.directory} too; to resume from the directory means "
-            "the one that saved last: give each a checkpoint_dir of its own",
-        )
-
-    def _tidy(self, path: Path, manifest: Manifest, before: list[Entry]) -> tuple[str, ...]:
+    def _tidy(self, path: Path, manifest: Manifest, before: list[Entry]) -> list[str]:
         """Move `latest`, and remove the run's old checkpoints if the new one is really there."""
         problems = []
         try:
@@ -318,7 +306,7 @@ class CheckpointStore(CheckpointDirectory):
                 self.discard(entry.path)
         except (OSError, CheckpointError) as error:
             problems.append(f"older checkpoints were not removed: {error}")
-        return tuple(problems)
+        return problems
 
     # Whose the directory is ---------------------------------------------------------------
 

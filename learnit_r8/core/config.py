@@ -28,14 +28,18 @@ MAX_SAMPLES = 2**32 - 1
 class Problems(list[str]):
     """Collects one sentence per bad argument; `raise_if_any` turns them into one ConfigError."""
 
+    def must(self, name: str, wanted: str, value: Any, holds: bool) -> bool:
+        """Note what an argument must be, unless it holds; return whether it does."""
+        if not holds:
+            self.append(f"{name} must be {wanted}, got {value!r}")
+        return holds
+
     def integer(self, name: str, value: Any, low: int, high: int | None = None) -> int:
         """Check a whole number; numpy integers count, bools do not."""
         good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if good and value >= low and (high is None or value <= high):
-            return int(value)
+        good = good and value >= low and (high is None or value <= high)
         bounds = f">= {low}" if high is None else f"from {low} to {high}"
-        self.append(f"{name} must be a whole number {bounds}, got {value!r}")
-        return low
+        return int(value) if self.must(name, f"a whole number {bounds}", value, good) else low
 
     def positive(self, name: str, value: Any) -> float:
         """Check a finite number above 0."""
@@ -44,51 +48,34 @@ class Problems(list[str]):
     def real(self, name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
         """Check a finite number within bounds; `open_low` excludes the lower one."""
         number = _as_float(value)
-        if number is not None and math.isfinite(number) and low <= number <= high and not (open_low and number == low):
-            return number
-        bounds = f"> {low:g}" if open_low else f">= {low:g}"
-        if high != math.inf:
-            bounds += f" and <= {high:g}"
-        self.append(f"{name} must be a finite number {bounds}, got {value!r}")
-        return low
+        good = math.isfinite(number) and low <= number <= high and not (open_low and number == low)
+        bounds = (f"> {low:g}" if open_low else f">= {low:g}") + (f" and <= {high:g}" if high != math.inf else "")
+        return number if self.must(name, f"a finite number {bounds}", value, good) else low
 
     def flag(self, name: str, value: Any) -> bool:
         """Check a bool (numpy's too)."""
-        if type(value).__name__ in {"bool", "bool_"}:
-            return bool(value)
-        self.append(f"{name} must be True or False, got {value!r}")
-        return False
+        return self.must(name, "True or False", value, type(value).__name__ in {"bool", "bool_"}) and bool(value)
 
     def choice(self, name: str, value: Any, allowed: Sequence[str]) -> str:
         """Check one of several names."""
-        if isinstance(value, str) and value in allowed:
-            return value
-        self.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        return allowed[0]
+        good = isinstance(value, str) and value in allowed
+        wanted = f"one of {', '.join(map(repr, allowed))}"
+        return value if self.must(name, wanted, value, good) else allowed[0]
 
     def function(self, name: str, value: Any) -> Callable[..., Any] | None:
         """Check a callable or None."""
-        if value is None or callable(value):
-            return value  # type: ignore[no-any-return]
-        self.append(f"{name} must be a function or None, got {value!r}")
-        return None
+        return value if self.must(name, "a function or None", value, value is None or callable(value)) else None
 
     def path(self, name: str, value: Any) -> Path | None:
         """Check a path or None."""
-        if value is None:
-            return None
-        if isinstance(value, (str, Path)) and str(value).strip():
-            return Path(value)
-        self.append(f"{name} must be a path or None, got {value!r}")
-        return None
+        good = value is None or (isinstance(value, (str, Path)) and str(value).strip() != "")
+        return Path(value) if self.must(name, "a path or None", value, good) and value is not None else None
 
     def steps_or(self, name: str, value: Any, word: str) -> int | str | None:
         """Check how often something is done: a number of steps, a word, or None for never."""
-        if value is None or value == word:
-            return value  # type: ignore[no-any-return]
-        if isinstance(value, str):
-            self.append(f'{name} must be "{word}", a number of steps >= 1 or None, got {value!r}')
-            return None
+        if value is None or isinstance(value, str):
+            wanted = f'"{word}", a number of steps >= 1 or None'
+            return value if self.must(name, wanted, value, value in {None, word}) else None
         return self.integer(name, value, 1)
 
     def cadence(self, name: str, value: Any, directory: Any) -> str | int | None:
@@ -102,8 +89,8 @@ class Problems(list[str]):
         if value is None:
             return None
         pair = (value, "") if isinstance(value, str) else value
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            self.append(f'{name} must be the name of a logged metric, or (name, "min" or "max"), got {value!r}')
+        good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        if not self.must(name, 'the name of a logged metric, or (name, "min" or "max")', value, good):
             return None
         if not isinstance(value, str) and pair[1] not in ("min", "max"):
             self.append(f'{name} must end in "min" or "max", got {value!r}')
@@ -111,9 +98,10 @@ class Problems(list[str]):
 
     def clip(self, name: str, value: Any) -> float | str:
         """Check what gradients are clipped at: a number above 0 or "auto"."""
-        if isinstance(value, str) and value != "auto":
-            self.append(f'{name} must be a number > 0, "auto" or None, got {value!r}')
-        return value if isinstance(value, str) else self.positive(name, value)
+        if not isinstance(value, str):
+            return self.positive(name, value)
+        self.must(name, 'a number > 0, "auto" or None', value, value == "auto")
+        return value
 
     def raise_if_any(self) -> None:
         """Raise one ConfigError that lists every problem, if there is one."""
@@ -290,8 +278,8 @@ class Checkpoints:
             problems.append("keep_best and keep_every need a dir, got None")
         names = () if isinstance(self.signals, str) else tuple(self.signals)
         unknown = [name for name in names if name not in SIGNALS]
-        if isinstance(self.signals, str) or unknown:
-            problems.append(f"signals must be some of {', '.join(SIGNALS)}, got {self.signals!r}")
+        good = not isinstance(self.signals, str) and not unknown
+        problems.must("signals", f"some of {', '.join(SIGNALS)}", self.signals, good)
         object.__setattr__(self, "signals", names)
         problems.raise_if_any()
 
@@ -343,8 +331,9 @@ class Evaluation:
         problems = Problems()
         problems.function("run", self.run)
         problems.steps_or("every", self.every, "epoch")
-        if not isinstance(self.metric, str) or not self.metric:
-            problems.append(f"metric must be the name of a logged number, got {self.metric!r}")
+        problems.must(
+            "metric", "the name of a logged number", self.metric, isinstance(self.metric, str) and self.metric != ""
+        )
         problems.choice("mode", self.mode, ("auto", "min", "max"))
         problems.choice("on_divergence", self.on_divergence, ("stop", "restore"))
         problems.real("min_delta", self.min_delta, 0.0)
@@ -374,10 +363,11 @@ class Evaluation:
         } | {"again": self.run is not None or self.ema is not None}
 
 
-def _as_float(value: Any) -> float | None:
+def _as_float(value: Any) -> float:
+    """Return a number as a float, NaN for what is none."""
     if isinstance(value, (bool, str, bytes)) or type(value).__name__ == "bool_":
-        return None
+        return math.nan
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
+        return math.nan

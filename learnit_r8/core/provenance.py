@@ -20,13 +20,10 @@ def packages() -> dict[str, str]:
     """Return the versions of the packages that are loaded, as far as these say."""
     found = {}
     for name, module in sorted(sys.modules.copy().items()):
-        version = (
-            None
-            if "." in name or name in sys.stdlib_module_names
-            else getattr(module, "__dict__", {}).get("__version__")
-        )
-        if isinstance(version, str) and not name.startswith("_"):
-            found[name] = version
+        if "." not in name and name not in sys.stdlib_module_names and not name.startswith("_"):
+            version = getattr(module, "__dict__", {}).get("__version__")
+            if isinstance(version, str):
+                found[name] = version
     return found
 
 

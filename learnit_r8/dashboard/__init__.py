@@ -43,6 +43,7 @@ def open_dashboard(
     Raises:
         ConfigError: `ui` is none of the five.
     """
+    from learnit_r8.core.config import UI_NAMES
     from learnit_r8.dashboard.displays import choice
 
     env = os.environ if environment is None else environment
@@ -59,7 +60,7 @@ def open_dashboard(
         # That "auto" writes plain lines into a pipe needs no explanation; that a wish was not met does, and a terminal.
         reason = "" if wanted == "auto" and chosen.name == "log" and not around.stdout_tty else chosen.reason
         asked = env.get("R8_UI", "").strip()
-        if asked and asked.lower() not in choice.UI_NAMES:
-            reason = f"R8_UI={asked} is none of {', '.join(choice.UI_NAMES)}"
+        if asked and asked.lower() not in UI_NAMES:
+            reason = f"R8_UI={asked} is none of {', '.join(UI_NAMES)}"
         console = None if log_dir is None else Path(log_dir) / "console.log"
         return Dashboard(chosen.name, around, env, clock, reason=reason, readonly=readonly, console=console)

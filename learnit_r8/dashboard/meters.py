@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,84 +24,74 @@ class Gpu(NamedTuple):
     total: int
 
 
-class _Meter(Generic[_Row]):
+class Meter(Generic[_Row]):
     """Takes readings at most every two seconds; none for ever once that has failed (no package, a lost device)."""
 
-    _readings: tuple[_Row, ...] = ()
-    _next = 0.0
+    def __init__(self, measure: Callable[..., Iterator[_Row]]) -> None:
+        self._measure = measure
+        self._readings: tuple[_Row, ...] = ()
+        self._next = 0.0
 
-    def read(self) -> tuple[_Row, ...]:
-        """Return the newest readings."""
+    def read(self, *place: str) -> tuple[_Row, ...]:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _SECONDS
             try:
-                self._readings = tuple(self._measure())
+                self._readings = tuple(self._measure(*place))
             except Exception:
                 self._readings, self._next = (), float("inf")
         return self._readings
 
-    def _measure(self) -> Iterable[_Row]:
-        raise NotImplementedError
 
-
-class GpuMeter(_Meter[Gpu]):
-    """Reads the GPUs that this process may use, where `nvidia-ml-py` is installed.
+def gpu_meter(environment: Mapping[str, str]) -> Meter[Gpu]:
+    """Return what reads the GPUs that this process may use, where `nvidia-ml-py` is installed.
 
     Args:
         environment: CUDA_VISIBLE_DEVICES names them, by number or UUID; of several, LOCAL_RANK picks one.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._visible = environment.get("CUDA_VISIBLE_DEVICES")
-        self._rank = environment.get("LOCAL_RANK", "")
-        self._devices: list[Any] | None = None
+    @cache
+    def devices(nvml: Any) -> list[Any]:
+        nvml.nvmlInit()
+        visible, rank = environment.get("CUDA_VISIBLE_DEVICES"), environment.get("LOCAL_RANK", "")
+        if visible is None:
+            visible = ",".join(map(str, range(min(_MOST, nvml.nvmlDeviceGetCount()))))
+        names = list(filter(None, map(str.strip, visible.split(","))))
+        if rank.isdigit() and int(rank) < len(names):
+            names = [names[int(rank)]]
+        by_number, by_uuid = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
+        return [by_number(int(name)) if name.isdigit() else by_uuid(name) for name in names]
 
-    def _measure(self) -> Iterable[Gpu]:
+    def measure() -> Iterator[Gpu]:
         import pynvml as nvml
 
-        if self._devices is None:
-            nvml.nvmlInit()
-            self._devices = self._own(nvml)
-        for device in self._devices:
+        for device in devices(nvml):
             memory = nvml.nvmlDeviceGetMemoryInfo(device)
             busy = nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
             celsius = nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
             yield Gpu(nvml.nvmlDeviceGetIndex(device), busy, celsius, memory.used, memory.total)
 
-    def _own(self, nvml: Any) -> list[Any]:
-        if self._visible is None:
-            names = list(map(str, range(min(_MOST, nvml.nvmlDeviceGetCount()))))
-        else:
-            names = list(filter(None, map(str.strip, self._visible.split(","))))
-        if self._rank.isdigit() and int(self._rank) < len(names):
-            names = [names[int(self._rank)]]
-        return [
-            nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
-            for name in names
-        ]
+    return Meter(measure)
 
 
-class HostMeter(_Meter[tuple[str, str]]):
-    """Reads the machine's load as (label, text) rows, where `psutil` is installed.
+def host(folder: str) -> Iterator[tuple[str, str]]:
+    """Yield the machine's load as (label, text) rows, where `psutil` is installed; the disk is the folder's."""
+    import psutil
 
-    Attributes:
-        folder: The disk that is looked at is this folder's.
-    """
+    process = _this_process()
+    memory, own = psutil.virtual_memory(), process.memory_info().rss
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    yield "cpu", f"{psutil.cpu_percent():.0f}% of {os.cpu_count()}   this run {process.cpu_percent():.0f}%"
+    yield "ram", f"{memory.used / 2**30:.1f}/{memory.total / 2**30:.1f}G   this run {own / 2**30:.2f}G"
+    yield "disk", f"{psutil.disk_usage(str(place)).free / 2**30:.0f}G free for checkpoints"
 
-    folder = "."
-    _process: Any = None
 
-    def _measure(self) -> Iterable[tuple[str, str]]:
-        import psutil
+@cache
+def _this_process() -> Any:
+    import psutil
 
-        if self._process is None:
-            self._process = psutil.Process()
-            self._process.cpu_percent()
-            psutil.cpu_percent()
-        memory, own = psutil.virtual_memory(), self._process.memory_info().rss
-        place = Path(self.folder).absolute()
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        yield "cpu", f"{psutil.cpu_percent():.0f}% of {os.cpu_count()}   this run {self._process.cpu_percent():.0f}%"
-        yield "ram", f"{memory.used / 2**30:.1f}/{memory.total / 2**30:.1f}G   this run {own / 2**30:.2f}G"
-        yield "disk", f"{psutil.disk_usage(str(place)).free / 2**30:.0f}G free for checkpoints"
+    process = psutil.Process()
+    process.cpu_percent()  # the first call of each says nothing
+    psutil.cpu_percent()
+    return process

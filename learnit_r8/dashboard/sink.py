@@ -29,10 +29,9 @@ from learnit_r8.dashboard.displays.choice import Surroundings, below, default_gl
 from learnit_r8.dashboard.displays.display import Detach, Display
 from learnit_r8.dashboard.displays.log_lines import LogLines
 from learnit_r8.dashboard.displays.summary import summary_text
-from learnit_r8.dashboard.terminal.board import TerminalGone
+from learnit_r8.dashboard.terminal.board import TerminalGone, Waker
 from learnit_r8.dashboard.terminal.hooks import TalkHooks
 from learnit_r8.dashboard.terminal.outflow import Outlet
-from learnit_r8.dashboard.terminal.waker import Waker
 from learnit_r8.events import Event, Notice
 from learnit_r8.run.model import DashboardModel
 from learnit_r8.types import Command
@@ -102,7 +101,6 @@ class Dashboard:
 
     @property
     def name(self) -> str:
-        """The display that is shown now."""
         return self._display.name
 
     @contextlib.contextmanager
@@ -171,14 +169,12 @@ class Dashboard:
             except Detach:
                 self._detached, self._continued = True, False
                 self._change_display("log")
-            except TerminalGone as error:
-                self.fault = f"{type(error).__name__}: {error}"
-                self._change_display("off", gone=True)
             except Exception as error:
-                self.fault = f"{type(error).__name__}: {error}"
-                name = below(self.name, self._around)
-                self._notice(f"dashboard: {self.name} gave way to {name} ({self.fault})", "warning")
-                self._change_display(name)
+                self.fault, gone = f"{type(error).__name__}: {error}", isinstance(error, TerminalGone)
+                name = "off" if gone else below(self.name, self._around)
+                if not gone:
+                    self._notice(f"dashboard: {self.name} gave way to {name} ({self.fault})", "warning")
+                self._change_display(name, gone)
             else:
                 return
 
@@ -238,25 +234,26 @@ class Dashboard:
                 return display
 
     def _built(self, name: str) -> Display:
-        if name == "off":
-            return Display()
-        if name == "log":
-            out = Outlet()
-            if self._detached:
-                back = "; Ctrl-Z and fg: back" if hasattr(signal, "SIGCONT") else ""
-                out.line(f"r8: view closed, training goes on and tells its news here{back}")
-            return LogLines(out, self._clock(), quiet=self._detached)
-        if name == "notebook":
-            from learnit_r8.dashboard.displays.notebook import Notebook
+        match name:
+            case "log":
+                out = Outlet()
+                if self._detached:
+                    back = "; Ctrl-Z and fg: back" if hasattr(signal, "SIGCONT") else ""
+                    out.line(f"r8: view closed, training goes on and tells its news here{back}")
+                return LogLines(out, self._clock(), quiet=self._detached)
+            case "notebook":
+                from learnit_r8.dashboard.displays.notebook import Notebook
 
-            return Notebook()
-        if name == "rich":
-            from learnit_r8.dashboard.displays.rich_live import RichLive
+                return Notebook()
+            case "rich":
+                from learnit_r8.dashboard.displays.rich_live import RichLive
 
-            return RichLive("ascii" if default_glyphs(self._environment) == "ascii" else "blocks", self._console)
-        from learnit_r8.dashboard.displays.screen import Screen
+                return RichLive("ascii" if default_glyphs(self._environment) == "ascii" else "blocks", self._console)
+            case "curses":
+                from learnit_r8.dashboard.displays.screen import Screen
 
-        return Screen(self._environment, self.commands, self._console, self._readonly, self._clock())
+                return Screen(self._environment, self.commands, self._console, self._readonly, self._clock())
+        return Display()
 
     def _notice(self, message: str, level: str) -> None:
         self._queue.append(Notice(time=self._clock(), step=self.model.step, message=message, level=level))

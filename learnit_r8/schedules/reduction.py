@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from learnit_r8.core.config import Problems
 from learnit_r8.core.state import Saved, finite, table
@@ -11,36 +11,7 @@ from learnit_r8.core.state import Saved, finite, table
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """What `plateau` returns: as a shape it is constant; the scheduler lowers the rate as the metric says."""
-
-    metric: str
-    mode: str
-    factor: float
-    patience: int
-    threshold: float
-    min_lr: float
-    threshold_mode: str
-    cooldown: int
-    eps: float
-
-    def __call__(self, progress: float) -> float:
-        """Return 1: nothing follows from progress."""
-        return 1.0
-
-
-def plateau(
-    metric: str = "val_loss",
-    mode: str = "min",
-    factor: float = 0.1,
-    patience: int = 10,
-    threshold: float = 1e-4,
-    min_lr: float = 0.0,
-    *,
-    threshold_mode: str = "rel",
-    cooldown: int = 0,
-    eps: float = 1e-8,
-) -> Plateau:
-    """Return a `scheduler_mode` that lowers the learning rate where a metric no longer improves.
+    """A `scheduler_mode` that lowers the learning rate where a metric no longer improves.
 
     Words and defaults are those of `torch.optim.lr_scheduler.ReduceLROnPlateau`. Each value that is given to
     `R8Scheduler.log` under the metric's name counts as one of its epochs. Warm-up comes first, as with every schedule.
@@ -59,20 +30,38 @@ def plateau(
     Raises:
         ConfigError: All that is wrong.
     """
-    problems = Problems()
-    if not isinstance(metric, str) or not metric:
-        problems.append(f"metric must be the name of a logged number, got {metric!r}")
-    problems.choice("mode", mode, ("min", "max"))
-    if problems.positive("factor", factor) >= 1.0:
-        problems.append(f"factor must be below 1, got {factor!r}")
-    problems.integer("patience", patience, 0)
-    problems.real("threshold", threshold, 0.0)
-    problems.real("min_lr", min_lr, 0.0)
-    problems.choice("threshold_mode", threshold_mode, ("rel", "abs"))
-    problems.integer("cooldown", cooldown, 0)
-    problems.real("eps", eps, 0.0)
-    problems.raise_if_any()
-    return Plateau(metric, mode, factor, patience, threshold, min_lr, threshold_mode, cooldown, eps)
+
+    metric: str = "val_loss"
+    mode: str = "min"
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    min_lr: float = 0.0
+    _: KW_ONLY
+    threshold_mode: str = "rel"
+    cooldown: int = 0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        named = isinstance(self.metric, str) and self.metric != ""
+        problems.must("metric", "the name of a logged number", self.metric, named)
+        problems.choice("mode", self.mode, ("min", "max"))
+        problems.must("factor", "below 1", self.factor, problems.positive("factor", self.factor) < 1.0)
+        problems.choice("threshold_mode", self.threshold_mode, ("rel", "abs"))
+        for name in ("patience", "cooldown"):
+            problems.integer(name, getattr(self, name), 0)
+        for name in ("threshold", "min_lr", "eps"):
+            problems.real(name, getattr(self, name), 0.0)
+        problems.raise_if_any()
+
+    def __call__(self, progress: float) -> float:
+        """Return 1: as a shape it is constant, and the scheduler lowers the rate as the metric says."""
+        return 1.0
+
+
+plateau = Plateau
+"""`Plateau`, spelled as the other shapes are."""
 
 
 class Reduction(Saved):

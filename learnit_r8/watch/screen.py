@@ -10,8 +10,7 @@ from learnit_r8.dashboard.displays.display import Detach
 from learnit_r8.dashboard.displays.screen import Screen
 from learnit_r8.dashboard.drawing.render import Scene, render
 from learnit_r8.dashboard.keys import ViewState
-from learnit_r8.dashboard.terminal.board import TerminalGone
-from learnit_r8.dashboard.terminal.waker import Waker
+from learnit_r8.dashboard.terminal.board import TerminalGone, Waker
 from learnit_r8.errors import ConfigError
 from learnit_r8.watch.run import WatchedRun
 

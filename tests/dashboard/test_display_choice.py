@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learnit_r8.core.config import UI_NAMES
 from learnit_r8.dashboard import open_dashboard
 from learnit_r8.dashboard.demo import DemoRun
-from learnit_r8.dashboard.displays.choice import UI_NAMES, Choice, Surroundings, below, choose, wanted_ui
+from learnit_r8.dashboard.displays.choice import Choice, Surroundings, below, choose, wanted_ui
 from learnit_r8.dashboard.displays.log_lines import BURST, LogLines, Outlet
 from learnit_r8.dashboard.frame_rate import NORMAL, FrameRate
 from learnit_r8.dashboard.terminal.keyboard import KeyDecoder
@@ -37,7 +38,7 @@ PIPE = Surroundings(stdin_tty=False, stdout_tty=False, foreground=False)
         ("auto", {"stdin_tty": False}, "rich", "standard input"),
         ("auto", {"main_thread": False}, "rich", "main thread"),
         ("auto", {"has_curses": False}, "rich", "redirect curses"),
-        ("auto", {"has_curses": False, "has_rich": False}, "log", "redirect curses"),
+        ("auto", {"has_curses": False, "posix": False}, "log", "redirect curses"),
         ("auto", {"stdout_tty": False}, "log", "standard output is not"),
         ("auto", {"foreground": False}, "log", "background"),
         ("auto", {"term_problem": "TERM is not set"}, "log", "TERM is not set"),
@@ -67,7 +68,6 @@ FLAGS = [
     "notebook",
     "ci",
     "has_curses",
-    "has_rich",
 ]
 
 

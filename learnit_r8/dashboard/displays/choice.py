@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from learnit_r8.core.config import UI_NAMES
 from learnit_r8.dashboard.terminal.board import POSIX
 from learnit_r8.errors import ConfigError
 
 _CURSES = importlib.util.find_spec("_curses") is not None
-UI_NAMES = ("auto", "curses", "rich", "log", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,6 @@ class Surroundings:
     pytest: bool = False  # a test of pytest is running
     rank: int = 0  # number of this process among several
     has_curses: bool = True  # the curses library and what it needs of the C library are there
-    has_rich: bool = True  # the rich package is installed
 
 
 class Choice(NamedTuple):
@@ -50,10 +49,7 @@ class Choice(NamedTuple):
 
 
 _ASCII_TERMS = ("linux", "vt", "ansi", "dumb", "cons25", "sun")
-_DRAWABLE = (
-    ("stdout_tty", "standard output is not a terminal"),
-    ("foreground", "the process runs in the background"),
-)
+_DRAWABLE = (("stdout_tty", "standard output is not a terminal"), ("foreground", "the process runs in the background"))
 _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "curses": (
         *_DRAWABLE,
@@ -61,17 +57,12 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("has_curses", "this Python or C library cannot redirect curses"),
         ("main_thread", "the dashboard was opened outside the main thread"),
     ),
-    "rich": (
-        ("posix", "the rich display needs a POSIX terminal"),
-        *_DRAWABLE,
-        ("has_rich", "the rich package is missing"),
-    ),
+    "rich": (("posix", "the rich display needs a POSIX terminal"), *_DRAWABLE),
     "notebook": (("notebook", "there is no notebook"),),
     "log": (("stdout_open", "standard output is closed"),),
     "off": (),
 }
-_ORDER = ("curses", "rich", "log", "off")
-_BELOW = {name: _ORDER[i:] for i, name in enumerate(_ORDER)} | {"notebook": ("notebook", *_ORDER[2:])}
+_BELOW = {"curses": ("rich", "log"), "notebook": ("log",), "rich": ("log",), "log": (), "off": ()}
 # Environments in which "auto" starts lower: (fact, best display, reason). The first that holds decides.
 _AUTO_STARTS: tuple[tuple[str, str, str], ...] = (
     ("rank", "off", "only rank 0 shows a dashboard"),
@@ -103,7 +94,7 @@ def choose(ui: str, around: Surroundings) -> Choice:
 
 def below(name: str, around: Surroundings) -> str:
     """Return the next display after `name` whose needs are met."""
-    return next((lower for lower in _BELOW[name][1:] if not _problem(lower, around)), "off")
+    return next((lower for lower in _BELOW[name] if not _problem(lower, around)), "off")
 
 
 def _problem(name: str, around: Surroundings) -> str:
@@ -114,6 +105,8 @@ def _problem(name: str, around: Surroundings) -> str:
 def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
     """Return the facts about this process, its streams and its terminal."""
     term = env.get("TERM", "")
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
     stdout_tty = is_tty(sys.stdout) and is_tty(sys.__stdout__)
     return Surroundings(
         posix=POSIX,
@@ -124,12 +117,12 @@ def look(env: Mapping[str, str], rank: int = 0) -> Surroundings:
         term_problem=_term_problem(term) if stdout_tty and POSIX else "",
         foreground=stdout_tty and (not POSIX or _in_foreground()),
         main_thread=not POSIX or threading.current_thread() is threading.main_thread(),
-        notebook=_in_notebook(),
+        # Colab's, Databricks' and Spyder's shells are children of Jupyter's.
+        notebook=any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__),
         ci=env.get("CI", "").lower() not in {"", "0", "false"},
         pytest="PYTEST_CURRENT_TEST" in env,
         rank=rank,
         has_curses=_has_curses(),
-        has_rich=importlib.util.find_spec("rich") is not None,
     )
 
 
@@ -177,10 +170,3 @@ def is_tty(stream: Any) -> bool:
         return stream is not None and os.isatty(stream.fileno())
     except (AttributeError, OSError, ValueError):
         return False
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
-    # Colab's, Databricks' and Spyder's shells are children of Jupyter's.
-    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)

@@ -27,12 +27,10 @@ _NEVER_QUIET = {Style.BAD, Style.WARN, Style.TITLE}
 """Styles of news that are faults, what became of them, or the run's own beginning and end."""
 
 
-def event_line(event: Event) -> str | None:
-    """Return an event as one plain line, None for one that is no news by itself."""
+def event_line(event: Event) -> str:
+    """Return an event as one plain line; "" for one that is no news by itself."""
     news = entry(event)
-    if news is None:
-        return None
-    return f"r8 {f.of_day(event.time, None)} step {event.step} {news.kind}: {plain(news.text)}"
+    return f"r8 {f.of_day(event.time, None)} step {event.step} {news.kind}: {plain(news.text)}" if news else ""
 
 
 def status_line(model: DashboardModel, now: float) -> str:
@@ -62,30 +60,25 @@ class LogLines(Display):
         self._step = -1
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
-        """Write what is due."""
         for event in fresh:
             news = entry(event)
             if news is None or (self._quiet and news.style not in _NEVER_QUIET):
                 continue
             self._burst[news.kind] += 1
             if self._burst[news.kind] <= BURST:
-                self._out.line(event_line(event) or "")
+                self._out.line(event_line(event))
         if now - self._last_beat >= HEARTBEAT:
-            self._beat(model, now)
+            self._last_beat = now
+            muted = [f"{count - BURST} {kind}" for kind, count in self._burst.items() if count > BURST]
+            if muted:
+                self._out.line(f"r8 ... and more events: {', '.join(muted)}")
+            self._burst.clear()
+            if model.step != self._step:
+                self._step = model.step
+                self._out.line(status_line(model, now))
         self._out.pump()
         return 0.5
 
-    def _beat(self, model: DashboardModel, now: float) -> None:
-        self._last_beat = now
-        muted = [f"{count - BURST} {kind}" for kind, count in self._burst.items() if count > BURST]
-        if muted:
-            self._out.line(f"r8 ... and more events: {', '.join(muted)}")
-        self._burst.clear()
-        if model.step != self._step:
-            self._step = model.step
-            self._out.line(status_line(model, now))
-
     def leave(self) -> None:
-        """Write what still waits, if there is room."""
         with contextlib.suppress(TerminalGone):
             self._out.pump(0.2)

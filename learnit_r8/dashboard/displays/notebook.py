@@ -33,15 +33,13 @@ class Notebook(Display):
         self._newest: tuple[DashboardModel, float] | None = None
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
-        """Update the output area."""
         self._newest = model, now
         if time.monotonic() - self._last >= _PERIOD * 0.9:
             self.leave()
         return _PERIOD
 
     def leave(self) -> None:
-        """Update it once more: the picture of the end stays."""
-        if self._newest is not None:
+        if self._newest is not None:  # the picture of the end stays
             self._last = time.monotonic()
             model, now = self._newest
             rows = self._painter.draw(Scene(model), self._view, *_SIZE, now).rows()

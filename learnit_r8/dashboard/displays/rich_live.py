@@ -11,7 +11,6 @@ from typing import Any
 
 from learnit_r8.dashboard.displays.display import Display
 from learnit_r8.dashboard.displays.log_lines import event_line
-from learnit_r8.dashboard.drawing.cells import Grid
 from learnit_r8.dashboard.drawing.render import Scene, render
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.dashboard.terminal.board import TerminalGone
@@ -24,16 +23,9 @@ MAX_LINES = 10
 _PERIOD = 0.5
 _EVENT_LINES = 4
 _RICH_STYLES = {
-    Style.DIM: "dim",
-    Style.BOLD: "bold",
-    Style.GOOD: "green",
-    Style.WARN: "yellow",
-    Style.BAD: "bold red",
-    Style.ACCENT: "cyan",
-    Style.TITLE: "bold blue",
-    Style.MARK: "magenta",
-    Style.REVERSE: "reverse",
-}
+    Style.DIM: "dim", Style.BOLD: "bold", Style.GOOD: "green", Style.WARN: "yellow", Style.BAD: "bold red",
+    Style.ACCENT: "cyan", Style.TITLE: "bold blue", Style.MARK: "magenta", Style.REVERSE: "reverse",
+}  # fmt: skip
 
 
 class RichLive(Display):
@@ -44,8 +36,8 @@ class RichLive(Display):
     def __init__(self, glyphs: str = "blocks", console: Path | None = None) -> None:
         from rich.console import Console
 
-        self.board = self._terminal = PosixTerminal(console)
-        self._tty = self._terminal.tty
+        self.board = terminal = PosixTerminal(console)
+        self._tty = terminal.tty
         self._view = ViewState(glyphs=glyphs, readonly=True)
         self._events: list[str] = []
         self._live: Any = None
@@ -53,7 +45,6 @@ class RichLive(Display):
         self._console = Console(file=self._drawn, force_terminal=True, legacy_windows=False)
 
     def tick(self, model: DashboardModel, fresh: Sequence[Event], now: float) -> float:
-        """Draw one frame, unless the terminal still chews on the last one."""
         from rich.live import Live
         from rich.text import Text
 
@@ -65,7 +56,7 @@ class RichLive(Display):
             return _PERIOD
         width, height = self._tty.size()
         self._console.size = (width, height)
-        printed = self._terminal.unshown(lines=True)
+        printed = self.board.prints.unshown(lines=True) if self.board.prints else b""
         if printed and self._live is not None:  # the lines below are drawn anew under what is printed now
             self._live.transient = True
             self._stop()
@@ -75,10 +66,14 @@ class RichLive(Display):
             self._live.start()
             self._console.show_cursor(True)  # nobody would bring it back after SIGKILL
         grid = render(Scene(model), replace(self._view, paused=model.paused), width - 1, 3, now)
-        text = _as_text(grid)
-        for line in self._events:
-            text.append(f"\n{line[: width - 1]}", "dim")
-        self._live.update(Text("\n").join(text.split("\n")[: min(MAX_LINES, height - 1)]), refresh=True)
+        lines = [
+            Text.assemble(*((run, _RICH_STYLES.get(style, "")) for _, run, style in grid.runs(y)))
+            for y in range(grid.height)
+        ]
+        lines[-1].rstrip()
+        lines += [Text(line[: width - 1], "dim") for line in self._events]
+        text = Text("\n").join(lines[: min(MAX_LINES, height - 1)])
+        self._live.update(text, refresh=True)
         self._send()
         return _PERIOD
 
@@ -93,20 +88,6 @@ class RichLive(Display):
         self._drawn.truncate()
 
     def leave(self) -> None:
-        """Stop drawing; the last frame stays above whatever follows."""
         if self._live is not None:
             with contextlib.suppress(TerminalGone):
                 self._stop(0.3)
-
-
-def _as_text(grid: Grid) -> Any:
-    from rich.text import Text
-
-    text = Text(no_wrap=True, overflow="crop")
-    for y in range(grid.height):
-        if y:
-            text.append("\n")
-        for _, run, style in grid.runs(y):
-            text.append(run, _RICH_STYLES.get(style, ""))
-    text.rstrip()
-    return text

@@ -17,7 +17,7 @@ from learnit_r8.dashboard.drawing.panels import FAULTS
 from learnit_r8.dashboard.drawing.render import Painter, Scene, scroll_limit
 from learnit_r8.dashboard.frame_rate import FrameRate
 from learnit_r8.dashboard.keys import Action, ViewState, handle_key
-from learnit_r8.dashboard.meters import GpuMeter, HostMeter
+from learnit_r8.dashboard.meters import Meter, gpu_meter, host
 from learnit_r8.dashboard.terminal.board import open_board
 from learnit_r8.run.journal import Entry
 from learnit_r8.run.model import DashboardModel
@@ -33,10 +33,6 @@ _ESCAPE_SECONDS = 0.05
 _ASIDE = "another program has taken the terminal: the screen waits; wrap it in `with scheduler.terminal():`"
 _GAP_SECONDS = 3.0
 """A tick this late means that the process was stopped or the machine slept: the screen may hold anything."""
-
-
-def _breathe() -> None:
-    time.sleep(_BREATH)
 
 
 class Screen(Display):
@@ -64,9 +60,8 @@ class Screen(Display):
     ) -> None:
         self._commands = commands
         self._look = look
-        self._painter = Painter(between=_breathe)
-        self._gpus = GpuMeter(environment)
-        self._host = HostMeter()
+        self._painter = Painter(between=lambda: time.sleep(_BREATH))
+        self._gpus, self._host = gpu_meter(environment), Meter(host)
         self._rate = FrameRate()
         self._view = ViewState(glyphs=default_glyphs(environment), readonly=readonly, opened=now)
         self._lines: Sequence[str] = ()
@@ -82,15 +77,13 @@ class Screen(Display):
         self._tail = None if self._prints is None else ConsoleTail(self._prints.path, self._prints.start)
 
     def due(self) -> bool:
-        """Return whether the next tick will draw, if anything happened."""
         return self._rate.due(time.monotonic(), fresh=True)
 
     def whole(self) -> bool:
-        """Return whether the next frame shows everything; of a run that is only watched each does."""
+        # Of a run that is only watched each frame shows everything.
         return self._look is not None or self._rate.whole(time.monotonic())
 
     def tick(self, model: DashboardModel, fresh: Sequence[object], now: float) -> float:
-        """Handle keys and size, and draw when due."""
         board, began = self._board, time.monotonic()
         late, self._last_tick = began - self._last_tick > _GAP_SECONDS, began
         self._news = self._news or bool(fresh)
@@ -145,14 +138,13 @@ class Screen(Display):
             self._view = replace(self._view, paused=model.paused)
         scene = self._own_scene(model) if self._look is None else self._look()
         self._lines = scene.lines
-        roomy = self._size[0] >= ROOMY
-        self._host.folder = str(model.config.get("checkpoint_dir") or ".")
+        roomy, folder = self._size[0] >= ROOMY, str(model.config.get("checkpoint_dir") or ".")
         view = replace(
             self._view,
             hz=round(1 / self._rate.period, 1),
             ui_share=self._spent / max(1.0, time.monotonic() - self._opened) if scene.own else None,
             gpus=self._gpus.read() if scene.own else (),
-            host=self._host.read() if scene.own and roomy else (),
+            host=self._host.read(folder) if scene.own and roomy else (),
             console_title=scene.title,
             glyphs=self._view.glyphs if self._board.unicode else "ascii",
         )
@@ -189,6 +181,5 @@ class Screen(Display):
             self._commands.append(wish)
 
     def leave(self) -> None:
-        """Leave the screen."""
         self._shown = False
         self._board.leave()

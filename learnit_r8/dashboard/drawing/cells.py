@@ -53,6 +53,20 @@ _WIDTHS = _Widths()
 _PLAIN = set(map(chr, (*range(0x20, 0x7F), *range(0x2500, 0x25A0), *range(0x2800, 0x2900)))) | set("▲▼●○·×±→←…░")
 
 
+def _cells(text: str) -> list[str]:
+    """Return what each cell of a text holds, the second one of a wide character nothing."""
+    found: list[str] = []
+    for char in text:
+        drawn, cells = _WIDTHS[char]
+        if cells:
+            found += [drawn, ""][:cells]
+        elif found:
+            base = -2 if found[-1] == "" else -1
+            # Two marks a cell: enough for every script, too few to climb over other rows.
+            found[base] += drawn if len(found[base]) < 3 else ""
+    return found
+
+
 def cell_width(text: str) -> int:
     """Return how many cells `text` takes when it is put into a grid."""
     if text.isascii():
@@ -108,20 +122,25 @@ class Grid:
             return x
         self._touched.add(y)
         if self.ascii_only and not text.isascii():
-            text = "".join(char if char.isascii() else "?" for char in self._unwide(text.translate(_ASCII)))
-        if x >= 0 and _PLAIN.issuperset(text):
-            return self._put_plain(y, x, text[: max(0, end - x)], style)
-        for char in text:
-            drawn, cells = _WIDTHS[char]
-            if cells == 0:
-                self._combine(y, x, end, drawn)
-                continue
-            if x + cells > end:
-                break
-            if x >= 0:
-                self._set(y, x, drawn, cells, style)
-            x += cells
-        return x
+            text = "".join(char if char.isascii() else "?" * _WIDTHS[char][1] for char in text.translate(_ASCII))
+        cells: Sequence[str] = text if _PLAIN.issuperset(text) else _cells(text)
+        shown = cells[: max(0, end - x)]
+        if shown and len(shown) < len(cells) and cells[len(shown)] == "":  # half of a wide character
+            shown = shown[:-1]
+        after = x + len(shown)
+        if x < 0:
+            shown, x = shown[-x:], 0
+            if shown and shown[0] == "":
+                shown, x = shown[1:], 1
+        if shown:
+            row, stop = self._cells[y], x + len(shown)
+            if row[x] == "":
+                row[x - 1] = " "
+            if stop < self.width and row[stop] == "":
+                row[stop] = " "
+            row[x:stop] = shown
+            self._styles[y][x:stop] = [style] * len(shown)
+        return after
 
     def put_all(self, y: int, x: int, parts: Iterable[tuple[str, Style]], limit: int | None = None) -> int:
         """Write styled pieces one after the other and return the cell after them."""
@@ -136,42 +155,6 @@ class Grid:
         for at, char in enumerate(chars, x):
             if char != " ":
                 row[at], kinds[at] = char, STYLES[styles[at - x]]
-
-    def _put_plain(self, y: int, x: int, text: str, style: Style) -> int:
-        if not text:
-            return x
-        row, stop = self._cells[y], x + len(text)
-        if row[x] == "":
-            row[x - 1] = " "
-        if stop < self.width and row[stop] == "":
-            row[stop] = " "
-        row[x:stop] = text
-        self._styles[y][x:stop] = [style] * len(text)
-        return stop
-
-    def _set(self, y: int, x: int, char: str, cells: int, style: Style) -> None:
-        row, after = self._cells[y], x + cells
-        if row[x] == "":
-            row[x - 1] = " "
-        if after < self.width and row[after] == "":
-            row[after] = " "
-        row[x] = char
-        self._styles[y][x] = style
-        if cells == 2:
-            row[x + 1] = ""
-            self._styles[y][x + 1] = style
-
-    def _combine(self, y: int, x: int, end: int, mark: str) -> None:
-        if not mark or not 0 < x <= end:
-            return
-        base = x - 2 if self._cells[y][x - 1] == "" else x - 1
-        # Two marks a cell: enough for every script, too few to climb over other rows.
-        if len(self._cells[y][base]) < 3:
-            self._cells[y][base] += mark
-
-    @staticmethod
-    def _unwide(text: str) -> str:
-        return "".join("??" if _WIDTHS[char][1] == 2 else char for char in text if _WIDTHS[char][1])
 
     def restore(self, source: Grid, y: int, x: int, width: int) -> None:
         """Copy `width` cells of row `y` from a grid of the same size."""

@@ -1,25 +1,29 @@
 """Line charts from characters.
 
-Raw minima and maxima form a band behind the smoothed line: a spike of one point is a column of the
-band, whatever the width. `lines.py` turns both into characters.
+Raw minima and maxima form a band behind the smoothed line: a spike of one point is a column of the band, whatever the
+width. A cell is a small raster: 2 x 4 dots of a braille character, 8 levels of a block, or 3 of ASCII. All that is
+drawn is a vertical run of dots in each raster column, all columns at once.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from learnit_r8.dashboard.drawing.cells import Grid
-from learnit_r8.dashboard.drawing.glyphs import RASTERS
-from learnit_r8.dashboard.drawing.lines import Plot, band, columns_of, line
+from learnit_r8.dashboard.drawing.glyphs import RASTERS, Raster
 from learnit_r8.dashboard.drawing.scales import Scale, choose_scale, x_ticks, y_ticks
 from learnit_r8.run import formats as f
-from learnit_r8.run.series import HUGE, Bins
+from learnit_r8.run.series import HUGE, Bins, Floats
 from learnit_r8.run.styles import Style
 
+Ints = npt.NDArray[np.int64]
 LABEL_WIDTH = 6
 _MARK_ORDER = "R!XCLPV"
 """Where marks fall into one cell the first of these has it; the next goes into the cell before."""
@@ -64,15 +68,15 @@ def draw_chart(grid: Grid, y: int, x: int, width: int, height: int, chart: Chart
     high = float(last["last_time"] - chart.origin if by_time else last["last_step"])
     raster = RASTERS[glyphs]
     per_x = (cells * raster.columns - 1) / (high - low) if high > low else 0.0
-    plot = Plot(y, x + LABEL_WIDTH + 1, rows, cells, raster, scale, low, per_x, by_time, chart.origin)
-    _draw_axes(grid, plot, chart, high)
+    plot = Plot(y, x + LABEL_WIDTH + 1, rows, cells, raster, scale, low, high, per_x, by_time, chart.origin)
+    _draw_axes(grid, plot, chart)
     _draw_lines(grid, plot, chart)
     _draw_points(grid, plot, points)
     _draw_outliers(grid, plot, chart.bins)
     return scale
 
 
-def _draw_axes(grid: Grid, plot: Plot, chart: Chart, high: float) -> None:
+def _draw_axes(grid: Grid, plot: Plot, chart: Chart) -> None:
     left, base = plot.x - 1, plot.y + plot.rows
     labels = dict(y_ticks(plot.scale, plot.rows))
     for row in range(plot.rows):
@@ -81,11 +85,10 @@ def _draw_axes(grid: Grid, plot: Plot, chart: Chart, high: float) -> None:
         if label:
             grid.put(plot.y + row, left - LABEL_WIDTH, label.rjust(LABEL_WIDTH), Style.DIM, left)
     grid.put(base, left, "└" + "─" * plot.cells, Style.DIM)
-    _draw_x_labels(grid, plot, chart, high)
-    positions = np.array([plot.position(step, time) for step, time, _ in chart.marks])
-    inside = (plot.low <= positions) & (positions <= high)
-    icons = (icon for _, _, icon in itertools.compress(chart.marks, inside.tolist()))
-    marks = dict.fromkeys(zip(icons, plot.cells_of(positions[inside]).tolist(), strict=True))
+    _draw_x_labels(grid, plot, chart)
+    inside, cells = plot.places(chart.marks)
+    icons = (icon for _, _, icon in itertools.compress(chart.marks, inside))
+    marks = dict.fromkeys(zip(icons, cells, strict=True))
     taken: dict[int, str] = {}
     for icon, cell in sorted(marks, key=lambda mark: (_MARK_ORDER.find(mark[0]), mark[1])):
         place = cell if taken.get(cell, icon) == icon else cell - 1
@@ -96,28 +99,22 @@ def _draw_axes(grid: Grid, plot: Plot, chart: Chart, high: float) -> None:
             grid.put(base, plot.x + place, icon, _MARK_STYLES.get(icon, Style.MARK))
 
 
-def _draw_x_labels(grid: Grid, plot: Plot, chart: Chart, high: float) -> None:
+def _draw_x_labels(grid: Grid, plot: Plot, chart: Chart) -> None:
     base = plot.y + plot.rows
-    inside = [(float(step), str(epoch + 1)) for step, epoch in chart.epochs if plot.low <= step <= high]
-    if chart.axis == "epoch" and inside:
-        ticks = inside[:: max(1, -(-len(inside) * 6 // max(1, plot.cells)))]
-        end = ""
+    ticks = [(float(step), str(epoch + 1)) for step, epoch in chart.epochs if plot.low <= step <= plot.high]
+    end = ""
+    if chart.axis == "epoch" and ticks:
+        ticks = ticks[:: max(1, -(-len(ticks) * 6 // max(1, plot.cells)))]
     else:
-        kind = "time" if plot.by_time else "step"
-        ticks = x_ticks(plot.low, high, plot.cells, kind)
-        end = f.span(high) if plot.by_time else f.count(high)
-    edge = plot.x + plot.cells
+        ticks = x_ticks(plot.low, plot.high, plot.cells, "time" if plot.by_time else "step")
+        end = f.span(plot.high) if plot.by_time else f.count(plot.high)
+    free, edge = plot.x, plot.x + plot.cells
+    # The end's own label says more than a tick close to it.
     reserved = edge - len(end) - 2 if end else edge
-    free = plot.x
-    for position, label in ticks:
-        cell = plot.x + plot.column(position) // plot.raster.columns
-        if cell < free or cell + len(label) > edge:
-            continue
-        if cell + len(label) > reserved:
-            # The end's own label says more than a tick close to it.
-            continue
-        grid.put(base, cell, "┬", Style.DIM)
-        free = grid.put(base + 1, cell, label, Style.DIM) + 2
+    for cell, (_, label) in zip(plot.cells_of(np.array([at for at, _ in ticks])).tolist(), ticks, strict=True):
+        if free <= plot.x + cell <= reserved - len(label):
+            grid.put(base, plot.x + cell, "┬", Style.DIM)
+            free = grid.put(base + 1, plot.x + cell, label, Style.DIM) + 2
     if end and edge - len(end) >= free - 1:
         grid.put(base + 1, edge - len(end), end, Style.DIM)
 
@@ -149,9 +146,8 @@ def _draw_lines(grid: Grid, plot: Plot, chart: Chart) -> None:
 
 def _draw_points(grid: Grid, plot: Plot, points: Sequence[tuple[float, float, float]]) -> None:
     rows = plot.dots(np.array([value for _, _, value in points])) // plot.raster.rows
-    positions = np.array([plot.position(step, time) for step, time, _ in points])
-    inside = positions >= plot.low
-    for row, cell in set(zip(rows[inside].tolist(), plot.cells_of(positions[inside]).tolist(), strict=True)):
+    inside, cells = plot.places(points, after=True)
+    for row, cell in set(zip(rows[inside].tolist(), cells, strict=True)):
         grid.put(plot.y + int(row), plot.x + cell, "●", Style.MARK)
 
 
@@ -159,20 +155,14 @@ def _draw_outliers(grid: Grid, plot: Plot, bins: Bins) -> None:
     """Mark what the vertical range leaves out: ▲value above, ▼value below, × for not finite."""
     above: dict[int, float] = {}
     below: dict[int, float] = {}
-    bad: set[int] = set()
     low, high = plot.scale.low, plot.scale.high
-    outside = bins[(bins["hi"] > high) | (bins["lo"] < low) | (bins["bad"] > 0)]
-    for step, time, lo, hi, faults in zip(
-        *(outside[name].tolist() for name in ("first_step", "first_time", "lo", "hi", "bad")), strict=True
-    ):
-        cell = plot.column(plot.position(step, time)) // plot.raster.columns
-        if faults:
-            bad.add(cell)
-        if lo > hi:
-            continue
-        if hi > high:
+    bins = bins[(bins["hi"] > high) | (bins["lo"] < low) | (bins["bad"] > 0)]
+    cells = plot.cells_of(plot.positions(bins["first_step"], bins["first_time"]))
+    bad = set(cells[bins["bad"] > 0].tolist())
+    for cell, lo, hi in zip(cells.tolist(), bins["lo"].tolist(), bins["hi"].tolist(), strict=True):
+        if lo <= hi and hi > high:
             above[cell] = max(hi, above.get(cell, hi))
-        if lo < low:
+        if lo <= hi and lo < low:
             below[cell] = min(lo, below.get(cell, lo))
     _label_outliers(grid, plot, plot.y, "▲", above, bad)
     _label_outliers(grid, plot, plot.y + plot.rows - 1, "▼", below, set())
@@ -194,3 +184,116 @@ def _label_outliers(grid: Grid, plot: Plot, y: int, arrow: str, values: dict[int
                 grid.put(y, plot.x + start, text, Style.WARN)
                 used |= place
                 break
+
+
+@dataclass(slots=True)
+class Plot:
+    """The place of a chart's lines on the grid, and its two axes."""
+
+    y: int
+    x: int
+    rows: int
+    cells: int
+    raster: Raster
+    scale: Scale
+    low: float
+    high: float
+    per_x: float
+    by_time: bool
+    origin: float
+
+    @property
+    def columns(self) -> int:
+        return self.cells * self.raster.columns
+
+    def positions(self, steps: Floats, times: Floats) -> Floats:
+        return times - self.origin if self.by_time else steps
+
+    def cells_of(self, positions: Floats) -> Ints:
+        columns = ((positions - self.low) * self.per_x).clip(0, self.columns - 1).astype(np.int64)
+        found: Ints = columns // self.raster.columns
+        return found
+
+    def places(self, points: Sequence[tuple[float, float, Any]], after: bool = False) -> tuple[list[int], list[int]]:
+        """Return which points lie on the horizontal axis, or `after` its end too, and the cells of those."""
+        positions = self.positions(*np.array([point[:2] for point in points]).reshape(-1, 2).T)
+        inside = (positions >= self.low) & (after | (positions <= self.high))
+        return inside.tolist(), self.cells_of(positions[inside]).tolist()
+
+    def dots(self, values: Floats) -> Floats:
+        return self.scale.rows(values, self.rows * self.raster.rows)
+
+
+def columns_of(plot: Plot, bins: Bins, average: int | None) -> tuple[Floats, Floats, Floats]:
+    """Spread the bins over the raster columns that they cover.
+
+    Returns:
+        Lowest and highest value of each column (inf and -inf where there is none), and the value of
+        the line at its end: NaN where no bin ends, infinite where the line breaks.
+    """
+    lows, highs = np.full(plot.columns, math.inf), np.full(plot.columns, -math.inf)
+    ends = np.full(plot.columns, math.nan)
+    low = plot.low + (plot.origin if plot.by_time else 0.0)
+    kind = "time" if plot.by_time else "step"
+    first, column = (
+        ((bins[f"{edge}_{kind}"] - low) * plot.per_x).clip(0, plot.columns - 1).astype(np.int64)
+        for edge in ("first", "last")
+    )
+    finite = bins["lo"] <= bins["hi"]
+    if not finite.all():
+        ends[column] = math.inf
+        bins, first, column = bins[finite], first[finite], column[finite]
+    ends[column] = bins["last"] if average is None else bins["averages"][:, average]
+    wide = np.maximum(column - first, 0) + 1
+    many = np.repeat(np.arange(len(bins)), wide)
+    covered = column[many] - (np.cumsum(wide) - 1)[many] + np.arange(len(many))
+    np.minimum.at(lows, covered, bins["lo"][many])
+    np.maximum.at(highs, covered, bins["hi"][many])
+    return lows, highs, ends
+
+
+def band(plot: Plot, lows: Floats, highs: Floats) -> Ints:
+    """Return the dots of a band: a texture that a line stands out from, with both edges whole."""
+    some = lows <= highs
+    top, bottom = plot.dots(np.where(some, highs, math.nan)), plot.dots(np.where(some, lows, math.nan))
+    rows = np.arange(plot.rows * plot.raster.rows)[:, None]
+    dots = (rows > top) & (rows < bottom) & np.tile(plot.raster.texture, (plot.rows, plot.cells))
+    return _cells(plot, dots | (rows == top) | (rows == bottom))
+
+
+def line(plot: Plot, ends: Floats) -> tuple[Ints, tuple[int, int] | None]:
+    """Return the dots of a connected line through the columns' values, which infinite ones interrupt.
+
+    Returns:
+        The dots, and raster column and row of the line's end: None where there is no line.
+    """
+    breaks = np.isinf(ends)
+    known = np.flatnonzero(np.isfinite(ends))
+    if not len(known):
+        return np.zeros((plot.rows, plot.cells), np.int64), None
+    values = plot.dots(ends[known])
+    columns = np.arange(plot.columns)
+    after = np.searchsorted(known, columns).clip(1, max(1, len(known) - 1))
+    x0, y0 = known[after - 1], values[after - 1]
+    x1, y1 = known[after % len(known)], values[after % len(known)]
+    rows = y0 + np.rint((y1 - y0) * (columns - x0) / np.maximum(1, x1 - x0))
+    # Where a break lies between two values, only they are drawn.
+    parts = np.cumsum(breaks)
+    rows[(parts[x0] != parts[x1]) | (columns < known[0]) | (columns > known[-1])] = math.nan
+    rows[known] = values
+    before = np.concatenate([rows[:1], rows[:-1]])
+    joined = np.isfinite(before) & (parts == np.concatenate([parts[:1], parts[:-1]]))
+    before = np.where(joined, before, rows)
+    top = np.where(rows > before, before + 1, rows)
+    bottom = np.where(rows < before, before - 1, rows)
+    dots = np.arange(plot.rows * plot.raster.rows)[:, None]
+    return _cells(plot, (dots >= top) & (dots <= bottom)), (int(known[-1]), int(values[-1]))
+
+
+def _cells(plot: Plot, dots: npt.NDArray[np.bool_]) -> Ints:
+    """Return the bits of every cell, int of shape (rows, cells)."""
+    raster = plot.raster
+    found: Ints = np.einsum(
+        "ricj,ij->rc", dots.reshape(plot.rows, raster.rows, plot.cells, raster.columns), raster.bits
+    )
+    return found

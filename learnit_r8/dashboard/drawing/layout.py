@@ -1,4 +1,4 @@
-"""Where the panes go, and the lines between them."""
+"""Where the panes go, the lines between them, and how a pane is written into."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnit_r8.dashboard.drawing.cells import Grid
+from learnit_r8.dashboard.keys import ViewState
+from learnit_r8.run.model import DashboardModel
 from learnit_r8.run.styles import Style
 
+Piece = tuple[str, Style]
 UP, DOWN, LEFT, RIGHT = 1, 2, 4, 8
 _JUNCTIONS = " │││─┘┐┤─└┌├─┴┬┼"
 """Box character for each set of directions."""
@@ -35,7 +38,6 @@ class Boxes:
             self._ways[y, x] |= (UP if y > y0 else 0) | (DOWN if y < y1 else 0)
 
     def draw(self, grid: Grid) -> None:
-        """Put all lines into the grid."""
         for (y, x), ways in self._ways.items():
             grid.put(y, x, _JUNCTIONS[ways], Style.DIM)
 
@@ -49,6 +51,64 @@ class Rect:
     x: int  # first cell of the content
     width: int  # cells of the content
     height: int  # rows of the content
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def metric(self) -> str:
+        return self.name.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a frame shows."""
+
+    model: DashboardModel  # the run's numbers; read only
+    lines: Sequence[str] = ()  # the newest lines that the run printed, oldest first
+    title: str = ""  # where they are kept
+    others: Sequence[DashboardModel] = ()  # further runs, whose lines lie in the main chart
+    own: bool = True  # the run is this process's: what a frame costs is one of its costs
+
+
+PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
+"""The panes that keys focus, by number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pane:
+    """A pane's place on the grid, and what it is drawn from."""
+
+    grid: Grid
+    rect: Rect
+    scene: Scene
+    view: ViewState
+    now: float
+    other_key: Sequence[Piece] = ()  # key and name of the pane that has no room beside this one
+
+    @property
+    def wide(self) -> bool:
+        """The screen has room for more than the least."""
+        return self.grid.width >= WIDE
+
+    def write(self, row: int, *parts: Piece, indent: int = 0) -> int:
+        """Write styled pieces one after the other into a row, the title's being -1; return the cell after them."""
+        rect = self.rect
+        return self.grid.put_all(rect.y + 1 + row, rect.x + indent, parts, rect.x + rect.width) - rect.x
+
+    def heading(self, name: str, *parts: Piece) -> None:
+        """Write the title into the line above; the pane in focus has angles round its number."""
+        number = PANES.index(self.rect.name) if self.rect.name in PANES else 0
+        focused = number and self.view.focus == number
+        x = self.write(-1, (f" {name} ", Style.REVERSE if focused else Style.TITLE))
+        if number:
+            key = (f"‹{number}› ", Style.REVERSE) if focused else (f"[{number}] ", Style.DIM)
+            x = self.write(-1, key, indent=x)
+        for text, style in parts:
+            if x + len(text) + 2 > self.rect.width:
+                break
+            x = self.write(-1, (f" {text} ", style), indent=x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +151,20 @@ def allot(bands: Sequence[Band], rows: int) -> list[int]:
     return heights + [0] * (len(bands) - kept)
 
 
-def place(bands: Sequence[Band], heights: Sequence[int], top: int, width: int, boxes: Boxes) -> list[Rect]:
-    """Stack the bands from row `top` on, add their lines to `boxes`, and return the panes."""
+def place(bands: Sequence[tuple[Band, int]], top: int, width: int, boxes: Boxes) -> list[Rect]:
+    """Stack the bands, each with its content rows, from row `top` on, add their lines, and return the panes."""
     found, y = [], top
-    for band, height in zip(bands, heights, strict=True):
+    for band, height in bands:
         if height == 0:
             continue
         boxes.horizontal(y, 0, width - 1)
         x = 0
         free = width - 1 - sum(cells for _, cells in band.panes)
         sharing = sum(cells == 0 for _, cells in band.panes)
-        for name, cells in band.panes[:-1]:
-            edge = x + (cells or free // sharing)
+        for i, (name, cells) in enumerate(band.panes, start=1):
+            edge = x + (cells or free // sharing) if i < len(band.panes) else width - 1
             boxes.vertical(edge, y, y + height + 1)
             found.append(Rect(name, y, x + 2, edge - x - 3, height))
             x = edge
-        found.append(Rect(band.panes[-1][0], y, x + 2, width - x - 4, height))
         y += height + 1
     return found

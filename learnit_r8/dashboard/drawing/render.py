@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from learnit_r8.dashboard.drawing.cells import Grid, cell_width
-from learnit_r8.dashboard.drawing.layout import MIN_HEIGHT, MIN_WIDTH, ROOMY, WIDE, Band, Boxes, Rect, allot, place
-from learnit_r8.dashboard.drawing.now_pane import metrics_table, now_pane, run_pane, short_now_pane
-from learnit_r8.dashboard.drawing.overlays import confirm_overlay, help_overlay, key_line
+from learnit_r8.dashboard.drawing.cells import Grid
+from learnit_r8.dashboard.drawing.layout import (
+    MIN_HEIGHT,
+    MIN_WIDTH,
+    PANES,
+    ROOMY,
+    WIDE,
+    Band,
+    Boxes,
+    Pane,
+    Rect,
+    Scene,
+    allot,
+    place,
+)
+from learnit_r8.dashboard.drawing.now_pane import now_pane, run_pane
 from learnit_r8.dashboard.drawing.panels import (
     chart_pane,
     chart_series,
@@ -18,29 +30,29 @@ from learnit_r8.dashboard.drawing.panels import (
     events_pane,
     small_chart_pane,
 )
-from learnit_r8.dashboard.drawing.progress import bare_lines, progress, title
+from learnit_r8.dashboard.drawing.surround import bare, key_line, overlay, progress, title
 from learnit_r8.dashboard.keys import ViewState
 from learnit_r8.run.model import LATEST, DashboardModel
 from learnit_r8.run.styles import Style
 
 __all__ = ["Grid", "Painter", "Scene", "Style", "render", "scroll_limit"]
 
-_PANES = ("", "chart", "now", "difficulty", "metric:lr", "events", "console")
+# What draws each kind of pane, in the order in which they follow each other down the screen.
+_DRAW: dict[str, Callable[[Pane], None]] = {
+    "chart": chart_pane,
+    "now": now_pane,
+    "run": run_pane,
+    "metric": small_chart_pane,
+    "difficulty": difficulty_pane,
+    "events": events_pane,
+    "console": console_pane,
+}
+_ORDER = list(_DRAW)
+_OTHER_KEY = {"events": [("6 console", Style.DIM)], "console": [("5 events", Style.DIM)]}
 _CHART_PERIODS = 4
 _SMALL_CHARTS = 3
 """The small charts are drawn anew in every third such period of the main one."""
 _NOW_WIDTH, _DIFFICULTY_WIDTH, _METRIC_WIDTH, _RUN_WIDTH = 46, 62, 48, 44
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What a frame shows."""
-
-    model: DashboardModel  # the run's numbers; read only
-    lines: Sequence[str] = ()  # the newest lines that the run printed, oldest first
-    title: str = ""  # where they are kept
-    others: Sequence[DashboardModel] = ()  # further runs, whose lines lie in the main chart
-    own: bool = True  # the run is this process's: what a frame costs is one of its costs
 
 
 def render(scene: Scene, view: ViewState, width: int, height: int, now: float) -> Grid:
@@ -65,7 +77,7 @@ class Painter:
         self._model: DashboardModel | None = None
         self._layout: tuple[object, ...] = ()
         self._view = ViewState()
-        self._shown: dict[Rect, tuple[object, ...]] = {}
+        self._shown: dict[Rect, object] = {}
         self._charts: dict[Rect, tuple[object, int, float]] = {}
 
     def draw(self, scene: Scene, view: ViewState, width: int, height: int, now: float) -> Grid:
@@ -79,7 +91,7 @@ class Painter:
         if width < MIN_WIDTH or height < MIN_HEIGHT:
             self._layout = ()
             grid = Grid(width, height, ascii_only=view.glyphs == "ascii")
-            _bare(grid, model, now)
+            bare(grid, model, now)
             return grid
         self._lay_out(scene, view, width, height)
         grid, self._view = self._grid, view
@@ -94,10 +106,11 @@ class Painter:
             if rect in late or self._changed(rect, scene, view):
                 for y in range(rect.y, rect.y + rect.height + 1):
                     grid.restore(self._lines, y, rect.x - 1, rect.width + 2)
-                _draw(grid, rect, scene, view, now, self._tabs)
+                other_key = _OTHER_KEY.get(rect.name, ()) if self._tabs else ()
+                _DRAW[rect.kind](Pane(grid, rect, scene, view, now, other_key))
                 self._between()
         if view.help or view.confirm:
-            help_overlay(grid, view) if view.help else confirm_overlay(grid, view)
+            overlay(grid, view)
             self._layout = ()
         return grid
 
@@ -121,13 +134,13 @@ class Painter:
         if layout == self._layout and model is self._model:
             return
         boxes = Boxes()
-        boxes.horizontal(0, 0, width - 1)
-        boxes.horizontal(height - 1, 0, width - 1)
-        boxes.vertical(0, 0, height - 1)
-        boxes.vertical(width - 1, 0, height - 1)
+        for y in (0, height - 1):
+            boxes.horizontal(y, 0, width - 1)
+        for x in (0, width - 1):
+            boxes.vertical(x, 0, height - 1)
         rects = _arrange(model, view, width, height, boxes, lines)
         # Where only one of the two has room, its title names the key of the other.
-        tabs = bool(scene.lines) and not view.zoomed and not {"events", "console"} <= {rect.name for rect in rects}
+        tabs = bool(scene.lines) and not view.zoomed and not _OTHER_KEY.keys() <= {rect.name for rect in rects}
         same = model is self._model and (rects, tabs, layout[:4]) == (self._rects, self._tabs, self._layout[:4])
         self._layout, self._model, self._rects, self._tabs = layout, model, rects, tabs
         if same:
@@ -144,15 +157,14 @@ class Painter:
         model = scene.model
         marks = tuple((len(places), places[-1]) for places in model.marks.values())
         for rect in self._rects:
-            kind, _, metric = rect.name.partition(":")
-            if kind not in {"chart", "metric"}:
+            if rect.kind not in {"chart", "metric"}:
                 continue
-            series = chart_series(model, metric or chosen_metric(model, view), scene.others)
+            series = chart_series(model, rect.metric or chosen_metric(model, view), scene.others)
             points = sum(line.count for line in series) + (model.step if view.window else 0)
             shown = (marks, len(model.epoch_starts), model.started)
             before, drawn, when = self._charts.get(rect, (None, -1, now))
             grown = points - drawn >= points * 0.5**view.window / (2 * rect.width)
-            usual = 1 if kind == "chart" else _SMALL_CHARTS
+            usual = 1 if rect.kind == "chart" else _SMALL_CHARTS
             patience = self.chart_seconds * usual * (1 if grown else _CHART_PERIODS)
             if shown != before or (points != drawn and abs(now - when) >= patience):
                 found.append((drawn >= 0, (when - now) / usual, len(found), rect, (shown, points, now)))
@@ -164,19 +176,20 @@ class Painter:
 
     def _changed(self, rect: Rect, scene: Scene, view: ViewState) -> bool:
         """Return whether a pane that is no chart shows something else than it did; what it shows is remembered."""
-        model = scene.model
-        shown: tuple[object, ...]
-        if rect.name in {"now", "run"} or (rect.name in {"events", "console"} and view.focus):
-            return True
-        if rect.name == "difficulty":
-            shown = (model.quadrants, model.suspects)
-        elif rect.name == "events":
-            shown = (model.entries[-1] if model.entries else None,)
-        elif rect.name == "console":
-            shown = (view.console_title, *scene.lines[-rect.height :])
-        else:
-            return False
-        before = self._shown.get(rect)
+        model, before = scene.model, self._shown.get(rect)
+        match rect.name:
+            case "now" | "run":
+                return True
+            case "events" | "console" if view.focus:
+                return True
+            case "difficulty":
+                shown: object = (model.quadrants, model.suspects)
+            case "events":
+                shown = (model.entries[-1] if model.entries else None,)
+            case "console":
+                shown = (view.console_title, *scene.lines[-rect.height :])
+            case _:
+                return False
         self._shown[rect] = shown
         return shown != before
 
@@ -194,16 +207,17 @@ def _arrange(model: DashboardModel, view: ViewState, width: int, height: int, bo
     if not wide:
         boxes.horizontal(height - 3, 0, width - 1)
     if view.zoomed and view.focus:
-        bands = [Band(((_PANES[view.focus], 0),), rows - 1, rows - 1)]
+        bands = [Band(((PANES[view.focus], 0),), rows - 1, rows - 1)]
     else:
         bands = _wide_bands(model, view, width, rows, lines) if wide else _narrow_bands(model, view, rows, lines)
     # The order of importance is chart first; on the screen further charts follow the main one.
     heights = allot(bands, rows)
-    order = sorted(range(len(bands)), key=lambda i: _ORDER[bands[i].panes[0][0].split(":")[0]])
-    return place([bands[i] for i in order], [heights[i] for i in order], 3, width, boxes)
+    placed = sorted(zip(bands, heights, strict=True), key=lambda band: _ORDER.index(band[0].panes[0][0].split(":")[0]))
+    return place(placed, 3, width, boxes)
 
 
-_ORDER = {"chart": 0, "now": 1, "metric": 2, "difficulty": 3, "events": 4, "console": 5}
+def _charts(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    return tuple((f"metric:{name}", 0) for name in names)
 
 
 def _spare_metrics(model: DashboardModel, view: ViewState) -> list[str]:
@@ -213,19 +227,18 @@ def _spare_metrics(model: DashboardModel, view: ViewState) -> list[str]:
 
 
 def _wide_bands(model: DashboardModel, view: ViewState, width: int, rows: int, lines: int) -> list[Band]:
-    panes = (("chart", 0), ("now", _NOW_WIDTH)) + ((("run", _RUN_WIDTH),) if width >= ROOMY and model.config else ())
-    bands = [Band(panes, 6, 11, share=3)]
-    first = [("difficulty", _DIFFICULTY_WIDTH)] if model.quadrants is not None else []
+    run = (("run", _RUN_WIDTH),) if width >= ROOMY and model.config else ()
+    bands = [Band((("chart", 0), ("now", _NOW_WIDTH), *run), 6, 11, share=3)]
+    first = (("difficulty", _DIFFICULTY_WIDTH),) if model.quadrants is not None else ()
     columns = max(1, (width - (_DIFFICULTY_WIDTH if first else 0)) // _METRIC_WIDTH)
     spare = _spare_metrics(model, view)
-    charts = ["lr", *spare[: columns - 1]]
-    bands.append(Band((*first, *((f"metric:{name}", 0) for name in charts)), 6, 6))
+    bands.append(Band((*first, *_charts(["lr", *spare[: columns - 1]])), 6, 6))
     bands.append(Band((("events", 0),), 2, 5, most=max(5, len(model.entries)), share=1))
     if lines:
         bands.append(Band((("console", 0),), 2, 4, most=max(4, lines), share=1))
     more = spare[columns - 1 :][: width // _METRIC_WIDTH]
     if more and rows - sum(band.usual + 1 for band in bands) >= 12:
-        bands.append(Band(tuple((f"metric:{name}", 0) for name in more), 8, 8, most=14, share=1))
+        bands.append(Band(_charts(more), 8, 8, most=14, share=1))
     return bands
 
 
@@ -241,40 +254,5 @@ def _narrow_bands(model: DashboardModel, view: ViewState, rows: int, lines: int)
     else:
         bands.append(console if lines and view.focus == 6 else events)
     if free >= 22:
-        charts = ["lr", *_spare_metrics(model, view)[:1]]
-        bands.append(Band(tuple((f"metric:{name}", 0) for name in charts), 6, 7, most=12, share=1))
+        bands.append(Band(_charts(["lr", *_spare_metrics(model, view)[:1]]), 6, 7, most=12, share=1))
     return bands
-
-
-def _draw(grid: Grid, rect: Rect, scene: Scene, view: ViewState, now: float, tabs: bool) -> None:
-    model, (name, _, metric) = scene.model, rect.name.partition(":")
-    if name == "chart":
-        chart_pane(grid, rect, model, view, scene.others)
-    elif name == "now":
-        if view.zoomed and view.focus == 2:
-            metrics_table(grid, rect, model, view)
-        else:
-            (now_pane if grid.width >= WIDE else short_now_pane)(grid, rect, model, view, now)
-    elif name == "run":
-        run_pane(grid, rect, model, view)
-    elif name == "difficulty":
-        difficulty_pane(grid, rect, model, view)
-    elif name == "metric":
-        small_chart_pane(grid, rect, model, view, metric)
-    elif name == "events":
-        events_pane(grid, rect, model, view, tabs)
-    else:
-        console_pane(grid, rect, view, scene.lines, tabs)
-
-
-def _bare(grid: Grid, model: DashboardModel, now: float) -> None:
-    """Draw what fits where there is no room for boxes: whole fields only."""
-    for y, fields in enumerate(bare_lines(model, now)):
-        x = 0
-        for i, text in enumerate(fields):
-            if i and x + cell_width(text) > grid.width:
-                continue
-            x = grid.put(y, x, text, Style.BOLD if y == 0 else Style.NORMAL) + 1
-    hint = f"({grid.width}x{grid.height}: enlarge to {MIN_WIDTH}x{MIN_HEIGHT} for charts)"
-    if cell_width(hint) <= grid.width:
-        grid.put(3, 0, hint, Style.DIM)

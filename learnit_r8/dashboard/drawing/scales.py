@@ -43,7 +43,6 @@ class Scale:
         return np.rint(np.clip((1.0 - self.shares(values)) * rows - 0.5, 0, rows - 1))
 
     def value(self, share: float) -> float:
-        """Return what lies at a share of the axis."""
         if self.log:
             bottom = math.log(self.low)
             return math.exp(bottom + share * (math.log(self.high) - bottom))
@@ -152,12 +151,19 @@ def _compact(value: float) -> str:
 
 
 def _scientific(value: float) -> str:
-    mantissa, exponent = f"{value:.1e}".split("e")
-    text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    if len(text) > 6:
-        mantissa, exponent = f"{value:.0e}".split("e")
-        text = f"{mantissa}e{int(exponent)}"
-    return text
+    text = _power(value, 1).replace(".0e", "e")
+    return text if len(text) <= 6 else _power(value, 0)
+
+
+def _power(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def in_six(value: float) -> str:
+    """Return a number in at most 6 characters down to 1e-99: one that is cut off would lose its exponent."""
+    text = f.short(value)
+    return text if len(text) <= 6 else _power(value, 0)
 
 
 def x_ticks(low: float, high: float, cells: int, kind: str) -> list[tuple[float, str]]:

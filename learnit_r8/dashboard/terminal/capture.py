@@ -27,8 +27,7 @@ _IOLBF = 1  # <stdio.h> of glibc, musl, macOS and the BSDs
 class ConsoleFile:
     """A file for prints, one in the temporary folder when None is given, and how much of it the terminal has shown.
 
-    Attributes:
-        start: Offset of the first byte that is this run's.
+    From offset `start` on it is this run's.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -46,9 +45,7 @@ class ConsoleFile:
     def unshown(self, last: bool = False, lines: bool = False) -> bytes:
         """Return what was added since the last call, as text for a terminal: colours stay, other escapes do not.
 
-        Args:
-            last: Nothing follows: an unfinished line is ended.
-            lines: Hold an unfinished line back.
+        An unfinished line is ended where it is the `last`, and held back where `lines` are asked for.
         """
         try:
             with self.path.open("rb") as file:
@@ -89,7 +86,6 @@ class Capture(ConsoleFile):
         self.engage()
 
     def engage(self) -> None:
-        """Send the descriptors into the file (again)."""
         flush_streams()
         for fd in self._descriptors:
             if fd not in self._saved and _isatty(fd):
@@ -109,7 +105,6 @@ class Capture(ConsoleFile):
             del self._saved[fd]
 
     def close(self) -> None:
-        """As `ConsoleFile.close`, after `release`."""
         self.release()
         super().close()
 

@@ -67,11 +67,9 @@ class Cells:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and rows of the last grid."""
         return self._shown.width, self._shown.height
 
     def show(self, grid: Grid) -> None:
-        """Turn what was shown before into `grid`."""
         if (grid.width, grid.height) != self.size:
             self._shown, self.whole = Grid(grid.width, grid.height), True
         touched = grid.take_touched()
@@ -116,10 +114,9 @@ class Canvas:
         self._cells = Cells(self._window, start_colours(environment))
         self._pid = os.getpid()
         self.reset_bytes = b"".join(_capability(name) for name in ("sgr0", "cnorm", "rmcup"))
-        with contextlib.suppress(curses.error):
-            curses.noecho()
-        with contextlib.suppress(curses.error):
-            curses.curs_set(0)
+        for prepare in (curses.noecho, lambda: curses.curs_set(0)):
+            with contextlib.suppress(curses.error):
+                prepare()
         # The cursor is hidden: it need not travel back after every frame.
         self._window.leaveok(True)
         # ncurses would otherwise break off a refresh when it sees a key waiting.
@@ -134,7 +131,6 @@ class Canvas:
         return self._pid == os.getpid()
 
     def repaint(self) -> None:
-        """Send every cell with the next frame."""
         self._cells.whole = True
 
     def draw(self, grid: Grid) -> bytes:

@@ -81,20 +81,14 @@ printf '[r8] Enter shows the prompt, where there is none\r\n'
 
 
 class Guardian:
-    """Watches over a terminal.
+    """Watches over a terminal, which it inherits: `/dev/tty` is gone once a session leader has died.
 
     Args:
-        tty_fd: The terminal. It is inherited, because `/dev/tty` is gone once a session leader has died.
+        tty_fd: The terminal.
         saved: Modes to restore, as `stty -g` prints them.
         ours: Modes that the view set, in the same form.
         reset: Bytes that leave the alternate screen and show the cursor.
         prints: Where prints go; None for a view of another process's run, which has no last words.
-
-    Attributes:
-        newest: The newest checkpoint that it knows of.
-
-    Raises:
-        OSError: There is no `sh`.
     """
 
     def __init__(self, tty_fd: int, saved: str, ours: str, reset: bytes, prints: ConsoleFile | None) -> None:
@@ -118,7 +112,6 @@ class Guardian:
             self._pipe.write(" ".join(word.split("\n")).encode("utf-8", "surrogateescape") + b"\n")
 
     def checkpoint(self, path: str) -> None:
-        """Let it know of the newest checkpoint."""
         if path != self.newest:
             self.newest = path
             self.tell(f"at {os.path.abspath(path)}")

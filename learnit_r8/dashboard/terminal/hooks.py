@@ -53,19 +53,17 @@ class TalkHooks:
         self._wrap(code.InteractiveConsole, "interact", self._suspend)
         self._wrap(getpass, *(("_raw_input", self._unseen) if POSIX else ("getpass", self._suspend)))
         self._wrap(pdb.Pdb, "interaction", self._debugger_begins)
+        self._wrap(pdb.Pdb, "set_continue", self._debugger_ends)
+        self._wrap(pdb.Pdb, "set_quit", self._debugger_ends)
         for name in ("_exit", "execv", "execve"):  # the shell would take the view's modes for the user's
             self._wrap(os, name, self._at_once)
-        for name in ("set_continue", "set_quit"):
-            self._wrap(pdb.Pdb, name, self._debugger_ends)
         self._wrap(sys, "excepthook", self._for_good)
         if os.environ.get("PYTHONBREAKPOINT", "") not in _DEBUGGERS:
             # When a foreign debugger lets go cannot be known.
             self._wrap(sys, "breakpointhook", self._for_good)
-        self._stdin: Any = sys.stdin
-        self._reader: Any = None
         with contextlib.suppress(AttributeError, ValueError):
             if sys.stdin.isatty():
-                sys.stdin = self._reader = _Reader(sys.stdin, suspend)
+                self._put(sys, "stdin", sys.stdin, _Reader(sys.stdin, suspend))
         for name in sys.modules.keys() & _LATE.keys():
             self._wrap_late(sys.modules[name])
         sys.meta_path.insert(0, self)
@@ -74,8 +72,6 @@ class TalkHooks:
         """Put back what was there, where nobody has replaced it since."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        if self._reader is not None and sys.stdin is self._reader:
-            sys.stdin = self._stdin
         for owner, name, before, mine in reversed(self._wrapped):
             if vars(owner).get(name) is mine:
                 setattr(owner, name, before)
@@ -85,9 +81,11 @@ class TalkHooks:
     def _wrap(self, owner: Any, name: str, around: Suspend) -> None:
         before = getattr(owner, name, None)
         if before is not None:
-            mine = _within(around, before)
-            setattr(owner, name, mine)
-            self._wrapped.append((owner, name, before, mine))
+            self._put(owner, name, before, _within(around, before))
+
+    def _put(self, owner: Any, name: str, before: Any, mine: Any) -> None:
+        setattr(owner, name, mine)
+        self._wrapped.append((owner, name, before, mine))
 
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[None]:

@@ -7,25 +7,12 @@ import re
 
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[ -~])")
 _UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|O)?$")
-_FINAL = {
-    "A": "KEY_UP",
-    "B": "KEY_DOWN",
-    "C": "KEY_RIGHT",
-    "D": "KEY_LEFT",
-    "H": "KEY_HOME",
-    "F": "KEY_END",
-    "Z": "BACKTAB",
-    "M": "ENTER",
-}
-_TILDE = {
-    "1": "KEY_HOME",
-    "7": "KEY_HOME",
-    "4": "KEY_END",
-    "8": "KEY_END",
-    "5": "KEY_PPAGE",
-    "6": "KEY_NPAGE",
+# By the last character, or by the number before a last "~".
+_NAMES = {
+    "A": "KEY_UP", "B": "KEY_DOWN", "C": "KEY_RIGHT", "D": "KEY_LEFT", "H": "KEY_HOME", "F": "KEY_END", "Z": "BACKTAB",
+    "M": "ENTER", "1": "KEY_HOME", "7": "KEY_HOME", "4": "KEY_END", "8": "KEY_END", "5": "KEY_PPAGE", "6": "KEY_NPAGE",
     "3": "KEY_DC",
-}
+}  # fmt: skip
 _CONTROL = {"\r": "ENTER", "\n": "ENTER", "\t": "TAB", "\x7f": "KEY_BACKSPACE", "\x08": "KEY_BACKSPACE", "\x1b": "ESC"}
 
 
@@ -54,7 +41,9 @@ class KeyDecoder:
         names, position = [], 0
         for match in _SEQUENCE.finditer(data):
             names += self._plain(data[position : match.start()])
-            names += _named(match.group().decode("ascii"))
+            sequence = match.group().decode("ascii")
+            name = _NAMES.get(sequence[2:-1].split(";")[0] if sequence[-1] == "~" else sequence[-1])
+            names += [name] if name else []
             position = match.end()
         return names + self._plain(data[position:])
 
@@ -68,9 +57,3 @@ class KeyDecoder:
             _CONTROL.get(char) or (f"^{chr(ord(char) + 64)}" if char < " " else char)
             for char in self._utf8.decode(data)
         ]
-
-
-def _named(sequence: str) -> list[str]:
-    body, final = sequence[2:-1], sequence[-1]
-    name = _TILDE.get(body.split(";")[0]) if final == "~" else _FINAL.get(final)
-    return [name] if name else []

@@ -18,14 +18,9 @@ _SHARED_PIECE = 512
 
 
 class Outflow:
-    """Keeps what the reader would not take for the next call.
+    """Keeps what the reader would not take for the next call; once `muted`, drops all.
 
-    Args:
-        fd: Where bytes go.
-        shared: Others write there, too: it stays as it is, and blocks. Else it is this object's own, and does not.
-
-    Attributes:
-        muted: Later output is dropped.
+    A `shared` descriptor stays as it is, and blocks; any other is this object's own, and does not.
     """
 
     def __init__(self, fd: int, shared: bool = False) -> None:
@@ -35,7 +30,6 @@ class Outflow:
 
     @property
     def congested(self) -> bool:
-        """Output is still waiting."""
         return bool(self._pending)
 
     def send(self, data: bytes, seconds: float = 0.0) -> None:
@@ -71,14 +65,12 @@ class Outflow:
         return os.write(self.fd, self._pending[:_SHARED_PIECE])
 
     def discard(self) -> None:
-        """Forget the output that is waiting."""
         self._pending.clear()
 
     def close(self) -> None:
-        """Close an own descriptor; later output is dropped."""
         self.muted = True
         self._pending.clear()
-        if self.fd >= 0 and not self._shared:
+        if not self._shared:
             with contextlib.suppress(OSError):
                 os.close(self.fd)
         self.fd = -1
@@ -115,27 +107,23 @@ class Outlet(Board):
         Raises:
             TerminalGone: The reader is gone.
         """
-        flow = self._flow
-        while self._waiting or (flow is not None and flow.congested):
-            if flow is None:
-                self._write(self._waiting.popleft())
-                continue
-            encoding = self._stream.encoding or "utf-8"
-            flow.send(b"" if flow.congested else self._waiting.popleft().encode(encoding, "replace"), seconds)
-            if flow.congested:
-                return
-
-    def _write(self, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        try:
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
-            getattr(self._stream, "flush", str)()  # it may be anything that has a `write`
-        except (OSError, ValueError) as error:
-            self._waiting.clear()
-            raise TerminalGone(str(error)) from error
+        while self._waiting or (self._flow is not None and self._flow.congested):
+            late = self._flow is not None and self._flow.congested
+            data = b"" if late else self._waiting.popleft().encode(encoding, "replace")
+            if self._flow is not None:
+                self._flow.send(data, seconds)
+                if self._flow.congested:
+                    return
+                continue
+            try:
+                self._stream.write(data.decode(encoding))
+                getattr(self._stream, "flush", str)()  # it may be anything that has a `write`
+            except (OSError, ValueError) as error:
+                self._waiting.clear()
+                raise TerminalGone(str(error)) from error
 
     def release(self) -> None:
-        """Close what was opened for it."""
         if self._flow is not None:
             self._flow.close()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from learnit_r8.dashboard.drawing.cells import Grid
-from learnit_r8.dashboard.terminal.board import Board, ScreenBoard, TerminalGone
+from learnit_r8.dashboard.terminal.board import Board, TerminalGone
 from learnit_r8.dashboard.terminal.capture import Capture
 from learnit_r8.dashboard.terminal.curses_screen import canvas
 from learnit_r8.dashboard.terminal.guardian import Guardian, stty_form
@@ -25,48 +25,31 @@ _PIECE = 4096
 
 
 class PosixTerminal(Board):
-    """A terminal whose modes stay the user's, its guardian, and the prints.
-
-    Args:
-        console: Where prints are kept; None for a temporary file.
-        prints: Whether prints are this process's to keep.
-    """
+    """A terminal whose modes stay the user's, its guardian, and the prints, where they are this process's to keep."""
 
     def __init__(self, console: Path | None, prints: bool = True) -> None:
         self._capture: Capture | None = None
         with contextlib.ExitStack() as undo:
             self.tty = Tty()
             undo.callback(self.tty.close)
-            saved, reset = stty_form(self.tty.fd), self._start()
+            saved, (reset, ours) = stty_form(self.tty.fd), self._start()
             if prints:
                 self.prints = self._capture = Capture(console)
                 undo.callback(self._capture.close)
-            ours = self._form_of_the_view() if reset else saved
             self._guardian = Guardian(self.tty.fd, saved, ours, reset, self.prints)
             undo.callback(self._guardian.dismiss)
             self._undo = undo.pop_all()
 
-    def _start(self) -> bytes:
-        """Start what draws, before prints are kept; return the bytes that leave the screen."""
-        return b""
-
-    def _form_of_the_view(self) -> str:
-        self.tty.set_modes(self.tty.modes)
-        try:
-            return stty_form(self.tty.fd)
-        finally:
-            self.tty.set_modes(self.tty.saved)
+    def _start(self) -> tuple[bytes, str]:
+        """Start what draws, before prints are kept; return the bytes that leave the screen, and the view's modes."""
+        return b"", stty_form(self.tty.fd)
 
     def checkpoint(self, path: str) -> None:
         self._guardian.checkpoint(path)
 
-    def unshown(self, last: bool = False, lines: bool = False) -> bytes:
-        """Return what was printed since the last call, as `ConsoleFile.unshown` does."""
-        return b"" if self.prints is None else self.prints.unshown(last, lines)
-
     def show_prints(self, last: bool = False) -> None:
         """Put on the terminal what was printed while it showed something else; `last`: nothing follows."""
-        text = self.unshown(last)
+        text = b"" if self.prints is None else self.prints.unshown(last)
         with contextlib.suppress(TerminalGone):
             while text:
                 self.tty.send(text[:_PIECE], _STUCK_SECONDS)
@@ -107,7 +90,7 @@ class PosixTerminal(Board):
         self._undo.pop_all()
 
 
-class PosixBoard(PosixTerminal, ScreenBoard):
+class PosixBoard(PosixTerminal):
     """Owns the terminal while it is shown."""
 
     def __init__(self, environment: Mapping[str, str], console: Path | None, prints: bool) -> None:
@@ -115,10 +98,14 @@ class PosixBoard(PosixTerminal, ScreenBoard):
         self._keys = KeyDecoder()
         super().__init__(console, prints)
 
-    def _start(self) -> bytes:
+    def _start(self) -> tuple[bytes, str]:
         self._canvas = canvas(self._environment, self.tty.size())
         self.unicode = self._canvas.unicode
-        return self._canvas.reset_bytes
+        self.tty.set_modes(self.tty.modes)
+        try:
+            return self._canvas.reset_bytes, stty_form(self.tty.fd)
+        finally:
+            self.tty.set_modes(self.tty.saved)
 
     def mine(self) -> bool:
         return self.tty.in_foreground()

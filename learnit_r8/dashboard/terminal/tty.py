@@ -27,15 +27,7 @@ _READS = (b"0 0x", b"63 0x")
 
 
 class Tty(Outflow):
-    """The controlling terminal.
-
-    Attributes:
-        fd: The private descriptor.
-        saved: Terminal modes as they were found, in the form of `termios.tcgetattr`.
-
-    Raises:
-        OSError: There is no controlling terminal.
-    """
+    """The controlling terminal, its modes as they were found in `saved`; OSError where there is none."""
 
     def __init__(self) -> None:
         super().__init__(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -52,11 +44,7 @@ class Tty(Outflow):
         return (columns, rows) if rows and columns else (80, 24)
 
     def in_foreground(self) -> bool:
-        """Return whether this process may draw: it belongs to the terminal's foreground group.
-
-        Raises:
-            TerminalGone: The terminal hung up, or is no longer this session's.
-        """
+        """Return whether this process may draw, as part of the foreground group; `TerminalGone` where all is over."""
         try:
             return os.tcgetpgrp(self.fd) == os.getpgrp()
         except OSError as error:
@@ -89,11 +77,7 @@ class Tty(Outflow):
         return self._asked
 
     def read(self) -> bytes:
-        """Return the bytes typed so far, without waiting.
-
-        Raises:
-            TerminalGone: The terminal hung up.
-        """
+        """Return the bytes typed so far, without waiting."""
         poller = select.poll()
         poller.register(self.fd, select.POLLIN)
         happened = dict(poller.poll(0)).get(self.fd, 0)

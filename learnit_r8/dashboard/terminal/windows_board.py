@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from learnit_r8.dashboard.drawing.cells import Grid
-from learnit_r8.dashboard.terminal.board import ScreenBoard
+from learnit_r8.dashboard.terminal.board import Board
 from learnit_r8.dashboard.terminal.capture import ConsoleFile
 from learnit_r8.dashboard.terminal.curses_screen import Cells, start_colours
 
@@ -60,14 +60,11 @@ class StreamCapture(ConsoleFile):
         self._handles: dict[str, Any] = {}
 
     def engage(self) -> None:
-        """Send prints into the file."""
         if self._before or self._file < 0:
             return
         if self._into is None:
             raw = io.FileIO(self._file, "w", closefd=False)
-            self._into = io.TextIOWrapper(
-                raw, encoding="utf-8", errors="replace", line_buffering=True, write_through=True
-            )
+            self._into = io.TextIOWrapper(raw, "utf-8", "replace", line_buffering=True, write_through=True)
         handle = importlib.import_module("msvcrt").get_osfhandle(self._file)
         os.set_inheritable(self._file, True)
         for name, number in _HANDLES.items():
@@ -92,7 +89,6 @@ class StreamCapture(ConsoleFile):
         self._before.clear()
 
     def show(self, text: bytes) -> None:
-        """Print on the console itself."""
         stream = self._before.get("stdout") or sys.stdout
         if text and stream is not None and stream is not self._into:
             with contextlib.suppress(OSError, ValueError):
@@ -107,7 +103,7 @@ class StreamCapture(ConsoleFile):
                 handler.setStream(streams[handler.stream])
 
 
-class WindowsBoard(ScreenBoard):
+class WindowsBoard(Board):
     """Owns the console while it is shown.
 
     Prints are kept (again) by `enter`, after curses has taken the standard handles that it needs.
