@@ -39,6 +39,8 @@ ROUTINE = frozenset({LossReported, BackupTaken, BackupVerified, MetricLogged})
 """Kinds that come at every step, or nearly: they are written in blocks."""
 _DIGITS = {"score": 4}
 _BROKEN = (ValueError, TypeError, LookupError, OverflowError, AttributeError, RecursionError)
+MOST = 1 << 16
+"""Events in a block."""
 _SINGLE = 4096
 _LARGEST = 9e15
 """More microseconds are no whole number in double precision."""
@@ -226,6 +228,8 @@ def _block(data: Mapping[str, Any]) -> Block:
         if kind in _FIELDS:
             count = int(cells["count"])
             total += count
+            if not 0 < count <= total <= MOST:
+                raise ValueError
             columns[kind] = {field: _cells(how, cells[field], count) for field, how in _FIELDS[kind].items()}
             if "at" in cells:
                 places[kind] = _cells("int", cells["at"], count)
@@ -234,6 +238,8 @@ def _block(data: Mapping[str, Any]) -> Block:
         free[taken] = False
     for kind in columns:
         places.setdefault(kind, np.flatnonzero(free))
+    if not total or sum(map(len, places.values())) != total:
+        raise ValueError
     return Block(columns, places)
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from learnit_r8.errors import tell
 from learnit_r8.events import BatchIssued, Event
-from learnit_r8.run.blocks import ROUTINE, decode, each_event, encode, encode_block, ends_block
+from learnit_r8.run.blocks import MOST, ROUTINE, decode, each_event, encode, encode_block, ends_block
 
 
 class JsonlSink:
@@ -26,7 +26,7 @@ class JsonlSink:
 
     def __init__(self, path: str | Path, flush_every: int = 256) -> None:
         self.path = Path(path).absolute()  # programs change their working directory
-        self._flush_every = flush_every
+        self._flush_every = min(flush_every, MOST)
         self._file: BinaryIO | None = None
         self._waiting: list[Event] = []
         self._flushed = math.nan

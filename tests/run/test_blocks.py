@@ -92,6 +92,14 @@ def test_fields_of_a_newer_version_are_passed_over_and_missing_ones_are_a_broken
     assert list(decode([json.dumps(data)])) == []
 
 
+@pytest.mark.parametrize("count", [-1, 0, 2, 10**9, 10**30, "x", None, [3]])
+def test_a_count_that_no_block_has_is_a_broken_line(count):
+    data = json.loads(encode_block([report(0, loss=1.0), report(1, loss=2.0), report(2, loss=3.0)]))
+    assert len(list(each_event(decode([json.dumps(data)])))) == 3
+    data["LossReported"]["count"] = count
+    assert list(decode([json.dumps(data), '{"event":"Block"}', '{"event":"Block","LossReported":[]}'])) == []
+
+
 def course():
     """Yield a run's events: losses, backups, numbers of each step, evaluations amid and after the epoch, a pause."""
     for step in range(1500):
