@@ -18,6 +18,7 @@ Rules that the code below keeps:
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 import threading
@@ -39,7 +40,7 @@ from learnit_r8.loop.base.persistence import one_of
 from learnit_r8.loop.base.steps import BatchLoop
 from learnit_r8.loop.counters import Stage, resumed_arguments
 from learnit_r8.loop.in_flight import Loader
-from learnit_r8.loop.losses import read_losses
+from learnit_r8.loop.losses import read_few, read_losses
 from learnit_r8.loop.saver import State
 from learnit_r8.loop.shards import common_checkpoint
 from learnit_r8.loop.signals import say
@@ -220,7 +221,7 @@ class R8Scheduler(Gated):
         Raises:
             ProtocolError: The next batch is asked for while the loss of an earlier one is due, or no epoch is open.
         """
-        return BatchLoop(self._batches(loader), self._request)
+        return BatchLoop(self._batches(loader), self._at_once, self._request)
 
     def _batches(self, loader: Loader | None) -> Iterator[Batch]:
         self._begin()
@@ -264,8 +265,11 @@ class R8Scheduler(Gated):
                 "batches are asked for in another thread than losses are reported in: checkpoints, backups and signals "
                 "wait for the end of each epoch",
             )
-        elif self._desk.between_steps() and not self._closed and not self._quiet():
-            self._between_steps()
+        elif self._desk.between_steps() and not self._closed:
+            waits = self._bus.sinks and self._control.waits
+            if self._progress.global_step >= self._due_at or self._control.interrupts.pending is not None or waits:
+                self._between_steps()
+                self._due_at = self._next_due()
         self._desk.count_request()
 
     def update_with_loss(
@@ -287,6 +291,10 @@ class R8Scheduler(Gated):
         """
         if self._closed:
             self._check_open()
+        if self._safety.limits and batch_loss is None and not skipped:
+            result = self._pass_calm(loss, batch)
+            if result is not None:
+                return result
         ticket = self._desk.find(batch)
         if batch_loss is not None:
             if loss is not None:
@@ -330,25 +338,84 @@ class R8Scheduler(Gated):
         progress.global_step += 1
         progress.reported += 1
         if shown:
-            self._emit_loss(ticket, reported.mean, expected, judgement, started)
+            self._bus.emit(
+                self._news(ticket, reported.mean, expected, judgement.verdict, judgement.score, step, started)
+            )
         rolled_back = judgement.alarming and self._react(step, judgement, reported.mean, expected, ticket.indices)
+        if judgement.alarming:
+            self._due_at = 0
+        elif self._puts_off and judgement.verdict is Verdict.CALM and judgement.accepted and self._bus.patient:
+            self._safety.allow(step + 1)
         if progress.reported == self._chooser.batches:
             self._end_epoch(completed=True)
         surprise = reported.mean - expected
         return StepResult(judgement.accepted, rolled_back, judgement.verdict, reported.mean, expected, surprise, step)
 
-    def _quiet(self) -> bool:
-        """Say, of a moment amid an epoch, whether nothing that `_between_steps` does is due, as after most steps."""
-        step, backups = self._progress.global_step, self._safety.backups
-        return (
-            self._ranks.world_size == 1
-            and self._progress.stage is Stage.RUNNING
-            and self._control.interrupts.pending is None
-            and self._saver.idle(step)
-            and not backups.due(step)
-            and step < self._measured.next_due
-            and not (self._bus.sinks and self._control.waits)
-        )
+    def _pass_calm(self, loss: Any, batch: Batch | None) -> StepResult | None:
+        """Take a loss that is calm beyond doubt, and put off all that nobody looks at; else None: nothing is done."""
+        desk, safety, progress = self._desk, self._safety, self._progress
+        ticket = desk.next_report(batch)
+        if ticket is None:
+            return None
+        size = len(ticket.indices)
+        few = read_few(loss, size)
+        if few is None:
+            reported = read_losses(loss, size)
+            if reported.values is None or not reported.finite:
+                return None
+            few = reported.values, reported.mean
+        losses, mean = few
+        started, step = self._clock.monotonic() if self._bus.sinks else 0.0, progress.global_step
+        if (
+            mean > safety.limits[-1]
+            or (found := self._catalog.take(ticket.indices, losses, mean, step, safety.floor)) is None
+        ):
+            return None
+        self._reporter = threading.get_ident()
+        desk.close(ticket)
+        expected, excess = found
+        news, now = None, 0.0
+        if self._bus.sinks:
+            news = self._news(ticket, mean, expected, Verdict.CALM, math.nan, step, started)
+            now = self._clock.wall()
+        safety.put_off(step, mean, excess, ticket.indices, news, now)
+        if self._replays or safety.remembers:
+            desk.remember(step, ticket, mean)
+        progress.global_step = step + 1
+        progress.accepted += 1
+        progress.loss_sum += mean
+        progress.reported += 1
+        if progress.reported == self._chooser.batches:
+            self._end_epoch(completed=True)
+        return StepResult(True, False, Verdict.CALM, mean, expected, mean - expected, step)
+
+    def _at_once(self) -> Batch | None:
+        """Hand out the next batch where it is ready and nothing is to be done before; else None: nothing is done."""
+        desk, control, step = self._desk, self._control, self._progress.global_step
+        if (
+            step >= self._due_at
+            or not desk.ready
+            or control.interrupts.pending is not None
+            or control.stop is not None
+            or self._budget.ended
+            or self._reporter != threading.get_ident()
+            or self._closed
+            or not desk.has_room
+        ):
+            return None
+        if self._bus.sinks and control.waits:
+            return None
+        started = self._clock.monotonic() if self._bus.sinks else 0.0
+        ticket = self._next_ready(step + desk.open)
+        if ticket is None:
+            return None
+        return desk.hand_out(self._shown(ticket, started) if self._bus.sinks else ticket)
+
+    def _next_due(self) -> int:
+        """Return the step before which nothing that `_between_steps` does is due; 0 where that has to be looked at."""
+        if self._ranks.world_size > 1 or self._progress.stage is not Stage.RUNNING:
+            return 0
+        return min(self._saver.next_due, self._safety.backups.next_due, self._measured.next_due)
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""

@@ -159,7 +159,9 @@ class Sink(Protocol):
     Optional members, used where present: `close()`, called once at the end, and
     `commands`, a `collections.deque` of `Command` that the loop polls between steps;
     `ignores_batches`, True where `BatchIssued` tells nothing that `LossReported` does not: it
-    is then only sent if another sink wants it.
+    is then only sent if another sink wants it;
+    `patient`, True where `LossReported` of calm losses may come a few steps late, in order and for a fifth of a
+    second at most, which makes steps cheaper.
     """
 
     def record(self, event: Any) -> None:

@@ -59,7 +59,7 @@ class Dashboard:
         fault: The last exception that cost a display; empty when there was none.
     """
 
-    ignores_batches = True
+    ignores_batches = patient = True
 
     def __init__(
         self,

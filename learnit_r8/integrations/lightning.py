@@ -165,8 +165,7 @@ class R8Callback(Callback):
         self._fit = trainer, pl_module
         self._pending.clear()
         if self._numbers is None:
-            self._numbers = Numbers()
-            self.scheduler.add_sink(self._numbers)
+            self._numbers = Numbers(self.scheduler)
         self.scheduler.attach_model(
             lambda: capture_state(*self._parts(), copy=False), lambda state: restore_state(state, *self._parts())
         )

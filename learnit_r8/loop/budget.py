@@ -73,6 +73,10 @@ class Budget(Saved):
         """Whether no batch of this step may be drawn."""
         return (self._seconds is not None and self.time_up) or self.steps_up(step)
 
+    def left(self, step: int, most: int) -> int:
+        """Return how many steps of `most` are left from one on, where the budget is not seconds."""
+        return most if self._config.num_steps is None else max(0, min(most, self._config.num_steps - step))
+
     @property
     def time_up(self) -> bool:
         """Whether the wall-clock budget is spent; never when the budget is epochs."""

@@ -22,6 +22,9 @@ from learnit_r8.schedules import Plateau
 from learnit_r8.strategies.contract import Rules
 from learnit_r8.structures.key_table import KeyTable
 
+NEVER = 1 << 62
+"""A step that no run reaches."""
+
 
 class Stage(StrEnum):
     """Where the current epoch stands."""

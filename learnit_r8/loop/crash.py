@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,10 @@ class CrashRecorder:
     def note(self, step: int, verdict: Verdict, loss: float, indices: Indices) -> None:
         """Remember one report; nobody changes the ids."""
         self._steps.append((step, verdict, loss, indices))
+
+    def note_calm(self, steps: Sequence[int], losses: Sequence[float], indices: Sequence[Indices]) -> None:
+        """Remember calm reports."""
+        self._steps.extend(zip(steps, itertools.repeat(Verdict.CALM), losses, indices, strict=False))
 
     def diverged(self, step: int, reason: str, batches: Sequence[Sequence[int]], cause: Exception | None) -> NoReturn:
         """Write the bundle and raise TrainingDiverged, from the last error of the user's load_callback if any."""

@@ -66,12 +66,14 @@ class InFlight:
     def __init__(self, lookahead: int, replayed: int) -> None:
         self._lookahead = lookahead  # without a loader
         self._loader: Loader | None = None
+        self._lead = 0  # of the loader; where it is 0 no batch can fail to come
         self._issued = 0  # in this pass over the batches
         self._stale = self._said = False
         self._failed = self._skipped = 0  # batches of this pass that did not come, and those of them that were reported
         self._next_id = 0
         self._open: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
+        self.ready: list[Ticket] = []  # not drawn yet, but sure to be, as they are here; the next one last
         self._outdated: set[int] = set()
         self._calm: deque[tuple[int, Ticket, float]] = deque(maxlen=replayed)  # step, ticket, mean loss
         self._asked = 0
@@ -82,6 +84,7 @@ class InFlight:
     def leave(self) -> None:
         """A loop begins, or is left: nobody is in a step any more."""
         self.left_in_step = self.in_step
+        self.ready.clear()
         self._asked = self._back = 0  # batches asked for, also beyond the last one, and losses that came back
         self._between = 0  # batches that were out when the model was last known to stand between two steps
         self._news = True  # a loss has come back since a batch was last asked for
@@ -100,7 +103,7 @@ class InFlight:
     def count_request(self) -> None:
         """Count a batch that was asked for; beyond the last one, a loader goes on asking as it delivers."""
         self._asked += 1
-        if self._loader is not None:
+        if self._loader is not None and self._lead:
             self._failed = max(self._failed, self._loader.failed() - 1)
 
     @property
@@ -161,18 +164,22 @@ class InFlight:
         held = self.held
         return next(itertools.islice(self._open.values(), held - 1, None)) if held > 0 else None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more batch may be handed out."""
+        if not self._open and not self._stale:
+            return True
+        return not self._stale and len(self._open) < self._patience + self._lead and self.held < self._patience
+
     def check_room(self) -> None:
         """Raise unless one more batch may be handed out."""
-        if not self._open and not self._stale:
+        if self.has_room:
             return
         if self._stale:
             raise ProtocolError(
                 "the state was restored while a loader held batches of the run before: leave the loop, and begin a "
                 "new one over the loader"
             )
-        lead = 0 if self._loader is None else self._loader.lead
-        if len(self._open) < self._patience + lead and self.held < self._patience:
-            return
         first = next(iter(self._open.values())).batch
         raise ProtocolError(
             f"the loss of step {first.step} (epoch {first.epoch}, batch id {first.id}) has not been reported: call "
@@ -205,6 +212,7 @@ class InFlight:
         self._waiting.extendleft(reversed(self._open.values()))
         self._open.clear()
         self._loader, self._issued, self._stale = loader, 0, False
+        self._lead = 0 if loader is None else loader.lead
         self._failed = self._skipped = 0
         if loader is not None:
             loader.delivered()  # counts from here
@@ -214,8 +222,39 @@ class InFlight:
         """Hand a ticket out."""
         self._open[ticket.batch.id] = ticket
         self._issued += 1
-        self._outdated.discard(ticket.batch.id)
+        if self._outdated:
+            self._outdated.discard(ticket.batch.id)
         return ticket.batch
+
+    def next_ready(self, step: int) -> Ticket | None:
+        """Return the ticket that was made ready for this step; None where another one comes next."""
+        if not self.ready:
+            return None
+        batch = self.ready[-1].batch
+        if self._waiting or batch.step != step or batch.id != self._next_id:
+            self.ready.clear()
+            return None
+        return self.ready[-1]
+
+    def take_ready(self) -> Ticket:
+        """Take the ticket that `next_ready` has returned."""
+        self._next_id += 1
+        return self.ready.pop()
+
+    def hand_out(self, ticket: Ticket) -> Batch:
+        """Do for a batch that is asked for all of `between_steps`, `count_request` and `issue`."""
+        if self._news:
+            self.between_steps()
+        if self._lead:
+            self.count_request()
+        else:
+            self._asked += 1
+        return self.issue(ticket)
+
+    @property
+    def next_id(self) -> int:
+        """The number that the next new ticket will have."""
+        return self._next_id
 
     def reissue(self) -> Ticket | None:
         """Return the next batch that was drawn but never reported, or None."""
@@ -225,6 +264,7 @@ class InFlight:
         """Forget all tickets, open and waiting, and return them."""
         self._stale = len(self._open) > max(self.held, 0)
         dropped = [*self._open.values(), *self._waiting]
+        self.ready.clear()
         self._open.clear()
         self._waiting.clear()
         self._calm.clear()
@@ -266,13 +306,25 @@ class InFlight:
             )
         return ticket
 
+    def next_report(self, batch: Batch | None) -> Ticket | None:
+        """Return the ticket of a batch, as `find` and `check_failed` do; None where it was out at a rollback."""
+        if len(self._open) == 1 and self._lead == 0:
+            (ticket,) = self._open.values()
+            if batch is not None and batch is not ticket.batch:
+                ticket = self.find(batch)
+        else:
+            ticket = self.find(batch)
+            if batch is None:
+                self.check_failed(skipped=False)
+        return None if self._outdated else ticket
+
     def check_failed(self, *, skipped: bool) -> None:
         """Raise where a loss is reported while a batch that the loader failed at is not: it would get this loss.
 
         Args:
             skipped: A step is reported that was skipped, and so all batches that did not come until now.
         """
-        if self._loader is None:
+        if self._loader is None or self._lead == 0:
             return
         if skipped:
             self._skipped = max(self._skipped, self._loader.failed())
@@ -287,6 +339,11 @@ class InFlight:
         """Mark the open tickets: the model was restored, they may have been trained on the one that is gone."""
         # What a loader only holds ready, the newest ones, was trained on nothing yet.
         self._outdated = set(list(self._open)[: max(self.held, 0)])
+
+    @property
+    def outdated(self) -> bool:
+        """Whether batches are out that were so when the model was restored."""
+        return bool(self._outdated)
 
     def close(self, ticket: Ticket) -> bool:
         """Remove a reported ticket; return whether it was out when the model was restored."""

@@ -36,6 +36,7 @@ _HABIT_LOST = 1.5
 steps: six are never reached in so many, and without any a GAN's generator was restored."""
 _HOLD = 100, 20
 """Steps, and share of the budget, for which a fault that returned holds the learning rate down at most."""
+_LATE = 0.2  # seconds that news of a loss may be late
 _ACTS = (Kind.RESTORE, Kind.ACCEPT_LEVEL, Kind.FAIL)
 
 
@@ -58,7 +59,6 @@ class Judgement(NamedTuple):
 
 
 _ACCEPT = Action(Kind.ACCEPT)
-_CALM = Judgement(Verdict.CALM, math.nan, _ACCEPT, True)
 
 
 class Judge:
@@ -92,11 +92,18 @@ class Judge:
         self._clock = clock
         self._crash = crash
         self._everyone, self._world_size = ranks.everyone, ranks.world_size
-        self.detector, self.gate = Detector(), Gate()
-        self.machine = RecoveryMachine(min(_HOLD[0], max(8, (total_steps or 10**9) // _HOLD[1])))
+        self._detector, self.gate = Detector(), Gate()
+        self._machine = RecoveryMachine(min(_HOLD[0], max(8, (total_steps or 10**9) // _HOLD[1])))
         self._quarantine = Quarantine(catalog.num_samples)
         capture = state_callback if self._paced and load is not None else None
-        self.backups = RamBackups(capture, backup_every or 1, emit, clock, ranks)
+        self._backups = RamBackups(capture, backup_every or 1, emit, clock, ranks)
+        # How high each of the next losses may be to be calm beyond doubt, the next one last; and those that were, which
+        # nobody has judged yet: step, mean, what was expected of the batch beyond the mean of all, samples, news, time.
+        self.limits: list[float] = []
+        self.floor = -math.inf  # how low they may be, without what was expected beyond the mean of all
+        self.remembers = False  # while losses may be put off: whether there are backups to go back to
+        self._put_off: list[tuple[int, float, float, Indices, events.LossReported | None, float]] = []
+        self.tell_calm: Callable[[events.LossReported, float, float], None] = lambda event, score, time: None
         self._lr = -1.0  # of the last batch; negative before the first one
         self._looked = False  # at the weights, and told, since losses began to stand out
         self._sound = False  # the last look found the state finite, and nothing was trained since
@@ -104,6 +111,95 @@ class Judge:
     def grow(self, num_samples: int) -> None:
         """Judge the samples of a larger data set."""
         self._quarantine.num_samples = num_samples
+
+    @property
+    def detector(self) -> Detector:
+        """The detector, every loss in it."""
+        self.settle()
+        return self._detector
+
+    @property
+    def machine(self) -> RecoveryMachine:
+        """The recovery machine, likewise."""
+        self.settle()
+        return self._machine
+
+    @property
+    def backups(self) -> RamBackups:
+        """The backups in RAM, likewise."""
+        self.settle()
+        return self._backups
+
+    # What no calm loss changes, asked at every step.
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether there are backups in RAM to go back to."""
+        return self._load is not None and len(self._backups.ring) > 0
+
+    @property
+    def restored(self) -> bool:
+        """Whether the model was ever restored from a backup."""
+        return self._machine.used is not None
+
+    def stable_only(self, step: int) -> bool:
+        """Say whether a batch of this step should come from stable (low-loss) samples."""
+        return self._machine.stable_only(step)
+
+    def lr_multiplier(self, step: int) -> float:
+        """Return the factor on the scheduled learning rate at a step."""
+        return self._machine.lr_multiplier(step)
+
+    def steady(self, step: int) -> bool:
+        """Say whether neither of these is in force from a step on, and nothing is in question."""
+        return self._machine.healthy(step) and self._machine.lr_multiplier(step) == 1.0
+
+    # Losses that are calm beyond doubt are put off, and judged together.
+
+    def put_off(
+        self, step: int, loss: float, excess: float, indices: Indices, news: events.LossReported | None, time: float
+    ) -> None:
+        """Take a loss within the next one of `limits`: it is calm, which is worked out later.
+
+        `news`: an event but for its score, to be told then; it happened at this time.
+        """
+        self._put_off.append((step, loss, excess, indices, news, time))
+        self.limits.pop()
+        if not self.limits or time - self._put_off[0][-1] > _LATE:
+            self.settle()
+            self.allow(step + 1)
+
+    def allow(self, step: int) -> None:
+        """Work out which losses may be put off from this step on."""
+        backups, self.remembers = self._backups, self.goes_back
+        if backups.unsuspected and self._machine.healthy(step):
+            self.limits, self.floor = self._detector.calm_limits(backups.undecided)
+
+    def settle(self) -> None:
+        """Judge what was put off, as if each loss had been judged when it came. Until `allow`, none is put off."""
+        if self.limits:
+            self.limits = []
+        if not self._put_off:
+            return
+        waiting, self._put_off = self._put_off, []
+        steps, losses, excesses, indices, news, times = zip(*waiting, strict=True)
+        scores = self._detector.take_calm(losses, excesses, scored=news[-1] is not None)
+        if len(scores) < len(losses):
+            raise AssertionError(f"of the losses {losses} of steps {steps}, which were put off, one is not calm")
+        told = [(event, z, at) for event, z, at in zip(news, scores, times, strict=True) if event is not None]
+        for event, z, at in told[:-1]:
+            self.tell_calm(event, z, at)
+        self._pass_calm(steps, losses, indices)
+        for event, z, at in told[-1:]:
+            self.tell_calm(event, z, at)
+
+    def _pass_calm(self, steps: Sequence[int], losses: Sequence[float], indices: Sequence[Indices]) -> None:
+        """Let all but the detector hear of calm losses while nothing is in question."""
+        self._crash.note_calm(steps, losses, indices)
+        self._looked = False
+        self._quarantine.calm(len(losses))
+        self._machine.pass_calm(len(losses))
+        self._backups.pass_calm(steps[-1], losses)
 
     def judge(
         self,
@@ -122,6 +218,7 @@ class Judge:
         `outdated`: the batch was out when the model was restored: its loss may be of the model that is gone. `scored`:
         the score of a calm loss is wanted, too. `left_out`: why no step was taken on the batch.
         """
+        self.settle()
         if left_out and reported.finite:
             self._crash.note(step, Verdict.SKIPPED, reported.mean, indices)
             self._quarantine.suspect(indices, reported.values)
@@ -156,18 +253,14 @@ class Judge:
         self, step: int, reported: Reported, expected: float, indices: Indices, scored: bool
     ) -> Judgement | None:
         """Judge a loss that is calm beyond doubt amid others, as nearly all are: the same as below, in fewer calls."""
-        backups, machine = self.backups, self.machine
-        if not (reported.finite and backups.unsuspected and machine.healthy(step)):
+        if not (reported.finite and self._backups.unsuspected and self._machine.healthy(step)):
             return None
-        reading = self.detector.take_calm(reported.mean, expected - self._catalog.usual, scored=scored)
-        if reading is None:
+        excess = expected - self._catalog.usual
+        scores = self._detector.take_calm((reported.mean,), (excess,), scored=scored)
+        if not scores:
             return None
-        self._crash.note(step, Verdict.CALM, reported.mean, indices)
-        self._looked = False
-        self._quarantine.calm()
-        machine.react(step, Cause.CALM)
-        backups.pass_calm(step, reported.mean)
-        return Judgement(Verdict.CALM, reading.score, _ACCEPT, True) if scored else _CALM
+        self._pass_calm((step,), (reported.mean,), (indices,))
+        return Judgement(Verdict.CALM, scores[0], _ACCEPT, True)
 
     def _read(self, step: int, reported: Reported, expected: float) -> Reading:
         return self.detector.observe(

@@ -56,8 +56,8 @@ def read_losses(loss: Any, size: int) -> Reported:
     """
     if isinstance(loss, (float, int)) and not isinstance(loss, bool):
         return _one(float(loss)) if abs(loss) <= LIMIT else Reported(None, _clamped(loss), finite=False)
-    if 0 < size <= _FEW and (reported := _few(loss, size)) is not None:
-        return reported
+    if (few := read_few(loss, size)) is not None:
+        return Reported(np.asarray(few[0], np.float32), few[1], finite=True)
     array = loss if isinstance(loss, np.ndarray) else _to_numpy(loss)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{_EXPECTED}, got {_describe(loss)} with dtype {array.dtype}")
@@ -80,25 +80,34 @@ def _one(value: float) -> Reported:
     return Reported(None, value, finite=-LIMIT <= value <= LIMIT)
 
 
-def _few(loss: Any, size: int) -> Reported | None:
-    """Read a float32 array or tensor by one call; None where that is not all there is to do.
+def read_few(loss: Any, size: int) -> tuple[Losses | list[float], float] | None:
+    """Read a float32 array or tensor of a few finite losses by one call.
 
     Each call of numpy or torch costs several microseconds amid a training step.
+
+    Returns:
+        The losses, their reader's to keep, and their mean; None where that is not all there is to do.
     """
+    if not 0 < size <= _FEW:
+        return None
     kind = getattr(loss, "dtype", None)
     if id(kind) not in _FLOAT32S:
         if str(kind) != "torch.float32":
             return None
         _FLOAT32S[id(kind)] = kind
-    if loss.shape != (size,):
-        return None
     try:
         each = loss.tolist()
     except RuntimeError:  # a tensor that holds no numbers
         return None
-    if min(each) >= -LIMIT and max(each) <= LIMIT and (total := math.fsum(each)) == total:  # NaN hides from min
-        return Reported(np.array(each, np.float32), total / size, finite=True)
-    return None
+    if type(each) is not list or len(each) != size or type(each[0]) is not float:
+        return None
+    lowest = min(each)
+    if not (lowest >= 0.0 or (lowest >= -LIMIT and max(each) <= LIMIT)):
+        return None
+    total = math.fsum(each)  # NaN hides from min
+    if not total <= LIMIT:
+        return None
+    return loss.copy() if isinstance(loss, np.ndarray) else each, total / size
 
 
 @np.errstate(all="ignore")

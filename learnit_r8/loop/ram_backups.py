@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from learnit_r8 import events
 from learnit_r8.core.clock import Clock
 from learnit_r8.errors import ConfigError, tell
+from learnit_r8.loop.counters import NEVER
 from learnit_r8.loop.ranks import Ranks
 from learnit_r8.stability.backups import BackupInfo, BackupRing, BackupStatus, Look, chosen_interval, names
 from learnit_r8.stability.changes import HABIT
@@ -66,13 +67,14 @@ class RamBackups:
         self._before: list[float] = []  # the last ones before the last backup
         self._heal()
 
-    def due(self, step: int) -> bool:
-        """Say whether the turn of an automatic backup has come, or has passed while none was allowed."""
-        return self.capture is not None and step >= self._next
+    @property
+    def next_due(self) -> int:
+        """Step at which the turn of the next automatic backup comes, or has come while none was allowed."""
+        return self._next if self.capture is not None else NEVER
 
     def before_step(self, step: int, detector: Detector) -> None:
         """Take an automatic backup when one is due."""
-        if not self.due(step):
+        if step < self.next_due:
             return
         taken = self._try_keep(step, detector)
         if self._every is None and taken is not None:
@@ -134,19 +136,24 @@ class RamBackups:
         return info
 
     @property
+    def undecided(self) -> int:
+        """Calm losses until one proves a backup."""
+        return self.ring.undecided
+
+    @property
     def unsuspected(self) -> bool:
         """Whether weights have not moved far lately, and no backup was found to be damaged."""
         return self._moved is None and self.damaged is None
 
-    def pass_calm(self, step: int, loss: float) -> None:
-        """Count a calm loss where nothing is suspected."""
-        self._losses.append(loss)
+    def pass_calm(self, step: int, losses: Sequence[float]) -> None:
+        """Count calm losses, up to that of a step, where nothing is suspected."""
+        self._losses.extend(losses)
         if len(self.ring):
-            self.calm(step, loss)
+            self.calm(step, *losses)
 
-    def calm(self, step: int, loss: float) -> None:
-        """Count a calm loss in favour of the backups before it; one that is found damaged says that the model is."""
-        for info in self.ring.healthy(step, loss, anywhere=lambda bad: bool(self._ranks.everyone(bad).any())):
+    def calm(self, step: int, *losses: float) -> None:
+        """Count calm losses in favour of the backups before it; one that is found damaged says that the model is."""
+        for info in self.ring.healthy(step, *losses, anywhere=lambda bad: bool(self._ranks.everyone(bad).any())):
             if info.status is BackupStatus.VERIFIED:
                 self._emit(events.BackupVerified(step=step, of_step=info.step))
             elif self.damaged is None:

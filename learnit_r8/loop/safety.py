@@ -40,6 +40,11 @@ _LACKING = (
 )
 
 
+def rises(before: float, lr: float) -> bool:
+    """Say whether a learning rate is so much higher than the last one that it may move the loss."""
+    return lr > 0.0 and lr >= LR_RISE * before >= 0.0
+
+
 class _Found(NamedTuple):
     """What the model can go back to: a backup's state or a checkpoint's path (id None), and the detector's of then."""
 
@@ -84,15 +89,14 @@ class SafetyNet(Judge):
 
     def saw_lr(self, step: int, lr: float) -> None:
         """Take note of a batch's learning rate."""
-        if lr > 0.0 and lr >= LR_RISE * self._lr >= 0.0:
+        if rises(self._lr, lr):
             self.detector.announce(step, "the learning rate rises")
-        self._lr = lr
-        self.backups.path += lr
+        self.pass_lr(lr)
 
-    @property
-    def goes_back(self) -> bool:
-        """Whether there are backups in RAM to go back to."""
-        return self._load is not None and len(self.backups.ring) > 0
+    def pass_lr(self, lr: float) -> None:
+        """Take note of a batch's learning rate that is no far rise."""
+        self._lr = lr
+        self._backups.path += lr
 
     def before_step(self, step: int) -> None:
         """Take an automatic backup when one is due."""
@@ -353,6 +357,7 @@ class SafetyNet(Judge):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, or nothing; backups of another state of the model are forgotten."""
+        self.settle()
         detector, machine, lr = Detector(), RecoveryMachine(self.machine.hold), float(state["lr"])
         quarantine = Quarantine(self._catalog.num_samples)
         detector.load_state_dict(state["detector"])
@@ -361,7 +366,7 @@ class SafetyNet(Judge):
         gate = Gate()
         if "gate" in state:  # not in states of older versions
             gate.load_state_dict(state["gate"])
-        self.detector, self.machine, self._quarantine, self._lr = detector, machine, quarantine, lr
+        self._detector, self._machine, self._quarantine, self._lr = detector, machine, quarantine, lr
         self.gate = gate
         self._looked, self._sound = False, False
         self.backups.forget()

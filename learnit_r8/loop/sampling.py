@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,13 @@ from learnit_r8.errors import ProtocolError, tell
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies.base import BatchRequest, Draw, Strategy
 from learnit_r8.strategies.contract import Rules
+from learnit_r8.strategies.plan import EpochPlan
 from learnit_r8.strategies.uniform import Uniform
 from learnit_r8.types import Indices, Losses, LossReport, Mask
+
+
+def _none() -> None:
+    return None
 
 
 class Sampling:
@@ -68,9 +74,11 @@ class Sampling:
         self._cataloging = cataloging
         self._active = active = self._cataloger if cataloging else self.rules
         self.each_once = active.sound and active.covers
-        # A plan's next batch, without a request.
-        fast = getattr(active.strategy, "next_planned", None) if self.each_once else None
-        self._fast: Callable[[int], Indices | None] | None = fast
+        # Where it is known which batches come, whatever is reported: the plan, and how many were looked up ahead.
+        certain = getattr(active.strategy, "certain", _none) if self.each_once else _none
+        self._certain: Callable[[], EpochPlan | None] = certain
+        self._foreseen = 0
+        self._take_next: Callable[[int], Indices]
 
     def _require(self, fault: str) -> None:
         if fault:
@@ -107,20 +115,44 @@ class Sampling:
     def draw(self, epoch: int, step: int, progress: float, *, stable_only: bool) -> tuple[Indices, Losses | None]:
         """Return the next batch: sample ids, int64, and their weights (None for ones)."""
         size = self._config.next_size(self._left)
-        indices = None if stable_only or self._fast is None else self._fast(size)
+        plan = None if stable_only else self._certain()
         weights: Losses | None = None
-        if indices is not None:
+        if plan is not None:
+            self._foresee(plan, size)
+            indices = plan.take(size)
             count = len(indices)
-            if not self._catalog.expects(indices):
-                self._catalog.expect([indices, *self._active.strategy.planned_ahead()])
         else:
             request = self._request(size, epoch, step, progress, Purpose.BATCH, stable_only)
             indices, weights, count = self._ask(request)
+            self._foreseen = 0
         self.drawn += 1
         self._left -= count
         if count < size:
             self._plan_longer(count, size)
         return indices, weights
+
+    def _foresee(self, plan: EpochPlan, size: int) -> None:
+        """Count one of the batches that were looked up ahead; look the next ones up together where there is none."""
+        if self._foreseen == 0:
+            batches = plan.ahead(size)
+            self._catalog.expect(batches)
+            self._foreseen = len(batches)
+        self._foreseen -= 1
+
+    def coming(self) -> list[Indices]:
+        """Return batches that are sure to be drawn next, the next one first, full ones, as far as they are cut."""
+        plan, size = self._certain(), self._config.batch_size
+        if self._foreseen <= 0 or plan is None or self._left < size:
+            return []
+        self._take_next = plan.take
+        return list(takewhile(lambda ids: len(ids) == size, plan.ahead(size)))
+
+    def draw_coming(self, size: int) -> None:
+        """Draw the next one of `coming`, of this size."""
+        self._take_next(size)
+        self._foreseen -= 1
+        self.drawn += 1
+        self._left -= size
 
     @np.errstate(all="ignore")
     def _ask(self, request: BatchRequest) -> tuple[Indices, Losses | None, int]:

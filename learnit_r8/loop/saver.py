@@ -14,6 +14,7 @@ from learnit_r8._version import __version__
 from learnit_r8.core.urls import url_of
 from learnit_r8.errors import CheckpointError, tell
 from learnit_r8.loop.arguments import Arguments
+from learnit_r8.loop.counters import NEVER
 from learnit_r8.loop.signals import say
 from learnit_r8.sinks import EventBus
 
@@ -110,11 +111,13 @@ class Saver:
             return finished_epoch is not None and finished_epoch != self._attempted_epoch
         return every is not None and step // int(every) > self._attempted // int(every)
 
-    def idle(self, step: int) -> bool:
-        """Whether nothing is to be done amid an epoch: no checkpoint is due, or under way."""
+    @property
+    def next_due(self) -> int:
+        """Step before which nothing is to be done amid an epoch; 0 while a checkpoint is under way or due."""
         every = self._args.config.checkpoint_every
-        due = isinstance(every, int) and step // every > self._attempted // every
-        return self._prepared and self._under_way is None and not (due or self.best_due)
+        if not self._prepared or self._under_way is not None or self.best_due:
+            return 0
+        return (self._attempted // every + 1) * every if isinstance(every, int) else NEVER
 
     def prepare(self, step: int) -> None:
         """Get ready for the first checkpoint, once there was a step: by then optimizers have their state."""

@@ -22,7 +22,7 @@ class JsonlSink:
         flush_every: So many steps wait at most.
     """
 
-    ignores_batches = True
+    ignores_batches = patient = True
 
     def __init__(self, path: str | Path, flush_every: int = 256) -> None:
         self.path = Path(path).absolute()  # programs change their working directory

@@ -50,8 +50,8 @@ and memory that is touched for the first time costs more than all the rest of a 
 _ENTRY_BYTES = 600
 """What Python's objects of one entry take beside the arrays' contents."""
 _MOST = 0.9
-_TOGETHER = 32
-"""Reports that are written to the rows together."""
+_TOGETHER, _TOGETHER_SAMPLES = 32, 1 << 11
+"""Reports that are written to the rows together, and samples in them, at least."""
 
 
 _ALL = slice(None)
@@ -81,14 +81,13 @@ class LossCatalog:
         self._quadrants = Quadrants(self._table)
         self._opaque = self._table.view(_OPAQUE)
         # Reports that are not in the rows yet; sums and counts hold them already.
-        self._waiting: deque[tuple[Rows, Losses, int]] = deque()
-        # By their identity, batches that were looked up ahead: ids, rows, sum of their estimates, number unseen.
-        self._ahead: dict[int, tuple[Indices, NDArray[Any], float, int]] = {}
+        self._waiting: deque[tuple[Rows, Losses | list[float], int]] = deque()
+        self._ahead: dict[int, Rows] = {}  # of batches that were looked up ahead, by the identity of their ids
         self._estimator = Exact()
         self._sum = 0.0  # of all estimates, in the units of the estimate column
         self._num_seen = 0
-        # Step, number of the edges, rows, and where the attribution stood.
-        self._journal: deque[tuple[int, int, Rows, tuple[float, ...] | None]] = deque()
+        # Steps (one, or of each row), number of the edges, rows, and where the attribution stood.
+        self._journal: deque[tuple[int | NDArray[np.int64], int, Rows, tuple[float, ...] | None]] = deque()
         self._mark: tuple[float, ...] | None = None
         self._journal_bytes = 0
         self._left_out: Indices = np.empty(0, np.int64)
@@ -293,6 +292,7 @@ class LossCatalog:
         if self._estimator.attributed:
             return
         table, size = self._opaque.take(np.concatenate(batches)), len(batches[0])
+        all_seen = self._num_seen == self.num_samples
         estimates, full = table.view(np.float32)[_ESTIMATE], len(batches)
         while len(batches[full - 1]) != size:  # the last ones of an epoch may be shorter
             full -= 1
@@ -301,12 +301,10 @@ class LossCatalog:
             end = start + len(ids)
             block = table[start:end]
             total = sums[number] if number < full else _total(estimates[start:end])
-            self._ahead[id(ids)] = ids, block, total, self._unseen(block)
+            unseen, expected = 0 if all_seen else self._unseen(block), total / len(ids)
+            if unseen in (0, len(ids)):  # what is expected of the others follows from the mean of then
+                self._ahead[id(ids)] = Rows(ids, block, math.nan if unseen else expected, unseen)
             start = end
-
-    def expects(self, indices: Indices) -> bool:
-        """Whether a batch was looked up ahead, or need not be."""
-        return id(indices) in self._ahead or self._estimator.attributed
 
     def _unseen(self, block: NDArray[Any]) -> int:
         if self._num_seen == self.num_samples:
@@ -315,13 +313,10 @@ class LossCatalog:
 
     def look_up(self, indices: Indices) -> Rows:
         """Return the rows of a batch and its expected loss."""
-        size = len(indices)
-        ahead = self._ahead.pop(id(indices), None)
-        if ahead is not None:
-            _, block, total, unseen = ahead
-        else:
-            block = self._opaque.take(indices)
-            unseen, total = self._unseen(block), _total(block.view(np.float32)[_ESTIMATE])
+        if (ahead := self._ahead.pop(id(indices), None)) is not None:
+            return ahead
+        size, block = len(indices), self._opaque.take(indices)
+        unseen, total = self._unseen(block), _total(block.view(np.float32)[_ESTIMATE])
         if unseen == size:
             return Rows(indices, block, math.nan, unseen)
         if unseen and not self._estimator.attributed:
@@ -332,6 +327,41 @@ class LossCatalog:
         """Return what is expected of each sample of a batch that was looked up; 0 where unseen."""
         return self._estimator.to_loss(rows.block.view(np.float32)[_ESTIMATE])
 
+    def take(
+        self, indices: Indices, losses: Losses | list[float], mean: float, step: int, floor: float = -math.inf
+    ) -> tuple[float, float] | None:
+        """Record finite losses of a batch that was looked up ahead, of a plan that has each sample once.
+
+        Returns:
+            What was expected of the batch, and by how much that was beyond the mean of all; NaN where not known. None
+            where the batch was not looked up, or things have changed since, or the mean less a positive excess is below
+            `floor`: then nothing is done.
+        """
+        rows = self._ahead.get(id(indices))
+        if rows is None:
+            return None
+        expected, unseen = rows.expected, rows.unseen
+        if unseen or self._num_seen < _MOST * self.num_samples:
+            excess = math.nan
+        else:
+            excess = expected - self._sum / self._num_seen  # the estimates are losses, or nothing is looked up
+        if mean < floor or mean - excess < floor:
+            return None
+        del self._ahead[id(indices)]
+        self._wait(rows, losses, mean, step)
+        return expected, excess
+
+    def _wait(self, rows: Rows, losses: Losses | list[float], mean: float, step: int) -> None:
+        """Count a report whose samples are all new, or none is, and put off writing it into the rows."""
+        if rows.unseen:
+            self._sum += mean * rows.unseen
+            self._num_seen += rows.unseen
+        else:
+            self._sum += (mean - rows.expected) * len(losses) * SMOOTHING
+        self._waiting.append((rows, losses, step))
+        if len(self._waiting) >= _TOGETHER and len(self._waiting) * len(losses) >= _TOGETHER_SAMPLES:
+            self._settle()
+
     def record(self, rows: Rows, losses: Losses, step: int, mean: float | None = None, *, once: bool = False) -> Losses:
         """Take one finite loss per sample of a batch, the catalog's to keep; return them.
 
@@ -339,23 +369,20 @@ class LossCatalog:
         written together, which costs a fraction. Their `mean`, where it is known, saves adding up.
         """
         exact = mean is not None and not self._estimator.attributed
-        if once and exact and rows.unseen in (0, len(losses)):
-            self._waiting.append((rows, losses, step))
-            change = losses  # where all of them are new
-        else:
-            self._settle()
-            if not once:
-                self._ahead.clear()
-            with np.errstate(all="ignore"):
-                change = self._write(rows, losses, step)
-            self._remember(step, rows)
+        if once and exact and mean is not None and rows.unseen in (0, len(losses)):
+            self._wait(rows, losses, mean, step)
+            return losses
+        self._settle()
+        if not once:
+            self._ahead.clear()
+        with np.errstate(all="ignore"):
+            change = self._write(rows, losses, step)
+        self._remember(step, rows)
         if exact and mean is not None and not rows.unseen:
             self._sum += (mean - rows.expected) * len(losses) * SMOOTHING  # what `change` adds up to
         else:
             self._sum += _total(change)
         self._num_seen += rows.unseen
-        if len(self._waiting) >= _TOGETHER:
-            self._settle()
         return losses
 
     def _settle(self) -> None:
@@ -364,16 +391,12 @@ class LossCatalog:
         if not waiting:
             return
         reports, losses, steps = zip(*waiting, strict=True)
-        for rows, step in zip(reports, steps, strict=True):
-            self._remember(step, rows)
-        together = Rows(
-            np.concatenate([rows.indices for rows in reports]),
-            np.concatenate([rows.block for rows in reports]),
-            math.nan,
-            sum(rows.unseen for rows in reports),
-        )
+        ids, blocks, _, unseen = zip(*reports, strict=True)
+        together = Rows(np.concatenate(ids), np.concatenate(blocks), math.nan, sum(unseen))
+        each = np.repeat(np.array(steps, np.int64), list(map(len, losses)))
+        self._remember(each, together)
         with np.errstate(all="ignore"):
-            self._write(together, np.concatenate(losses), np.repeat(steps, [len(each) for each in losses]))
+            self._write(together, np.concatenate(losses, dtype=np.float32, casting="same_kind"), each)
 
     def _write(self, rows: Rows, losses: Losses, step: int | NDArray[Any]) -> NDArray[Any]:
         """Bring the rows of samples up to their losses; return what changed in the estimates."""
@@ -507,7 +530,7 @@ class LossCatalog:
 
     # Undo, for rollbacks ------------------------------------------------------------------
 
-    def _remember(self, step: int, rows: Rows) -> None:
+    def _remember(self, step: int | NDArray[np.int64], rows: Rows) -> None:
         self._journal.append((step, self._quadrants.number, rows, self._mark))
         self._mark = None
         self._journal_bytes += _size(rows)
@@ -526,9 +549,15 @@ class LossCatalog:
         self._settle()
         self._ahead.clear()
         undone = 0
-        while self._journal and self._journal[-1][0] >= step:
-            _, edges, rows, mark = self._journal.pop()
+        while self._journal and np.max(self._journal[-1][0]) >= step:
+            steps, edges, rows, mark = self._journal.pop()
             self._journal_bytes -= _size(rows)
+            if isinstance(steps, np.ndarray):  # of reports that were written together, the older ones may stay
+                later = steps >= step
+                if not later.all():
+                    self._remember(steps[~later], self._part(rows, ~later))
+                    rows = self._part(rows, later)
+                undone += len(np.unique(steps[later])) - 1
             if mark is not None and isinstance(self._estimator, BatchAttribution):
                 self._estimator.back_to(mark)
             if edges != self._quadrants.number:  # a row of an earlier epoch, with what this one's start made of it
@@ -544,6 +573,11 @@ class LossCatalog:
             if at >= step:
                 self._wipe(ids)
         return undone
+
+    def _part(self, rows: Rows, which: Mask) -> Rows:
+        block = rows.block[which]
+        unseen = int(np.count_nonzero(block.view(np.uint32)[_USES] == 0))
+        return Rows(rows.indices[which], block, math.nan, unseen)
 
     # State --------------------------------------------------------------------------------
 

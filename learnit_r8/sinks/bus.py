@@ -31,6 +31,8 @@ class EventBus:
         self._clock = clock
         self.names: Callable[[Sequence[int]], list[int | str]] | None = None  # what samples are called in events
         self.recent: deque[Event] = deque(maxlen=200)  # notable ones, for a crash bundle
+        self.first: Callable[[], object] = bool  # called before each event that is sent without a time
+        self._told = 0.0  # time of the last event
         self._pid = os.getpid()
         _unclosed.add(self)
 
@@ -39,6 +41,7 @@ class EventBus:
 
     def add(self, sink: Sink) -> None:
         """Let one more sink listen from now on."""
+        self.first()
         self.sinks.append(sink)
 
     @property
@@ -46,9 +49,20 @@ class EventBus:
         """Whether any sink has a use for `BatchIssued`; without one it need not even be built."""
         return not all(getattr(sink, "ignores_batches", False) for sink in self.sinks)
 
-    def emit(self, event: Event) -> None:
-        """Put the time into a new event and let every sink hear it."""
-        object.__setattr__(event, "time", self._clock.wall())
+    @property
+    def patient(self) -> bool:
+        """Whether no sink minds to hear of a calm loss a few steps late."""
+        return all(getattr(sink, "patient", False) for sink in self.sinks)
+
+    def emit(self, event: Event, time: float | None = None) -> None:
+        """Put the time into a new event, now unless it is given, and let every sink hear it."""
+        if time is None:
+            self.first()
+            time = self._clock.wall()
+        elif time < self._told:  # of what follows from a loss is told before the loss
+            time = self._told
+        self._told = time
+        object.__setattr__(event, "time", time)
         if type(event) not in _EVERY_STEP and not getattr(event, "name", "").startswith(GRADIENT):
             if self.names is not None and (indices := getattr(event, "indices", None)):
                 object.__setattr__(event, "indices", tuple(self.names(indices)))
@@ -58,6 +72,11 @@ class EventBus:
                 sink.record(event)
             except Exception as error:
                 self._drop(sink, event.step, error)
+
+    def emit_late(self, event: LossReported, score: float, time: float) -> None:
+        """Let every sink hear a loss of earlier, whose score was worked out since."""
+        object.__setattr__(event, "score", score)
+        self.emit(event, time)
 
     def _drop(self, sink: Sink, step: int, error: Exception) -> None:
         if sink not in self.sinks:  # it failed again at the news of another sink's failure
@@ -70,6 +89,7 @@ class EventBus:
 
     def remove(self, sink: Sink) -> None:
         """Close one sink and let it hear no more."""
+        self.first()
         if sink in self.sinks:
             self.sinks.remove(sink)
             _close(sink, told=True)
@@ -99,6 +119,7 @@ class EventBus:
 
     def close(self) -> None:
         """Close every sink."""
+        self.first()
         _unclosed.discard(self)
         while self.sinks:
             _close(self.sinks.pop(), told=True)

@@ -98,7 +98,7 @@ class NewsSink:
         ConfigError: No address, one that Apprise does not understand, or a bad time.
     """
 
-    ignores_batches = True
+    ignores_batches = patient = True
     once = True
 
     def __init__(self, *urls: str, interval: float = 60.0, seconds: float = 2.0) -> None:

@@ -100,20 +100,25 @@ _READ: dict[type[events.Event], Callable[[Any], _Pairs]] = {
 class Numbers:
     """A sink that keeps the newest of the run's own numbers (`r8/...`), for the loggers of a host's trainer.
 
+    Args:
+        scheduler: Is listened to from now on.
+
     Attributes:
         LATE: Names that have no value in a run's first steps, for loggers that want all names at once.
     """
 
-    ignores_batches = True
+    ignores_batches = patient = True
     LATE = (
         *(f"r8/q{quadrant}_{what}" for quadrant in range(1, 5) for what in ("loss", "uses")), "r8/unseen", "r8/stuck",
         "r8/expected_loss", "r8/score", "r8/lr_multiplier", "r8/backup_seconds", "r8/checkpoint_seconds",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: Any) -> None:
         self._points = Points({"r8/lag": None})
         self._newest = dict.fromkeys(self._points.totals, 0.0)
         self._report: events.LossReported | None = None
+        self._settle = scheduler.settle
+        scheduler.add_sink(self)
 
     def record(self, event: events.Event) -> None:
         """Take one event; a step's costs next to nothing."""
@@ -124,6 +129,7 @@ class Numbers:
 
     def newest(self) -> dict[str, float]:
         """Return name -> value."""
+        self._settle()
         step = [] if self._report is None else self._points.of(self._report)
         found = self._newest | {point.name: point.value for point in step}
         return {name: value for name, value in found.items() if name.startswith("r8/")}

@@ -27,6 +27,7 @@ _PROOF = 8
 """Calm losses that verify a backup, as measured: NaN in momentum takes up to that long to show in the loss."""
 _REACH = 4  # intervals between two backups
 _WARY = 8  # backups after a restore, during which the oldest one stays
+_FAR_OFF = 1 << 30
 _NAMED = 3  # arrays that a sentence names
 
 
@@ -129,6 +130,13 @@ class BackupRing:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def undecided(self) -> int:
+        """Calm losses until one ends the proof of a backup."""
+        return _PROOF - max(
+            (len(slot.calm) for slot in self._slots if slot.info.status is BackupStatus.CANDIDATE), default=-_FAR_OFF
+        )
+
     def take(self, state: Any, step: int, *, initial: bool | None = None, path: float = 0.0) -> BackupInfo:
         """Copy the state, after so many steps whose learning rates sum to `path`.
 
@@ -194,18 +202,17 @@ class BackupRing:
         explained = copied(broken, copy)
         return tuple(sorted(broken.keys() - explained, key=lambda name: -broken[name]))
 
-    def healthy(
-        self, step: int, loss: float = math.nan, *, anywhere: Callable[[bool], bool] = bool
-    ) -> tuple[BackupInfo, ...]:
-        """Take one calm loss; return the backups whose proof ended with it, their status now VERIFIED or DISCARDED.
+    def healthy(self, step: int, *losses: float, anywhere: Callable[[bool], bool] = bool) -> tuple[BackupInfo, ...]:
+        """Take calm losses, up to that of a step; return the backups whose proof ended with the last of them.
 
+        Their status is VERIFIED or DISCARDED now. There may be as many losses as are `undecided`.
         `anywhere`: from whether this rank's part of a backup is damaged to whether any rank's is.
         """
         decided = []
         for slot in list(self._slots):
             if slot.info.status is not BackupStatus.CANDIDATE or slot.info.step > step:
                 continue
-            slot.calm.append(loss)
+            slot.calm += losses or (math.nan,)
             if len(slot.calm) < _PROOF:
                 continue
             start = self._clock()

@@ -38,8 +38,9 @@ NaN and infinity are told from the first step on.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,9 +91,6 @@ class Reading(NamedTuple):
     verdict: Verdict
     score: float
     reason: str = ""
-
-
-_CALM = Reading(Verdict.CALM, math.nan)
 
 
 class Detector:
@@ -206,34 +204,69 @@ class Detector:
             self._composition.learn(loss, excess)
         return reading
 
-    def take_calm(self, loss: float, excess: float, *, scored: bool) -> Reading | None:
-        """Read a loss that is calm beyond doubt as `observe` does, in a third of its calls; else None: nothing is done.
+    def take_calm(self, losses: Sequence[float], excesses: Sequence[float], *, scored: bool = False) -> list[float]:
+        """Read losses that are calm beyond doubt as `observe` does, in a fraction of its calls.
 
-        It is at most by half above the median, while no flag is up, nothing was announced and no look at the level is
-        due. `excess`: what was expected of the batch beyond the mean of all, or NaN; z is worked out where `scored`.
+        Such are at most by half above the median, while no flag is up, nothing was announced and no look at the level
+        is due. `excesses`: what was expected of each batch beyond the mean of all, or NaN.
+
+        Returns:
+            z of each loss that was taken, up to the first one that has to go the long way; NaN unless `scored`.
         """
-        window = self._window
+        window, composition, level = self._window, self._composition, self.level
+        scores: list[float] = []
+        if not self._unflagged:
+            return scores
+        far = _FAR * self._untrained
+        for loss, excess in zip(losses, excesses, strict=True):
+            known = math.isfinite(excess)
+            corrected = composition.correct(loss, excess) if known else loss
+            if corrected > loss:
+                corrected = loss
+            m = window.median()
+            if not (-_HUGE < corrected <= m + _SOFT_RISE * abs(m) and loss <= far):
+                break
+            if not level.take(max(corrected, min(corrected - (corrected - loss), m))):  # rounded as in `_judge`
+                break
+            scores.append((corrected - m) / self._scale(m) if scored else math.nan)
+            self._accept(corrected, m)
+            if known and abs(excess) < _LARGE:
+                composition.learn(loss, excess)
+        if scores:
+            self.last, self.first_suspect_step, self._jump = losses[len(scores) - 1], None, 0.0
+            self._outliers.pass_ordinary(len(scores))
+            self._jumps.pass_ordinary(len(scores))
+            if not self._soft_rate == self._hard_rate == _RATE_PRIOR:
+                for _ in scores:
+                    self._shift_flags(soft=False, hard=False)
+        return scores
+
+    @property
+    def _unflagged(self) -> bool:
+        """Whether there are enough losses to compare with, no flag is up and nothing was announced."""
         flagged = self._soft_bits or self._hard_bits or self._far_bits
-        if flagged or self._relaxed_until >= 0 or len(window.values) < WARMUP:
-            return None
-        known = math.isfinite(excess)
-        corrected = self._composition.correct(loss, excess) if known else loss
-        if corrected > loss:
-            corrected = loss
-        m = window.median()
-        if not (-_HUGE < corrected <= m + _SOFT_RISE * abs(m) and loss <= _FAR * self._untrained):
-            return None
-        if not self.level.take(max(corrected, min(corrected - (corrected - loss), m))):  # rounded as in `_judge`
-            return None
-        reading = Reading(Verdict.CALM, (corrected - m) / self._scale(m)) if scored else _CALM
-        self.last, self.first_suspect_step, self._jump = loss, None, 0.0
-        self._outliers.pass_step()
-        self._jumps.pass_step()
-        self._shift_flags(soft=False, hard=False)
-        self._accept(corrected, m)
-        if known and abs(excess) < _LARGE:
-            self._composition.learn(loss, excess)
-        return reading
+        return not flagged and self._relaxed_until < 0 and self.active
+
+    def calm_limits(self, most: int) -> tuple[list[float], float]:
+        """Return how high each of the next losses may be that `take_calm` is sure to take, the next one last.
+
+        Whatever they are: each moves the median by one place at most. There are no more than `most`, and than are left
+        until the next look at the level. Where the window may be cut for a steep fall meanwhile, there are as few as
+        it takes to know that, or losses less their excess must not be below the second value.
+        """
+        values, arrivals, falling = self._window.values, self._window.arrivals, self._falling
+        if not self.level.until_look or not self._unflagged:
+            return [], 0.0
+        middle = (len(values) - 1) // 2
+        count, floor = min(most, self.level.until_look, middle + 1), -math.inf
+        if falling + count > _FALL:
+            highest = values[min(middle + 1 + count, len(values) - 1)]  # that the median may come to
+            floor = highest - _STEEP * abs(highest)
+            if falling and min(itertools.islice(reversed(arrivals), falling)) < floor:
+                count, floor = min(count, max(1, _FALL - falling)), -math.inf
+        far = _FAR * self._untrained
+        limits = [min(low + _SOFT_RISE * abs(low), far) for low in values[middle + 1 - count : middle + 1]]
+        return limits, floor
 
     def announce(self, step: int, why: str) -> None:
         """Take notice that the loss may change its level, and why: LR restart or rise, new strategy."""

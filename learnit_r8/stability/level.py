@@ -69,6 +69,11 @@ class Level:
         return True
 
     @property
+    def until_look(self) -> int:
+        """Losses that `take` takes from here on."""
+        return _EVERY - 1 - self._count % _EVERY
+
+    @property
     def record(self) -> tuple[float, int, float]:
         """The lowest level, its step and its scale."""
         return self.lowest, self.lowest_step, self.lowest_scale

@@ -49,10 +49,10 @@ class Quarantine(Saved):
         self._calm_run = 0
         self._run = [*self._run, named(np.asarray(list(indices), np.int64), losses)][-_RUN_KEPT:]
 
-    def calm(self) -> None:
-        """Take a calm loss: eight in a row end a suspect run."""
+    def calm(self, losses: int = 1) -> None:
+        """Take calm losses: eight in a row end a suspect run."""
         if self._run:
-            self._calm_run += 1
+            self._calm_run = min(self._calm_run + losses, _RUN_KEPT)
             if self._calm_run >= _RUN_KEPT:
                 self._run = []
 

@@ -245,6 +245,13 @@ class RecoveryMachine(Saved):
             return self._move(Signal.HELD, why or f"{HELD if seen else HELD_UNSEEN} losses in a row stand out")
         return self._move(cause, why or "the loss stands out")
 
+    def pass_calm(self, losses: int) -> None:
+        """Take calm losses where the run is healthy: they change nothing but counts."""
+        if self.used is not None:
+            self._reports_since += losses
+        self.flagged = self.nonfinite = self._unrestorable = 0
+        self._calm += losses
+
     def rolled_back(self, step: int, to_step: int, backup_id: int | None, *, proven: bool = True) -> None:
         """Take note that the model was restored after the faulty loss of `step`; a checkpoint has no id."""
         self._move(Signal.RESTORED)

@@ -158,6 +158,14 @@ class HarmlessOutliers:
             self._remembered.append((self._age, rise))
             insort(self._rises, rise)
 
+    def pass_ordinary(self, steps: int) -> None:
+        """Count steps whose losses are ordinary."""
+        if self._remembered or self._pending:
+            for _ in range(steps):
+                self.pass_step()
+        else:
+            self._age += steps
+
     def add(self, rise: float) -> None:
         """Take the rise of an outlier at the step that was counted last."""
         self._pending.append((self._age, rise))

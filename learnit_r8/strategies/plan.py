@@ -14,8 +14,8 @@ from learnit_r8.types import Indices
 
 _LOOK_AHEAD = 128  # samples of a queue that may be swapped in
 _SWAPS = 4  # a queue, at most
-_AHEAD, _AHEAD_SAMPLES = 32, 1 << 16
-"""Batches, and samples in them, that are cut together at most."""
+_AHEAD, _AHEAD_SAMPLES = (32, 128), (1 << 13, 1 << 16)
+"""Batches, and samples in them, that are cut together: up to the second numbers, but no more than one of the first."""
 
 
 class EpochPlan:
@@ -40,12 +40,19 @@ class EpochPlan:
     def take(self, size: int) -> Indices:
         """Return the next batch, int64; fewer ids than asked when fewer are left."""
         if size != self._size or not self._ahead:
-            self._cut_ahead(size, max(1, min(_AHEAD, _AHEAD_SAMPLES // size)))
+            self._cut_ahead(size, _AHEAD[1])
         batch, self._taken = self._ahead.pop()
         return batch
 
+    def ahead(self, size: int) -> list[Indices]:
+        """Return the batches of this size that come next, as far as they are cut together, the next one first."""
+        if size != self._size or not self._ahead:
+            self._cut_ahead(size, _AHEAD[1])
+        return [batch for batch, _ in reversed(self._ahead)]
+
     def _cut_ahead(self, size: int, count: int) -> None:
-        """Cut the next batches together: a handful of calls of numpy serve them all."""
+        """Cut up to so many of the next batches together: a handful of calls of numpy serve them all."""
+        count = max(1, min(count, _AHEAD_SAMPLES[1] // size, max(_AHEAD[0], _AHEAD_SAMPLES[0] // size)))
         left = [len(queue) - start for queue, start in zip(self._queues, self._taken, strict=True)]
         share, rest = divmod(size, len(left))
         if rest == 0 and min(left) == max(left) >= share:
@@ -163,13 +170,9 @@ class PlannedStrategy(Saved):
         assert self._plan is not None
         return self._plan.take_first(request.size) if request.stable_only else self._plan.take(request.size)
 
-    def planned_ahead(self) -> list[Indices]:
-        """Return the batches that are sure to follow as far as they are cut, the next one first."""
-        return [] if self._plan is None else [batch for batch, _ in reversed(self._plan._ahead)]
-
-    def next_planned(self, size: int) -> Indices | None:
-        """Return the plan's next batch where that depends on nothing else, else None: ask `draw`."""
-        return None if self._plan is None else self._plan.take(size)
+    def certain(self) -> EpochPlan | None:
+        """Return the plan where its batches depend on nothing else, else None: ask `draw`."""
+        return self._plan
 
 
 def allowed(request: Any) -> NDArray[np.uint32]:

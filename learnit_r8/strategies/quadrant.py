@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnit_r8.strategies.base import BatchRequest, builtin
-from learnit_r8.strategies.plan import PlannedStrategy, shuffled
+from learnit_r8.strategies.plan import EpochPlan, PlannedStrategy, shuffled
 from learnit_r8.types import Indices
 
 
@@ -36,9 +36,9 @@ class Quadrant(PlannedStrategy):
                 self._plan.steer(request.size, request.catalog.expected_of, mean, 0.1 * abs(mean))
         return super().draw(request)
 
-    def next_planned(self, size: int) -> Indices | None:
-        """Return the plan's next batch, None where it is steered."""
-        return None if self._target_loss else super().next_planned(size)
+    def certain(self) -> EpochPlan | None:
+        """Return the plan, None where it is steered."""
+        return None if self._target_loss else self._plan
 
     def queues(self, request: BatchRequest) -> list[NDArray[np.uint32]]:
         """Return four queues, Q1 (lowest loss) first."""

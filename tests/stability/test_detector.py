@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnit_r8.stability.detector import Detector
+from learnit_r8.stability.detector import Detector, Reading
 from learnit_r8.stability.windows import SortedWindow
 from learnit_r8.types import Verdict
 
@@ -328,11 +328,38 @@ def test_the_short_way_for_calm_losses_reads_them_as_the_long_way_does(seed, noi
             short.announce(step, "a test")
             long.announce(step, "a test")
         expected = long.observe(step, loss, expected_batch=excess, expected_all=0.0)
-        reading = short.take_calm(loss, excess, scored=True)
-        taken += reading is not None
+        scores = short.take_calm([loss], [excess], scored=True)
+        taken += len(scores)
+        reading = Reading(Verdict.CALM, scores[0], "") if scores else None
         if reading is None:
             reading = short.observe(step, loss, expected_batch=excess, expected_all=0.0)
         assert repr(reading) == repr(expected)
         assert repr(short.state_dict()) == repr(long.state_dict())
         assert repr(short.last) == repr(long.last)
     assert taken or noise == 1.0 or outliers == 0.2 or fall == 0.2
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    before=st.integers(16, 150),
+    fall=st.sampled_from([0.0, 0.01, 0.05]),
+    sign=st.sampled_from([1.0, -1.0]),
+    most=st.integers(1, 30),
+)
+def test_losses_within_the_limits_that_are_known_ahead_are_calm_beyond_doubt(seed, before, fall, sign, most):
+    rng, detector = np.random.default_rng(seed), Detector()
+    for step in range(before):
+        detector.observe(step, float(sign * math.exp(-fall * step) * rng.lognormal(0.0, 0.1)))
+    limits, floor = detector.calm_limits(most)
+    assert len(limits) <= most
+    losses, excesses = [], []
+    for limit in reversed(limits):
+        excess = float(rng.choice([math.nan, 0.0, rng.normal(0.0, 0.2)]))
+        lowest = max(floor, limit - abs(limit) * rng.choice([0.1, 1.0, 100.0]))
+        loss = float(rng.choice([limit, lowest, rng.uniform(lowest, max(limit, lowest))]))
+        if loss > limit or loss - max(0.0, excess if excess == excess else 0.0) < floor:
+            break
+        losses.append(loss)
+        excesses.append(excess)
+    assert len(detector.take_calm(losses, excesses)) == len(losses)

@@ -104,6 +104,7 @@ class LossWatch:
         self._reference: list[Any] = []
         self._given: Tensor | None = None
         self._hooked: dict[Any, Any] = {}
+        self._attached: tuple[Any, ...] = ()  # models, when the hooks were looked at last
         self._divided: float | None = None  # share of the host's loss that is divided by num_items_in_batch
         self._compute = host.compute_loss
         host.compute_loss = self._compute_loss  # on the object: whoever overrides it, above or below, is inside
@@ -133,8 +134,12 @@ class LossWatch:
 
     def _attach(self, model: Any) -> None:
         host = self._host
+        seen = model, host.model, getattr(host, "ref_model", None)
+        if self._hooked and all(one is other for one, other in zip(seen, self._attached, strict=True)):
+            return
+        self._attached = seen
         wrapped = host.args.torch_compile or host.args.n_gpu > 1 or not isinstance(host.model, torch.nn.Module)
-        reference = getattr(host, "ref_model", None)
+        reference = seen[-1]
         targets = {model if wrapped else host.model: self._outputs}
         if isinstance(reference, torch.nn.Module):
             targets[reference] = self._reference

@@ -106,8 +106,7 @@ class R8Mixin(GatedMixin):
         self._parts: list[Tensor] = []  # of a batch that is trained on in several micro-batches
         self._rewards: list[Tensor] = []  # of the batches whose completions were scored, oldest first
         self._backups: TrainedState | None = None
-        self._numbers = Numbers()
-        scheduler.add_sink(self._numbers)
+        self._numbers = Numbers(scheduler)
         self._tell_replaced()
         self._take_over()
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):

@@ -263,8 +263,7 @@ class R8Callback(keras.callbacks.Callback):  # type: ignore[misc]
         self._losses: Any = None
         self._rate: float | None = None  # as it was set last
         self._plateau = self._told = False
-        self._numbers = Numbers()
-        dataset.scheduler.add_sink(self._numbers)
+        self._numbers = Numbers(dataset.scheduler)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the model and start the run."""

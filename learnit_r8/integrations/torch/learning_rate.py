@@ -149,14 +149,20 @@ class LearningRateHook:
 
     def _set(self, scheduler: R8Scheduler, optimizer: Optimizer, lr: float) -> None:
         groups, expected = optimizer.param_groups, self._expected
-        # Nearly always each rate is the very object that was set here.
-        if expected is None or [id(group["lr"]) for group in groups] != list(map(id, expected)):
+        known = expected is not None and len(groups) == len(expected)
+        if known:  # nearly always each rate is the very object that was set here
+            for group, rate in zip(groups, expected or (), strict=True):
+                if group["lr"] is not rate:
+                    known = False
+        if not known:
             self._look(scheduler, optimizer)
             lr = scheduler.lr_now() if scheduler.open_batches else scheduler.next_lr  # scaled perhaps
-        elif lr == self.lr:
-            return
+            self._expected = set_lr(optimizer, lr, self._scales)
+        elif lr != self.lr:
+            self._expected = rates = [lr * scale for scale in self._scales]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
         self.lr = lr
-        self._expected = set_lr(optimizer, lr, self._scales)
 
     def _look(self, scheduler: R8Scheduler, optimizer: Optimizer) -> None:
         """Take in what has changed about the groups since the last step."""

@@ -25,6 +25,7 @@ class Measuring(Persistence):
             TypeError: One is not a number; none is taken then.
         """
         numbers = {name: read_number(name, value) for name, value in metrics.items()}
+        self._due_at = 0
         for name, number in numbers.items():
             self._bus.emit(events.MetricLogged(step=self._progress.global_step, name=name, value=number))
             if self._ranks.writes:

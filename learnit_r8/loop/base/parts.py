@@ -87,10 +87,16 @@ class Parts:
             self._ranks,
         )
         self._safety.ema = self._measured.ema
+        self._bus.first, self._safety.tell_calm = self._safety.settle, self._bus.emit_late
         saves = config.checkpoint_dir is not None
         self._control = Control(self._bus, self._ranks, args.clock, saves=saves, signals=config.signals)
         self._control.together = self._together is not None or config.shard is not None
         self._output = Output(args, self._bus, self._catalog, self._guard, self._ranks.rank)
+        # Whether tickets can be made ready ahead of their turn, for what is the tickets' rate and peak then.
+        self._foresees = kind is Ranks and world == self._ranks.slices == 1 and config.train_duration_seconds is None
+        self._puts_off = self._foresees and config.clip is None and not self._chooser.listens
+        self._ready_at = 0.0, 1.0
+        self._due_at = 0  # step before which nothing is to be done between two steps
         self._ones = np.ones(config.batch_size, np.float32)
         self._progress = Progress()
         self._epoch_started = 0.0  # monotonic seconds
@@ -225,7 +231,7 @@ class Parts:
         ticket = self._desk.oldest
         if ticket is None or self._search is not None:
             return self._lr
-        changed = self._safety.machine.used or self._budget.scaled
+        changed = self._safety.restored or self._budget.scaled
         return self._lr_at(ticket.cursor, ticket.batches) if changed else ticket.batch.lr
 
     @property
@@ -324,6 +330,7 @@ class Parts:
             restore: As `load_callback`, called with what `capture` returned.
         """
         load, ema = LoadCallback(restore), self._measured.ema
+        self._due_at = 0
         if ema is None:
             self._safety.attach(capture, load)
         else:
@@ -335,6 +342,10 @@ class Parts:
         `input()`, `getpass`, reads from `sys.stdin` and debuggers need no such line.
         """
         return self._output.terminal()
+
+    def settle(self) -> None:
+        """Let the listeners hear all that has happened: of calm losses they hear a fifth of a second late at most."""
+        self._safety.settle()
 
     def add_sink(self, sink: Sink) -> None:
         """Let one more listener hear the run from now on; it is closed with the others."""
@@ -348,7 +359,7 @@ class Parts:
     def _lr_at(self, cursor: int, batches: int) -> float:
         progress = self._progress
         position = self._budget.position(progress.epoch, cursor, batches, progress.global_step)
-        return self._budget.learning_rate(position, self._safety.machine.lr_multiplier(self._progress.global_step))
+        return self._budget.learning_rate(position, self._safety.lr_multiplier(self._progress.global_step))
 
     def _check_search(self, lead: int) -> None:
         if self._search is not None and lead > 0:

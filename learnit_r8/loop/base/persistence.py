@@ -123,6 +123,7 @@ class Persistence(Parts):
             self._catalog, self._chooser, self._guard, self._safety, self._budget
         )
         self._grown += self._config.num_samples - before
+        self._desk.ready.clear()  # the rates follow the new length of the run
 
     @property
     def best_checkpoint(self) -> Path | None:
@@ -262,6 +263,7 @@ class Persistence(Parts):
         self._begun = False
         self._resumed = True
         self._saver.note(self._progress.global_step, self._progress.finished_epoch)
+        self._due_at = 0
 
     def _save(self, tag: str = "") -> Path:
         step, epoch = self._progress.global_step, self._progress.finished_epoch

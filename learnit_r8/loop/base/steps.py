@@ -19,8 +19,9 @@ from learnit_r8.loop.in_flight import Ticket
 from learnit_r8.loop.judge import Judgement
 from learnit_r8.loop.losses import Reported
 from learnit_r8.loop.lr_search import LrSearch
+from learnit_r8.loop.safety import rises
 from learnit_r8.samples.catalog import Rows
-from learnit_r8.types import Batch, Command, Indices, LossReport, WeighedBatch
+from learnit_r8.types import Batch, Command, Indices, LossReport, Verdict, WeighedBatch
 
 _QUIETLY = np.errstate(all="ignore")
 """Whatever the program makes of numpy's floating point errors: ours are dealt with where they arise."""
@@ -64,7 +65,7 @@ class Steps(Measuring):
     def _end_epoch(self, *, completed: bool) -> None:
         for ticket in self._desk.drop_all():
             self._chooser.forget(ticket.indices)
-        ended = self._progress
+        ended, self._due_at = self._progress, 0
         ended.stage = Stage.DONE
         self._measured.end_epoch(ended)
         with np.errstate(all="ignore"):
@@ -109,6 +110,8 @@ class Steps(Measuring):
         if stopped or self._progress.stage is not Stage.RUNNING or self._budget.used_up(step):
             return None
         started = self._clock.monotonic() if self._bus.sinks else 0.0
+        if self._desk.ready and (ticket := self._next_ready(step)) is not None:
+            return self._shown(ticket, started)
         waiting = self._desk.reissue()
         cursor = self._chooser.drawn if waiting is None else waiting.cursor
         batches = self._chooser.batches if waiting is None else waiting.batches
@@ -116,14 +119,55 @@ class Steps(Measuring):
         if waiting is not None:
             indices, weights, number = waiting.indices, waiting.weights, waiting.batch.id
         elif cursor < batches:
-            progress, stable_only = position[0] / position[1], self._safety.machine.stable_only(step)
+            progress, stable_only = position[0] / position[1], self._safety.stable_only(step)
             indices, weights = self._chooser.draw(epoch, step, progress, stable_only=stable_only)
             number = self._desk.new_id()
         else:
             return None
-        self._lr = self._budget.learning_rate(position, self._safety.machine.lr_multiplier(step))
+        self._lr = self._budget.learning_rate(position, self._safety.lr_multiplier(step))
         self._safety.saw_lr(step, self._lr)
-        return self._ticket(indices, weights, number, step, (cursor, batches), started)
+        ticket = self._ticket(indices, weights, number, step, (cursor, batches))
+        if waiting is None:
+            self._make_ready(step + 1)
+        return self._shown(ticket, started)
+
+    def _make_ready(self, step: int) -> None:
+        """Make the tickets of the batches that are sure to be drawn next, from this step on.
+
+        Where a rate rises far, or is not to be had, the long way is gone at its turn.
+        """
+        if not (self._foresees and self._safety.steady(step)):
+            return
+        batches, progress, budget = self._chooser.coming(), self._progress, self._budget
+        if not batches:
+            return
+        shown, ones = np.stack(batches), np.ones((len(batches), self._config.batch_size), np.float32)
+        epoch, number, cursor, planned = progress.epoch, self._desk.next_id, self._chooser.drawn, self._chooser.batches
+        before, ready = self._lr, []
+        for indices, mine, weights in zip(batches[: budget.left(step, planned - cursor)], shown, ones, strict=False):
+            try:
+                lr = budget.learning_rate(budget.position(epoch, cursor, planned, step), 1.0)
+            except Exception:
+                break
+            if rises(before, lr):
+                break
+            keys = None if self._catalog.keys is None else self._catalog.keys.drawn(mine)
+            batch = Batch(mine, lr, weights, number, step, epoch, keys)
+            ready.append(Ticket(batch, indices, None, cursor, planned, 0.0, 0.0))
+            before, number, step, cursor = lr, number + 1, step + 1, cursor + 1
+        self._ready_at = budget.peak, budget.reduced
+        self._desk.ready = ready[::-1]
+
+    def _next_ready(self, step: int) -> Ticket | None:
+        """Draw the batch that was made ready for a step; None where that is not what comes next any more."""
+        ticket, budget = self._desk.next_ready(step), self._budget
+        if ticket is None or self._ready_at != (budget.peak, budget.reduced):
+            self._desk.ready.clear()
+            return None
+        self._chooser.draw_coming(len(ticket.indices))
+        self._lr = ticket.batch.lr
+        self._safety.pass_lr(self._lr)
+        return self._desk.take_ready()
 
     def _ticket(
         self,
@@ -132,7 +176,6 @@ class Steps(Measuring):
         number: int,
         step: int,
         place: tuple[int, int],
-        started: float,
     ) -> Ticket:
         cursor, batches = place
         epoch, size = self._progress.epoch, len(indices)
@@ -146,12 +189,21 @@ class Steps(Measuring):
         shown = self._ones[: len(mine)] if weights_here is None else weights_here
         keys = None if self._catalog.keys is None else self._catalog.keys.drawn(mine)
         batch = kind(mine, self._lr, shown.copy(), number, step, epoch, keys)
+        return Ticket(batch, indices, weights, cursor, batches, 0.0, 0.0, order)
+
+    def _shown(self, ticket: Ticket, started: float) -> Ticket:
+        """Let sinks hear of a ticket that is handed out; return it with its times."""
         if not self._bus.sinks:
-            return Ticket(batch, indices, weights, cursor, batches, 0.0, 0.0, order)
-        now = self._clock.monotonic()
+            return ticket
+        now, batch = self._clock.monotonic(), ticket.batch
         if self._bus.wants_batches:
-            self._bus.emit(events.BatchIssued(step=step, epoch=epoch, size=size, lr=self._lr, seconds=now - started))
-        return Ticket(batch, indices, weights, cursor, batches, now, now - started, order)
+            seconds = now - started
+            self._bus.emit(
+                events.BatchIssued(
+                    step=batch.step, epoch=batch.epoch, size=len(ticket.indices), lr=self._lr, seconds=seconds
+                )
+            )
+        return ticket._replace(issued_at=now, draw_seconds=now - started)
 
     def _record(self, ticket: Ticket, rows: Rows, reported: Reported) -> None:
         """Let an accepted loss enter the catalog, and the strategy hear of it."""
@@ -192,20 +244,20 @@ class Steps(Measuring):
         self._control.hear(word)
         return reported, word.skipped
 
-    def _emit_loss(self, ticket: Ticket, loss: float, expected: float, judgement: Judgement, started: float) -> None:
-        self._bus.emit(
-            events.LossReported(
-                step=self._progress.global_step - 1,
-                epoch=self._progress.epoch,
-                loss=loss,
-                expected_loss=expected,
-                lr=ticket.batch.lr,
-                verdict=judgement.verdict.value,
-                score=judgement.score,
-                size=len(ticket.indices),
-                step_seconds=started - (ticket.issued_at or started),
-                r8_seconds=self._clock.monotonic() - started + ticket.draw_seconds,
-            )
+    def _news(
+        self, ticket: Ticket, loss: float, expected: float, verdict: Verdict, score: float, step: int, started: float
+    ) -> events.LossReported:
+        return events.LossReported(
+            step=step,
+            epoch=self._progress.epoch,
+            loss=loss,
+            expected_loss=expected,
+            lr=ticket.batch.lr,
+            verdict=verdict.value,
+            score=score,
+            size=len(ticket.indices),
+            step_seconds=started - (ticket.issued_at or started),
+            r8_seconds=self._clock.monotonic() - started + ticket.draw_seconds,
         )
 
     def _react(self, step: int, judgement: Judgement, loss: float, expected: float, indices: Indices) -> bool:
@@ -234,10 +286,8 @@ class Steps(Measuring):
                 while not search.done:
                     indices, self._lr = search.next_batch()
                     started = self._clock.monotonic()
-                    ticket = self._ticket(
-                        indices, None, self._desk.new_id(), self._progress.global_step, (0, 0), started
-                    )
-                    yield self._desk.issue(ticket)
+                    ticket = self._ticket(indices, None, self._desk.new_id(), self._progress.global_step, (0, 0))
+                    yield self._desk.issue(self._shown(ticket, started))
                     self._desk.check_room()
                     if self._control.interrupted or self._bus.asked:
                         search.restart()  # the model is as before in a moment; then this is seen to
@@ -265,10 +315,13 @@ class Steps(Measuring):
 class BatchLoop:
     """The batches of a loop. Asked beyond the last one, as loaders with workers do, it lets the scheduler know."""
 
-    def __init__(self, batches: Iterator[Batch], beyond: Callable[[], None]) -> None:
+    def __init__(
+        self, batches: Iterator[Batch], at_once: Callable[[], Batch | None], beyond: Callable[[], None]
+    ) -> None:
         self._batches = batches
+        self._at_once = at_once
         self._beyond = beyond
-        self._over = False
+        self._begun = self._over = False
 
     def __iter__(self) -> Self:
         return self
@@ -278,6 +331,9 @@ class BatchLoop:
             self._beyond()
             raise StopIteration
         try:
+            if self._begun and (batch := self._at_once()) is not None:
+                return batch
+            self._begun = True
             return next(self._batches)
         except BaseException:
             self._over = True

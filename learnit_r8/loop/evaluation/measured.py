@@ -13,12 +13,11 @@ from learnit_r8 import events
 from learnit_r8.core.config import Evaluation
 from learnit_r8.core.state import Saved, each, finite, maybe, part, row, table
 from learnit_r8.loop.budget import Budget
-from learnit_r8.loop.counters import Progress, Stage
+from learnit_r8.loop.counters import NEVER, Progress, Stage
 from learnit_r8.loop.evaluation.averages import Averages
 from learnit_r8.schedules import Plateau, Reduction
 from learnit_r8.stability.overfitting import overfitting
 
-NEVER = 1 << 62
 _KEPT = 512
 """Evaluations that the verdict looks back on."""
 _RETURNS = 3
