@@ -190,3 +190,13 @@ def train_on_ones(scheduler):
     for _ in scheduler.epoch_iterator():
         for batch in scheduler.batch_iterator():
             scheduler.update_with_loss(np.ones(len(batch.indices), np.float32))
+
+
+def test_a_loss_that_should_not_have_been_put_off_raises_a_flag_and_ends_no_run():
+    program = Program(0, "unheard", num_epochs=4)
+    program.train(until=60)
+    safety = program.scheduler._safety
+    safety.limits = [1e9, 1e9]
+    safety.put_off(60, 1e3, float("nan"), np.arange(8), None, 0.0)
+    assert safety.detector.first_suspect_step == 60
+    assert safety.limits == []
