@@ -340,11 +340,6 @@ class InFlight:
         # What a loader only holds ready, the newest ones, was trained on nothing yet.
         self._outdated = set(list(self._open)[: max(self.held, 0)])
 
-    @property
-    def outdated(self) -> bool:
-        """Whether batches are out that were so when the model was restored."""
-        return bool(self._outdated)
-
     def close(self, ticket: Ticket) -> bool:
         """Remove a reported ticket; return whether it was out when the model was restored."""
         del self._open[ticket.batch.id]

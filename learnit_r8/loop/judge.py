@@ -173,7 +173,7 @@ class Judge:
         """Work out which losses may be put off from this step on."""
         backups, self.remembers = self._backups, self.goes_back
         if backups.unsuspected and self._machine.healthy(step):
-            self.limits, self.floor = self._detector.calm_limits(backups.undecided)
+            self.limits, self.floor = self._detector.calm_limits(backups.ring.undecided)
 
     def settle(self) -> None:
         """Judge what was put off, as if each loss had been judged when it came. Until `allow`, none is put off."""

@@ -136,11 +136,6 @@ class RamBackups:
         return info
 
     @property
-    def undecided(self) -> int:
-        """Calm losses until one proves a backup."""
-        return self.ring.undecided
-
-    @property
     def unsuspected(self) -> bool:
         """Whether weights have not moved far lately, and no backup was found to be damaged."""
         return self._moved is None and self.damaged is None
