@@ -151,25 +151,28 @@ def _trigrams(texts, size=256):
     return np.sqrt(rows)
 
 
-def _text_set(texts, labels, count, size, seed):
+def _text_set(texts, labels, count, size, seed, buckets=256):
     order = np.random.default_rng(seed).permutation(len(texts))[:count]
-    return _trigrams([texts[i] for i in order]), np.asarray(labels)[order], size
+    return _trigrams([texts[i] for i in order], buckets), np.asarray(labels)[order], size
 
 
 def _languages():
-    """The names of countries, languages, scripts and currencies in eight languages, in threes."""
+    """Names of countries, languages, scripts and currencies that only one of eight languages has, in threes."""
     from babel import Locale
 
-    texts, labels = [], []
-    for label, code in enumerate(("da", "nb", "sv", "nl", "de", "es", "pt", "it")):
+    names = []
+    for code in ("da", "sv", "nl", "de", "es", "pt", "it", "fi"):
         locale = Locale(code)
-        known = [*locale.territories.values(), *locale.languages.values(), *locale.scripts.values()]
-        known += list(locale.currencies.values())
-        known = [str(name) for name in known][:1170]
-        chosen = [" ".join(known[i : i + 3]) for i in range(0, len(known), 3)]
+        parts = locale.territories, locale.languages, locale.scripts, locale.currencies
+        names.append({str(name) for part in parts for name in part.values()})
+    texts, labels = [], []
+    for label, known in enumerate(names):
+        own = sorted(known - set().union(*names[:label], *names[label + 1 :]))
+        own = [own[i] for i in np.random.default_rng(101).permutation(len(own))][:1170]
+        chosen = [" ".join(own[i : i + 3]) for i in range(0, len(own), 3)]
         texts += chosen
         labels += [label] * len(chosen)
-    return _text_set(texts, labels, len(texts), 2000, 61)
+    return _text_set(texts, labels, len(texts), 1400, 61, buckets=1024)
 
 
 _KIND_OF_NAME = {ast.FunctionDef: 0, ast.ClassDef: 1, ast.arg: 2, ast.Attribute: 3}
@@ -274,7 +277,7 @@ _SETS = {
 
 
 def make_task(name, kind, rate, seed, *, tail=False):
-    """Return a task: a set, a kind and a share of wrong labels; `tail`: the smallest class a fiftieth of the largest."""
+    """Return a task: a set, kind and share of wrong labels; `tail`: the smallest class a fiftieth of the largest."""
     x, y, size = load(name)
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {kind} {rate} {tail}".encode())])
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(y))
