@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.harness import columns, main, progress
-from benchmarks.noise import letters
+from benchmarks.noise_data import letters
 from benchmarks.tasks import modules
 from examples.continual_digits import BATCH, Memory, Reviewed, Uniform, learn
 
@@ -54,7 +54,7 @@ def stream(name: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         inputs, classes = load_digits(return_X_y=True)
         inputs, group = inputs / 16, 2
     elif name == "letters":
-        (inputs, classes), group = letters(np.random.default_rng(53)), 5
+        (inputs, classes), group = letters(6000), 5
     else:
         (inputs, classes), group = modules(), 2
     count = int(classes.max() + 1) // group

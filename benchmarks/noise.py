@@ -1,38 +1,41 @@
-"""Wrong labels: what the noise guard finds and what it wins. `python -m benchmarks.noise [--quick]`.
+"""Wrong labels as people make them: what the noise guard finds and wins. `python -m benchmarks.noise [--quick]`.
 
-Each line is one task: a data set, a share of labels that were changed to another class at random
-before training, and the test accuracy (true labels) of four runs of equal epochs with the same
-decayed learning rate: uniform; the default strategy under `noise_guard="cap"`, with and without
-`groups=`; and uniform without the wrong samples. "closed" is the guard's share of the gap between
-the first and the last. A run under the guard draws fewer samples, never more: "draws" is its share.
+A line is one data set and one kind of wrong labels (`benchmarks.noise_data`), some seeds: test accuracy
+(true labels) of runs of equal epochs with the same decayed learning rate: uniform; the default strategy
+under `noise_guard="cap"`, with and without `groups=`; uniform without the wrong samples; and, where it is
+installed, uniform without what cleanlab takes for wrong after a cross-validation of the same network.
+"closed" is a run's share of the gap between the first and the one without wrong samples. A run under the
+guard draws fewer samples, never more. `--rows FILE` keeps every run's figures, `--part 0/2` does every
+second line, and `--summary FILE ...` makes the table by kinds of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import importlib.util
 import itertools
-import zlib
-from dataclasses import dataclass
+import json
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import rotate
-from sklearn.datasets import load_breast_cancer, load_digits, make_classification, make_gaussian_quantiles
 
-from benchmarks.tasks import modules
+from benchmarks.noise_data import CHOSEN_ON, GENERATED, HELD_OUT, KINDS, Task, available, make_task
 from learnit_r8 import R8Scheduler
 
 EPOCHS, BATCH_SIZE, PEAK_LR, HIDDEN = 30, 32, 0.05, 128
-TUNED = ("digits", "separate", "overlap", "many")
-SEEN = ("cancer", "shells", "crowd", "teacher", "modules", "ellipses")
-"""Not used at first, but seen before the last changes."""
-RUN_ONCE = ("rotated", "sums", "deep", "blend")
-"""Run once, when the guard was thought to be done; later changes were tried on them, too."""
-HELD_OUT = ("charts", "letters")
-"""Written down before the guard was run on them, which was after its last change (with groups: its last but one)."""
+FOLDS, FOLD_EPOCHS = 5, 10
+"""Of the cross-validation for cleanlab: more epochs rank worse."""
+TUNED = ("digits", "many", "overlap")
+LEAST_GAP = 0.03
+"""Shares of smaller gaps say nothing."""
+CONDITIONS = (
+    ("random", 0.0, False), ("random", 0.0, True),
+    *((kind, 0.2, False) for kind in KINDS),
+    *((kind, rate, False) for rate in (0.1, 0.4) for kind in KINDS[:3]),
+)  # fmt: skip
+"""Kind, share, long tail."""
 
 
 class Network:
@@ -59,6 +62,7 @@ class Network:
         rows = np.arange(len(y))
         losses = np.log(total[:, 0]) - z[rows, y]
         delta = exp / total
+        self.predicted = delta.argmax(1)
         delta[rows, y] -= 1
         delta /= len(y)
         below = (delta @ self.values[1].T) * (hidden > 0)
@@ -73,130 +77,6 @@ class Network:
         return float(np.mean(self.logits(x)[1].argmax(1) == y))
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Training data with the labels as given, which of them are wrong, and clean test data."""
-
-    x: np.ndarray
-    y: np.ndarray
-    wrong: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
-    true: np.ndarray
-
-
-@functools.cache
-def load(name):
-    """Return (x, y, number of training samples)."""
-    made = functools.partial(make_classification, flip_y=0, n_redundant=4)
-    if name == "digits":
-        x, y = load_digits(return_X_y=True)
-        return x / 16 - 0.3, y, 1200
-    if name == "cancer":
-        x, y = load_breast_cancer(return_X_y=True)
-        return (x - x.mean(0)) / x.std(0), y, 400
-    if name == "shells":
-        x, y = make_gaussian_quantiles(n_samples=4000, n_features=6, n_classes=3, random_state=5)
-        return x, y, 2000
-    if name == "modules":
-        return *modules(), 2800
-    if name == "ellipses":  # Gaussian classes that differ in their covariances, too
-        rng = np.random.default_rng(29)
-        y = rng.integers(0, 5, 4000)
-        shapes, centres = rng.normal(0, 0.5, (5, 10, 10)), rng.normal(0, 0.8, (5, 10))
-        return np.einsum("nij,nj->ni", shapes[y], rng.normal(size=(4000, 10))) + centres[y], y, 2000
-    if name == "teacher":  # labels of a random network
-        rng = np.random.default_rng(17)
-        x = rng.normal(size=(4000, 12))
-        y = (np.tanh(x @ rng.normal(size=(12, 10))) @ rng.normal(size=(10, 5))).argmax(1)
-        return x, y, 2500
-    if name == "rotated":  # digits, each turned by up to an eighth of a circle
-        images, y = load_digits(return_X_y=True)
-        angles = np.random.default_rng(31).uniform(-45, 45, len(y))
-        turned = [rotate(x.reshape(8, 8), a, reshape=False, order=1) for x, a in zip(images, angles, strict=True)]
-        return np.array(turned).reshape(-1, 64) / 16 - 0.3, y, 1200
-    if name == "sums":  # two digits side by side; in which fifth of all pairs their sum is
-        images, digits = load_digits(return_X_y=True)
-        pairs = np.random.default_rng(37).integers(0, len(digits), (4500, 2))
-        y = np.digitize(digits[pairs].sum(1), (6, 8, 10, 13))
-        return images[pairs].reshape(-1, 128) / 16 - 0.3, y, 3000
-    if name == "deep":  # labels of a random network with three hidden layers
-        rng = np.random.default_rng(41)
-        inputs = x = rng.normal(size=(4000, 10))
-        for width in (16, 16, 16):
-            x = np.tanh(x @ rng.normal(0, 1.5 / np.sqrt(x.shape[1]), (x.shape[1], width)))
-        scores = x @ rng.normal(size=(16, 5))
-        return inputs, (scores - scores.mean(0)).argmax(1), 2500
-    if name == "blend":  # half of the features say anything, half of those twice
-        x, y = made(4000, 40, n_informative=12, n_redundant=12, n_classes=5, class_sep=1.5, random_state=43)
-        return x / x.std(0), y, 2000
-    if name == "charts":
-        return *charts(np.random.default_rng(47)), 1500
-    if name == "letters":
-        return *letters(np.random.default_rng(53)), 3000
-    if name == "separate":
-        x, y = made(2600, 20, n_informative=10, n_classes=4, class_sep=2.0, random_state=7)
-        size = 1500
-    elif name == "overlap":
-        x, y = made(2600, 20, n_informative=8, n_classes=4, class_sep=1.2, random_state=3)
-        size = 1500
-    elif name == "many":
-        x, y = made(3600, 30, n_informative=16, n_classes=10, n_clusters_per_class=1, class_sep=1.6, random_state=11)
-        size = 2000
-    else:
-        x, y = made(4000, 24, n_informative=16, n_classes=6, n_clusters_per_class=2, class_sep=1.8, random_state=23)
-        size = 2400
-    return x / x.std(0), y, size
-
-
-def charts(rng, count=3600, length=60):
-    """Return control charts in six states (Alcock & Manolopoulos 1999, "Time-series similarity queries")."""
-    y, t = rng.integers(0, 6, count), np.arange(length)
-    x = 30 + 2 * rng.uniform(-3, 3, (count, length))
-    amplitude, period = rng.uniform(10, 15, (2, count, 1))
-    slope, jump = rng.uniform(0.2, 0.5, (count, 1)), rng.uniform(7.5, 20, (count, 1))
-    jumped = jump * (t >= rng.integers(length // 3, 2 * length // 3, (count, 1)))
-    cycle, trend = amplitude * np.sin(2 * np.pi * t / period), slope * t
-    x += np.choose(y[:, None], [np.zeros_like(x), cycle, trend, -trend, jumped, -jumped])
-    return (x - 30) / 10, y
-
-
-def letters(rng, count=6000):
-    """Return the capital letters of twelve fonts, each turned, moved and with noise, 16 x 16 pixels."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    oblique, italic = ("", "-Bold", "-Oblique", "-BoldOblique"), ("", "-Bold", "-Italic", "-BoldItalic")
-    families = ("Sans", oblique), ("SansMono", oblique), ("Serif", italic)
-    faces = [f"DejaVu{family}{style}.ttf" for family, styles in families for style in styles]
-    fonts = [[ImageFont.truetype(folder / face, size) for size in (15, 17)] for face in faces]
-    y, images = rng.integers(0, 26, count), []
-    for label in y:
-        image = Image.new("L", (16, 16))
-        font = fonts[rng.integers(len(fonts))][rng.integers(2)]
-        ImageDraw.Draw(image).text(tuple(8 + rng.uniform(-1, 1, 2)), chr(65 + label), 255, font, anchor="mm")
-        images.append(image.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR))
-    x = np.array([np.asarray(image) for image in images]).reshape(count, -1) / 255
-    return x + rng.normal(0, 0.05, x.shape) - 0.2, y
-
-
-def make_task(name, kind, rate, seed):
-    """Return a task; kind is "balanced", "imbalanced" (smallest class a tenth) or "tail" (a fiftieth)."""
-    x, y, size = load(name)
-    rng = np.random.default_rng([seed, zlib.crc32(f"{name} {kind} {rate}".encode())])
-    order = rng.permutation(len(y))
-    x, y = x[order].astype(np.float32), y[order].astype(np.int64)
-    train, test = np.arange(size), np.arange(size, len(y))
-    classes = int(y.max()) + 1
-    if kind != "balanced":
-        shares = np.geomspace(1, 0.1 if kind == "imbalanced" else 0.02, classes)
-        members = [np.flatnonzero(y[:size] == c) for c in range(classes)]
-        train = np.concatenate([m[: max(3, int(s * len(m)))] for m, s in zip(members, shares, strict=True)])
-    given = y[train]
-    wrong = np.zeros(len(train), bool)
-    wrong[rng.permutation(len(train))[: round(rate * len(train))]] = True
-    given[wrong] = (given[wrong] + rng.integers(1, classes, wrong.sum())) % classes
-    return Task(x[train], given, wrong, x[test], y[test], y[train])
-
-
 @dataclass(frozen=True)
 class Result:
     """Figures of one run."""
@@ -206,22 +86,27 @@ class Result:
     wrong_draws: float
     flagged: float
     precision: float
+    recall: float
     top: float
     """Precision of `catalog.suspects(k)`, k the number of wrong samples."""
+    suggested: float
+    """Share of the flagged wrong samples whose suggested label is the true one."""
+    seconds: float
+    """Of the processor."""
 
 
-def train(task, seed, *, strategy="uniform", guard="off", groups=False, scalar=False, epochs=EPOCHS, mended_at=()):
+def train(task, seed, *, strategy="uniform", guard="off", groups=False, scalar=False, predict=False, mended_at=()):
     """Train a network through R8Scheduler; return its figures.
 
-    `mended_at`: epochs before which flagged samples get their true labels.
+    `predict`: report predicted classes, too; `mended_at`: epochs before which flagged samples get their true labels.
     """
-    labels = task.y.copy()
-    network = Network(task.x.shape[1], int(task.y_test.max()) + 1, seed)
+    started, labels = time.process_time(), task.y.copy()
+    network = Network(task.x.shape[1], int(max(task.y_test.max(), task.y.max())) + 1, seed)
     n, wrong = len(task.y), task.wrong
     with R8Scheduler(
         n,
         BATCH_SIZE,
-        num_epochs=epochs,
+        num_epochs=EPOCHS,
         initial_lr=PEAK_LR,
         strategy=strategy,
         noise_guard=guard,
@@ -237,53 +122,152 @@ def train(task, seed, *, strategy="uniform", guard="off", groups=False, scalar=F
                 run.relabelled(flagged)
             for batch in run.batch_iterator():
                 losses = network.train_step(task.x[batch.indices], labels[batch.indices], batch.lr)
-                run.update_with_loss(float(losses.mean()) if scalar else losses)
+                more = {"predictions": network.predicted} if predict else {}
+                run.update_with_loss(float(losses.mean()) if scalar else losses, **more)
         uses, flagged = run.catalog.uses.astype(np.float64), run.noise_guard.flagged
-        top = run.catalog.suspects(int(wrong.sum()))
+        top, suggestions = run.catalog.suspects(int(wrong.sum())), run.noise_guard.suggestions
+    found = flagged & wrong
     return Result(
         accuracy=network.accuracy(task.x_test, task.y_test),
-        draws=uses.sum() / (n * epochs),
+        draws=uses.sum() / (n * EPOCHS),
         wrong_draws=uses[wrong].sum() / uses.sum(),
         flagged=float(flagged.mean()),
         precision=float(wrong[flagged].mean()) if flagged.any() else np.nan,
+        recall=float(flagged[wrong].mean()) if wrong.any() else np.nan,
         top=float(wrong[top].mean()) if len(top) else np.nan,
+        suggested=float((suggestions == task.true)[found].mean()) if found.any() else np.nan,
+        seconds=time.process_time() - started,
     )
+
+
+def left_out(task, out):
+    """Return the task less some samples."""
+    kept = ~out
+    return Task(task.x[kept], task.y[kept], task.wrong[kept], task.x_test, task.y_test, task.true[kept])
 
 
 def without_wrong(task):
     """Return the task less its wrong samples."""
-    right = ~task.wrong
-    return Task(task.x[right], task.y[right], task.wrong[right], task.x_test, task.y_test, task.true[right])
+    return left_out(task, task.wrong)
+
+
+def cleanlab(task, seed):
+    """Cross-validate the same network, let cleanlab judge, train without what it flags; return the figures."""
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    started, n, classes = time.process_time(), len(task.y), int(max(task.y_test.max(), task.y.max())) + 1
+    rng = np.random.default_rng(seed)
+    fold, given = rng.permutation(n) % FOLDS, np.zeros((n, classes))
+    for number in range(FOLDS):
+        held = fold == number
+        part, network = left_out(task, held), Network(task.x.shape[1], classes, seed)
+        steps = FOLD_EPOCHS * -(-len(part.y) // BATCH_SIZE)
+        batches = [
+            b for _ in range(FOLD_EPOCHS) for b in np.array_split(rng.permutation(len(part.y)), steps // FOLD_EPOCHS)
+        ]
+        for step, batch in enumerate(batches):
+            done = step / steps
+            rate = PEAK_LR * (done / 0.1 if done < 0.1 else (1 + np.cos(np.pi * (done - 0.1) / 0.9)) / 2)
+            network.train_step(part.x[batch], part.y[batch], rate)
+        z = network.logits(task.x[held])[1].astype(np.float64)
+        z = np.exp(z - z.max(1, keepdims=True))
+        given[held] = z / z.sum(1, keepdims=True)
+    present = np.unique(task.y)
+    labels = np.searchsorted(present, task.y)
+    given = given[:, present] / given[:, present].sum(1, keepdims=True)
+    flagged = find_label_issues(labels, given, n_jobs=1)
+    order = np.argsort(get_label_quality_scores(labels, given), kind="stable")
+    seconds, wrong = time.process_time() - started, task.wrong
+    rest = train(left_out(task, flagged), seed) if not flagged.all() else None
+    return {
+        "accuracy": rest.accuracy if rest else np.nan,
+        "flagged": float(flagged.mean()),
+        "precision": float(wrong[flagged].mean()) if flagged.any() else np.nan,
+        "recall": float(flagged[wrong].mean()) if wrong.any() else np.nan,
+        "top": float(wrong[order[: wrong.sum()]].mean()) if wrong.any() else np.nan,
+        "seconds": seconds,
+    }
 
 
 def interval(values):
     """Return mean and half-width of the 95% interval (Student's t)."""
-    quantiles = {3: 4.30, 5: 2.78, 10: 2.26}
+    quantiles = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}
     values = np.asarray(values)
     spread = values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(quantiles.get(len(values), 2.0) * spread)
 
 
-def line(name, kind, rate, seeds):
-    """Run one task; return a row of the table and its figures."""
-    runs = {key: [] for key in ("uniform", "guard", "groups", "clean")}
-    for seed in range(seeds):
-        task = make_task(name, kind, rate, seed)
-        runs["uniform"].append(train(task, seed))
-        runs["guard"].append(train(task, seed, strategy="quadrant", guard="cap"))
-        runs["groups"].append(train(task, seed, strategy="quadrant", guard="cap", groups=True))
-        runs["clean"].append(train(without_wrong(task), seed) if rate else runs["uniform"][-1])
-    of = {key: np.array([run.accuracy for run in results]) for key, results in runs.items()}
-    gap = (of["clean"] - of["uniform"]).mean()
-    cells = [f"{name:9}", f"{kind:10}", f"{rate:4.0%}", f"{of['uniform'].mean():.3f}", f"{of['clean'].mean():.3f}"]
-    for key in ("guard", "groups"):
-        gain, half = interval(of[key] - of["uniform"])
-        closed = f"{(of[key] - of['uniform']).mean() / gap:6.2f}" if gap > 0.005 else "     -"
-        results = runs[key]
-        flagged, draws = np.mean([r.flagged for r in results]), np.mean([r.draws for r in results])
-        precision = np.nanmean([r.precision for r in results]) if flagged else np.nan
-        cells.append(f"{100 * gain:+6.2f} ±{100 * half:4.2f} {closed} {flagged:5.3f} {precision:5.2f} {draws:5.2f}")
+def run_line(name, kind, rate, tail, seeds, rows):
+    """Run one line; print it, and append its runs to the file of rows."""
+    runs, rivals = [], importlib.util.find_spec("cleanlab") is not None
+    for seed in seeds:
+        task = make_task(name, kind, rate, seed, tail=tail)
+        one = {"uniform": asdict(train(task, seed))}
+        one["clean"] = asdict(train(without_wrong(task), seed)) if rate else one["uniform"]
+        one["guard"] = asdict(train(task, seed, strategy="quadrant", guard="cap"))
+        one["groups"] = asdict(train(task, seed, strategy="quadrant", guard="cap", groups=True, predict=True))
+        if rivals and rate in (0.0, 0.2):
+            one["cleanlab"] = cleanlab(task, seed)
+        runs.append(one)
+        if rows:
+            with rows.open("a") as file:
+                file.write(
+                    json.dumps({"set": name, "kind": kind, "rate": rate, "tail": tail, "seed": seed, **one}) + "\n"
+                )
+    of = {key: np.array([run[key]["accuracy"] for run in runs]) for key in runs[0]}
+    cells = [
+        f"{name:10}",
+        f"{kind:10}",
+        f"{rate:4.0%}{' tail' if tail else ''}",
+        f"{of['uniform'].mean():.3f}",
+        f"{of['clean'].mean():.3f}",
+    ]
+    for key in list(of)[2:]:
+        gain, half = interval(of[key] - of["uniform"]) if len(runs) > 1 else ((of[key] - of["uniform"]).mean(), np.nan)
+        flagged = np.mean([run[key]["flagged"] for run in runs])
+        cells.append(f"{100 * gain:+6.2f} ±{100 * half:4.2f} {flagged:5.3f}")
     print(" | ".join(cells), flush=True)
+
+
+def summary(files, names):
+    """Print the means over the sets of each kind and share, of sets with a gap of three points."""
+    rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+    rows = [row for row in rows if row["set"] in names]
+    print("kind, share, run | sets with a gap | closed, points in the mean, at worst, sets below beyond the interval |")
+    print("    flagged, precision, recall, precision at k, seconds")
+    for condition in CONDITIONS:
+        sets = {}
+        for row in rows:
+            if (row["kind"], row["rate"], row["tail"]) == condition:
+                sets.setdefault(row["set"], []).append(row)
+        for key in ("guard", "groups", "cleanlab") if sets else ():
+            print(_summary_line(condition, key, sets))
+
+
+def _summary_line(condition, key, sets):
+    closed, points, below, figures = [], {}, [], []
+    for name, runs in sets.items():
+        runs = [run for run in runs if key in run]
+        if not runs:
+            continue
+        gains = np.array([run[key]["accuracy"] - run["uniform"]["accuracy"] for run in runs])
+        gap = np.mean([run["clean"]["accuracy"] - run["uniform"]["accuracy"] for run in runs])
+        points[name] = 100 * gains.mean()
+        if len(gains) > 1 and gains.mean() + interval(gains)[1] < 0:
+            below.append(name)
+        if gap >= LEAST_GAP:
+            closed.append(gains.mean() / gap)
+        columns = "flagged", "precision", "recall", "top", "seconds"
+        figures.append([np.nanmean([run[key][c] for run in runs] or [np.nan]) for c in columns])
+    if not points:
+        return f"{condition} {key}: -"
+    worst = min(points, key=points.get)
+    share = f"{np.mean(closed):5.2f}" if closed else "    -"
+    means = " ".join(f"{value:.3f}" for value in np.nanmean(figures, 0))
+    mean = np.mean(list(points.values()))
+    label = f"{condition[0]:10} {condition[1]:4.0%}{' tail' if condition[2] else '     '} {key:8}"
+    return f"{label} | {len(closed):2} | {share} {mean:+.2f} {worst} {points[worst]:+.2f} {below} | {means}"
 
 
 def precision_table(seeds):
@@ -292,7 +276,7 @@ def precision_table(seeds):
     for name in TUNED:
         found = {False: [], True: []}
         for seed, scalar in itertools.product(range(seeds), (False, True)):
-            found[scalar].append(train(make_task(name, "balanced", 0.2, seed), seed, scalar=scalar).top)
+            found[scalar].append(train(make_task(name, "random", 0.2, seed), seed, scalar=scalar).top)
         (sample, one), (batch, two) = interval(found[False]), interval(found[True])
         print(f"{name:9} per sample {sample:.3f} ±{one:.3f}   one a batch {batch:.3f} ±{two:.3f}", flush=True)
 
@@ -300,10 +284,10 @@ def precision_table(seeds):
 def strategy_table(names, seeds):
     """Print how often wrong samples are drawn under each strategy, guard at "cap"."""
     print("\nshare of draws that are wrong samples, 20% wrong, and test accuracy: guard off -> cap")
-    for strategy, name in itertools.product(names, ("digits", "separate")):
+    for strategy, name in itertools.product(names, ("digits", "many")):
         pairs = []
         for seed in range(seeds):
-            task = make_task(name, "balanced", 0.2, seed)
+            task = make_task(name, "random", 0.2, seed)
             pairs.append([train(task, seed, strategy=strategy, guard=guard) for guard in ("off", "cap")])
         off, cap = (np.mean([[p[i].wrong_draws, p[i].accuracy] for p in pairs], 0) for i in (0, 1))
         print(f"{strategy:12} {name:9} {off[0]:.3f} -> {cap[0]:.3f}   {off[1]:.3f} -> {cap[1]:.3f}", flush=True)
@@ -312,40 +296,46 @@ def strategy_table(names, seeds):
 def relabelled_table(seeds):
     """Print what it is worth to mend flagged labels in mid-run: uniform, guard at "report"."""
     print("\n30% wrong, flagged labels mended at four times from a quarter of the run on: accuracy, share of the gap")
-    for name in TUNED:
+    for name, kind in itertools.product(TUNED, KINDS[:3]):
         found = []
         for seed in range(seeds):
-            task = make_task(name, "balanced", 0.3, seed)
+            task = make_task(name, kind, 0.3, seed)
             right = Task(task.x, task.true, task.wrong, task.x_test, task.y_test, task.true)
             mend = tuple(range(EPOCHS // 4, EPOCHS // 2 + 6, 4))
             noisy, mended = train(task, seed), train(task, seed, guard="report", groups=True, mended_at=mend)
             found.append([noisy.accuracy, mended.accuracy, train(right, seed).accuracy])
         noisy, mended, clean = np.mean(found, 0)
         share = (mended - noisy) / (clean - noisy)
-        print(f"{name:9} {noisy:.3f} -> {mended:.3f}, clean {clean:.3f}: {share:.2f}", flush=True)
+        print(f"{name:9} {kind:9} {noisy:.3f} -> {mended:.3f}, clean {clean:.3f}: {share:.2f}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 seeds instead of 10")
-    parser.add_argument("--data", nargs="*", default=(*TUNED, *SEEN, *RUN_ONCE, *HELD_OUT))
+    parser.add_argument("--data", nargs="*", default=(*CHOSEN_ON, *HELD_OUT, *GENERATED))
     parser.add_argument("--only", choices=("accuracy", "precision", "strategies", "relabelled"))
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--summary", nargs="+")
     options = parser.parse_args()
+    if options.summary:
+        summary(options.summary, options.data)
+        return
     seeds = 3 if options.quick else 10
+    names, missing = available(options.data)
+    if missing:
+        print("left out, as river is not installed:", *missing)
     if options.only in (None, "accuracy"):
-        columns = "gain, points  closed flagged prec draws"
-        print(f"data      | kind       | wrong | uniform | clean | {columns} | with groups: {columns}")
-        for name in options.data:
-            for rate in (0.0, 0.1, 0.2, 0.4):
-                line(name, "balanced", rate, seeds)
-            line(name, "imbalanced", 0.1, seeds)
-            line(name, "tail", 0.0, seeds)
+        print("data | kind | wrong | uniform | clean | gain in points, share flagged: guard | with groups | cleanlab")
+        part, parts = (int(number) for number in options.part.split("/"))
+        for name, condition in list(itertools.product(names, CONDITIONS))[part::parts]:
+            run_line(name, *condition, range(seeds), options.rows)
     if options.only in (None, "precision"):
         precision_table(seeds)
     if options.only in (None, "strategies"):
-        from learnit_r8.strategies import names
+        from learnit_r8.strategies import names as strategies
 
-        strategy_table(names(), seeds)
+        strategy_table(strategies(), seeds)
     if options.only in (None, "relabelled"):
         relabelled_table(seeds)
 

@@ -31,10 +31,11 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
 from benchmarks.tasks import modules
 
 KINDS = ("random", "fixed", "confused", "weak", "annotators")
-CHOSEN_ON = ("digits", "cancer", "wine", "modules", "letters", "languages", "names", "segments")
+CHOSEN_ON = ("digits", "cancer", "wine", "modules", "letters", "languages", "names", "segments", "glyphs")
 """Real sets that the guard's constants may be chosen on."""
-HELD_OUT = ("glyphs", "docstrings", "icons", "patches", "phishing")
-"""Real sets that nothing is chosen on: written down before anything was run on them."""
+HELD_OUT = ("docstrings", "icons", "patches", "phishing")
+"""Real sets that nothing is chosen on: written down before anything was run on them. "glyphs" was one of them, until
+the guard did harm on it and was changed."""
 GENERATED = ("many", "overlap")
 OPTIONAL = ("segments", "phishing")
 
@@ -132,8 +133,13 @@ def _drawn(characters, faces, sizes, count, seed, spread):
     return x + rng.normal(0, 0.05, x.shape) - 0.2, y
 
 
+def letters(count=3500):
+    """Return capital letters of twelve fonts and which they are."""
+    return _drawn([chr(65 + i) for i in range(26)], _DEJAVU, (15, 17), count, 53, 1.0)
+
+
 def _letters():
-    return *_drawn([chr(65 + i) for i in range(26)], _DEJAVU, (15, 17), 3500, 53, 1.0), 2500
+    return *letters(), 2500
 
 
 def _glyphs():

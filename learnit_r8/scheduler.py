@@ -40,7 +40,7 @@ from learnit_r8.loop.base.persistence import one_of
 from learnit_r8.loop.base.steps import BatchLoop
 from learnit_r8.loop.counters import Stage, resumed_arguments
 from learnit_r8.loop.in_flight import Loader
-from learnit_r8.loop.losses import read_few, read_losses
+from learnit_r8.loop.losses import read_classes, read_few, read_losses
 from learnit_r8.loop.saver import State
 from learnit_r8.loop.shards import common_checkpoint
 from learnit_r8.loop.signals import say
@@ -93,7 +93,7 @@ class R8Scheduler(Gated):
         sinks: Further listeners with `record(event)`.
         log_dir: Where the event log of the run goes, for `r8 watch`; rank 0's. A run that starts anew there sets
             the log of an earlier one aside.
-        noise_guard: "off", "report" suspects, or "cap": draw them at a tenth of the rate, and from
+        noise_guard: "off", "report" suspects, or "cap": draw them at a fifth of the rate, and from
             the middle of the budget not at all.
         groups: Class of each sample, int `[N]`, for the noise guard and the report.
         keys: What the samples are called by, one key each, in place of the numbers: texts, whole numbers, or tuples of
@@ -273,7 +273,13 @@ class R8Scheduler(Gated):
         self._desk.count_request()
 
     def update_with_loss(
-        self, loss: Any = None, batch: Batch | None = None, *, skipped: bool = False, batch_loss: Any = None
+        self,
+        loss: Any = None,
+        batch: Batch | None = None,
+        *,
+        skipped: bool = False,
+        batch_loss: Any = None,
+        predictions: Any = None,
     ) -> StepResult:
         """Report the loss of a batch, after its optimizer step: a rollback restores the model at once.
 
@@ -283,10 +289,14 @@ class R8Scheduler(Gated):
             batch: Which batch; the oldest open one when None.
             skipped: The optimizer step was skipped (AMP overflow): no fault, whatever the loss.
             batch_loss: Another name for `loss`.
+            predictions: The class that the model gives each sample, whole numbers in the batch's order, as
+                `logits.argmax(1)`: from them `noise_guard.suggestions` says what a suspect's label should be.
 
         Raises:
-            ProtocolError: No such batch is open, or the number of losses is not the batch's.
-            TypeError: Not a real number or a 1-D array of them. Nothing has changed then.
+            ProtocolError: No such batch is open, or the number of losses or predictions is not the batch's; or
+                predictions with several ranks.
+            TypeError: Not a real number or a 1-D array of them, or predictions that are no whole numbers. Nothing has
+                changed then.
             TrainingDiverged: Recovery is out of means.
         """
         if self._closed:
@@ -305,6 +315,8 @@ class R8Scheduler(Gated):
             reported, left_out = self._reported(ticket, loss)
         else:
             reported = read_losses(loss, len(ticket.batch.indices))
+        if predictions is not None:
+            predictions = read_classes(predictions, len(ticket.batch.indices), self._ranks.world_size)
         if batch is None:
             self._desk.check_failed(skipped=skipped)
         if not self._weighs and isinstance(ticket.batch, WeighedBatch):
@@ -333,6 +345,8 @@ class R8Scheduler(Gated):
         )
         if judgement.accepted:
             self._record(ticket, rows, reported)
+            if predictions is not None:
+                self._guard.hear_predictions(ticket.indices, predictions)
             if (self._replays or self._safety.goes_back) and judgement.verdict is Verdict.CALM:
                 self._desk.remember(step, ticket, reported.mean)
         progress.global_step += 1

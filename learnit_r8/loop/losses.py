@@ -161,6 +161,26 @@ def _to_numpy(loss: Any) -> NDArray[Any]:
     return array
 
 
+def read_classes(predictions: Any, size: int, ranks: int) -> NDArray[np.int64]:
+    """Read the classes that a model gives the samples of a batch, whole numbers in its order.
+
+    Raises:
+        TypeError: No whole numbers.
+        ProtocolError: An array of another shape, or several ranks: no rank hears of the others' predictions.
+    """
+    if ranks > 1:
+        raise ProtocolError(f"predictions= is for one rank, this run has world_size={ranks}: leave it out")
+    array = predictions if isinstance(predictions, np.ndarray) else _to_numpy(predictions)
+    if array.shape != (size,):
+        raise ProtocolError(
+            f"the batch has {size} samples, but predictions= has the shape {array.shape}: report one class per sample "
+            "in the batch's order, such as logits.argmax(1)"
+        )
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"predictions= are classes, whole numbers such as logits.argmax(1), got {array.dtype}")
+    return array.astype(np.int64)
+
+
 def read_number(name: str, value: Any) -> float:
     """Return a number that the user logs; a tensor leaves its graph and device.
 

@@ -1,8 +1,7 @@
-"""How many losses are too high: the cut between suspects and the others, by class, checks of it, held-out losses."""
+"""What the noise guard reckons with: the cut between suspects and the others, evidence, classes, losses since."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,15 @@ from numpy.typing import NDArray
 
 from learnit_r8.core.state import Saved, table
 from learnit_r8.samples.catalog import LossCatalog
-from learnit_r8.types import Losses, Mask
+from learnit_r8.types import Indices, Losses, Mask
 
 _MIN_GROUP = 20
 """A class with fewer samples has too few kin to tell by; the guard leaves it alone."""
 _SORTED = 1 << 20
 """The cut is found on about this many samples at most."""
+_OUTLIERS = 0.99
+"""Losses above this quantile count as it: a single one of a thousand would be a group of its own."""
+_FLOOR, _POWER = 0.25, 0.25
 
 
 class Classes:
@@ -26,8 +28,6 @@ class Classes:
         counts = np.bincount(self._of)
         self._counts, self._starts = counts, np.cumsum(counts) - counts
         self.large: Mask = (counts >= _MIN_GROUP)[self._of]
-        shares = counts / len(self._of)
-        self.entropy = -float(np.sum(shares * np.log(shares)))
 
     def excess(self, losses: Losses, share: float = 0.5) -> Losses:
         """Return by how much the level of each sample's class exceeds the median class's, `[N]`.
@@ -48,15 +48,14 @@ class LossesSince(Saved):
     def __init__(self, mean: Losses, uses: NDArray[np.uint32]) -> None:
         self._mean, self._uses = np.array(mean, np.float32), np.array(uses, np.uint32)
 
-    def forget(self, ids: NDArray[np.int64]) -> None:
+    def forget(self, ids: Indices) -> None:
         """Count some samples from nothing."""
         self._mean[ids], self._uses[ids] = 0, 0
 
-    def means(self, catalog: LossCatalog, mask: Mask) -> NDArray[np.float64]:
-        """Return the mean loss since then of those samples in a mask that have any, `[<= N]`."""
+    def means(self, catalog: LossCatalog) -> Losses:
+        """Return the mean of each sample's losses since then, `[N]`; NaN without any."""
         total, times = self._sums(catalog)
-        heard = mask & (times > 0)
-        return np.asarray(total[heard] / times[heard])
+        return np.asarray(np.where(times > 0, total / np.maximum(times, 1), np.nan), np.float32)
 
     def scores(self, catalog: LossCatalog) -> Losses:
         """Return the mean of each sample's losses since then and one more, the mean until then, `[N]`."""
@@ -69,47 +68,33 @@ class LossesSince(Saved):
         return np.where(times > 0, total, 0.0), times
 
 
-def half_way(losses: Losses, low: float, high: float) -> float:
-    """Return the cut half-way between the medians of the losses below and above it, from `low` to `high`.
+def two_groups(losses: Losses) -> float:
+    """Return the cut that parts losses into the two groups with the least variance within (Otsu 1979).
 
-    Medians, not the means of 2-means clustering: the wrong samples' losses have a long tail that
-    would draw the cut up.
+    Infinite where they are all alike.
     """
-    ordered = np.sort(losses[:: 1 + len(losses) // _SORTED])
-    cut = high
-    for _ in range(50):
-        below = int(np.searchsorted(ordered, cut, "right"))
-        if below in (0, len(ordered)):
-            break
-        middle = (float(ordered[below // 2]) + float(ordered[(below + len(ordered)) // 2])) / 2
-        before, cut = cut, min(max(middle, low), high)
-        if cut == before:
-            break
-    return cut
+    ordered = np.sort(losses[:: 1 + len(losses) // _SORTED].astype(np.float64))
+    if len(ordered) < 2 or ordered[0] == ordered[-1]:
+        return float("inf")
+    ordered = np.minimum(ordered, ordered[int(_OUTLIERS * (len(ordered) - 1))])
+    below = np.arange(1, len(ordered))
+    sums = np.cumsum(ordered)
+    between = (sums[:-1] * len(ordered) - sums[-1] * below) ** 2 / (below * (len(ordered) - below))
+    place = int(np.argmax(between))
+    return float(ordered[place] + ordered[place + 1]) / 2
 
 
-def even_loss(losses: Losses) -> float:
-    """Return ln K from the losses of an untrained classifier, however large its outputs are.
+def evidence(suspects: Losses, losses: Losses) -> float:
+    """Return how much speaks for wrong labels rather than hard samples; above 1 they are likelier.
 
-    Such a model gives each of the K classes 1/K on average, and exp(-loss) is what it gave the right
-    one. Losses that are no cross-entropies may have any spread: never less than half of their mean.
+    Two things tell them apart while a network has not learned by heart. Wrong labels stay at a high loss though they
+    are trained on: the `suspects`' median, in nats. And where a share of the labels is wrong, whichever, right ones
+    cannot be given more than the rest: the probability that the best known quarter of all `losses` lacks, over the
+    share of suspects. In clean data, however hard, that quarter is near certain. Its fourth root counts: it falls by
+    orders of magnitude.
     """
-    values = losses.astype(np.float64)
-    least = float(values.min())
-    even = least - math.log(float(np.mean(np.exp(least - values))))
-    return max(even, 0.5 * float(values.mean()))
-
-
-def agreement(losses: Losses, suspects: int, low: float, high: float) -> float:
-    """Return the share of wrong labels that the others' loss implies, over the share of suspects.
-
-    While a share s of the labels is wrong, whichever, a model gives right ones a probability of
-    1 - s at best, a loss of -ln(1 - s): until it learns by heart. Where the others' loss is lower
-    than the number of suspects implies (below 1), the suspects lie together: a part of the data
-    that was not learned yet. For cross-entropies in nats only. `suspects` is their number by their mean loss; where
-    more of the `losses`, the latest ones, lie above the cut, these count.
-    """
-    cut = half_way(losses, low, high)
-    others = losses[losses <= cut]
-    share = max(1 - len(others) / len(losses), suspects / len(losses), 1e-9)
-    return -math.expm1(-float(np.median(others))) / share if len(others) else 0.0
+    if not len(suspects) or len(suspects) == len(losses):
+        return 0.0
+    lacking = -np.expm1(-max(float(np.quantile(losses, _FLOOR)), 0.0))
+    share = len(suspects) / len(losses)
+    return float(np.median(suspects)) * float(lacking / share) ** _POWER

@@ -230,7 +230,7 @@ def driven(name):
 def noise_guard():
     def advance(both, k):
         guard, catalog = both["guard"], both["catalog"]
-        left_out = guard.start_epoch(catalog, k / 1200, np.random.default_rng(k))
+        left_out = guard.start_epoch(k / 1200, np.random.default_rng(k))
         drawn = np.flatnonzero(np.ones(60, bool) if left_out is None else ~left_out)
         losses = np.where(drawn < 12, 5.0, 2.3 if k == 0 else 0.3) + np.sin(drawn + k) / 9
         catalog.record(catalog.look_up(drawn), losses.astype(np.float32), k)

@@ -7,7 +7,11 @@ import pytest
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
+<<<<<<< HEAD
 from learnit_r8.run.model import DashboardModel
+=======
+from learnit_r8.noise.guard import Stage
+>>>>>>> bdb084f (The noise guard believes high losses where the best known samples lack certainty, and finds labels that are wrong as people get them wrong; predictions tell what they should be)
 from learnit_r8.strategies import names
 from learnit_r8.strategies.base import make
 from learnit_r8.strategies.contract import Rules
@@ -116,20 +120,22 @@ def test_the_learning_rate_goes_on_by_the_share_of_the_budget():
     assert rates[NEW, 5][-1] < 0.01
 
 
-def test_a_noise_guard_amid_its_trial_and_excluded_samples_go_on():
+def test_a_noise_guard_that_is_open_and_excluded_samples_go_on():
     run = scheduler(OLD, noise_guard="cap", groups=np.arange(OLD) % 2)
     for epoch in run.epoch_iterator():
         train(run)
         if epoch == 1:
             run.exclude([3])
             guard = run.noise_guard
-            guard._begin_trial(run.catalog, np.ones(OLD, bool))
+            guard._stage, guard._suspect = Stage.OPEN, np.arange(OLD) == 5
             guard._phase = np.arange(OLD).astype(np.uint8)
+            guard.hear_predictions(np.arange(OLD), np.arange(OLD))
             break
     more = scheduler(NEW, noise_guard="cap", groups=np.arange(NEW) % 2)
     more.load_state_dict(run.state_dict())
     assert more.catalog.left_out.tolist() == [3]
-    assert len(more.noise_guard.flagged) == NEW
+    assert len(more.noise_guard.flagged) == len(more.noise_guard.suggestions) == NEW
+    assert more.noise_guard.suggestions[5] == 5
     for _ in more.epoch_iterator():
         assert 3 not in train(more)
     assert (np.delete(more.catalog.uses, 3) > 0).all()

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.mixture import GaussianMixture
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.checkpoint import state_codec
 from learnit_r8.core.arrays import in_any
+from learnit_r8.errors import ProtocolError
 from learnit_r8.events import StrategyDecided, SuspectsNamed
-from learnit_r8.noise.cut import Classes, LossesSince, agreement, even_loss, half_way
+from learnit_r8.noise.cut import Classes, LossesSince, evidence, two_groups
 from learnit_r8.noise.guard import NoiseGuard
+from learnit_r8.noise.votes import Votes
 from learnit_r8.samples.catalog import LossCatalog
 from learnit_r8.strategies import names
 
-N, EPOCHS = 240, 15
+N, EPOCHS = 240, 24
 CHANCE = 2.3
 
 
@@ -34,10 +35,10 @@ class Learner:
 
     def train(self, indices):
         self.steps += 1
-        knows = 1 - np.exp(-self.seen[self.kinds == "right"].mean() / 2)
+        knows = 1 - np.exp(-self.seen[self.kinds == "right"].mean() / 1.2)
         rare = self.seen[self.kinds == "rare"].mean() if (self.kinds == "rare").any() else 0
         loss = {
-            "right": CHANCE * (1 - knows) + 0.05,
+            "right": CHANCE * (1 - knows) + 0.001 - np.log1p(-np.mean(self.kinds == "wrong")),
             "rare": CHANCE * (1 + knows) * np.exp(-rare / 4),
             "wrong": CHANCE * (1 + knows),
         }
@@ -90,14 +91,14 @@ def test_wrong_samples_are_flagged_named_and_kept_out_of_the_second_half():
     assert set(named[-1].indices) == set(np.flatnonzero(wrong))
     assert list(named[-1].losses) == sorted(named[-1].losses, reverse=True)
     decisions = [event.decision for event in heard.events if isinstance(event, StrategyDecided)]
-    assert decisions == ["noise trial", "noise guard open"]
-    for epoch in drawn[8:]:
+    assert decisions == ["noise guard open"]
+    for epoch in drawn[12:]:
         assert not wrong[epoch].any()
         assert np.array_equal(np.sort(epoch), np.flatnonzero(~wrong))
 
 
-@pytest.mark.parametrize(("mode", "epochs", "first"), [("report", 15, 3), ("cap", 15, 5), ("cap", 60, 6)])
-def test_nobody_is_suspected_before_a_share_of_the_budget_and_five_epochs(mode, epochs, first):
+@pytest.mark.parametrize(("mode", "epochs", "first"), [("report", 30, 8), ("cap", 30, 8), ("cap", 110, 11)])
+def test_nobody_is_suspected_before_a_share_of_the_budget_and_eight_epochs(mode, epochs, first):
     run, heard, drawn = train(kinds_of(wrong=48), noise_guard=mode, num_epochs=epochs)
     assert heard.events
     assert heard.events[0].step >= first * run.steps_per_epoch
@@ -117,17 +118,17 @@ def test_report_names_suspects_and_changes_nothing():
 def test_clean_data_is_left_alone():
     run, heard, drawn = train(kinds_of())
     assert not run.noise_guard.flagged.any()
-    assert not heard.events
+    assert [event.decision for event in heard.events] == ["noise guard shut"]
     assert all(len(epoch) == N for epoch in drawn)
 
 
-def test_the_trial_acquits_samples_that_their_kin_teach():
+def test_samples_that_are_learned_late_are_not_suspected():
     kinds = kinds_of(rare=40)
     run, heard, drawn = train(kinds, num_epochs=25)
     assert not run.noise_guard.flagged.any()
     decisions = [event.decision for event in heard.events if isinstance(event, StrategyDecided)]
-    assert decisions in ([], ["noise trial", "noise guard shut"])
-    assert all(len(epoch) == N for epoch in drawn[9:])
+    assert decisions == ["noise guard shut"]
+    assert all(len(epoch) == N for epoch in drawn)
 
 
 def test_with_groups_a_hard_class_is_not_suspected_and_a_small_one_not_judged():
@@ -160,96 +161,177 @@ def test_every_strategy_draws_wrong_samples_at_most_half_as_often_as_uniform(str
     assert run.noise_guard.flagged.sum() == pytest.approx(48, abs=6)
 
 
-def test_suspects_take_turns_while_they_are_drawn_at_a_tenth_of_the_rate():
+def test_suspects_take_turns_while_they_are_drawn_at_a_fifth_of_the_rate():
     guard, catalog = NoiseGuard("cap", 1000), LossCatalog(1000)
     everyone = np.arange(1000)
     wrong = everyone < 200
     masks = []
     for epoch in range(60):
-        mask = guard.start_epoch(catalog, epoch / 60, np.random.default_rng(epoch))
+        mask = guard.start_epoch(epoch / 60, np.random.default_rng(epoch))
         drawn = everyone if mask is None else everyone[~mask]
         losses = np.where(wrong[drawn], 5.0, 2.3 if epoch == 0 else 0.3).astype(np.float32)
         catalog.record(catalog.look_up(drawn), losses, epoch)
         guard.end_epoch(catalog, (epoch + 1) / 60)
         masks.append(np.zeros(1000, bool) if mask is None else mask)
     first = next(e for e, mask in enumerate(masks) if mask.any())
-    assert first == 6  # after a tenth of the budget
-    guarded = np.array(masks)[first + 3 : 30]  # behind trial and gate, before the middle
+    assert first == 8
+    guarded = np.array(masks)[first:]
     assert not guarded[:, ~wrong].any()
-    drawn = (~guarded[:10, wrong]).sum(0)
+    drawn = (~guarded[:5, wrong]).sum(0)
     assert drawn.min() == drawn.max() == 1
     assert np.array(masks)[30:, wrong].all()
 
 
-def test_suspects_are_not_believed_where_the_others_are_learned_too_well_for_so_many_wrong_labels():
-    """With a fifth of the labels wrong, right ones keep a loss of -ln(.8) = .22: a region is not learned yet."""
-    for others, believed in ((0.3, True), (0.05, False)):
-        guard, catalog = NoiseGuard("report", 1000), LossCatalog(1000)
-        ids = np.arange(1000)
-        for epoch in range(30):
-            losses = np.where(ids < 200, 5.0, 2.3 if epoch == 0 else others).astype(np.float32)
-            catalog.record(catalog.look_up(ids), losses, epoch)
-            guard.end_epoch(catalog, (epoch + 1) / 30)
-        assert guard.flagged.sum() == (200 if believed else 0)
-
-
-@given(st.integers(1, 49), st.floats(0.5, 2.0), st.integers(0, 60))
-def test_suspects_agree_with_others_that_keep_the_loss_so_many_wrong_labels_imply(wrong, factor, named):
-    """A share s of wrong labels keeps the others at -ln(1 - s); more suspects than losses above the cut count."""
-    share = wrong / 100
-    others = -np.log1p(-share) * factor
-    losses = np.where(np.arange(100) < wrong, 5.0, others).astype(np.float32)
-    expected = -np.expm1(-others) / max(share, named / 100)
-    assert agreement(losses, named, 1.5, 2.3) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_trial_that_acquits_is_followed_by_another_and_by_no_fourth():
-    guard, catalog = NoiseGuard("cap", 1000), LossCatalog(1000)
-    ids = np.arange(1000)
-    away, decisions = np.zeros(1000, bool), []
-    for epoch in range(60):
-        mask = guard.start_epoch(catalog, epoch / 60, np.random.default_rng(epoch))
-        drawn = ids if mask is None else ids[~mask]
-        high = np.where(away[drawn], 0.5, 3.0)  # left out, suspects turn out to be taught by the others
-        losses = np.where(drawn < 200, high, 2.3 if epoch == 0 else 0.3).astype(np.float32)
-        catalog.record(catalog.look_up(drawn), losses, epoch)
-        report = guard.end_epoch(catalog, (epoch + 1) / 60)
-        away = np.zeros(1000, bool) if mask is None else mask
-        if report is not None:
-            decisions.append(report.decision)
-    assert decisions == ["noise trial", "noise guard shut"] * 3
-    assert not guard.flagged.any()
+def driven(losses_of, epochs=30, mode="cap", groups=None, n=1000):
+    """Drive a guard, resumed between all epochs, by `losses_of(epoch, ids)`; return it and its reports."""
+    guard, catalog, reports = NoiseGuard(mode, n, groups), LossCatalog(n), []
+    for epoch in range(epochs):
+        mask = guard.start_epoch(epoch / epochs, np.random.default_rng(epoch))
+        drawn = np.arange(n) if mask is None else np.flatnonzero(~mask)
+        catalog.record(catalog.look_up(drawn), losses_of(epoch, drawn).astype(np.float32), epoch)
+        reports.append(guard.end_epoch(catalog, (epoch + 1) / epochs))
+        state, guard = guard.state_dict(), NoiseGuard(mode, n, groups)
+        guard.load_state_dict(state)
+    return guard, [report for report in reports if report is not None]
 
 
 @pytest.mark.parametrize(
-    ("others", "groups", "again"),
-    [(0.3, None, False), (0.17, None, True), (0.5, None, True), (0.17, np.arange(1000) % 10, False)],
+    ("wrong", "others", "believed"),
+    [
+        (5.0, 0.3, True),  # at random: far above what an untrained model of ten classes has
+        (1.6, 0.22, True),  # a fifth is called one other class, and the model believes just that
+        (1.6, 0.0005, False),  # the others are certain: a region is hard
+        (0.6, 0.22, False),  # half learned
+    ],
 )
-@pytest.mark.parametrize("stays", [True, False])
-def test_thin_evidence_has_to_be_confirmed_by_a_second_trial(others, groups, again, stays):
-    """Thin: the others keep less than a fifth of wrong labels implies, or so much that they are not learned."""
-    guard, catalog = NoiseGuard("cap", 1000, groups), LossCatalog(1000)
-    ids = np.arange(1000)
-    absences, decisions, begun = np.zeros(1000, int), [], 60
-    for epoch in range(60):
-        mask = guard.start_epoch(catalog, epoch / 60, np.random.default_rng(epoch))
-        drawn = ids if mask is None else ids[~mask]
-        taught = not stays and epoch > begun + 2  # what the first trial left out was learned in the meantime
-        losses = np.where(drawn < 200, 0.5 if taught else 5.0, 2.3 if epoch == 0 else others).astype(np.float32)
-        catalog.record(catalog.look_up(drawn), losses, epoch)
-        report = guard.end_epoch(catalog, (epoch + 1) / 60)
-        state, guard = guard.state_dict(), NoiseGuard("cap", 1000, groups)  # resumed between all epochs
-        guard.load_state_dict(state)
-        absences += False if mask is None else mask
-        if report is not None and report.decision:
-            decisions.append(report.decision)
-            assert ("groups=" in report.reason) == (report.decision == "noise guard open" and groups is None)
-            begun = epoch if len(decisions) == 1 else begun
-    first = ["noise trial", *["noise trial again"] * again]
-    opened = stays or not again
-    assert decisions[: len(first) + 1] == [*first, "noise guard open" if opened else "noise guard shut"]
-    assert absences[:200].min() >= (40 if stays else 1)
-    assert not absences[200:].any()
+@pytest.mark.parametrize("mode", ["cap", "report"])
+def test_a_fifth_of_high_losses_is_believed_where_the_others_lack_as_much_certainty(mode, wrong, others, believed):
+    def losses(epoch, ids):
+        return np.where(ids < 200, wrong, 2.3 if epoch == 0 else others)
+
+    guard, reports = driven(losses, mode=mode)
+    assert guard.flagged.sum() == (200 if believed else 0)
+    opened = "noise guard open" if mode == "cap" else "suspects named"
+    shut = ["noise guard shut"] if mode == "cap" else []
+    assert [report.decision for report in reports if report.decision] == ([opened] if believed else shut)
+
+
+def test_evidence_has_to_last():
+    """While little is learned all losses are high: at one end of an epoch that looks like wrong labels, not at two."""
+
+    def losses(epoch, ids, high):
+        return np.where(ids < 200, 3.0 if epoch in high else 0.1, 0.3 if epoch in high else 0.001)
+
+    for high, believed in (((6,), False), ((6, 7), True)):
+        _, reports = driven(lambda epoch, ids, high=high: losses(epoch, ids, high))
+        decisions = [report.decision for report in reports if report.decision]
+        assert decisions == (["noise guard open"] if believed else ["noise guard shut"])
+
+
+def test_suspects_that_have_fallen_when_they_return_are_released():
+    def losses(epoch, ids):
+        falls = (ids < 100) & (epoch > 7)
+        return np.where((ids < 200) & ~falls, 3.0, 2.3 if epoch == 0 else 0.2)
+
+    guard, _ = driven(losses, 60)
+    assert guard.flagged[100:200].all()
+    assert not guard.flagged[:100].any()
+    assert not guard.flagged[200:].any()
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=80))
+def test_the_cut_lies_between_two_losses_and_does_not_depend_on_order(losses):
+    values = np.array(losses, np.float32)
+    cut = two_groups(values)
+    assert two_groups(values[::-1].copy()) == cut
+    if values.min() == values.max():
+        assert cut == np.inf
+    elif len(values) < 80:
+        assert values.min() <= cut <= values.max()
+
+
+def test_the_cut_parts_two_groups_whatever_a_few_outliers_do():
+    rng = np.random.default_rng(0)
+    for share in (0.05, 0.1, 0.2, 0.4):
+        wrong = rng.random(4000) < share
+        losses = np.where(wrong, rng.normal(3.0, 0.4, 4000), rng.normal(0.5, 0.2, 4000)).astype(np.float32)
+        losses[:8] = 1e5
+        found = losses > two_groups(losses)
+        assert np.mean(found[8:] != wrong[8:]) < 0.005
+
+
+@given(st.integers(1, 49), st.floats(0.01, 5), st.floats(0, 3))
+def test_evidence_grows_with_the_suspects_loss_and_with_what_the_others_lack(suspects, high, low):
+    losses = np.where(np.arange(100) < suspects, high, low).astype(np.float32)
+    found = evidence(losses[:suspects], losses)
+    lacking = -np.expm1(-np.quantile(losses, 0.25))
+    assert found == pytest.approx(high * (lacking * 100 / suspects) ** 0.25, rel=1e-4, abs=1e-6)
+    assert evidence(losses[:0], losses) == evidence(losses, losses) == 0
+
+
+@pytest.mark.parametrize("mode", ["report", "cap"])
+def test_losses_that_cannot_be_judged_are_told_once_to_who_wants_suspects_kept_out(mode):
+    for value, said in ((-2.0, "below 0"), (0.0, "would have been needed")):
+        guard, reports = driven(lambda epoch, ids, value=value: np.full(len(ids), value), 20, mode, n=100)
+        assert [report.decision for report in reports] == (["noise guard shut"] if mode == "cap" else [])
+        assert all(said in report.reason and report.count == 0 for report in reports)
+        assert guard.start_epoch(1.0, np.random.default_rng(0)) is None
+
+
+def test_predictions_tell_what_the_labels_of_suspects_should_be():
+    kinds = kinds_of(wrong=48)
+    true = np.arange(N) % 10
+    given = np.where(kinds == "wrong", (true + 1) % 10, true)
+    learner, rng = Learner(kinds), np.random.default_rng(3)
+    arguments = {"num_epochs": EPOCHS, "noise_guard": "cap", "groups": given, "checkpoint_dir": None, "ui": "off"}
+    run = R8Scheduler(N, 16, **arguments)
+    for epoch in run.epoch_iterator():
+        for batch in run.batch_iterator():
+            guessed = np.where(rng.random(len(batch.indices)) < 0.9, true[batch.indices], given[batch.indices])
+            run.update_with_loss(learner.train(batch.indices), predictions=guessed)
+        if epoch == 9:
+            later = R8Scheduler(N, 16, **arguments)
+            later.load_state_dict(run.state_dict())
+            assert later.noise_guard.suggestions.tolist() == run.noise_guard.suggestions.tolist()
+    flagged, suggested = run.noise_guard.flagged, run.noise_guard.suggestions
+    assert (suggested[~flagged] == -1).all()
+    assert (suggested == true)[flagged & (kinds == "wrong")].all()
+    some = np.flatnonzero(flagged)[:3]
+    run.relabelled(some)
+    assert (run.noise_guard.suggestions[some] == -1).all()
+    assert (NoiseGuard("cap", 5).suggestions == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("predictions", "error", "said"),
+    [
+        (np.zeros(3, int), ProtocolError, "8 samples"),
+        (np.zeros((8, 2), int), ProtocolError, "shape"),
+        (np.zeros(8), TypeError, "whole numbers"),
+        ([0.5] * 8, TypeError, "whole numbers"),
+        ("cats", TypeError, "got str"),
+    ],
+)
+def test_predictions_that_are_none_are_refused_and_change_nothing(predictions, error, said):
+    with R8Scheduler(16, 8, num_epochs=1, checkpoint_dir=None, ui="off") as run:
+        batch = next(iter(run.batch_iterator()))
+        with pytest.raises(error, match=said):
+            run.update_with_loss(np.ones(8), predictions=predictions)
+        assert run.global_step == 0
+        run.update_with_loss(np.ones(8), batch, predictions=[1] * 8)
+        assert run.global_step == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=40))
+def test_a_majority_is_always_found(votes):
+    kept = Votes(4, None)
+    for index, chosen in votes:
+        kept.add(np.array([index]), np.array([chosen]))
+    for index in range(4):
+        mine = [chosen for i, chosen in votes if i == index]
+        most = [c for c in set(mine) if 2 * mine.count(c) > len(mine)]
+        assert not most or kept.classes[index] == most[0]
+        assert mine or kept.classes[index] == -1
 
 
 @pytest.mark.parametrize("cut", [5, 50, 61, 77, 90, 110, 140, 200])
@@ -278,30 +360,6 @@ def test_a_resumed_run_leaves_out_the_same_samples(cut, strategy):
     resumed.load_state_dict(state)
     assert head + steps(resumed, learner) == whole
     assert resumed.noise_guard.state_dict()["stage"] == "open"
-
-
-@given(
-    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=80),
-    st.floats(0.01, 10),
-    st.floats(1, 3),
-)
-def test_the_cut_stays_in_its_range_and_does_not_depend_on_order(losses, low, factor):
-    values = np.array(losses, np.float32)
-    cut = half_way(values, low, low * factor)
-    assert low <= cut <= low * factor
-    assert half_way(values[::-1].copy(), low, low * factor) == cut
-
-
-def test_the_cut_agrees_with_a_gaussian_mixture_where_the_groups_are_apart():
-    rng = np.random.default_rng(0)
-    for share in (0.1, 0.2, 0.4):
-        wrong = rng.random(4000) < share
-        losses = np.where(wrong, rng.normal(3.0, 0.4, 4000), rng.normal(0.5, 0.2, 4000)).astype(np.float32)
-        found = losses > half_way(losses, 0.6 * CHANCE, CHANCE)
-        mixture = GaussianMixture(2, random_state=0).fit(losses[:, None])
-        upper = mixture.predict(losses[:, None]) == mixture.means_[:, 0].argmax()
-        assert np.mean(found != upper) < 0.005
-        assert abs(found.mean() - wrong.mean()) < 0.005
 
 
 @settings(max_examples=40, deadline=None)
@@ -333,24 +391,6 @@ def test_masks_are_joined():
     assert in_any(a, b).tolist() == [True, False, True]
 
 
-@settings(deadline=None)
-@given(st.integers(2, 12), st.floats(0, 3), st.integers(0, 2**32 - 1))
-def test_the_untrained_loss_is_ln_k_however_large_the_outputs_are(classes, scale, seed):
-    """An untrained model's outputs say nothing of the label, so it gives the right one 1/K on average."""
-    rng = np.random.default_rng(seed)
-    outputs = scale * rng.standard_normal((20_000, classes))
-    losses = np.log(np.exp(outputs).sum(1)) - outputs[np.arange(20_000), rng.integers(0, classes, 20_000)]
-    assert even_loss(losses.astype(np.float32)) == pytest.approx(max(np.log(classes), losses.mean() / 2), rel=0.06)
-
-
-@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40))
-def test_the_untrained_loss_lies_between_half_of_the_mean_and_the_mean(losses):
-    values = np.array(losses, np.float32)
-    mean = values.mean(dtype=np.float64)
-    slack = 1e-6 * (1 + abs(mean))
-    assert min(mean, mean / 2) - slack <= even_loss(values) <= max(mean, mean / 2) + slack
-
-
 @given(st.data())
 def test_losses_since_a_moment_are_those_reported_after_it(data):
     """Against lists: the mean of what came since, and of that with the mean before as one more."""
@@ -372,24 +412,8 @@ def test_losses_since_a_moment_are_those_reported_after_it(data):
         since = LossesSince(catalog.mean_loss, catalog.uses)
     expected = [(np.mean(b or [0.0]) + np.sum(a)) / (1 + len(a)) for b, a in zip(before, after, strict=True)]
     assert since.scores(catalog) == pytest.approx(np.array(expected), rel=1e-4, abs=1e-5)
-    means = [np.mean(a) for a in after if a]
-    assert since.means(catalog, np.ones(n, bool)) == pytest.approx(np.array(means), rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.parametrize("value", [-2.0, 0.0])
-@pytest.mark.parametrize("mode", ["report", "cap"])
-def test_losses_that_cannot_be_judged_are_told_once_to_who_wants_suspects_kept_out(value, mode):
-    guard, catalog = NoiseGuard(mode, 100), LossCatalog(100)
-    ids, reports = np.arange(100), []
-    for epoch in range(20):
-        catalog.record(catalog.look_up(ids), np.full(100, value, np.float32), epoch)
-        reports.append(guard.end_epoch(catalog, (epoch + 1) / 20))
-        state, guard = guard.state_dict(), NoiseGuard(mode, 100)
-        guard.load_state_dict(state)
-        assert guard.start_epoch(catalog, (epoch + 1) / 20, np.random.default_rng(0)) is None
-    told = [report for report in reports if report is not None]
-    assert [report.decision for report in told] == (["noise guard shut"] if mode == "cap" else [])
-    assert all("not above 0" in report.reason and report.count == 0 for report in told)
+    means = [np.mean(a) if a else np.nan for a in after]
+    assert since.means(catalog) == pytest.approx(np.array(means), rel=1e-4, abs=1e-4, nan_ok=True)
 
 
 def test_a_rollback_that_takes_uses_back_leaves_no_negative_counts():
@@ -398,7 +422,7 @@ def test_a_rollback_that_takes_uses_back_leaves_no_negative_counts():
     catalog.record(catalog.look_up(ids), np.float32([1, 2, 3]), 0)
     later = LossesSince(np.float32([2, 2, 2]), np.uint32([4, 4, 4]))
     assert later.scores(catalog).tolist() == [2, 2, 2]
-    assert len(later.means(catalog, np.ones(3, bool))) == 0
+    assert np.isnan(later.means(catalog)).all()
 
 
 def test_a_class_whose_labels_are_mostly_wrong_has_the_level_of_its_right_ones():

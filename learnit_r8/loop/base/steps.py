@@ -39,7 +39,7 @@ class Steps(Measuring):
             self._bus.emit(events.Notice(step=step, message=message))
         done, total = self._budget.position(epoch, 0, 1, step)
         rng = self._streams.at(Purpose.EXCLUSION, epoch)
-        excluded = in_any(self._safety.quarantine, self._guard.start_epoch(self._catalog, done / total, rng))
+        excluded = in_any(self._safety.quarantine, self._guard.start_epoch(done / total, rng))
         table = self._catalog.refresh_quadrants(self._streams.at(Purpose.PLAN, epoch, 1), excluded)
         if table is not None:
             self._bus.emit(events.QuadrantsRefreshed(step=step, epoch=epoch, **asdict(table)))
