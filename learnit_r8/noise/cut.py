@@ -68,20 +68,22 @@ class LossesSince(Saved):
         return np.where(times > 0, total, 0.0), times
 
 
-def two_groups(losses: Losses) -> float:
-    """Return the cut that parts losses into the two groups with the least variance within (Otsu 1979).
+def two_groups(losses: Losses) -> tuple[float, float]:
+    """Return the cut that parts losses into the two groups with the least variance within (Otsu 1979), and how much.
 
-    Infinite where they are all alike.
+    That is the share of the variance between them: 0.64 where there is one bell, more for groups. Infinite
+    and 0 where they are all alike.
     """
     ordered = np.sort(losses[:: 1 + len(losses) // _SORTED].astype(np.float64))
     if len(ordered) < 2 or ordered[0] == ordered[-1]:
-        return float("inf")
+        return float("inf"), 0.0
     ordered = np.minimum(ordered, ordered[int(_OUTLIERS * (len(ordered) - 1))])
     below = np.arange(1, len(ordered))
     sums = np.cumsum(ordered)
     between = (sums[:-1] * len(ordered) - sums[-1] * below) ** 2 / (below * (len(ordered) - below))
     place = int(np.argmax(between))
-    return float(ordered[place] + ordered[place + 1]) / 2
+    parted = float(between[place]) / max(float(ordered.var()) * len(ordered) ** 2, 1e-30)
+    return float(ordered[place] + ordered[place + 1]) / 2, parted
 
 
 def evidence(suspects: Losses, losses: Losses) -> float:
@@ -97,4 +99,4 @@ def evidence(suspects: Losses, losses: Losses) -> float:
         return 0.0
     lacking = -np.expm1(-max(float(np.quantile(losses, _FLOOR)), 0.0))
     share = len(suspects) / len(losses)
-    return float(np.median(suspects)) * float(lacking / share) ** _POWER
+    return float(np.median(suspects) * (lacking / share) ** _POWER)

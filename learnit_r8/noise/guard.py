@@ -45,7 +45,7 @@ START = 0.1
 """Share of the budget before which nobody is suspected: the losses do not tell yet."""
 
 ALIKE = 0.2
-"""Share of the budget until which "cap" lets no strategy seek high losses, unless it has judged before."""
+"""Share of the budget until which, and until it has judged, "cap" lets no strategy seek high losses."""
 
 START_ATTRIBUTED = 0.5
 """The first, where one loss a batch is reported: estimates of single samples take many epochs."""
@@ -54,18 +54,21 @@ _USES, _OPEN = 8, 1.5
 """Times that samples were trained on, on average, and evidence (see `cut.evidence`) from which the gate opens."""
 _USES_CLASSES, _OPEN_CLASSES = 6, 1.0
 """The same where classes are known. Else rare ones, which are learned late, look like wrong labels for longer."""
+_PARTED = 0.66
+"""Share of the scores' variance between the two groups from which they are two, rather than one with a tail: where
+classes overlap a network lacks certainty, too."""
 _LEAST = 3
 """Times that a sample was trained on before it is judged: the first losses of new and relabelled ones are high."""
 _OPEN_ATTRIBUTED = 0.8
 """Evidence for estimates from batch losses, which lie nearer together; once is enough, as they follow each other."""
-_RATE, _UNTIL = 0.2, 0.5
-"""Rate at which suspects are drawn, and the share of the budget after which it is zero."""
+_RATE, _RATE_SEEKING, _UNTIL = 0.2, 0.1, 0.5
+"""Rate at which suspects are drawn, the same under a strategy that seeks high losses, which draws those it may more
+than once, and the share of the budget after which it is zero."""
 _LATEST = 0.75
 """Share of the budget after which "cap" opens no gate: little would be won."""
-_NEAR, _NEAR_SEEKING = 0.7, 0.5
+_NEAR, _NEAR_SEEKING = 0.7, 1.0
 """Samples above this share of the cut are left out, too, without being called suspects: a wrong one that is missed
-costs more than a right one that is not drawn. Under a strategy that seeks high losses it finds every wrong one that
-is left, so more are left out then, and at once for good."""
+costs more than a right one that is not drawn. A strategy that seeks high losses needs its hard samples."""
 _LEVEL_OPEN = 0.15
 """Quantile of a class's losses that is its level behind the gate. Before, it is the median: that keeps the gate shut
 where a class is merely hard. But most labels of a small class may be wrong, and its median with them."""
@@ -126,6 +129,7 @@ class NoiseGuard(Saved):
         stage=Stage,
         turn=float,
         before=float,
+        judged=bool,
         suspect=_MASK,
         doubtful=maybe(_MASK),
         phase=maybe(np.uint8),
@@ -137,7 +141,7 @@ class NoiseGuard(Saved):
         self, mode: str, num_samples: int, groups: NDArray[np.integer[Any]] | None = None, *, seeking: bool = False
     ) -> None:
         self.mode = mode
-        self._seeking, self._near = seeking, _NEAR_SEEKING if seeking else _NEAR
+        self._near, self._rate = (_NEAR_SEEKING, _RATE_SEEKING) if seeking else (_NEAR, _RATE)
         self.num_samples = num_samples
         self._groups = groups
         self._classes = None if groups is None else Classes(groups)
@@ -148,6 +152,7 @@ class NoiseGuard(Saved):
         self._phase: NDArray[np.uint8] | None = None
         self._since: LossesSince | None = None  # the last end of an epoch; behind the gate, its opening
         self._before = 0.0  # the evidence at the last end of an epoch
+        self._judged = False  # samples were trained on often enough
         self._turn = 0.0
         self._votes: Votes | None = None
 
@@ -162,7 +167,8 @@ class NoiseGuard(Saved):
         A strategy that seeks high losses would teach the model the wrong labels before they can
         be told from hard ones.
         """
-        return self.mode == "cap" and self._stage is Stage.WATCHING and progress < ALIKE - 1e-9
+        watching = self.mode == "cap" and self._stage is Stage.WATCHING
+        return watching and (progress < ALIKE - 1e-9 or not self._judged)
 
     # The loop calls these -----------------------------------------------------------------
 
@@ -187,7 +193,7 @@ class NoiseGuard(Saved):
             return None
         if self._phase is None:
             self._phase = rng.integers(0, 256, self.num_samples, np.uint8)
-        rate = _RATE if progress < _UNTIL and not self._seeking else 0.0
+        rate = self._rate if progress < _UNTIL else 0.0
         turns = self._phase.astype(np.float32) / 256 + np.float32(self._turn % 1)
         self._turn += rate
         doubtful = self._suspect if self._doubtful is None else self._doubtful
@@ -203,11 +209,11 @@ class NoiseGuard(Saved):
             judged &= self._classes.large
         if not judged.any():
             return None
-        cut = two_groups(scores[judged])
+        cut, parted = two_groups(scores[judged])
         found = self._above(cut, scores, judged)
         decision, reason, figure = "", "", 0.0
         if self._stage is Stage.WATCHING:
-            decision, reason, figure = self._decide(catalog, progress, found, judged)
+            decision, reason, figure = self._decide(catalog, progress, found, judged, parted)
         if self._stage is not Stage.OPEN:
             found = np.zeros_like(found)
         elif catalog.attributed and self.mode == "cap":
@@ -247,7 +253,9 @@ class NoiseGuard(Saved):
         found: Mask = (scores > cut) & judged
         return found if np.count_nonzero(found) <= _MOST * self.num_samples else np.zeros_like(found)
 
-    def _decide(self, catalog: LossCatalog, progress: float, found: Mask, judged: Mask) -> tuple[str, str, float]:
+    def _decide(
+        self, catalog: LossCatalog, progress: float, found: Mask, judged: Mask, parted: float
+    ) -> tuple[str, str, float]:
         """Open the gate, shut it for good, or watch on; return what was decided, why, and the evidence."""
         latest = catalog.expected_loss if catalog.attributed else self._latest(catalog)
         heard = judged & np.isfinite(latest)
@@ -259,21 +267,23 @@ class NoiseGuard(Saved):
         start = START_ATTRIBUTED if catalog.attributed else START
         if progress < start - 1e-9 or float(np.mean(catalog.uses)) < self._needed:
             return "", "", figure
+        self._judged = True
         if negative:
             return self._shut("losses below 0 do not tell wrong samples from hard ones", figure)
         late = self.mode == "cap" and progress > _LATEST and not catalog.attributed
         least = _OPEN_ATTRIBUTED if catalog.attributed else self._open
-        enough = (figure if catalog.attributed else min(before, figure)) > least
+        enough = figure > least if catalog.attributed else min(before, figure) > least and parted > _PARTED
         if enough and not late:
             self._stage = Stage.OPEN
             kept = self.mode == "cap" and not catalog.attributed
             self._since = LossesSince(catalog.mean_loss, catalog.uses) if kept else None
-            why = f"the evidence for wrong labels is {figure:.2f}, {least} is needed"
+            why = f"the evidence for wrong labels is {figure:.2f} ({least}), two groups explain {parted:.0%} of them"
             why = f"{why}, by estimates from one loss a batch, which are weak" if catalog.attributed else why
             hint = "" if self._classes is not None else "; pass groups= if some classes are rare"
             return "noise guard open" if self.mode == "cap" else "suspects named", why + hint, figure
         if late:
-            return self._shut(f"the evidence for wrong labels is {figure:.2f}, {least} would have been needed", figure)
+            groups = f"two groups explain {parted:.0%} of the losses, {_PARTED:.0%} would have been needed"
+            return self._shut(f"the evidence for wrong labels is {figure:.2f} ({least}), {groups}", figure)
         return "", "", figure
 
     def _latest(self, catalog: LossCatalog) -> Losses:
