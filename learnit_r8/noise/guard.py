@@ -54,7 +54,7 @@ _USES, _OPEN = 8, 1.5
 """Times that samples were trained on, on average, and evidence (see `cut.evidence`) from which the gate opens."""
 _USES_CLASSES, _OPEN_CLASSES = 6, 1.0
 """The same where classes are known. Else rare ones, which are learned late, look like wrong labels for longer."""
-_PARTED = 0.66
+_PARTED = 0.69
 """Share of the scores' variance between the two groups from which they are two, rather than one with a tail: where
 classes overlap a network lacks certainty, too."""
 _LEAST = 3

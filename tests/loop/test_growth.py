@@ -7,11 +7,8 @@ import pytest
 
 from learnit_r8 import R8Scheduler
 from learnit_r8.errors import ConfigError
-<<<<<<< HEAD
-from learnit_r8.run.model import DashboardModel
-=======
 from learnit_r8.noise.guard import Stage
->>>>>>> bdb084f (The noise guard believes high losses where the best known samples lack certainty, and finds labels that are wrong as people get them wrong; predictions tell what they should be)
+from learnit_r8.run.model import DashboardModel
 from learnit_r8.strategies import names
 from learnit_r8.strategies.base import make
 from learnit_r8.strategies.contract import Rules

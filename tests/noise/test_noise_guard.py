@@ -265,7 +265,7 @@ def test_the_cut_parts_two_groups_whatever_a_few_outliers_do():
 
 def test_one_bell_is_not_two_groups():
     bell = np.random.default_rng(0).normal(2.0, 0.5, 4000).astype(np.float32)
-    assert two_groups(bell)[1] < 0.66
+    assert two_groups(bell)[1] < 0.69
 
 
 @given(st.integers(1, 49), st.floats(0.01, 5), st.floats(0, 3))
