@@ -301,7 +301,7 @@ class R8Scheduler(Gated):
         """
         if self._closed:
             self._check_open()
-        if self._safety.limits and batch_loss is None and not skipped:
+        if self._safety.limits and batch_loss is None and predictions is None and not skipped:
             result = self._pass_calm(loss, batch)
             if result is not None:
                 return result
