@@ -76,6 +76,7 @@ class InFlight:
         self.ready: list[Ticket] = []  # not drawn yet, but sure to be, as they are here; the next one last
         self._outdated: set[int] = set()
         self._calm: deque[tuple[int, Ticket, float]] = deque(maxlen=replayed)  # step, ticket, mean loss
+        self._repeated: set[int] = set()  # batches of this epoch that came again
         self._asked = 0
         self.leave()
 
@@ -268,6 +269,7 @@ class InFlight:
         self._open.clear()
         self._waiting.clear()
         self._calm.clear()
+        self._repeated.clear()
         return dropped
 
     def find(self, batch: Batch | None) -> Ticket:
@@ -351,14 +353,18 @@ class InFlight:
         self._calm.append((step, ticket, loss))
 
     def replay(self, from_step: int) -> tuple[int, float]:
-        """Let the tickets remembered since a step come again, next and in order.
+        """Let the tickets remembered since a step come again, next and in order; each does so once.
+
+        A batch that damages the model in a way that only later losses show would else bring the damage back for ever.
 
         Returns:
             Their number, and the sum of their losses.
         """
-        again = [(ticket, loss) for step, ticket, loss in self._calm if step >= from_step]
-        for _ in again:
+        since = [(ticket, loss) for step, ticket, loss in self._calm if step >= from_step]
+        for _ in since:
             self._calm.pop()
+        again = [(ticket, loss) for ticket, loss in since if ticket.batch.id not in self._repeated]
+        self._repeated.update(ticket.batch.id for ticket, _ in again)
         self._waiting.extendleft(ticket for ticket, _ in reversed(again))
         return len(again), sum(loss for _, loss in again)
 
@@ -374,6 +380,7 @@ class InFlight:
                     "batches": t.batches,
                     "indices": t.indices,
                     "weights": t.weights,
+                    "repeated": t.batch.id in self._repeated,
                 }
                 for t in tickets
             ],
@@ -390,3 +397,5 @@ class InFlight:
             blank = Batch(indices, 0.0, np.ones(0, np.float32), int(item["id"]), 0, epoch)
             planned = int(item.get("batches", batches))
             self._waiting.append(Ticket(blank, indices, weights, int(item["cursor"]), planned, 0.0, 0.0))
+            if item.get("repeated"):
+                self._repeated.add(blank.id)

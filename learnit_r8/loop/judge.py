@@ -294,7 +294,8 @@ class Judge:
     def _judge_worse(self, step: int, reported: Reported, reading: Reading, indices: Indices) -> Judgement | None:
         """Judge what no single loss shows."""
         if reading.verdict in (Verdict.CALM, Verdict.SUSPECT):
-            since = self.backups.worse_since_move(reported.mean, calm=reading.verdict is Verdict.CALM)
+            calm = reading.verdict is Verdict.CALM
+            since = self.backups.worse_since_move(reported.mean, self.detector.first_level, calm=calm)
             if since is not None:
                 why = f"losses are higher since step {since}, before which weights had moved far"
                 if judgement := self._undo_if_moved(step, reading, indices, since, why):

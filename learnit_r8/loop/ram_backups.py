@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 from learnit_r8 import events
@@ -18,11 +19,15 @@ from learnit_r8.stability.changes import HABIT
 from learnit_r8.stability.detector import Detector
 
 Emit = Callable[[events.Event], None]
-_EVIDENCE, _BEFORE, _ENOUGH = 4, range(8, 65), 16
+_EVIDENCE, _BEFORE, _ENOUGH, _GOES_ON = 4, range(8, 65), 16, 0.25
 """Losses that make evidence against weights that moved far, those they are compared with (the more there are, the less
-do rare high ones of single samples mislead, or jumps that come again and again), and those that acquit."""
-_RISE = 0.5
-"""Least relative rise of the losses: weights at the edge of stability jump, too, and losses by a quarter."""
+do rare high ones of single samples mislead, or jumps that come again and again), and those that acquit. Where the
+losses were falling, weights that moved beyond any habit are acquitted by losses that fall further, by a quarter of what
+they had fallen by from one half of those before to the other."""
+_RISE, _LEARNED, _LOST = 0.5, 0.25, 0.2
+"""Least relative rise of the losses: weights at the edge of stability jump, too, and losses by a quarter. A loss far
+above 0, as a language model's, seldom rises by half: where it has fallen by a quarter of the untrained model's, a fifth
+of that fall will do."""
 _FAILED, _NEVER = 3.0, 4.0
 """What a rank says of a backup that it has not: beside 0, and 1 for weights that moved, 2 that moved far."""
 _DAMAGE = "the model's state holds NaN or infinity, which the losses do not show"
@@ -73,8 +78,11 @@ class RamBackups:
         return self._next if self.capture is not None else NEVER
 
     def before_step(self, step: int, detector: Detector) -> None:
-        """Take an automatic backup when one is due."""
-        if step < self.next_due:
+        """Take an automatic backup when one is due; none while weights that moved beyond any habit are in question.
+
+        The ring is small: it would lose the backup from before the move.
+        """
+        if step < self.next_due or (self._moved is not None and self._moved[1]):
             return
         taken = self._try_keep(step, detector)
         if self._every is None and taken is not None:
@@ -126,8 +134,9 @@ class RamBackups:
 
     def _took(self, info: BackupInfo, step: int, detector: Detector, *, moved: float) -> BackupInfo:
         sudden = self._excused < self._taken_at and len(self._before) in _BEFORE
-        if moved and sudden and self._moved is None:
-            self._moved = step, moved > 1.0, self._before, []
+        far, pending = moved > 1.0, self._moved
+        if moved and sudden and (pending is None or (far and not pending[1])):
+            self._moved = step, far, self._before, []
         self._before, self._taken_at = list(self._losses), step
         held = {backup.id for backup in self.ring.backups}
         self._detectors = {key: value for key, value in self._detectors.items() if key in held}
@@ -157,11 +166,13 @@ class RamBackups:
                 self.damage = f"{_DAMAGE}: {where}, in the backup of step {info.step}"
                 self._emit(events.Notice(step=step, message=self.damage, level="warning"))
 
-    def worse_since_move(self, loss: float, *, calm: bool) -> int | None:
+    def worse_since_move(self, loss: float, first: float, *, calm: bool) -> int | None:
         """Count a finite loss; return the step of a backup whose weights had moved far, if losses are worse since.
 
-        Worse: their median is above the highest of the last 8 to 64 before, and by half above their median. Where the
-        weights moved beyond any habit: they are higher than the last 16, if by little.
+        Worse: their median is above the highest of the last 8 to 64 before, and by half above their median, or by a
+        fifth of what they had fallen by since `first`, the untrained model's. Where the weights moved beyond any habit:
+        they are higher than the last 16 or 8, if by little; their mean is above the highest (weights sixty times as
+        large make most losses 0, and a few enormous); or they were falling, and 32 later hardly do: nothing is learned.
         """
         if calm:
             self._losses.append(loss)
@@ -169,11 +180,22 @@ class RamBackups:
             return None
         step, far, before, after = self._moved
         after.append(loss)
-        usual = sorted(before)[len(before) // 2]
-        limit = max(*before, usual + _RISE * abs(usual))
-        worse = sorted(after)[len(after) // 2] > limit or (far and higher(after, before[-_ENOUGH:]))
+        usual = median(before)
+        rise, fall = _RISE * abs(usual), first - usual
+        if usual >= 0.0 and fall >= _LEARNED * first:
+            rise = min(rise, _LOST * fall)
+        limit = max(*before, usual + rise)
+        worse = median(after) > limit
+        last = (before[-count:] for count in (_ENOUGH, _BEFORE[0]))
+        worse |= far and (sum(after) / len(after) > max(before) or any(higher(after, some) for some in last))
         worse = worse and len(after) >= _EVIDENCE
-        if worse or len(after) >= _ENOUGH:
+        earlier, later = before[: len(before) // 2], before[len(before) // 2 :]
+        falling = far and higher(earlier, later)
+        if falling and len(after) == 2 * _ENOUGH:
+            worse = median(before[-_BEFORE[0] :]) - median(after[_ENOUGH:]) < _GOES_ON * (
+                median(earlier) - median(later)
+            )
+        if worse or len(after) >= (2 * _ENOUGH if falling else _ENOUGH):
             self._moved = None
         return step if worse else None
 

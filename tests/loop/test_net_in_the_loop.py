@@ -370,3 +370,35 @@ def test_weights_that_moved_beyond_any_habit_are_undone_by_a_small_rise_of_the_l
         off = not 0.9 < np.linalg.norm(w["model"]["a"]) / sound < 1.2
         scheduler.update_with_loss(2.0 + 0.02 * rng.normal() + rise * off)
     assert len(ears.of(events.RolledBack)) == restored
+
+
+LOSSES_AFTER_A_MOVE = {
+    # name: (factor on the weights, loss before by step, loss after by steps since, is it undone?)
+    "learning stops": (60.0, lambda t: 3.0 - 0.005 * t, lambda t: 1.04, True),
+    "learning goes on": (60.0, lambda t: 3.0 - 0.005 * t, lambda t: 1.0 - 0.005 * t, False),
+    "nothing was being learned": (60.0, lambda t: 1.0, lambda t: 1.0, False),
+    "most losses are 0, a few enormous": (60.0, lambda t: 1.0, lambda t: 8.0 * (t % 4 == 3), True),
+    "a tenth of the fall is lost": (3.0, lambda t: max(1.5, 3.0 - 0.02 * t), lambda t: 1.65, False),
+    "a half of the fall is lost": (3.0, lambda t: max(1.5, 3.0 - 0.02 * t), lambda t: 2.2, True),
+    "the same rise where little has fallen": (3.0, lambda t: max(1.5, 1.6 - 0.02 * t), lambda t: 2.2, False),
+}
+
+
+@pytest.mark.parametrize("situation", LOSSES_AFTER_A_MOVE)
+def test_weights_that_moved_far_are_undone_where_the_losses_say_so_without_a_jump(situation):
+    factor, before, after, undone = LOSSES_AFTER_A_MOVE[situation]
+    rng = np.random.default_rng(3)
+    w = {"model": {"a": rng.normal(size=200), "b": rng.normal(size=200)}}
+    scheduler, ears = quiet(
+        800, num_epochs=1, strategy="uniform", state_callback=lambda: w, load_callback=w.update, backup_every=8,
+        scheduler_mode="constant",
+    )  # fmt: skip
+    sound = np.linalg.norm(w["model"]["a"])
+    for batch in each(scheduler):
+        w["model"] = {name: array + 0.01 * rng.normal(size=200) for name, array in w["model"].items()}
+        if batch.step == 396:
+            w["model"]["a"] = w["model"]["a"] * factor
+        off = not 0.9 < np.linalg.norm(w["model"]["a"]) / sound < 1.2
+        usual = before(min(batch.step, 400))
+        scheduler.update_with_loss((after(batch.step - 400) if off else usual) + 0.02 * rng.random())
+    assert len(ears.of(events.RolledBack)) == undone
