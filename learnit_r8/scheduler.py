@@ -105,7 +105,7 @@ class R8Scheduler(Gated):
             `clip_gradients` of `learnit_r8.integrations.torch` or `.jax`.
         lookahead: How many batches may be out before their losses come back.
         rollback_data: "skip": after a rollback the data move on; "replay": the batches of the epoch since the
-            backup whose losses were calm are trained on once more.
+            backup whose losses were calm are trained on once more, each at most once.
         sharded: Each rank has samples of its own, which no other rank knows; `num_samples` and `batch_size` are those
             of this rank (see `learnit_r8.integrations.sharded`).
         rank: Number of this process, with several.
