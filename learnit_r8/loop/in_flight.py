@@ -339,6 +339,7 @@ class InFlight:
 
     def outdate(self) -> None:
         """Mark the open tickets: the model was restored, they may have been trained on the one that is gone."""
+        self.ready.clear()  # their rates and samples are those of a run in which nothing happened
         # What a loader only holds ready, the newest ones, was trained on nothing yet.
         self._outdated = set(list(self._open)[: max(self.held, 0)])
 

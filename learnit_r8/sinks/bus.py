@@ -120,6 +120,7 @@ class EventBus:
     def close(self) -> None:
         """Close every sink."""
         self.first()
+        self.first = bool  # what was called belongs to a run that holds this bus: a circle would keep its memory
         _unclosed.discard(self)
         while self.sinks:
             _close(self.sinks.pop(), told=True)

@@ -517,6 +517,7 @@ TAKES_EFFECT = {
     "sinks": ([Ear(events.LossReported)], lambda s, g: run(s) and len(g[0].heard) == 8),
     "log_dir": ("logs", lambda s, g: run(s) and Path("logs/events.jsonl").exists()),
     "noise_guard": ("cap", lambda s, g: s.noise_guard.mode == "cap"),
+    "keys": ([f"row {i}" for i in range(64)], lambda s, g: s.keys.numbers(g).tolist() == list(range(64))),
     "groups": ([0, 1] * 32, lambda s, g: s.state_dict()["groups"].tolist() == g),
     "lookahead": (3, lambda s, g: held(s) == 3),
     "rollback_data": ("replay", lambda s, g: s.state_dict()["config"]["rollback_data"] == "replay"),
