@@ -46,6 +46,7 @@ from learnit_r8.strategies import (
     names,
 )
 from learnit_r8.strategies import make as named
+from learnit_r8.streams import StreamSelector
 from learnit_r8.structures.sum_tree import SumTree
 from learnit_r8.testing.states import equal
 from learnit_r8.testing.strategies import _Run
@@ -163,6 +164,37 @@ def prompts():
     return lambda: PromptScheduler(range(60)), advance
 
 
+class Numbers:
+    """A stream that can say where it is."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at = (self.at + 1) % 141
+        if not self.at:
+            raise StopIteration
+        return self.at
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def chosen_from_a_stream():
+    def advance(stream, k):
+        batch = next(stream, None) or next(stream)  # a pass ends, the next one begins
+        stream.update(np.sin(np.array(batch.items) + k))
+        return batch.items, batch.keys, stream.metrics_dict()
+
+    return lambda: StreamSelector(Numbers(), 4, 12, key=str), advance
+
+
 def n_step():
     return lambda: NStep(3, 0.9), lambda steps, k: steps.push((k, 0, 1.0 * k, k + 1, k % 7 == 6))
 
@@ -272,6 +304,7 @@ SUBJECTS = {
     "curriculum": curriculum(),
     "moving stats": moving_stats(),
     "prompts": prompts(),
+    "stream": chosen_from_a_stream(),
     "n-step": n_step(),
     "sum tree, small": tree(200),
     "sum tree, large": tree(9000),
@@ -412,7 +445,7 @@ def test_what_cannot_be_copied_says_so(tmp_path):
             how(follow_lr(scheduler, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)))
 
 
-FRAMEWORKS = "learnit_r8.integrations.(huggingface|lightning|keras|jax)"
+FRAMEWORKS = "learnit_r8.integrations.(huggingface|lightning|keras|jax|verl)"
 HOLD_A_SCHEDULER = {"R8Scheduler", "ShardedScheduler", "R8BatchSampler", "TensorState"}
 
 
@@ -440,7 +473,7 @@ def test_every_public_stateful_class_is_among_those_that_are_tried():
 
 def parts_of(made):
     if isinstance(made, _Run):
-        return [made.rules.strategy, made.catalog]
+        return [made.rules, made.rules.strategy, made.catalog]
     return list(made.values()) if isinstance(made, dict) else made if isinstance(made, list) else [made]
 
 
