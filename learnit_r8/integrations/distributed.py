@@ -160,6 +160,10 @@ class FromRank0:
     """
 
     needs_one_plan = True
+    catalogs: bool
+    covers: bool
+    replacement: bool
+    grows: bool
 
     def __init__(self, strategy: str | Strategy) -> None:
         self.wrapped: Any = make(strategy)

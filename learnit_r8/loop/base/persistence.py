@@ -57,7 +57,7 @@ class Persistence(Parts):
         """
         return self._safety.restore_best(self._progress.global_step, self._progress.epoch)
 
-    def exclude(self, ids: Iterable[int]) -> None:
+    def exclude(self, ids: Iterable[Hashable]) -> None:
         """Leave samples out of all epochs that begin from now on; it is part of the run's state.
 
         On several ranks all have to call it, with the same ids.
@@ -77,7 +77,7 @@ class Persistence(Parts):
             raise ValueError(f"exclude would leave {rest} of {self._config.num_samples} samples: no batch to train on")
         self._safety.leave_out(self._progress.global_step, tuple(chosen.tolist()), "exclude() was called with them")
 
-    def relabelled(self, ids: Iterable[int]) -> None:
+    def relabelled(self, ids: Iterable[Hashable]) -> None:
         """Take note that the labels (or data) of samples were changed: all that is known of them is forgotten.
 
         They are suspects no more, come back if they were left out, and are seen anew as in the first epoch. What a
