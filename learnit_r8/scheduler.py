@@ -39,8 +39,8 @@ from learnit_r8.loop.base.gated import Gated
 from learnit_r8.loop.base.persistence import one_of
 from learnit_r8.loop.base.steps import BatchLoop
 from learnit_r8.loop.counters import Stage, resumed_arguments
-from learnit_r8.loop.in_flight import Loader
-from learnit_r8.loop.losses import read_classes, read_few, read_losses
+from learnit_r8.loop.in_flight import Loader, Ticket
+from learnit_r8.loop.losses import Reported, read_classes, read_few, read_losses
 from learnit_r8.loop.saver import State
 from learnit_r8.loop.shards import common_checkpoint
 from learnit_r8.loop.signals import say
@@ -322,14 +322,29 @@ class R8Scheduler(Gated):
         if not self._weighs and isinstance(ticket.batch, WeighedBatch):
             self._ask_for_weights(ticket.batch)
         self._reporter = threading.get_ident()
-        shown = bool(self._bus.sinks)
-        started = self._clock.monotonic() if shown else 0.0
+        started, skipped = self._clock.monotonic() if self._bus.sinks else 0.0, bool(skipped)
         if self._ranks.exchanges:
-            reported, skipped = self._gather(reported, ticket, bool(skipped))
+            reported, skipped = self._gather(reported, ticket, skipped)
         outdated = self._desk.close(ticket)
         if self._search is not None:
             return self._search.report(reported)
-        progress = self._progress
+        return self._judged(
+            ticket, reported, started, predictions, skipped=skipped, outdated=outdated, left_out=left_out
+        )
+
+    def _judged(
+        self,
+        ticket: Ticket,
+        reported: Reported,
+        started: float,
+        predictions: NDArray[Any] | None,
+        *,
+        skipped: bool,
+        outdated: bool,
+        left_out: str,
+    ) -> StepResult:
+        """Have a report judged, and do what it calls for; the long way, which what is in doubt goes."""
+        progress, shown = self._progress, bool(self._bus.sinks)
         step = progress.global_step
         rows = self._catalog.look_up(ticket.indices)
         expected = rows.expected
@@ -338,7 +353,7 @@ class R8Scheduler(Gated):
             reported,
             expected,
             ticket.indices,
-            skipped=bool(skipped),
+            skipped=skipped,
             outdated=outdated,
             scored=shown,
             left_out=left_out,
@@ -402,34 +417,6 @@ class R8Scheduler(Gated):
         if progress.reported == self._chooser.batches:
             self._end_epoch(completed=True)
         return StepResult(True, False, Verdict.CALM, mean, expected, mean - expected, step)
-
-    def _at_once(self) -> Batch | None:
-        """Hand out the next batch where it is ready and nothing is to be done before; else None: nothing is done."""
-        desk, control, step = self._desk, self._control, self._progress.global_step
-        if (
-            step >= self._due_at
-            or not desk.ready
-            or control.interrupts.pending is not None
-            or control.stop is not None
-            or self._budget.ended
-            or self._reporter != threading.get_ident()
-            or self._closed
-            or not desk.has_room
-        ):
-            return None
-        if self._bus.sinks and control.waits:
-            return None
-        started = self._clock.monotonic() if self._bus.sinks else 0.0
-        ticket = self._next_ready(step + desk.open)
-        if ticket is None:
-            return None
-        return desk.hand_out(self._shown(ticket, started) if self._bus.sinks else ticket)
-
-    def _next_due(self) -> int:
-        """Return the step before which nothing that `_between_steps` does is due; 0 where that has to be looked at."""
-        if self._ranks.world_size > 1 or self._progress.stage is not Stage.RUNNING:
-            return 0
-        return min(self._saver.next_due, self._safety.backups.next_due, self._measured.next_due)
 
     def _between_steps(self) -> None:
         """Do what touches the user's model, or waits: signals, commands, backups, checkpoints."""
@@ -547,19 +534,6 @@ class R8Scheduler(Gated):
             levels, warning = self._safety.levels(), self._safety.ending(self._progress.global_step)
             self._output.end(self._progress.global_step, reason, self._budget.elapsed, levels, warning)
         self._saver.close()
-
-    def _tell_epochs_left(self) -> None:
-        """Say that only one epoch was trained, where nobody has looped over them."""
-        progress = self._progress
-        if (
-            progress.stage is Stage.DONE
-            and not self._looped
-            and not self._budget.over(progress.epoch + 1, self.global_step)
-        ):
-            self.tell(
-                f"the run ends after epoch {progress.epoch}, with budget left: loop over the epochs, `for epoch in "
-                "scheduler.epoch_iterator()`, around the loop over their batches"
-            )
 
     def close(self) -> None:
         """Save what the cadence owes, release terminal, log, directory and signal handlers; any number of times."""

@@ -349,13 +349,8 @@ def test_losses_of_the_untrained_model_restore_one_that_nobody_can_see_and_lower
     assert len(heard.of(events.RolledBack)) == (high > 2)
 
 
-@pytest.mark.parametrize(
-    ("factor", "rise", "restored"), [(60.0, 0.15, 1), (8.0, 0.15, 1), (0.0, 0.15, 1), (1.5, 0.15, 0), (60.0, 0.0, 0)]
-)
-def test_weights_that_moved_beyond_any_habit_are_undone_by_a_small_rise_of_the_losses_and_by_none_without(
-    factor, rise, restored
-):
-    """A language model's loss rises by a sixth where a layer is lost: no spike, and yet a good part of its training."""
+def rollbacks_after_a_move(factor, at, loss):
+    """Return how often a model is restored whose weights are multiplied at a step; `loss(step, off, rng)` follows."""
     rng = np.random.default_rng(3)
     w = {"model": {"a": rng.normal(size=200), "b": rng.normal(size=200)}}
     scheduler, ears = quiet(
@@ -365,11 +360,21 @@ def test_weights_that_moved_beyond_any_habit_are_undone_by_a_small_rise_of_the_l
     sound = np.linalg.norm(w["model"]["a"])
     for batch in each(scheduler):
         w["model"] = {name: array + 0.01 * rng.normal(size=200) for name, array in w["model"].items()}
-        if batch.step == 401:
+        if batch.step == at:
             w["model"]["a"] = w["model"]["a"] * factor
         off = not 0.9 < np.linalg.norm(w["model"]["a"]) / sound < 1.2
-        scheduler.update_with_loss(2.0 + 0.02 * rng.normal() + rise * off)
-    assert len(ears.of(events.RolledBack)) == restored
+        scheduler.update_with_loss(loss(batch.step, off, rng))
+    return len(ears.of(events.RolledBack))
+
+
+@pytest.mark.parametrize(
+    ("factor", "rise", "restored"), [(60.0, 0.15, 1), (8.0, 0.15, 1), (0.0, 0.15, 1), (1.5, 0.15, 0), (60.0, 0.0, 0)]
+)
+def test_weights_that_moved_beyond_any_habit_are_undone_by_a_small_rise_of_the_losses_and_by_none_without(
+    factor, rise, restored
+):
+    """A language model's loss rises by a sixth where a layer is lost: no spike, and yet a good part of its training."""
+    assert rollbacks_after_a_move(factor, 401, lambda t, off, rng: 2.0 + 0.02 * rng.normal() + rise * off) == restored
 
 
 LOSSES_AFTER_A_MOVE = {
@@ -387,18 +392,8 @@ LOSSES_AFTER_A_MOVE = {
 @pytest.mark.parametrize("situation", LOSSES_AFTER_A_MOVE)
 def test_weights_that_moved_far_are_undone_where_the_losses_say_so_without_a_jump(situation):
     factor, before, after, undone = LOSSES_AFTER_A_MOVE[situation]
-    rng = np.random.default_rng(3)
-    w = {"model": {"a": rng.normal(size=200), "b": rng.normal(size=200)}}
-    scheduler, ears = quiet(
-        800, num_epochs=1, strategy="uniform", state_callback=lambda: w, load_callback=w.update, backup_every=8,
-        scheduler_mode="constant",
-    )  # fmt: skip
-    sound = np.linalg.norm(w["model"]["a"])
-    for batch in each(scheduler):
-        w["model"] = {name: array + 0.01 * rng.normal(size=200) for name, array in w["model"].items()}
-        if batch.step == 396:
-            w["model"]["a"] = w["model"]["a"] * factor
-        off = not 0.9 < np.linalg.norm(w["model"]["a"]) / sound < 1.2
-        usual = before(min(batch.step, 400))
-        scheduler.update_with_loss((after(batch.step - 400) if off else usual) + 0.02 * rng.random())
-    assert len(ears.of(events.RolledBack)) == undone
+
+    def loss(step, off, rng):
+        return (after(step - 400) if off else before(min(step, 400))) + 0.02 * rng.random()
+
+    assert rollbacks_after_a_move(factor, 396, loss) == undone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Self
@@ -103,6 +104,19 @@ class Steps(Measuring):
                 events.StrategyDecided(step=step, decision=found.decision, reason=found.reason, figure=found.figure)
             )
 
+    def _tell_epochs_left(self) -> None:
+        """Say that only one epoch was trained, where nobody has looped over them."""
+        progress = self._progress
+        if (
+            progress.stage is Stage.DONE
+            and not self._looped
+            and not self._budget.over(progress.epoch + 1, self.global_step)
+        ):
+            self.tell(
+                f"the run ends after epoch {progress.epoch}, with budget left: loop over the epochs, `for epoch in "
+                "scheduler.epoch_iterator()`, around the loop over their batches"
+            )
+
     def _next_ticket(self) -> Ticket | None:
         """Draw the next batch; None when the epoch's plan, or the budget, is used up."""
         epoch, step = self._progress.epoch, self._progress.global_step + self._desk.open
@@ -168,6 +182,34 @@ class Steps(Measuring):
         self._lr = ticket.batch.lr
         self._safety.pass_lr(self._lr)
         return self._desk.take_ready()
+
+    def _at_once(self) -> Batch | None:
+        """Hand out the next batch where it is ready and nothing is to be done before; else None: nothing is done."""
+        desk, control, step = self._desk, self._control, self._progress.global_step
+        if (
+            step >= self._due_at
+            or not desk.ready
+            or control.interrupts.pending is not None
+            or control.stop is not None
+            or self._budget.ended
+            or self._reporter != threading.get_ident()
+            or self._closed
+            or not desk.has_room
+        ):
+            return None
+        if self._bus.sinks and control.waits:
+            return None
+        started = self._clock.monotonic() if self._bus.sinks else 0.0
+        ticket = self._next_ready(step + desk.open)
+        if ticket is None:
+            return None
+        return desk.hand_out(self._shown(ticket, started) if self._bus.sinks else ticket)
+
+    def _next_due(self) -> int:
+        """Return the step before which nothing that `_between_steps` does is due; 0 where that has to be looked at."""
+        if self._ranks.world_size > 1 or self._progress.stage is not Stage.RUNNING:
+            return 0
+        return min(self._saver.next_due, self._safety.backups.next_due, self._measured.next_due)
 
     def _ticket(
         self,
