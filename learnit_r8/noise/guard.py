@@ -265,7 +265,11 @@ class NoiseGuard(Saved):
         figure = evidence(latest[found & heard], latest[heard])
         before, self._before = self._before, figure
         start = START_ATTRIBUTED if catalog.attributed else START
-        if progress < start - 1e-9 or float(np.mean(catalog.uses)) < self._needed:
+        uses = float(np.mean(catalog.uses))
+        if progress < start - 1e-9 or uses < self._needed:
+            if self.mode == "cap" and progress > 1 - 1e-9:  # a resume with a larger budget judges yet
+                why = f"samples were trained on {uses:.1f} times on average, {self._needed} tell wrong ones from hard"
+                return "noise guard judged nobody", why, figure
             return "", "", figure
         self._judged = True
         if negative:

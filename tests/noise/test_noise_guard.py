@@ -105,6 +105,15 @@ def test_nobody_is_suspected_before_a_share_of_the_budget_and_eight_epochs(mode,
     assert all(len(epoch) == N for epoch in drawn[:first])
 
 
+def test_a_run_that_is_too_short_to_judge_says_so():
+    run, heard, drawn = train(kinds_of(wrong=48), num_epochs=5)
+    assert not run.noise_guard.flagged.any()
+    assert all(len(epoch) == N for epoch in drawn)
+    [told] = [event for event in heard.events if isinstance(event, StrategyDecided)]
+    assert told.decision == "noise guard judged nobody"
+    assert told.reason == "samples were trained on 5.0 times on average, 8 tell wrong ones from hard"
+
+
 def test_report_names_suspects_and_changes_nothing():
     kinds = kinds_of(wrong=48)
     run, heard, drawn = train(kinds, noise_guard="report")
